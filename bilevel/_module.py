@@ -1,0 +1,89 @@
+"""Two decorators that give the package its two kinds of value: hyperparameters and states."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+
+_NUMBER = (float, complex, np.ndarray, np.number, jax.Array, jax.ShapeDtypeStruct)
+
+
+def _is_dynamic(value: Any) -> bool:
+    """Whether a hyperparameter travels as data (numbers, and containers of nothing but numbers)."""
+    if isinstance(value, _NUMBER):
+        return True
+    if getattr(type(value), "__bilevel_hyperparameters__", False):
+        return True
+    if isinstance(value, (tuple, list, dict)):
+        leaves = jax.tree.leaves(value)
+        return bool(leaves) and all(isinstance(leaf, _NUMBER) for leaf in leaves)
+    return False
+
+
+@typing.dataclass_transform(frozen_default=True)
+def hyperparameters(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass that is a pytree: floats and arrays are leaves, all else is static.
+
+    Changing a leaf does not recompile, and a sweep over it is a `vmap`; changing a count, a flag or
+    a function does recompile. An integer given to a field annotated `float` becomes a float, so that
+    `SOBA(1)` and `SOBA(1.0)` are one program. Fields that are themselves hyperparameter classes (a linear solver in
+    an estimator) are sub-trees. Values are validated in `__post_init__`, which runs where a person
+    writes the constructor and not when JAX rebuilds the object from its leaves.
+    """
+    check = cls.__dict__.get("__post_init__")
+    float_fields: list[str] = []
+
+    def __post_init__(self: Any) -> None:
+        for name in float_fields:
+            value = getattr(self, name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, name, float(value))
+        if check is not None:
+            check(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    cls.__bilevel_hyperparameters__ = True  # type: ignore[attr-defined]
+    names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+    float_fields += [field.name for field in dataclasses.fields(cls) if "float" in str(field.type)]  # type: ignore[arg-type]
+
+    def partition(self: Any) -> tuple[str, ...]:
+        # An object that JAX rebuilt may hold anything in its leaves (axes, None): it remembers which they were.
+        dynamic = self.__dict__.get("_dynamic")
+        return dynamic if dynamic is not None else tuple(n for n in names if _is_dynamic(getattr(self, n)))
+
+    def flatten_with_keys(self: Any) -> tuple[Any, Any]:
+        dynamic = partition(self)
+        children = tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in dynamic)
+        return children, (dynamic, tuple(getattr(self, n) for n in names if n not in dynamic))
+
+    def flatten(self: Any) -> tuple[Any, Any]:
+        dynamic = partition(self)
+        static = tuple(getattr(self, n) for n in names if n not in dynamic)
+        return tuple(getattr(self, n) for n in dynamic), (dynamic, static)
+
+    def unflatten(aux: Any, children: Any) -> Any:
+        dynamic, static = aux
+        self = object.__new__(cls)
+        static_values = iter(static)
+        dynamic_values = iter(children)
+        for name in names:
+            object.__setattr__(self, name, next(dynamic_values if name in dynamic else static_values))
+        object.__setattr__(self, "_dynamic", dynamic)
+        return self
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+@typing.dataclass_transform(frozen_default=True)
+def state(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass whose fields are all pytrees of arrays."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    return jax.tree_util.register_dataclass(cls)  # type: ignore[return-value, type-var]
