@@ -1,0 +1,448 @@
+"""What a level's data can be, and how a batch is drawn inside a compiled loop.
+
+A source has no state. The batch of step k is a function of the run's key and of k, so that results depend neither on
+how many steps are compiled together nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel._module import state
+
+PyTree = Any
+
+__all__ = ["Clients", "Minibatches", "Sampler", "StepKey", "Stream", "as_step_key", "permute"]
+
+
+@state
+class StepKey:
+    """The key of one step: the run's key together with the step's index and a stream.
+
+    The index travels with the key so that an epoch without replacement needs no sampler state.
+
+    Attributes:
+      base: the run's PRNG key, the same at every step.
+      step: uint32, the index of the draw.
+      stream: uint32, tells independent uses within one step apart.
+    """
+
+    base: jax.Array
+    step: jax.Array
+    stream: jax.Array
+
+    @property
+    def random(self) -> jax.Array:
+        """A PRNG key for `jax.random`, fresh at every step and in every stream."""
+        return jax.random.fold_in(jax.random.fold_in(self.base, self.stream), self.step)
+
+    def fold_in(self, tag: int) -> StepKey:
+        """The same step in another stream: draws that are independent of this one's."""
+        return StepKey(self.base, self.step, _mix(self.stream * jnp.uint32(0x01000193) + jnp.uint32(tag + 1)))
+
+    def inner(self, i: Any, total: int) -> StepKey:
+        """The key of inner step `i` of `total`: draw number `step * total + i` of the same stream."""
+        return StepKey(self.base, self.step * jnp.uint32(total) + jnp.asarray(i, jnp.uint32), self.stream)
+
+
+def as_step_key(key: Any, step: Any = 0) -> StepKey:
+    """A `StepKey` from an integer seed, a PRNG key or a `StepKey` (returned as it is)."""
+    if isinstance(key, StepKey):
+        return key
+    if isinstance(key, (int, np.integer)):
+        key = jax.random.key(int(key))
+    elif not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return StepKey(key, jnp.asarray(step, jnp.uint32), jnp.uint32(0))
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """A bijective hash of 32 bits (multiplications and shifts only, so that it fuses with what follows)."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
+    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
+    return h ^ (h >> 16)
+
+
+_ROUNDS = 6
+
+
+def permute(i: Any, n: Any, seed: jax.Array) -> jax.Array:
+    """The image of `i` under a keyed permutation of 0, ..., n-1, computed without the other n-1 images.
+
+    A Feistel network on pairs (l, r) of 0..a-1 with a = ceil(sqrt n): six rounds of (l, r) -> (r, l + hash(r) mod a), each a
+    bijection. It permutes 0..a^2-1; the few images that are n or more (about 2/sqrt(n) of them) are sent through
+    again until they fall below n, which keeps it a bijection of 0..n-1.
+
+    Args:
+      i: integer array of indices in 0..n-1.
+      n: number of elements, below 2^32; may be traced.
+      seed: uint32 scalar.
+
+    Reference: Black, Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
+    """
+    if isinstance(n, (int, np.integer)):
+        root = jnp.uint32(math.isqrt(int(n) - 1) + 1)
+    else:
+        root = jnp.maximum(jnp.sqrt(jnp.asarray(n, jnp.float32)).astype(jnp.uint32), 2) - 1
+        for _ in range(3):
+            root = root + (root * root < jnp.asarray(n, jnp.uint32))
+    n = jnp.asarray(n, jnp.uint32)
+    keys = _mix(seed + jnp.uint32(0x9E3779B9) * jnp.arange(1, _ROUNDS + 1, dtype=jnp.uint32))
+
+    def network(i: jax.Array) -> jax.Array:
+        left, right = i // root, i % root
+        for r in range(_ROUNDS):
+            hashed = ((_mix(right ^ keys[r]) >> 16) * root) >> 16
+            left, right = right, jnp.where(left + hashed < root, left + hashed, left + hashed - root)
+        return left * root + right
+
+    i = network(jnp.asarray(i, jnp.uint32))
+    i = jax.lax.while_loop(lambda i: jnp.any(i >= n), lambda i: jnp.where(i >= n, network(i), i), i)
+    return i.astype(jnp.int32)
+
+
+def _seed(key: StepKey, epoch: Any) -> jax.Array:
+    words = jax.random.key_data(key.base).reshape(-1)
+    h = key.stream
+    for w in range(words.shape[0]):
+        h = _mix(h ^ words[w])
+    return _mix(h + jnp.asarray(epoch, jnp.uint32) * jnp.uint32(0x9E3779B9))
+
+
+def sample_count(arrays: PyTree, name: str) -> int:
+    """The length of the leading axis that all leaves share; an error that names the leaves where they do not."""
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    if not leaves:
+        raise ValueError(f"{name} holds no arrays: give a pytree of arrays with a leading sample axis.")
+    counts = {}
+    for path, leaf in leaves:
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if np.ndim(leaf) == 0:
+            raise ValueError(f"{where} is a scalar: every leaf of the data needs a leading sample axis.")
+        counts[where] = np.shape(leaf)[0]
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{where} has {count}" for where, count in counts.items())
+        raise ValueError(f"The leaves of {name} disagree on the number of samples: {listed}. Make them equal.")
+    count = next(iter(counts.values()))
+    if count == 0:
+        raise ValueError(f"{name} has zero samples: give at least one.")
+    return count
+
+
+@jax.tree_util.register_pytree_node_class
+class Minibatches:
+    """Batches of `size` samples, drawn inside the compiled loop.
+
+    Without replacement (the default) step k reads batch `k mod (n // size)` of epoch `k // (n // size)`, and every
+    epoch is a fresh keyed permutation of the n samples; the `n mod size` samples left over differ from epoch to
+    epoch. With `blocks=True` the samples are cut once into `ceil(n / size)` contiguous blocks and the *blocks* are
+    permuted: a slice instead of a gather (faster for wide rows), and each batch has a number, which methods that
+    remember a gradient per batch need. The last block then starts at `n - size`, overlapping its neighbour where
+    size does not divide n. Shuffle the arrays once before if their order means anything.
+
+    Args:
+      arrays: pytree of arrays of one leading length n.
+      size: samples per batch, at most n.
+      replace: draw every batch uniformly, with replacement.
+      blocks: permute contiguous blocks instead of samples.
+    """
+
+    def __init__(self, arrays: PyTree, size: int, *, replace: bool = False, blocks: bool = False) -> None:
+        n = sample_count(arrays, "Minibatches' arrays")
+        if not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"Minibatches(size={size!r}): the batch size is a positive integer.")
+        if size > n:
+            raise ValueError(f"Minibatches(size={size}) exceeds the {n} samples: lower the size, or pass the arrays bare for full batches.")
+        if replace and blocks:
+            raise ValueError("Minibatches: blocks=True draws without replacement; choose one of replace and blocks.")
+        self.arrays, self.size, self.replace, self.blocks = arrays, int(size), replace, blocks
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """The arrays are leaves, the rest is static."""
+        return (self.arrays,), (self.size, self.replace, self.blocks)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> Minibatches:
+        """Rebuild without validation (leaves may be tracers)."""
+        self = object.__new__(cls)
+        (self.arrays,) = children
+        self.size, self.replace, self.blocks = aux
+        return self
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return jax.tree.leaves(self.arrays)[0].shape[0]
+
+    @property
+    def batches(self) -> int:
+        """The number of batches in an epoch."""
+        return -(-self.count // self.size) if self.blocks else self.count // self.size
+
+    def block(self, key: StepKey) -> jax.Array:
+        """The number (0..batches-1) of the batch that `draw(key)` returns; only with `blocks=True`."""
+        step = key.step
+        return permute(step % jnp.uint32(self.batches), self.batches, _seed(key, step // jnp.uint32(self.batches)))
+
+    def take(self, block: jax.Array) -> PyTree:
+        """The batch of that number; only with `blocks=True`."""
+        start = jnp.minimum(block * self.size, self.count - self.size)
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, self.size), self.arrays)
+
+    def draw(self, key: StepKey) -> PyTree:
+        """The batch of this step."""
+        if self.blocks:
+            return self.take(self.block(key))
+        if self.replace:
+            rows = jax.random.randint(key.random, (self.size,), 0, self.count)
+        else:
+            per_epoch = jnp.uint32(self.batches)
+            first = (key.step % per_epoch) * jnp.uint32(self.size)
+            slots = first + jnp.arange(self.size, dtype=jnp.uint32)
+            rows = permute(slots, self.count, _seed(key, key.step // per_epoch))
+        return jax.tree.map(lambda a: jnp.asarray(a).at[rows].get(mode="promise_in_bounds"), self.arrays)
+
+    def full(self) -> PyTree:
+        """All samples."""
+        return self.arrays
+
+    def __repr__(self) -> str:
+        how = "with replacement" if self.replace else "in blocks" if self.blocks else "without replacement"
+        return f"Minibatches({self.count} samples, size={self.size}, {how})"
+
+
+@jax.tree_util.register_pytree_node_class
+class Sampler:
+    """Batches made by a function of the user's: `fn(key, arrays) -> batch`, pure, drawn inside the compiled loop.
+
+    The function may put a key into the batch: randomness then reaches the losses through the batch, and one draw can
+    be evaluated at two points.
+
+    Args:
+      fn: `fn(key, arrays) -> batch`, with `key` a `jax.random` key.
+      arrays: any pytree of arrays, handed to `fn` (never baked into the compiled program).
+    """
+
+    def __init__(self, fn: Callable[[jax.Array, PyTree], PyTree], arrays: PyTree = None) -> None:
+        if not callable(fn):
+            raise TypeError(f"Sampler needs a function fn(key, arrays) -> batch, not {type(fn).__name__}.")
+        self.fn, self.arrays = fn, arrays
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """The arrays are leaves, the function is static."""
+        return (self.arrays,), self.fn
+
+    @classmethod
+    def tree_unflatten(cls, fn: Any, children: Any) -> Sampler:
+        """Rebuild without validation."""
+        self = object.__new__(cls)
+        self.fn, (self.arrays,) = fn, children
+        return self
+
+    def draw(self, key: StepKey) -> PyTree:
+        """The batch of this step."""
+        return self.fn(key.random, self.arrays)
+
+    def __repr__(self) -> str:
+        return f"Sampler({getattr(self.fn, '__name__', self.fn)!s})"
+
+
+@jax.tree_util.register_pytree_node_class
+class Clients:
+    """One data set per client, of unequal sizes.
+
+    The samples stand one client after the other in one set of arrays, with the offset of each: no padding. To a
+    centralised solver this is the pooled data set (the objective is the mean over all samples); federated and
+    decentralised solvers draw from one client with `draw_client`.
+
+    Args:
+      datasets: a sequence of pytrees of arrays, alike but for their leading lengths.
+      size: samples per batch; None for full batches (a centralised solver then sees all samples at every step).
+    """
+
+    def __init__(self, datasets: Sequence[PyTree], size: int | None = None) -> None:
+        datasets = list(datasets)
+        if not datasets:
+            raise ValueError("Clients needs at least one client's data set; the sequence is empty.")
+        structures = [jax.tree.structure(d) for d in datasets]
+        for c, structure in enumerate(structures):
+            if structure != structures[0]:
+                raise ValueError(f"Client {c}'s data have the structure {structure}, client 0's {structures[0]}: make them alike.")
+        counts = [sample_count(d, f"client {c}'s data") for c, d in enumerate(datasets)]
+        if size is not None and not 1 <= size <= min(counts):
+            raise ValueError(f"Clients(size={size}): the smallest client has {min(counts)} samples; the batch size must lie in 1..{min(counts)}.")
+        self.arrays = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *datasets)
+        self.counts = np.asarray(counts, np.int32)
+        self.offsets = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int32)
+        self.size = size
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """Arrays, counts and offsets are leaves."""
+        return (self.arrays, self.counts, self.offsets), self.size
+
+    @classmethod
+    def tree_unflatten(cls, size: Any, children: Any) -> Clients:
+        """Rebuild without validation."""
+        self = object.__new__(cls)
+        self.arrays, self.counts, self.offsets = children
+        self.size = size
+        return self
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    @property
+    def count(self) -> int:
+        """The number of samples of all clients together."""
+        return jax.tree.leaves(self.arrays)[0].shape[0]
+
+    def draw(self, key: StepKey) -> PyTree:
+        """A batch of the pooled samples."""
+        return self.arrays if self.size is None else Minibatches(self.arrays, self.size).draw(key)
+
+    def draw_client(self, key: StepKey, client: Any, size: int) -> PyTree:
+        """`size` of one client's samples, without replacement within an epoch of that client (`client` may be traced)."""
+        count = jnp.asarray(self.counts)[client].astype(jnp.uint32)
+        per_epoch = jnp.maximum(count // jnp.uint32(size), 1)
+        slots = (key.step % per_epoch) * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32)
+        seed = _mix(_seed(key, key.step // per_epoch) ^ jnp.asarray(client, jnp.uint32))
+        rows = permute(slots % count, count, seed) + jnp.asarray(self.offsets)[client]
+        return jax.tree.map(lambda a: jnp.asarray(a).at[rows].get(mode="promise_in_bounds"), self.arrays)
+
+    def full(self) -> PyTree:
+        """All samples of all clients."""
+        return self.arrays
+
+    def __repr__(self) -> str:
+        return f"Clients({len(self)} clients, {self.count} samples, size={self.size})"
+
+
+@jax.tree_util.register_static
+class Stream:
+    """Batches from the host, for data that do not fit on the device.
+
+    `solve` reads ahead in a thread, stacks the batches of a whole chunk of steps and hands them to the compiled loop;
+    step k consumes items `k * draws, ..., k * draws + draws - 1`. All items must have equal shapes and dtypes. The
+    iterable is iterated afresh at the start of each run, again from its beginning whenever it ends, and on resume
+    the items already consumed are skipped: for an exact resume iterating must give the same items every time.
+
+    Args:
+      iterable: an iterable of batches (pytrees of numpy arrays), or a function `start -> iterator` that begins at
+        item `start` (a cheap skip on resume).
+      draws: items consumed per step, for solvers that draw several batches per step.
+    """
+
+    def __init__(self, iterable: Iterable[PyTree] | Callable[[int], Iterator[PyTree]], draws: int = 1) -> None:
+        if not callable(iterable) and not isinstance(iterable, collections.abc.Iterable):
+            raise TypeError(f"Stream needs an iterable of batches or a function start -> iterator, not {type(iterable).__name__}.")
+        if draws < 1:
+            raise ValueError(f"Stream(draws={draws}): at least one item per step is consumed.")
+        self.iterable, self.draws = iterable, draws
+
+    def items(self, start: int = 0) -> Iterator[PyTree]:
+        """Items from number `start` on, endlessly."""
+        if callable(self.iterable):
+            begun = start
+            while True:
+                produced = False
+                for item in self.iterable(begun):
+                    produced = True
+                    yield item
+                if not produced:
+                    raise ValueError("The stream is empty: it produced no batch. Give an iterable with at least one.")
+                begun = 0
+        skip, first = start, True
+        while True:
+            produced = False
+            for item in self.iterable:
+                produced = True
+                if skip:
+                    skip -= 1
+                else:
+                    yield item
+            if not produced:
+                what = "The stream is empty: it produced no batch." if first else "The stream ended and cannot be iterated again (a generator?)."
+                raise ValueError(f"{what} Give a list, a loader object, or a function start -> iterator.")
+            first = False
+
+    def prefetched(self, start: int = 0, depth: int = 64) -> Prefetched:
+        """The same items, read ahead by a thread."""
+        return Prefetched(self.items(start), depth)
+
+    def __repr__(self) -> str:
+        return f"Stream({type(self.iterable).__name__}, draws={self.draws})"
+
+
+class Prefetched:
+    """An iterator that a thread keeps `depth` items ahead; errors of the source are raised where they are consumed."""
+
+    def __init__(self, items: Iterator[PyTree], depth: int) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(items,), daemon=True)
+        self._thread.start()
+
+    def _put(self, entry: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _work(self, items: Iterator[PyTree]) -> None:
+        try:
+            for item in items:
+                self._put((jax.tree.map(np.asarray, item), None))
+                if self._stop.is_set():
+                    return
+        except BaseException as error:
+            self._put((None, error))
+
+    def take(self, n: int) -> PyTree:
+        """The next n items, stacked along a new leading axis."""
+        items = []
+        for _ in range(n):
+            item, error = self._queue.get()
+            if error is not None:
+                raise error
+            items.append(item)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+
+@jax.tree_util.register_pytree_node_class
+class Streamed:
+    """The items of one step of a `Stream`, as the compiled loop sees them."""
+
+    def __init__(self, items: PyTree, draws: int) -> None:
+        self.items, self.draws = items, draws
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """The items are leaves."""
+        return (self.items,), self.draws
+
+    @classmethod
+    def tree_unflatten(cls, draws: Any, children: Any) -> Streamed:
+        """Rebuild."""
+        return cls(children[0], draws)
+
+    def draw(self, key: StepKey) -> PyTree:
+        """Item `key.step mod draws` of this step."""
+        which = (key.step % jnp.uint32(self.draws)).astype(jnp.int32)
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), self.items)
+
+
+SOURCES = (Minibatches, Sampler, Clients, Stream, Streamed)

@@ -1,0 +1,126 @@
+"""Iterative differentiation: the hypergradient of the lower solver's last iterate, seen as a function of x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel import derivatives
+from bilevel._module import hyperparameters
+from bilevel.hypergradients._base import Estimate, PyTree
+from bilevel.lower import GradientDescent, Inner, LowerState
+
+
+@hyperparameters
+class Unrolled:
+    """The exact derivative of F(x, y_T(x)), where y_T is the result of T steps of the lower solver.
+
+    In reverse mode: with y_{t+1} = Phi(y_t, x), a = F_y, G = F_x, and for t = T-1, ..., 0
+
+        G <- G + (d_x Phi_t)' a,    a <- (d_y Phi_t)' a.
+
+    Attributes:
+      last: differentiate only the last K steps (truncated); None: all of them. With a strongly convex lower level the
+        bias is O((1 - mu eta)^K). K = 1 is one-step differentiation.
+      mode: "reverse" or "forward". Forward carries p = dim x tangents through the run: for few upper variables, at a
+        memory that does not grow with T.
+      checkpoint: keep only (y_t, moments) of each step in reverse mode and recompute within it, with the gradient's own
+        second derivative taken in mixed mode (`derivatives.mixed_mode_gradient`). False: plain reverse mode.
+
+    Cost per call: reverse, T gradients and T (HVP + cross product), memory T copies of y and the optimiser's moments;
+    forward, p T HVPs. Works through any differentiable optimiser. With Adam-like optimisers give `eps_root > 0`: the derivative
+    of the square root at zero is infinite.
+
+    References: Franceschi et al., "Forward and Reverse Gradient-Based Hyperparameter Optimization", ICML 2017;
+    Shaban et al., "Truncated Back-propagation for Bilevel Optimization", AISTATS 2019; Kemaev et al., ICML 2025 (mixed mode).
+    """
+
+    last: int | None = None
+    mode: str = "reverse"
+    checkpoint: bool = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("reverse", "forward"):
+            raise ValueError(f"Unrolled(mode={self.mode!r}): the mode is 'reverse' or 'forward'.")
+        if self.last is not None and (not isinstance(self.last, int) or self.last < 1):
+            raise ValueError(f"Unrolled(last={self.last!r}): the number of differentiated steps is a positive integer, or None for all.")
+
+    def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
+        """Nothing is kept."""
+        return ()
+
+    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+        """The estimate at x."""
+        if isinstance(inner.solver, GradientDescent) and inner.solver.tol is not None and self.mode == "reverse":
+            raise ValueError(
+                "Unrolled differentiates through the lower solver's loop, whose length must be fixed: set its tol=None "
+                "(a number of steps), or take an implicit estimator."
+            )
+        if self.mode == "reverse" and self.checkpoint:
+            inner = inner.with_level(lower.mixed_mode())
+        if self.last is not None:
+            head, inner = inner.split(self.last, f"Unrolled(last={self.last})")
+            start = jax.lax.stop_gradient(head(x, start))
+
+        def objective(x: PyTree) -> tuple[jax.Array, LowerState]:
+            found = inner(x, start)
+            return upper(x, found.y), found
+
+        if self.mode == "reverse":
+            (value, found), gradient = jax.value_and_grad(objective, has_aux=True)(x)
+        else:
+            (value, found), gradient = _forward_gradient(objective, x)
+        residual = derivatives.norm(lower.gradient(x, found.y))
+        return Estimate(value, gradient, found, carry, {"lower_residual": residual})
+
+
+def OneStep() -> Unrolled:
+    """Differentiate the last step of the lower solver only: F_x + (d_x Phi)' F_y.
+
+    For plain gradient descent with step eta this is F_x - eta f_xy F_y. Its bias is bounded by a multiple of rho/(1 - rho) for a
+    contraction rho, and vanishes for superlinear solvers.
+
+    Reference: Bolte, Pauwels, Vaiter, "One-step differentiation of iterative algorithms", NeurIPS 2023.
+    """
+    return Unrolled(last=1)
+
+
+def _forward_gradient(objective: Any, x: PyTree) -> Any:
+    """Gradient by one tangent per coordinate of x, all of them carried through one run."""
+    flat, unravel = jax.flatten_util.ravel_pytree(x)
+
+    def directional(direction: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
+        value, slope, found = jax.jvp(lambda flat: objective(unravel(flat)), (flat,), (direction,), has_aux=True)
+        return value, slope, found
+
+    values, slopes, found = jax.vmap(directional, out_axes=(None, 0, None))(jnp.eye(flat.size, dtype=flat.dtype))
+    return (values, found), unravel(slopes)
+
+
+@hyperparameters
+class JacobianFree:
+    """The fixed-point system's inverse replaced by the identity: F_x + (d_x Phi)' F_y at the solution, with one gradient step as Phi.
+
+        dF/dx ~ F_x - step f_xy F_y
+
+    A descent direction where the lower level is well conditioned; `Implicit(linear.Neumann(...))` adds terms to it.
+
+    Reference: Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022.
+    """
+
+    step: float = 1.0
+
+    def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
+        """Nothing is kept."""
+        return ()
+
+    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+        """The estimate at x."""
+        found = jax.lax.stop_gradient(inner(x, start))
+        value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, found.y)
+        lin = derivatives.linearised(lower, x, found.y)
+        gradient = optax.tree.add_scale(upper_x, -self.step, lin.cross(upper_y))
+        return Estimate(value, gradient, found, carry, {"lower_residual": derivatives.norm(lin.gradient_y)})

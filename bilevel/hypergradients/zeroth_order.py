@@ -1,0 +1,109 @@
+"""Hypergradients from perturbed lower solves: no second derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel import derivatives
+from bilevel._module import hyperparameters
+from bilevel.data import as_step_key
+from bilevel.hypergradients._base import Estimate, PyTree
+from bilevel.lower import Inner, LowerState
+
+
+def _directions(lower: Any, x: PyTree, carry: jax.Array, number: int) -> PyTree:
+    """`number` standard normal vectors shaped like x, along a new leading axis; other ones at every outer step."""
+    key = jax.random.fold_in(as_step_key(0 if lower.key is None else lower.key).fold_in(7).random, carry)
+    return jax.vmap(lambda key: optax.tree.random_like(key, x, jax.random.normal))(jax.random.split(key, number))
+
+
+class _Perturbing:
+    def init(self, lower: Any, x: PyTree, y: PyTree) -> jax.Array:
+        """The number of estimates taken, which makes the directions fresh each time."""
+        return jnp.zeros((), jnp.uint32)
+
+
+@hyperparameters
+class PZOBO(_Perturbing):
+    """The lower solution's Jacobian by evolution strategies, the upper level's gradient by autodiff.
+
+        delta_q = (y_T(x + mu u_q) - y_T(x)) / mu,    u_q ~ N(0, I)
+        dF/dx ~ F_x + (1/Q) sum over q of u_q <delta_q, F_y>
+
+    All Q + 1 lower runs start at the same y and see the same batches. Unbiased for the mu-smoothed Jacobian; the variance
+    grows with dim x and falls with Q. Cost: Q + 1 lower runs (vmapped), one upper gradient.
+
+    Attributes:
+      directions: Q. The paper's code takes 10, or 1 for large problems.
+      mu: the perturbation's size.
+
+    Reference: Sow, Ji, Liang, "On the Convergence Theory for Hessian-Free Bilevel Algorithms", NeurIPS 2022.
+    """
+
+    directions: int = 10
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_directions("PZOBO", self.directions, self.mu)
+
+    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+        """The estimate at x."""
+        found = inner(x, start)
+        value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, found.y)
+        u = _directions(lower, x, carry, self.directions)
+
+        def slope(u: PyTree) -> jax.Array:
+            y = inner(optax.tree.add_scale(x, self.mu, u), start).y
+            return optax.tree.vdot(optax.tree.sub(y, found.y), upper_y) / self.mu
+
+        slopes = jax.vmap(slope)(u)
+        gradient = jax.tree.map(lambda g, u: g + jnp.tensordot(slopes, u, axes=1) / self.directions, upper_x, u)
+        metrics = {"lower_residual": derivatives.norm(lower.gradient(x, found.y))}
+        return Estimate(value, gradient, found, carry + 1, metrics)
+
+
+@hyperparameters
+class HOZOG(_Perturbing):
+    """Zeroth order in the whole of h(x) = F(x, y_T(x)): works with black-box lower solvers and losses without derivatives.
+
+        dF/dx ~ (1/q) sum over i of u_i [h(x + mu u_i) - h(x)] / mu,    u_i ~ N(0, I)
+
+    Cost: q + 1 lower runs (vmapped) and upper values. The variance grows with dim x.
+
+    Attributes:
+      directions: q.
+      mu: the perturbation's size.
+
+    Reference: Gu et al., "Optimizing Large-Scale Hyperparameters via Automated Learning Algorithm" (HOZOG), 2021.
+    """
+
+    directions: int = 10
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_directions("HOZOG", self.directions, self.mu)
+
+    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+        """The estimate at x."""
+        found = inner(x, start)
+        value = upper(x, found.y)
+        u = _directions(lower, x, carry, self.directions)
+
+        def slope(u: PyTree) -> jax.Array:
+            moved = optax.tree.add_scale(x, self.mu, u)
+            return (upper(moved, inner(moved, start).y) - value) / self.mu
+
+        slopes = jax.vmap(slope)(u)
+        gradient = jax.tree.map(lambda u: jnp.tensordot(slopes, u, axes=1) / self.directions, u)
+        return Estimate(value, gradient, found, carry + 1, {})
+
+
+def _check_directions(owner: str, directions: Any, mu: Any) -> None:
+    if not isinstance(directions, int) or directions < 1:
+        raise ValueError(f"{owner}(directions={directions!r}): at least one direction is needed.")
+    if isinstance(mu, float) and not mu > 0:
+        raise ValueError(f"{owner}(mu={mu!r}): the perturbation's size is positive.")

@@ -1,0 +1,254 @@
+"""Optimality conditions to differentiate through, ready-made.
+
+Each function here builds T(sol, *args) that is zero at the solution, for `bilevel.implicit.custom_root`. As in jaxopt, the
+variable that is solved for stands first: `fun(y, *args)`. Where a condition has a projection or a proximal operator, its
+hyperparameters come second, `T(sol, hyperparams, *args)`, and are differentiated like any other argument; if
+they are None the operator is called without them, so that `optax.projections` and `jaxopt.projection` both go in.
+
+The fixed-point conditions hold for every step size > 0, so their derivative does not depend on it; it only sets the
+conditioning of the linear system. A step of about 1/L, L the largest curvature of `fun`, keeps that good.
+
+Source of the conditions: Blondel et al. (2022), "Efficient and modular implicit differentiation", NeurIPS 35, section 2.2.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Condition = Callable[..., Any]
+
+
+def stationarity(fun: Callable[..., Any]) -> Condition:
+    """An unconstrained minimum: grad fun(y, *args) = 0, the gradient by the first argument.
+
+    The Jacobian is the Hessian of `fun`, symmetric, and positive definite at a strict minimum; the condition says so and
+    `custom_root` takes conjugate gradients. For a saddle point pass `symmetric=False` there.
+    """
+    gradient = _gradient(fun)
+
+    def condition(y: Any, *args: Any, **kwargs: Any) -> Any:
+        return gradient(y, *args, **kwargs)
+
+    condition.symmetric = True  # type: ignore[attr-defined]
+    return _with_signature(condition, fun)
+
+
+def projected_gradient(fun: Callable[..., Any], projection: Callable[..., Any], step: Any = 1.0) -> Condition:
+    """A minimum over a convex set: P(y - step grad fun(y, *args), hyperparams) - y = 0.
+
+    Args:
+        fun: `fun(y, *args) -> scalar`.
+        projection: `projection(y, hyperparams) -> y`, the Euclidean projection onto the set; `projection(y)` if the
+            hyperparameters are None.
+        step: any positive number.
+
+    Returns:
+        `T(y, hyperparams, *args)`.
+    """
+    gradient = _gradient(fun)
+
+    def condition(y: Any, hyperparams: Any, *args: Any, **kwargs: Any) -> Any:
+        moved = optax.tree.add_scale(y, -step, gradient(y, *args, **kwargs))
+        return optax.tree.sub(_call(projection, moved, hyperparams), y)
+
+    return _with_signature(condition, fun, "hyperparams_proj")
+
+
+def proximal_gradient(fun: Callable[..., Any], prox: Callable[..., Any], step: Any = 1.0) -> Condition:
+    """A minimum of fun + g: prox(y - step grad fun(y, *args), hyperparams, step) - y = 0.
+
+    Args:
+        fun: `fun(y, *args) -> scalar`, the smooth part.
+        prox: `prox(v, hyperparams, scaling) = argmin_y 1/2 |y - v|^2 + scaling g(y, hyperparams)`.
+        step: any positive number.
+
+    Returns:
+        `T(y, hyperparams, *args)`.
+    """
+    gradient = _gradient(fun)
+
+    def condition(y: Any, hyperparams: Any, *args: Any, **kwargs: Any) -> Any:
+        moved = optax.tree.add_scale(y, -step, gradient(y, *args, **kwargs))
+        return optax.tree.sub(prox(moved, hyperparams, step), y)
+
+    return _with_signature(condition, fun, "hyperparams_prox")
+
+
+def mirror_descent(
+    fun: Callable[..., Any], projection: Callable[..., Any], mirror_map: Callable[[Any], Any], step: Any = 1.0
+) -> Condition:
+    """A minimum over a convex set in a Bregman geometry: P(grad phi(y) - step grad fun(y, *args), hyperparams) - y = 0.
+
+    Args:
+        fun: `fun(y, *args) -> scalar`.
+        projection: `projection(z, hyperparams) -> y`, from the dual space onto the set: argmin_y phi(y) - <z, y>. For the
+            simplex and the entropy it is `jax.nn.softmax`.
+        mirror_map: grad phi, from y to its dual; for the entropy `jnp.log` (up to a constant).
+        step: any positive number.
+
+    Returns:
+        `T(y, hyperparams, *args)`.
+    """
+    gradient = _gradient(fun)
+
+    def condition(y: Any, hyperparams: Any, *args: Any, **kwargs: Any) -> Any:
+        moved = optax.tree.add_scale(mirror_map(y), -step, gradient(y, *args, **kwargs))
+        return optax.tree.sub(_call(projection, moved, hyperparams), y)
+
+    return _with_signature(condition, fun, "hyperparams_proj")
+
+
+def block_coordinate(fun: Callable[..., Any], block_prox: Callable[..., Any], step: Any = 1.0) -> Condition:
+    """A minimum of fun(y) + sum_j g_j(y_j), the blocks y_j along the leading axis of every leaf of y.
+
+        prox_j(y_j - step grad_j fun(y, *args), hyperparams, step) - y_j = 0    for every block j
+
+    At a solution every block is optimal at once, so this is the condition of proximal gradient with a separable g.
+
+    Args:
+        fun: `fun(y, *args) -> scalar`, the smooth part.
+        block_prox: `block_prox(y_j, hyperparams, scaling) -> y_j`, of one block.
+        step: any positive number.
+
+    Returns:
+        `T(y, hyperparams, *args)`.
+    """
+    return proximal_gradient(fun, jax.vmap(block_prox, in_axes=(0, None, None)), step)
+
+
+def kkt(
+    fun: Callable[..., Any],
+    eq: Callable[..., Any] | None = None,
+    ineq: Callable[..., Any] | None = None,
+) -> Condition:
+    """The Karush-Kuhn-Tucker conditions of  min_y fun(y)  s.t.  eq(y) = 0,  ineq(y) <= 0.
+
+        grad fun(y, p_obj) + (d eq)^T nu + (d ineq)^T lam = 0
+        eq(y, p_eq) = 0
+        min(-ineq(y, p_ineq), lam) = 0
+
+    The last line is lam >= 0, ineq <= 0 and lam * ineq = 0 in one equation. Unlike the product, its derivative keeps unit
+    scale: an active constraint's row is that of an equality, an inactive one's says that its multiplier stays zero. Where
+    both are zero (a degenerate constraint) the solution has a kink and the derivative is an average of its two sides.
+
+    Args:
+        fun: `fun(y, params_obj) -> scalar`.
+        eq: `eq(y, params_eq) -> pytree`, or None.
+        ineq: `ineq(y, params_ineq) -> pytree`, or None.
+
+    Returns:
+        `T(sol, params_obj, params_eq=None, params_ineq=None)` with `sol = (y, nu, lam)`, any triple of pytrees (such as jaxopt's
+        `KKTSolution`); a multiplier may be None where there is no such constraint. The triple's entries are y, the
+        multipliers of `eq` and the multipliers of `ineq`.
+    """
+    gradient = _gradient(fun)
+
+    def condition(sol: Any, params_obj: Any, params_eq: Any = None, params_ineq: Any = None) -> Any:
+        y, nu, lam = _triple(sol)
+        stationary, feasible, complementary = gradient(y, params_obj), None, None
+        if nu is not None:
+            feasible, pull_back = jax.vjp(lambda y: _constraint(eq, "eq")(y, params_eq), y)
+            stationary = optax.tree.add(stationary, pull_back(_like(nu, feasible))[0])
+        if lam is not None:
+            slack, pull_back = jax.vjp(lambda y: _constraint(ineq, "ineq")(y, params_ineq), y)
+            stationary = optax.tree.add(stationary, pull_back(_like(lam, slack))[0])
+            complementary = jax.tree.map(lambda g, m: jnp.minimum(-g, m), slack, _like(lam, slack))
+        return stationary, feasible, complementary
+
+    return condition
+
+
+def kkt_qp(
+    matvec_Q: Callable[..., Any] | None = None,
+    matvec_A: Callable[..., Any] | None = None,
+    matvec_G: Callable[..., Any] | None = None,
+) -> Condition:
+    """The conditions of the quadratic programme  min_y 1/2 y^T Q y + c^T y  s.t.  A y = b,  G y <= h.
+
+    Args:
+        matvec_Q: `matvec_Q(Q, y) -> Q y`, with Q symmetric, if Q is not a matrix; likewise `matvec_A` and `matvec_G`.
+
+    Returns:
+        `T(sol, params_obj, params_eq=None, params_ineq=None)` with `sol` as in `kkt`, `params_obj = (Q, c)`,
+        `params_eq = (A, b)` and `params_ineq = (G, h)`, as jaxopt's `EqualityConstrainedQP` and `OSQP` take them.
+    """
+    product_Q, product_A, product_G = (m if m is not None else jnp.dot for m in (matvec_Q, matvec_A, matvec_G))
+
+    def objective(y: Any, params_obj: Any) -> Any:
+        Q, c = params_obj
+        return 0.5 * optax.tree.vdot(y, product_Q(Q, y)) + optax.tree.vdot(c, y)
+
+    def affine(product: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda y, params: optax.tree.sub(product(params[0], y), params[1])
+
+    return kkt(objective, affine(product_A), affine(product_G))
+
+
+def _gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
+    def scalar(y: Any, *args: Any, **kwargs: Any) -> Any:
+        value = fun(y, *args, **kwargs)
+        if isinstance(value, (tuple, list)) or jnp.shape(value) != ():
+            shape = type(value).__name__ if isinstance(value, (tuple, list)) else f"shape {jnp.shape(value)}"
+            raise TypeError(
+                f"The objective of an optimality condition returned a {shape}; it expects a scalar. Sum over samples, or, if the "
+                "objective also returns auxiliary output, drop that: lambda *a: fun(*a)[0]."
+            )
+        return value
+
+    return jax.grad(scalar)
+
+
+def _call(operator: Callable[..., Any], y: Any, hyperparams: Any) -> Any:
+    return operator(y) if hyperparams is None else operator(y, hyperparams)
+
+
+def _like(multipliers: Any, constraint: Any) -> Any:
+    """Multipliers in the containers and dtypes of the constraint that they belong to."""
+    leaves, values = jax.tree.leaves(multipliers), jax.tree.leaves(constraint)
+    got, expected = [jnp.shape(leaf) for leaf in leaves], [jnp.shape(value) for value in values]
+    if got != expected:
+        raise TypeError(
+            f"The multipliers have leaves of shapes {got} and their constraint returned shapes {expected}; they must be equal, one "
+            "multiplier for each constraint."
+        )
+    leaves = [jnp.asarray(leaf, dtype=value.dtype) for leaf, value in zip(leaves, values, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(constraint), leaves)
+
+
+def _triple(sol: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(sol, (tuple, list)) or len(sol) != 3:
+        raise TypeError(
+            f"A KKT condition was given a {type(sol).__name__} as the solution; it expects the triple (y, nu, lam) of the primal "
+            "variable, the multipliers of the equalities and those of the inequalities, None where there are none."
+        )
+    return sol[0], sol[1], sol[2]
+
+
+def _constraint(constraint: Callable[..., Any] | None, name: str) -> Callable[..., Any]:
+    if constraint is None:
+        raise TypeError(
+            f"The solution holds multipliers for `{name}`, but kkt was built without that constraint. Pass {name}=..., or "
+            "None in the multipliers' place."
+        )
+    return constraint
+
+
+def _with_signature(condition: Condition, fun: Callable[..., Any], second: str | None = None) -> Condition:
+    """Give the condition the arguments' names of `fun`, so that it can be called by keyword."""
+    try:
+        parameters = list(inspect.signature(getattr(fun, "subfun", fun)).parameters.values())
+    except (TypeError, ValueError):  # a builtin: the catch-all signature is right
+        return condition
+    if second is not None:
+        parameters.insert(1, inspect.Parameter(second, inspect.Parameter.POSITIONAL_OR_KEYWORD))
+    try:
+        condition.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    except ValueError:  # `fun` takes its variable through *args
+        pass
+    return condition

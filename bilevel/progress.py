@@ -1,0 +1,114 @@
+"""The progress bar: on a terminal, on stderr, through rich; anywhere else nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from bilevel.solution import History
+
+__all__ = ["Reporter", "reporter"]
+
+_SECONDS_BETWEEN_UPDATES = 0.1
+_METRICS_SHOWN = 3
+
+
+class Reporter(Protocol):
+    """What `reporter` gives: told after every chunk where the run stands."""
+
+    def update(self, done: int, history: History) -> None:
+        """`done` steps are taken, and this is the history so far."""
+        ...
+
+
+class _Silent:
+    def update(self, done: int, history: History) -> None:
+        pass
+
+
+class _Bar:
+    """A rich bar. Rich's own thread redraws it, so that the clock goes on while a chunk is compiled or runs."""
+
+    def __init__(self, progress: Any, task: Any) -> None:
+        self._progress, self._task = progress, task
+        self._due = 0.0
+        self._last: tuple[int, History] | None = None
+
+    def update(self, done: int, history: History) -> None:
+        self._last = done, history
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + _SECONDS_BETWEEN_UPDATES
+            self.show()
+
+    def show(self) -> None:
+        """Draw what the last update said."""
+        if self._last is not None:
+            done, history = self._last
+            self._progress.update(self._task, completed=done, metrics=_telling(history))
+
+
+def _telling(history: History) -> str:
+    """The newest of the most telling scalars: the user's own first, then the upper loss and the hypergradient's norm."""
+    names = list(history)
+    # The solver's quantities come after the user's and have an entry a step, the user's an entry now and then.
+    solvers = {name for name in names if len(history[name]) == len(history[names[-1]])}
+    first = [name for name in names if name not in solvers]
+    first += [name for name in ("upper_loss", "hypergradient_norm") if name in solvers]
+    shown = []
+    for name in dict.fromkeys((*first, *names)):
+        values = history[name]
+        if values.ndim == 1 and values.size and values.dtype.kind not in "cOSU":
+            shown.append(f"{name} {float(values[-1]):.4g}")
+    return "  ".join(shown[:_METRICS_SHOWN])
+
+
+@contextlib.contextmanager
+def reporter(total: int, done: int, show: bool | None) -> Iterator[Reporter]:
+    """A bar for a run of `total` steps of which `done` are taken; the terminal is clean again however the block ends.
+
+    Args:
+      total: steps of the whole run.
+      done: steps taken before (a resumed run).
+      show: True, False, or None: where stderr is a terminal. Without rich there is none.
+    """
+    if show is None:
+        show = sys.stderr is not None and sys.stderr.isatty()
+    if not show or importlib.util.find_spec("rich") is None:
+        yield _Silent()
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.speed:,.3g} steps/s" if task.speed else "compiling" if task.completed == done else "")
+
+    progress = Progress(
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        Speed(Column(no_wrap=True)),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[metrics]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        # In a notebook stderr is no terminal; a bar that was asked for is then plain text there, which needs no widgets.
+        console=Console(file=sys.stderr, force_jupyter=False),
+        refresh_per_second=4,
+        expand=True,
+        # What callbacks print stands above the bar, unless stdout goes elsewhere: then it must go there.
+        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+    )
+    with progress:
+        bar = _Bar(progress, progress.add_task("", total=total, completed=done, metrics=""))
+        try:
+            yield bar
+        finally:
+            bar.show()

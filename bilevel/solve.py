@@ -1,0 +1,363 @@
+"""The loop: `run` as a pure function, and `solve`, the host around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.data import StepKey, Stream, Streamed, as_step_key
+from bilevel.problem import Problem, ProblemError, as_variable
+from bilevel.solution import History, Result, Solution
+from bilevel.solvers.default import default_solver
+
+PyTree = Any
+
+__all__ = ["Event", "run", "solve"]
+
+logger = logging.getLogger("bilevel")
+
+# Steps that one call of the compiled loop can record; the loop's bounds are dynamic, so any number up to it is one program.
+_CAPACITY = 4096
+
+
+def run(problem: Problem, solver: Any, x0: PyTree, y0: PyTree, steps: int, key: Any = 0) -> tuple[Any, dict[str, jax.Array]]:
+    """`steps` outer iterations as a pure function, to be put under `jit`, `vmap` or `grad`.
+
+    The iterates are those of `solve` with the same key. Nothing is checked: `problem.validate(x0, y0)` does that.
+
+    Args:
+      problem: the problem; `vmap` over its data for many problems.
+      solver: the solver; `vmap` over its float hyperparameters for a sweep.
+      x0, y0: the start; `vmap` over them for a multi-start.
+      steps: static.
+      key: a seed or a PRNG key; `vmap` over keys for repetitions.
+
+    Returns:
+      `(state, metrics)`: the final state (`state.x`, `state.y`) and each metric stacked along a leading axis of `steps`.
+    """
+    if any(isinstance(d, Stream) for d in (problem.upper_data, problem.lower_data)):
+        raise ProblemError("run is pure and cannot read a Stream from the host: use solve, or arrays.")
+    base = as_step_key(key)
+    state = solver.init(problem, x0, y0, _step_key(base, 0))
+
+    def body(state: Any, k: jax.Array) -> Any:
+        return solver.step(problem, state, _step_key(base, k))
+
+    return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))
+
+
+def _step_key(base: StepKey, k: Any) -> StepKey:
+    return StepKey(base.base, jnp.asarray(k, jnp.uint32), base.stream)
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What a callback sees.
+
+    Attributes:
+      step: outer steps taken.
+      x, y: the variables now.
+      state: the solver's state now.
+      history: the history so far.
+    """
+
+    step: int
+    x: PyTree
+    y: PyTree
+    state: Any
+    history: History
+
+
+class _Static:
+    """A solver that is no pytree (a user's plain class), as a static part of the compiled loop."""
+
+    def __init__(self, solver: Any) -> None:
+        self.solver = solver
+
+
+jax.tree_util.register_pytree_node(_Static, lambda s: ((), s.solver), lambda solver, _: _Static(solver))
+
+
+def _as_argument(solver: Any) -> Any:
+    leaves = jax.tree.leaves(solver)
+    travels = len(leaves) != 1 or leaves[0] is not solver
+    if travels and all(isinstance(leaf, (float, int, np.ndarray, np.number, jax.Array)) for leaf in leaves):
+        return solver
+    return _Static(solver)
+
+
+def _unwrapped(solver: Any) -> Any:
+    return solver.solver if isinstance(solver, _Static) else solver
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "use_tol"))
+def _advance(
+    problem: Problem, solver: Any, state: Any, base: StepKey, start: Any, stop: Any, tol: Any, streamed: Any, capacity: int, use_tol: bool
+) -> Any:
+    """Steps start, ..., stop - 1 in one compiled loop with dynamic bounds, ended early by a status or a non-finite iterate.
+
+    Returns the state, the steps taken, the status, and the metrics in buffers of `capacity` rows.
+    """
+    solver = _unwrapped(solver)
+
+    def step(k: Any, state: Any) -> Any:
+        now = problem
+        for name, (items, draws) in streamed.items():
+            mine = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, (k - start) * draws.value, draws.value), items)
+            now = dataclasses.replace(now, **{name: Streamed(mine, draws.value)})
+        return solver.step(now, state, _step_key(base, k))
+
+    shapes = jax.eval_shape(step, start, state)[1]
+    buffers = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
+
+    def cond(carry: Any) -> Any:
+        k, _, _, status = carry
+        return (k < stop) & (status == 0)
+
+    def body(carry: Any) -> Any:
+        k, state, buffers, _ = carry
+        state, metrics = step(k, state)
+        buffers = jax.tree.map(lambda b, m: b.at[k - start].set(m), buffers, metrics)
+        status = jnp.zeros((), jnp.int32)
+        if use_tol:
+            status = jnp.asarray(solver.status(state, metrics, tol), jnp.int32)
+        finite = _finite((state.x, state.y, metrics))
+        return k + 1, state, buffers, jnp.where(finite, status, Result.DIVERGED.value)
+
+    k, state, buffers, status = jax.lax.while_loop(cond, body, (start, state, buffers, jnp.zeros((), jnp.int32)))
+    return state, k - start, status, buffers
+
+
+def _finite(tree: PyTree) -> jax.Array:
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)], jnp.asarray(True))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    value: int
+
+
+@functools.partial(jax.jit, static_argnames="functions")
+def _measure(functions: tuple[tuple[str, Callable[..., Any]], ...], x: PyTree, y: PyTree, data: dict[str, Any]) -> dict[str, jax.Array]:
+    return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions}
+
+
+def solve(
+    problem: Problem,
+    x0: PyTree,
+    y0: PyTree,
+    solver: Any = None,
+    *,
+    steps: int = 1000,
+    key: Any = 0,
+    tol: float | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    metrics_every: int | None = None,
+    callback: Callable[[Event], Any] | None = None,
+    callback_every: int | None = None,
+    checkpoint: Any = None,
+    checkpoint_every: int | None = None,
+    progress: bool | None = None,
+    chunk: int | None = None,
+) -> Solution:
+    """Solve a bilevel problem.
+
+    Args:
+      problem: the problem.
+      x0, y0: where to start: pytrees of floating-point arrays (they are copied). `x0=None`: a simple bilevel problem.
+      solver: one of `bilevel.solvers`, or any object with `init` and `step`. None: one is chosen from the problem and named, with
+        the reason, in the log (logger "bilevel") and in the solution.
+      steps: outer steps, those before a resume included.
+      key: a seed or a PRNG key. Step k uses `fold_in(key, k)`: the same key gives the same run, whatever the chunk size.
+      tol: stop as soon as the solver's own measure of stationarity (see its docstring) is at most this.
+      metrics: functions of (x, y) by name, or pairs `(function, data)` called as `function(x, y, data)` (data of any size
+        then stay out of the compiled program). Evaluated before the first step, every `metrics_every` steps, and at the end.
+      metrics_every: default: a hundred times in the run.
+      callback: called with an `Event` every `callback_every` steps (default: as `metrics_every`); returning True ends the run.
+      checkpoint: a directory. The run is saved there every `checkpoint_every` steps (default: twenty times in the run), and
+        goes on from the newest good checkpoint that it finds there, bit for bit as if it had not been interrupted.
+      progress: show a progress bar; None: on a terminal only.
+      chunk: the most steps to compile into one call; default: as many as fit a quarter of a second.
+
+    Returns:
+      A `Solution`. Ctrl-C returns what there is; a NaN or an infinity ends the run with the last finite iterate.
+
+    Raises:
+      ProblemError: the problem, the start or the solver's fit to it is wrong; before anything is compiled.
+      CheckpointError: the directory cannot be written, or holds a run of another problem, solver or data.
+    """
+    began = time.perf_counter()
+    for name, count in (("steps", steps), ("metrics_every", metrics_every), ("callback_every", callback_every), ("checkpoint_every", checkpoint_every), ("chunk", chunk)):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1):
+            raise ValueError(f"solve({name}={count!r}): a positive integer is needed.")
+    if tol is not None and not tol > 0:
+        raise ValueError(f"solve(tol={tol!r}): the tolerance is positive, or None to take all steps.")
+    if not isinstance(problem, Problem):
+        raise TypeError(f"solve takes a Problem first, not {type(problem).__name__}: Problem(upper=F, lower=f, ...).")
+    x, y = as_variable("x0", x0), as_variable("y0", y0)
+    problem.validate(x, y)
+    problem = jax.tree.map(jnp.asarray, problem)
+    reason = ""
+    if solver is None:
+        solver, reason = default_solver(problem, x, y)
+        logger.info("%s", reason)
+    if not (hasattr(solver, "init") and hasattr(solver, "step")):
+        raise TypeError(f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), such as solvers.AID().")
+    if tol is not None and not hasattr(solver, "status"):
+        raise ValueError(f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, metrics, tol).")
+
+    base = as_step_key(key)
+    metrics_every = metrics_every or max(1, math.ceil(steps / 100))
+    callback_every = callback_every or metrics_every
+    checkpoint_every = checkpoint_every or max(1, math.ceil(steps / 20))
+    measure = _Metrics(metrics or {})
+    streams = {name: data for name in ("upper_data", "lower_data") if isinstance(data := getattr(problem, name), Stream)}
+
+    def peeked() -> Problem:
+        """The problem with a stream's first items in place, for `init`."""
+        found = {}
+        for name, stream in streams.items():
+            items = stream.items()
+            first = [next(items) for _ in range(stream.draws)]
+            found[name] = Streamed(jax.tree.map(lambda *leaves: jnp.stack(leaves), *first), stream.draws)
+        return dataclasses.replace(problem, **found)
+
+    state = solver.init(peeked() if streams else problem, x, y, _step_key(base, 0))
+    for name in ("x", "y"):
+        if not hasattr(state, name):
+            raise TypeError(f"{type(solver).__name__}.init returned a {type(state).__name__} without the attribute {name}: a state has x and y.")
+
+    history, done = History(), 0
+    saver = None
+    if checkpoint is not None:
+        from bilevel.checkpoint import Checkpoints, fingerprint
+
+        saver = Checkpoints(checkpoint, fingerprint(problem, solver, x, y, base))
+        restored = saver.restore(state)
+        if restored is not None:
+            done, state, history = restored
+            logger.info("resumed from step %d", done)
+            if done > steps:
+                raise ValueError(f"solve(steps={steps}): the checkpoint is already at step {done}. Ask for more steps, or for another directory.")
+
+    from bilevel.progress import reporter
+
+    argument = _as_argument(solver)
+    prefetched = {name: stream.prefetched(done * stream.draws) for name, stream in streams.items()}
+    compiled_problem = dataclasses.replace(problem, **{name: None for name in streams})
+    capacity = min(_CAPACITY, chunk or _CAPACITY)
+    length = chunk or 1
+    result, why, saved = Result.MAX_STEPS, "", done if saver is not None and done else -1
+    if done == 0:
+        measure(history, 0, state)
+    with reporter(steps, done, progress) as bar:
+        try:
+            while done < steps and result is Result.MAX_STEPS:
+                stop = min(steps, done + min(length, capacity))
+                for every, active in ((metrics_every, measure.active), (callback_every, callback is not None), (checkpoint_every, saver is not None)):
+                    if active:
+                        stop = min(stop, done - done % every + every)
+                clock = time.perf_counter()
+                streamed = {name: (source.take((stop - done) * streams[name].draws), _Draws(streams[name].draws)) for name, source in prefetched.items()}
+                bounds = jnp.uint32(done), jnp.uint32(stop)
+                advance = functools.partial(_advance, compiled_problem, argument, tol=tol if tol is not None else 0.0, streamed=streamed, capacity=capacity, use_tol=tol is not None)
+                new, taken, status, buffers = advance(state, base, *bounds)
+                taken, status = int(taken), Result(int(status))
+                if status is Result.DIVERGED:
+                    why = _blame(new, buffers, done, taken)
+                    if taken > 1:
+                        new = advance(state, base, bounds[0], jnp.uint32(done + taken - 1))[0]
+                    else:
+                        new = state
+                _record(history, buffers, done, taken)
+                done += taken - (status is Result.DIVERGED)
+                state, result = new, status
+                elapsed = time.perf_counter() - clock
+                if chunk is None and stop - done <= 0:
+                    length = _next_length(length, taken, elapsed)
+                if measure.active and (done % metrics_every == 0 or done == steps or result is not Result.MAX_STEPS):
+                    measure(history, done, state)
+                bar.update(done, history)
+                if callback is not None and done % callback_every == 0 and callback(Event(done, state.x, state.y, state, history)) is True and result is Result.MAX_STEPS:
+                    result = Result.STOPPED
+                if saver is not None and result is not Result.DIVERGED and (done % checkpoint_every == 0 or done == steps or result is not Result.MAX_STEPS):
+                    saver.save(done, state, history)
+                    saved = done
+        except KeyboardInterrupt:
+            result = Result.INTERRUPTED
+            if saver is not None and saved != done:
+                saver.save(done, state, history)
+        finally:
+            for source in prefetched.values():
+                source.close()
+            if saver is not None:
+                saver.close()
+    reason = " ".join(part for part in (reason, why) if part)
+    if why:
+        logger.warning("%s", why)
+    return Solution(state.x, state.y, result, history, state, done, time.perf_counter() - began, solver, reason)
+
+
+def _next_length(length: int, taken: int, elapsed: float) -> int:
+    """Chunk lengths in powers of two that approach a quarter of a second a chunk; results do not depend on them."""
+    if elapsed < 0.06:
+        return min(length * 4, _CAPACITY)
+    if elapsed < 0.125:
+        return min(length * 2, _CAPACITY)
+    return max(length // 2, 1) if elapsed > 0.5 and taken > 1 else length
+
+
+def _record(history: History, buffers: dict[str, jax.Array], done: int, taken: int) -> None:
+    steps = np.arange(done, done + taken)
+    for name, buffer in buffers.items():
+        history.extend(name, steps, np.asarray(buffer)[:taken].copy())
+
+
+def _blame(state: Any, buffers: dict[str, jax.Array], done: int, taken: int) -> str:
+    """Which quantity broke first, and what to try."""
+    broken = [name for name, buffer in buffers.items() if not np.isfinite(np.asarray(buffer)[taken - 1]).all()]
+    for name in ("y", "x"):
+        if not bool(_finite(getattr(state, name))):
+            broken.append(name)
+    first = broken[0] if broken else "x"
+    cure = {
+        "x": "lower the upper step size or clip its gradient (optax.clip_by_global_norm)",
+        "y": "lower the lower level's step size",
+    }.get(first, "lower the step sizes, the lower level's first")
+    return f"Step {done + taken - 1} made {', '.join(broken)} non-finite ({first} first): {cure}; diagnostics.check shows the curvature at the start."
+
+
+class _Metrics:
+    """The user's metrics, evaluated in one compiled call."""
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        functions, data = [], {}
+        for name, entry in metrics.items():
+            if isinstance(entry, tuple):
+                if len(entry) != 2 or not callable(entry[0]):
+                    raise TypeError(f"metrics[{name!r}]: give a function of (x, y), or a pair (function, data) for function(x, y, data).")
+                entry, data[name] = entry[0], jax.tree.map(jnp.asarray, entry[1])
+            elif not callable(entry):
+                raise TypeError(f"metrics[{name!r}] is a {type(entry).__name__}: give a function of (x, y), or a pair (function, data).")
+            functions.append((name, entry))
+        self.functions, self.data = tuple(functions), data
+
+    @property
+    def active(self) -> bool:
+        return bool(self.functions)
+
+    def __call__(self, history: History, step: int, state: Any) -> None:
+        if not self.functions or (self.functions[0][0] in history and history.steps[self.functions[0][0]][-1] == step):
+            return
+        for name, value in _measure(self.functions, state.x, state.y, self.data).items():
+            history.extend(name, np.asarray([step]), np.asarray(value)[None])

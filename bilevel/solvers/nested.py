@@ -1,0 +1,197 @@
+"""Nested methods: approximate y*(x), estimate the hypergradient, take an upper step."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel import derivatives, hypergradients, linear
+from bilevel._module import hyperparameters, state
+from bilevel.hypergradients import Implicit, Unrolled
+from bilevel.lower import LBFGS, GradientDescent, Inner, LowerState, as_lower_solver, as_optimizer, check_optimizer
+from bilevel.problem import Level, Problem
+from bilevel.solution import Result
+from bilevel.solvers._base import PyTree, refuse
+
+
+@state
+class NestedState:
+    """x and y; the lower solver's, the estimator's and the upper optimiser's memories; the start of cold lower solves."""
+
+    x: PyTree
+    y: PyTree
+    memory: PyTree
+    carry: PyTree
+    upper: PyTree
+    start: PyTree
+
+
+@hyperparameters
+class HypergradientDescent:
+    """Descent on h(x) = F(x, y*(x)) with an estimated hypergradient.
+
+        y_{k+1}  = lower_solver(x_k, y_k)
+        x_{k+1}  = project_upper(x_k + upper_optimizer(hypergradient(x_k, y_{k+1})))
+
+    Attributes:
+      hypergradient: an estimator of `bilevel.hypergradients`.
+      lower_solver: anything that `lower.as_lower_solver` accepts.
+      upper_optimizer: an optax rule or a step size. Rules with a line search (`optax.lbfgs()`) are given h and its
+        estimated gradient; they suit full batches.
+      warm_start: start each lower solve at the last y (and its optimiser's moments); False: at y0 every time, as in
+        meta-learning.
+
+    Metrics: `upper_loss`, `hypergradient_norm` (with a projection |x - project(x - gradient)|), and the estimator's
+    (`lower_residual` = |f_y|, `linear_residual`, `linear_iterations`). With a tolerance a run has converged when both
+    `hypergradient_norm` and `lower_residual` are at most tol.
+    """
+
+    hypergradient: Any = Implicit()
+    lower_solver: Any = GradientDescent()
+    upper_optimizer: float | optax.GradientTransformation = 0.01
+    warm_start: bool = True
+
+    def __post_init__(self) -> None:
+        check_optimizer("HypergradientDescent", "upper_optimizer", self.upper_optimizer)
+        as_lower_solver(self.lower_solver)
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> NestedState:
+        """The state before the first step."""
+        refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower"))
+        lower_state = as_lower_solver(self.lower_solver).init(y)
+        carry = self.hypergradient.init(problem.draw_lower(key), x, y)
+        return NestedState(x, y, lower_state.memory, carry, as_optimizer(self.upper_optimizer).init(x), None if self.warm_start else y)
+
+    def step(self, problem: Problem, state: NestedState, key: Any) -> tuple[NestedState, dict[str, jax.Array]]:
+        """One outer iteration."""
+        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        solver = as_lower_solver(self.lower_solver)
+        inner = Inner(solver, lower)
+        start = LowerState(state.y, state.memory) if self.warm_start else solver.init(state.start)
+
+        estimate = self.hypergradient(upper, lower, inner, state.x, start, state.carry)
+        found, gradient = estimate.lower, estimate.gradient
+
+        def objective(x: PyTree) -> jax.Array:
+            return _with_gradient(lambda x: self.hypergradient(upper, lower, inner, x, found, estimate.carry), x)
+
+        updates, memory = as_optimizer(self.upper_optimizer).update(
+            gradient, state.upper, state.x, value=estimate.value, grad=gradient, value_fn=objective
+        )
+        x = optax.apply_updates(state.x, updates)
+        if problem.project_upper is not None:
+            x = problem.project_upper(x)
+        metrics = {
+            "upper_loss": estimate.value,
+            "hypergradient_norm": stationarity(upper, state.x, gradient),
+            **estimate.metrics,
+        }
+        return NestedState(x, found.y, found.memory, estimate.carry, memory, state.start), metrics
+
+    def status(self, state: NestedState, metrics: dict[str, jax.Array], tol: Any) -> jax.Array:
+        """CONVERGED where the hypergradient and the lower level's residual are within the tolerance."""
+        worst = jnp.maximum(metrics["hypergradient_norm"], metrics.get("lower_residual", jnp.zeros(())))
+        return jnp.where(worst <= tol, Result.CONVERGED.value, 0)
+
+
+def stationarity(level: Level, x: PyTree, gradient: PyTree) -> jax.Array:
+    """|gradient|, or with a projection the length of the projected step |x - project(x - gradient)|."""
+    if level.project is None:
+        return derivatives.norm(gradient)
+    return derivatives.norm(optax.tree.sub(x, level.project(optax.tree.sub(x, gradient))))
+
+
+def _with_gradient(estimate: Any, x: PyTree) -> jax.Array:
+    """estimate(x).value as a function of x whose derivative is estimate(x).gradient (for line searches)."""
+
+    @jax.custom_jvp
+    def value(x: PyTree) -> jax.Array:
+        return estimate(x).value
+
+    @value.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        found = jax.lax.stop_gradient(estimate(primals[0]))
+        return found.value, optax.tree.vdot(found.gradient, tangents[0])
+
+    return value(x)
+
+
+@functools.cache
+def _upper_lbfgs() -> optax.GradientTransformation:
+    return optax.lbfgs()
+
+
+def AID(
+    lower_solver: Any = None,
+    upper_optimizer: Any = None,
+    linear_solver: Any = None,
+) -> HypergradientDescent:
+    """Approximate implicit differentiation: a lower solve, a warm-started linear solve, an upper step.
+
+    Defaults: `LBFGS(100, tol=1e-6)` for the lower level, L-BFGS with line search for the upper one, `linear.CG(tol=1e-6)`
+    (`linear.GMRES()` with a projection or prox on the lower level): no step size to choose, for full batches.
+
+    References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation", ICML 2020.
+    """
+    return HypergradientDescent(
+        Implicit(linear_solver),
+        LBFGS() if lower_solver is None else lower_solver,
+        _upper_lbfgs() if upper_optimizer is None else upper_optimizer,
+    )
+
+
+def ITD(lower_steps: int = 100, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, warm_start: bool = False) -> HypergradientDescent:
+    """Iterative differentiation: backpropagation through all `lower_steps` steps from y0.
+
+    Reference: Franceschi et al., ICML 2017.
+    """
+    return HypergradientDescent(Unrolled(), GradientDescent(lower_optimizer, lower_steps), upper_optimizer, warm_start)
+
+
+def TruncatedITD(
+    lower_steps: int = 100, last: int = 10, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, warm_start: bool = True
+) -> HypergradientDescent:
+    """Iterative differentiation through the last `last` of `lower_steps` steps.
+
+    Reference: Shaban et al., AISTATS 2019.
+    """
+    return HypergradientDescent(Unrolled(last=last), GradientDescent(lower_optimizer, lower_steps), upper_optimizer, warm_start)
+
+
+def OneStep(lower_steps: int = 10, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01) -> HypergradientDescent:
+    """Descent along the one-step hypergradient: `lower_steps` steps, of which the last is differentiated.
+
+    Reference: Bolte, Pauwels, Vaiter, NeurIPS 2023.
+    """
+    return HypergradientDescent(hypergradients.OneStep(), GradientDescent(lower_optimizer, lower_steps), upper_optimizer)
+
+
+def T1T2(lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, scale: float = 1.0) -> HypergradientDescent:
+    """One lower step and one upper step in turn, the inverse Hessian replaced by `scale` times the identity.
+
+        y <- y - eta f_y(x, y),    x <- x - beta (F_x - scale f_xy F_y)
+
+    Reference: Luketina et al., "Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters", ICML 2016
+    (which takes scale = 1, the lower step being absorbed in the upper one).
+    """
+    return HypergradientDescent(Implicit(linear.Identity(scale)), GradientDescent(lower_optimizer, 1), upper_optimizer)
+
+
+def IMAML(lower_steps: int = 16, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.001, cg_steps: int = 5) -> HypergradientDescent:
+    """Implicit MAML: each task starts at the meta-parameters x and is held near them; the hypergradient by `cg_steps` of CG.
+
+    The lower loss is the sum over tasks of loss_i(y_i) + (lam/2) |y_i - x|^2, which the user states (with `vmap` over tasks, y
+    stacked along a leading axis); each lower solve starts at y_i = x.
+
+    Reference: Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019.
+    """
+    solver = GradientDescent(lower_optimizer, lower_steps, start=_start_at_upper)
+    return HypergradientDescent(Implicit(linear.CG(tol=None, max_steps=cg_steps, warm_start=False)), solver, upper_optimizer)
+
+
+def _start_at_upper(x: PyTree, y: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape).astype(y.dtype), x, y)
