@@ -1,8 +1,9 @@
 """Checkpoints: a run that was killed goes on bit for bit as if it had not been.
 
-A checkpoint is an orbax directory `step_<n>` inside the run's directory: `arrays` holds the leaves of the solver's state and the
-history, `meta` (JSON) the step, the run's fingerprint, and the name, shape, dtype and checksum of each leaf. Orbax writes
-beside it and renames, so that a process killed at any moment leaves the older checkpoints as they were.
+A checkpoint is a directory `step_<n>` inside the run's directory. Its `arrays` is an orbax checkpoint with the leaves
+of the solver's state and the history; its `run.json` has the run's fingerprint, the name, shape and dtype of each leaf,
+and the size and checksum of each of orbax's files. It is written under another name and renamed when it is whole, so
+that a process killed at any moment leaves the older checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import json
 import logging
 import os
 import re
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel.data import SOURCES, Minibatches, Sampler, StepKey, Stream
+from bilevel.data import SOURCES, Clients, Minibatches, Sampler, StepKey, Stream
 from bilevel.problem import Problem
 from bilevel.solution import History
 
@@ -45,7 +47,7 @@ class CheckpointError(ValueError):
 
 
 def fingerprint(problem: Problem, solver: Any, x: PyTree, y: PyTree, base: StepKey) -> dict[str, str]:
-    """What makes a run this run: equal for the start and its resumption, different for another problem, solver, data or key.
+    """What makes a run this run: equal at its start and resumption, different for another problem, solver, data or key.
 
     Args:
       problem: its functions go in by qualified name and by what they close over (not by their code), its data by kind,
@@ -55,10 +57,10 @@ def fingerprint(problem: Problem, solver: Any, x: PyTree, y: PyTree, base: StepK
       base: the run's key.
 
     Returns:
-      A dictionary that JSON can hold. The number of steps, the tolerance and the metrics are not in it. What stands under
-      `_ADVISORY` is only warned of when it differs.
+      A dictionary that JSON can hold. The number of steps, the tolerance and the metrics are not in it. What
+      `_ADVISORY` lists is only warned of when it differs.
     """
-    found = {"package": _package_version(), "solver": _type_name(solver)}
+    found = {"package": _package_version(), "solver": _name(type(solver))}
     found |= _describe_fields("solver", solver)
     found["key"] = (
         f"{jax.random.key_impl(base.base)} {jax.random.key_data(base.base).tolist()}, "
@@ -98,9 +100,9 @@ def _package_version() -> str:
         return "unknown"
 
 
-def _type_name(value: Any) -> str:
-    cls = value if isinstance(value, type) else type(value)
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _name(fn_or_type: Any) -> str:
+    """The qualified name without the module, so that a script and a notebook that imports it are the same run."""
+    return fn_or_type.__qualname__
 
 
 def _describe_fields(name: str, value: Any) -> dict[str, str]:
@@ -112,7 +114,7 @@ def _describe_fields(name: str, value: Any) -> dict[str, str]:
         fields = dict(getattr(value, "__dict__", {}))
     for field, inner in fields.items():
         if getattr(type(inner), "__bilevel_hyperparameters__", False):
-            found[f"{name}.{field}"] = _type_name(inner)
+            found[f"{name}.{field}"] = _name(type(inner))
             found |= _describe_fields(f"{name}.{field}", inner)
         else:
             found[f"{name}.{field}"] = _describe(inner)
@@ -140,32 +142,30 @@ def _describe(value: Any, above: tuple[int, ...] = ()) -> str:
     if isinstance(value, types.MethodType):
         return f"{inner(value.__self__)}.{value.__name__}"
     if isinstance(value, types.FunctionType):
-        kept = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        parts = [inner(v) for v in kept]
+        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        parts = [inner(v) for v in defaults if v is not None]
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             try:
                 parts.append(f"{name}={inner(cell.cell_contents)}")
             except ValueError:  # not yet filled
                 continue
-        return f"{value.__module__}.{value.__qualname__}" + (f"[{', '.join(parts)}]" if parts else "")
+        return _name(value) + (f"[{', '.join(parts)}]" if parts else "")
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         parts = [f"{k}={inner(v)}" for k, v in zip(value._fields, value, strict=True)]
-        return f"{type(value).__qualname__}({', '.join(parts)})"
+        return f"{_name(type(value))}({', '.join(parts)})"
     if isinstance(value, (tuple, list)):
         return f"({', '.join(inner(v) for v in value)})"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{k!r}: {inner(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{inner(k)}: {inner(v)}' for k, v in value.items())}}}"
     if isinstance(value, (set, frozenset)):
         return f"{{{', '.join(sorted(inner(v) for v in value))}}}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
-        return f"{_type_name(value)}({', '.join(f'{k}={inner(v)}' for k, v in fields.items())})"
+        return f"{_name(type(value))}({', '.join(f'{k}={inner(v)}' for k, v in fields.items())})"
     wrapped = getattr(value, "__wrapped__", None)  # jax.jit and its like
     if wrapped is not None:
         return inner(wrapped)
-    if hasattr(value, "__qualname__"):
-        return f"{getattr(value, '__module__', '')}.{value.__qualname__}"
-    return _type_name(value)
+    return _name(value if hasattr(value, "__qualname__") else type(value))
 
 
 def _describe_data(name: str, data: Any) -> dict[str, str]:
@@ -175,7 +175,7 @@ def _describe_data(name: str, data: Any) -> dict[str, str]:
         if callable(source) or not hasattr(source, "__next__"):  # reading from an iterator would use it up
             for path, leaf in jax.tree_util.tree_leaves_with_path(next(data.items())):
                 where = name + jax.tree_util.keystr(path)
-                found[where] = f"items {_shape(leaf)}"
+                found[f"{where} array"] = _shape(leaf)
                 found[f"first item of {where}"] = _checksum(leaf)
         return found
     kind = "arrays" if data is not None else "None"
@@ -187,7 +187,7 @@ def _describe_data(name: str, data: Any) -> dict[str, str]:
             kind += f"(size={data.size}, replace={data.replace}, blocks={data.blocks})"
         elif isinstance(data, Sampler):
             kind += f"({_describe(data.fn)})"
-        elif hasattr(data, "counts"):
+        elif isinstance(data, Clients):
             kind += f"({len(data.counts)} clients, size={data.size}, counts {_checksum(data.counts)})"
     found = {name: kind}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
@@ -207,7 +207,6 @@ def _global(leaf: Any) -> np.ndarray:
     With several processes this is where the pieces of the others come in (`multihost_utils.process_allgather`), one
     process then writes; what is written is the global array, so that any other number of processes can read it.
     """
-    # Neither `asarray` nor `array(..., copy=False)` may cast: float64 and bfloat16 stay what they are.
     return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
@@ -217,16 +216,18 @@ def _shape(leaf: Any) -> str:
 
 def _checksum(leaf: Any) -> str:
     array = np.ascontiguousarray(_global(leaf))
-    return f"crc32:{zlib.crc32(array.view(np.uint8) if array.size else b''):08x}"
+    return f"crc32:{zlib.crc32(array.reshape(-1).view(np.uint8).data):08x}"
+
+
+def _file_checksum(path: Path) -> str:
+    content = path.read_bytes()
+    return f"{len(content)} bytes, crc32:{zlib.crc32(content):08x}"
 
 
 def _differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
     """What makes the other run a foreign one, as clauses; warnings of lesser things go to the log."""
     if then.get("solver") != now["solver"]:
-        old, new = str(then.get("solver")), now["solver"]
-        if old.rpartition(".")[2] != new.rpartition(".")[2]:
-            old, new = old.rpartition(".")[2], new.rpartition(".")[2]
-        return [f"it was made with {old}, this run uses {new}"]
+        return [f"it was made with the solver {then.get('solver')}, this run uses {now['solver']}"]
     found = []
     for name in dict.fromkeys((*now, *then)):
         old, new = then.get(name), now.get(name)
@@ -238,24 +239,29 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
             if text is not None and old is not None and new is not None:
                 logger.warning("%s", text.format(name=name.removeprefix(prefix)))
         elif name.endswith(" contents"):
-            # Where the array is another one altogether, its shape says so already.
-            if old is not None and new is not None and f"{name[:-9]} array" in now and then.get(f"{name[:-9]} array") == now[f"{name[:-9]} array"]:
-                found.append(f"{name[:-9]} has changed: its contents have another checksum ({old}, now {new})")
+            array = name.removesuffix(" contents")
+            if then.get(f"{array} array") == now.get(f"{array} array"):  # else its shape says so already
+                found.append(f"{array} has changed: the checksum of its contents was {old}, is now {new}")
         else:
-            found.append(f"{name.removesuffix(' array')} was {_short(old)}, is now {_short(new)}")
+            old, new = ("absent" if text is None else text for text in (old, new))
+            same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+            start = max(0, same - 30)
+            found.append(f"{name.removesuffix(' array')} was {_excerpt(old, start)}, is now {_excerpt(new, start)}")
     return found
 
 
-def _short(text: str | None) -> str:
-    if text is None:
-        return "absent"
-    return text if len(text) <= 300 else f"{text[:290]}... ({zlib.crc32(text.encode()):08x})"
+def _excerpt(text: str, start: int) -> str:
+    """The text, or of a long one (an optax chain) what stands where it differs from the other."""
+    if len(text) <= 100:
+        return text
+    return ("..." if start else "") + text[start : start + 100] + ("..." if start + 100 < len(text) else "")
 
 
 # ---------------------------------------------------------------- the directory
 
 _STEP = re.compile(r"step_(\d+)")
-_LEFTOVER = re.compile(r"step_\d+\..*tmp.*|trash_.*")
+_LEFTOVER = re.compile(r"(writing|trash)_.*")
+_DESCRIPTION = "run.json"
 
 
 class Checkpoints:
@@ -285,7 +291,9 @@ class Checkpoints:
                 pass
             self._sweep()
         except OSError as error:
-            raise CheckpointError(f"checkpoint={str(self.path)!r} cannot be written ({error.strerror or error}). {cure}") from error
+            raise CheckpointError(
+                f"checkpoint={str(self.path)!r} cannot be written ({error.strerror or error}). {cure}"
+            ) from error
 
     def restore(self, template: Any) -> tuple[int, Any, History] | None:
         """The newest good checkpoint.
@@ -303,14 +311,13 @@ class Checkpoints:
         for step in reversed(found):
             path = self.path / f"step_{step}"
             try:
-                meta = self._meta(path)
+                meta = self._description(path)
                 foreign = _differences(meta["fingerprint"], self.fingerprint)
                 if foreign:
                     break
-                arrays = self._arrays(path, meta)
+                arrays = self._arrays(path, meta["leaves"])
             except Exception as error:  # whatever a half-written or half-copied directory can raise
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                logger.warning("the checkpoint %s is torn and was skipped (%s)", path, reason[:300])
+                logger.warning("the checkpoint %s is torn and was skipped: %s", path, str(error)[:300])
                 self._torn.add(step)
                 continue
             return step, self._state(path, meta, arrays, template), self._history(meta, arrays)
@@ -318,34 +325,50 @@ class Checkpoints:
             if not found:
                 return None
             raise CheckpointError(
-                f"All checkpoints in {str(self.path)!r} are torn (steps {', '.join(map(str, found))}; the log says how). "
-                "Delete the directory to start afresh, or give another one."
+                f"All checkpoints in {str(self.path)!r} are torn (steps {', '.join(map(str, found))}; the log says "
+                "how). Delete the directory to start afresh, or give another one."
             )
         listed = "; ".join(foreign[:6]) + (f"; and {len(foreign) - 6} more" if len(foreign) > 6 else "")
-        raise CheckpointError(f"The checkpoint {str(path)!r} is of another run: {listed}. Give another directory, or delete this one.")
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} is of another run: {listed}. Give another directory, or delete this one."
+        )
 
     def save(self, step: int, state: Any, history: History) -> None:
         """Write a checkpoint (returns when it is on the disk), then drop all but the newest `keep`."""
         import orbax.checkpoint as ocp
 
-        leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
-        named = [("state", name, _global(leaf)) for name, leaf in leaves]
+        named = [
+            ("state", jax.tree_util.keystr(path), _global(leaf))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        ]
         steps = history.steps
         for name in history:
             named += [("history", name, history[name]), ("steps", name, steps[name])]
-        described = [
-            {"part": part, "name": name, "shape": list(a.shape), "dtype": str(a.dtype), "checksum": _checksum(a)} for part, name, a in named
-        ]
         # Orbax takes no array without elements: their shape, in the description, is all there is to keep.
         arrays = {str(i): a for i, (_, _, a) in enumerate(named) if a.size}
-        meta = {"format": 1, "step": int(step), "fingerprint": self.fingerprint, "leaves": described}
 
         self._sweep()  # of a save that was interrupted
+        writing = Path(tempfile.mkdtemp(prefix="writing_", dir=self.path)) / f"step_{step}"
+        writing.mkdir()
+        if arrays:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+                writer.save(writing / "arrays", args=ocp.args.PyTreeSave(arrays))
+        description = {
+            "step": int(step),
+            "fingerprint": self.fingerprint,
+            "leaves": [
+                {"part": part, "name": name, "shape": list(a.shape), "dtype": str(a.dtype)} for part, name, a in named
+            ],
+            "files": {
+                str(f.relative_to(writing)): _file_checksum(f) for f in sorted(writing.rglob("*")) if f.is_file()
+            },
+        }
+        text = json.dumps(description, indent=1)
+        (writing / _DESCRIPTION).write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
         path = self.path / f"step_{step}"
         self._discard(path)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-            items = {"meta": ocp.args.JsonSave(meta)} | ({"arrays": ocp.args.PyTreeSave(arrays)} if arrays else {})
-            writer.save(path, ocp.args.Composite(**items))
+        writing.rename(path)
+        writing.parent.rmdir()
         self._torn.discard(step)
         for old in [s for s in self._found() if s not in self._torn][: -self.keep]:
             self._discard(self.path / f"step_{old}")
@@ -369,44 +392,51 @@ class Checkpoints:
             path.rename(trash / path.name)
             shutil.rmtree(trash, ignore_errors=True)
 
-    def _meta(self, path: Path) -> dict[str, Any]:
+    def _description(self, path: Path) -> dict[str, Any]:
+        """What `run.json` says; an error where it or a file that it lists is not as it was written."""
+        checksum, _, text = (path / _DESCRIPTION).read_text(errors="replace").rstrip("\n").partition("\n")
+        if checksum != f"{zlib.crc32(text.encode()):08x}":
+            raise ValueError(f"{_DESCRIPTION} does not have the checksum it was written with")
+        description = json.loads(text)
+        for name, written in description["files"].items():
+            if not (path / name).is_file():
+                raise ValueError(f"{name} is missing")
+            found = _file_checksum(path / name)
+            if found != written:
+                raise ValueError(f"{name} has {found}, it was written with {written}")
+        return description
+
+    def _arrays(self, path: Path, leaves: list[dict[str, Any]]) -> list[np.ndarray]:
         import orbax.checkpoint as ocp
 
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            meta = reader.restore(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if not isinstance(meta, dict) or not {"fingerprint", "leaves", "step"} <= meta.keys():
-            raise ValueError("its description is missing")
-        return meta
-
-    def _arrays(self, path: Path, meta: dict[str, Any]) -> list[np.ndarray]:
-        import orbax.checkpoint as ocp
-
-        stored = [str(i) for i, leaf in enumerate(meta["leaves"]) if 0 not in leaf["shape"]]
+        stored = [str(i) for i, leaf in enumerate(leaves) if 0 not in leaf["shape"]]
         read: dict[str, Any] = {}
         if stored:
             how = ocp.args.PyTreeRestore(restore_args={i: ocp.RestoreArgs(restore_type=np.ndarray) for i in stored})
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-                read = reader.restore(path, ocp.args.Composite(arrays=how))["arrays"]
-        arrays = []
-        for i, leaf in enumerate(meta["leaves"]):
-            array = read[str(i)] if str(i) in read else np.zeros(leaf["shape"], jnp.dtype(leaf["dtype"]))
-            if str(array.dtype) != leaf["dtype"] or _checksum(array) != leaf["checksum"]:
-                raise ValueError(f"{leaf['part']}{leaf['name']} does not have the checksum it was written with")
-            arrays.append(array.reshape(leaf["shape"]))
-        return arrays
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                read = reader.restore(path / "arrays", args=how)
+        return [
+            read[str(i)] if str(i) in read else np.zeros(leaf["shape"], jnp.dtype(leaf["dtype"]))
+            for i, leaf in enumerate(leaves)
+        ]
 
     def _state(self, path: Path, meta: dict[str, Any], arrays: list[np.ndarray], template: Any) -> Any:
-        stored = {leaf["name"]: array for leaf, array in zip(meta["leaves"], arrays, strict=True) if leaf["part"] == "state"}
+        stored = {
+            leaf["name"]: array for leaf, array in zip(meta["leaves"], arrays, strict=True) if leaf["part"] == "state"
+        }
         paths, structure = jax.tree_util.tree_flatten_with_path(template)
         wanted = {jax.tree_util.keystr(where): leaf for where, leaf in paths}
         then = {name: _shape(array) for name, array in stored.items()}
         now = {name: _shape(_global(leaf)) for name, leaf in wanted.items()}
         if then != now:
             differing = [n for n in dict.fromkeys((*now, *then)) if then.get(n) != now.get(n)]
-            listed = "; ".join(f"state{n} was {then.get(n, 'absent')}, is now {now.get(n, 'absent')}" for n in differing[:6])
+            listed = "; ".join(
+                f"state{n} was {then.get(n, 'absent')}, is now {now.get(n, 'absent')}" for n in differing[:6]
+            )
             raise CheckpointError(
-                f"The checkpoint {str(path)!r} holds a state of another form: {listed}. It was written by bilevel "
-                f"{meta['fingerprint'].get('package')}, this is {self.fingerprint.get('package')}. Give another directory, or delete this one."
+                f"The checkpoint {str(path)!r} holds a state of another form: {listed}. It was written by "
+                f"bilevel {meta['fingerprint'].get('package')}, this is {self.fingerprint.get('package')}. "
+                "Give another directory, or delete this one."
             )
         return jax.tree_util.tree_unflatten(structure, [_placed(stored[name], leaf) for name, leaf in wanted.items()])
 
@@ -420,7 +450,11 @@ class Checkpoints:
 def _placed(array: np.ndarray, like: Any) -> Any:
     """The array as the template's leaf is: its type, and on its devices."""
     if isinstance(like, jax.Array):
-        value = jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if _is_key(like) else jnp.asarray(array)
+        value = (
+            jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
+            if _is_key(like)
+            else jnp.asarray(array)
+        )
         return jax.device_put(value, like.sharding) if like.committed else value
     if isinstance(like, np.ndarray):
         return array

@@ -21,7 +21,7 @@ from bilevel._module import state
 
 PyTree = Any
 
-__all__ = ["Clients", "Minibatches", "Sampler", "StepKey", "Stream", "as_step_key", "permute"]
+__all__ = ["Agents", "Clients", "Minibatches", "Sampler", "StepKey", "Stream", "as_step_key", "permute"]
 
 
 @state
@@ -72,41 +72,36 @@ def _mix(h: jax.Array) -> jax.Array:
     return h ^ (h >> 16)
 
 
-_ROUNDS = 6
+_ROUNDS = 12
 
 
 def permute(i: Any, n: Any, seed: jax.Array) -> jax.Array:
     """The image of `i` under a keyed permutation of 0, ..., n-1, computed without the other n-1 images.
 
-    A Feistel network on pairs (l, r) of 0..a-1 with a = ceil(sqrt n): six rounds of (l, r) -> (r, l + hash(r) mod a), each a
-    bijection. It permutes 0..a^2-1; the few images that are n or more (about 2/sqrt(n) of them) are sent through
-    again until they fall below n, which keeps it a bijection of 0..n-1.
+    A random rotation, then twelve rounds of swap-or-not: each pairs i with k - i mod n for a random k, and swaps the two or
+    not by a hashed coin, which depends on the pair alone. Every round is a bijection of 0..n-1 for any n, without a table,
+    a loop or a branch: XLA makes one kernel of it. A single image is uniform thanks to the rotation, and two images are
+    independent but for about 2^-12.
 
     Args:
       i: integer array of indices in 0..n-1.
-      n: number of elements, below 2^32; may be traced.
+      n: number of elements, below 2^31; may be traced.
       seed: uint32 scalar.
 
-    Reference: Black, Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
+    Reference: Hoang, Morris, Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012.
     """
-    if isinstance(n, (int, np.integer)):
-        root = jnp.uint32(math.isqrt(int(n) - 1) + 1)
-    else:
-        root = jnp.maximum(jnp.sqrt(jnp.asarray(n, jnp.float32)).astype(jnp.uint32), 2) - 1
-        for _ in range(3):
-            root = root + (root * root < jnp.asarray(n, jnp.uint32))
     n = jnp.asarray(n, jnp.uint32)
-    keys = _mix(seed + jnp.uint32(0x9E3779B9) * jnp.arange(1, _ROUNDS + 1, dtype=jnp.uint32))
 
-    def network(i: jax.Array) -> jax.Array:
-        left, right = i // root, i % root
-        for r in range(_ROUNDS):
-            hashed = ((_mix(right ^ keys[r]) >> 16) * root) >> 16
-            left, right = right, jnp.where(left + hashed < root, left + hashed, left + hashed - root)
-        return left * root + right
+    def reflected(i: jax.Array, k: jax.Array) -> jax.Array:
+        return jnp.where(i <= k, k - i, k + n - i)
 
-    i = network(jnp.asarray(i, jnp.uint32))
-    i = jax.lax.while_loop(lambda i: jnp.any(i >= n), lambda i: jnp.where(i >= n, network(i), i), i)
+    i = reflected(jnp.asarray(i, jnp.uint32), _mix(seed) % n)
+    for r in range(1, _ROUNDS + 1):
+        key = _mix(seed + jnp.uint32(0x9E3779B9 * r % 2**32))
+        other = reflected(i, key % n)
+        coin = (jnp.maximum(i, other) ^ key) * jnp.uint32(0x7FEB352D)
+        coin = ((coin ^ (coin >> 15)) * jnp.uint32(0x846CA68B)) >> 31
+        i = jnp.where(coin == 1, other, i)
     return i.astype(jnp.int32)
 
 
@@ -445,4 +440,94 @@ class Streamed:
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), self.items)
 
 
-SOURCES = (Minibatches, Sampler, Clients, Stream, Streamed)
+@jax.tree_util.register_pytree_node_class
+class Agents:
+    """One data set per agent, all of one size: arrays with two leading axes, (agents, samples, ...).
+
+    Decentralised and federated solvers hand each agent its own samples; an axis sharded over a mesh puts each agent's on its
+    own device. To a centralised solver this is the pooled data set. For unequal sizes: `Clients`.
+
+    Args:
+      arrays: pytree of arrays (agents, samples, ...).
+      size: samples per agent and batch, drawn without replacement within an epoch of that agent; None for full batches.
+    """
+
+    def __init__(self, arrays: PyTree, size: int | None = None) -> None:
+        sample_count(arrays, "Agents' arrays (agents, samples, ...)")
+        n = sample_count(jax.tree.map(lambda a: np.empty(np.shape(a)[1:], bool), arrays), "each agent's arrays")
+        if size is not None and not 1 <= size <= n:
+            raise ValueError(f"Agents(size={size}): each agent has {n} samples; the batch size must lie in 1..{n}.")
+        self.arrays, self.size = arrays, size
+
+    @classmethod
+    def stack(cls, datasets: Sequence[PyTree], size: int | None = None) -> Agents:
+        """From a sequence of data sets of equal shapes."""
+        datasets = list(datasets)
+        shapes = [jax.tree.map(np.shape, d) for d in datasets]
+        for i, shape in enumerate(shapes):
+            if shape != shapes[0]:
+                raise ValueError(
+                    f"Agents need data of equal shapes: agent {i} has {shape}, agent 0 {shapes[0]}. Use data.Clients for unequal sizes."
+                )
+        if not datasets:
+            raise ValueError("Agents needs at least one agent's data set; the sequence is empty.")
+        return cls(jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *datasets), size)
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """The arrays are leaves."""
+        return (self.arrays,), self.size
+
+    @classmethod
+    def tree_unflatten(cls, size: Any, children: Any) -> Agents:
+        """Rebuild without validation."""
+        self = object.__new__(cls)
+        (self.arrays,), self.size = children, size
+        return self
+
+    def __len__(self) -> int:
+        return jax.tree.leaves(self.arrays)[0].shape[0]
+
+    @property
+    def count(self) -> int:
+        """The number of samples of all agents together."""
+        return len(self) * self.samples
+
+    @property
+    def samples(self) -> int:
+        """The number of samples of each agent."""
+        return jax.tree.leaves(self.arrays)[0].shape[1]
+
+    def draw(self, key: StepKey) -> PyTree:
+        """A batch of the pooled samples."""
+        return self.full() if self.size is None else Minibatches(self.full(), self.size).draw(key)
+
+    def _rows(self, key: StepKey, agent: Any) -> jax.Array:
+        assert self.size is not None
+        per_epoch = jnp.uint32(self.samples // self.size)
+        slots = (key.step % per_epoch) * jnp.uint32(self.size) + jnp.arange(self.size, dtype=jnp.uint32)
+        return permute(slots, self.samples, _mix(_seed(key, key.step // per_epoch) ^ jnp.asarray(agent, jnp.uint32)))
+
+    def draw_agents(self, key: StepKey) -> PyTree:
+        """Every agent's batch, (agents, size, ...): each from its own samples, in an order of its own."""
+        if self.size is None:
+            return self.arrays
+        rows = jax.vmap(lambda agent: self._rows(key, agent))(jnp.arange(len(self)))
+        take = jax.vmap(lambda a, rows: a.at[rows].get(mode="promise_in_bounds"))
+        return jax.tree.map(lambda a: take(jnp.asarray(a), rows), self.arrays)
+
+    def draw_agent(self, key: StepKey, agent: Any) -> PyTree:
+        """One agent's batch (`agent` may be traced): its row of `draw_agents(key)`."""
+        if self.size is None:
+            return jax.tree.map(lambda a: jnp.asarray(a)[agent], self.arrays)
+        rows = self._rows(key, agent)
+        return jax.tree.map(lambda a: jnp.asarray(a).at[agent, rows].get(mode="promise_in_bounds"), self.arrays)
+
+    def full(self) -> PyTree:
+        """All samples of all agents."""
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), self.arrays)
+
+    def __repr__(self) -> str:
+        return f"Agents({len(self)} agents of {self.samples} samples, size={self.size})"
+
+
+SOURCES = (Minibatches, Sampler, Clients, Agents, Stream, Streamed)

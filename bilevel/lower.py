@@ -23,6 +23,7 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
+from bilevel.optimizers import SpectralState
 
 PyTree = Any
 
@@ -55,6 +56,9 @@ def check_optimizer(owner: str, name: str, value: Any) -> None:
     raise TypeError(f"{owner}({name}={value!r}): give a step size or an optax GradientTransformation such as optax.adam(1e-2).")
 
 
+_PATIENCE = 25
+
+
 @hyperparameters
 class GradientDescent:
     """`steps` steps of an optax rule on f(x, .), each on a fresh batch where the level's data are drawn.
@@ -67,7 +71,8 @@ class GradientDescent:
       optimizer: an optax rule (momentum, Adam, schedules, L-BFGS with its line search, ...) or a step size (SGD).
       steps: the number of steps; the maximum where `tol` is given.
       tol: stop once |f_y| <= tol (with a projection |y - project(y - f_y)|, with a prox the step's length over eta);
-        the loop then cannot be differentiated in reverse, so unrolled estimators refuse it. None: exactly `steps`.
+        the loop then cannot be differentiated in reverse, so unrolled estimators refuse it. It also ends after 25 steps
+        without a smaller residual (the precision of the dtype is reached). None: exactly `steps`.
       start: `(x, y) -> y`, where each solve begins; None: at the incoming y (warm start). MAML starts at x.
       first, total: the part of a longer run that this is; set by estimators that split a run.
 
@@ -100,6 +105,9 @@ class GradientDescent:
         if self.start is not None:
             y = self.start(x, state.y)
             state = LowerState(y, optimizer.init(y))
+        elif _needs_value(state.memory) and self.first == 0:
+            # Such rules remember values and gradients, which belong to the x of the last solve.
+            state = self.init(state.y)
         total = self.steps if self.total is None else self.total
 
         def step(state: LowerState, i: Any) -> tuple[LowerState, jax.Array]:
@@ -108,6 +116,9 @@ class GradientDescent:
             if _has_line_search(memory):
                 value, gradient = optax.value_and_grad_from_state(lambda y: level(x, y))(y, state=memory)
                 updates, memory = optimizer.update(gradient, memory, y, value=value, grad=gradient, value_fn=lambda y: level(x, y))
+            elif _needs_value(memory):
+                value, gradient = jax.value_and_grad(lambda y: level(x, y))(y)
+                updates, memory = optimizer.update(gradient, memory, y, value=value)
             else:
                 gradient = level.gradient(x, y)
                 updates, memory = optimizer.update(gradient, memory, y)
@@ -131,12 +142,18 @@ class GradientDescent:
             return jax.lax.scan(body, state, self.first + jnp.arange(self.steps))[0]
 
         # The residual is that of the point before the step: a step more than needed is taken, none is wasted on a test.
-        def loop(carry: Any) -> Any:
-            i, state, _ = carry
-            return (i + 1, *step(state, i))
+        def unfinished(carry: Any) -> jax.Array:
+            i, _, residual, _, since = carry
+            return (i < self.steps) & (residual > self.tol) & (since < _PATIENCE)
 
-        unconverged = (jnp.zeros((), jnp.int32), state, jnp.full_like(jax.eval_shape(step, state, 0)[1], jnp.inf))
-        return jax.lax.while_loop(lambda c: (c[0] < self.steps) & (c[2] > self.tol), loop, unconverged)[1]
+        def loop(carry: Any) -> Any:
+            i, state, _, best, since = carry
+            state, residual = step(state, i)
+            return i + 1, state, residual, jnp.minimum(residual, best), jnp.where(residual < best, 0, since + 1)
+
+        zero = jnp.zeros((), jnp.int32)
+        infinite = jnp.full_like(jax.eval_shape(step, state, 0)[1], jnp.inf)
+        return jax.lax.while_loop(unfinished, loop, (zero, state, infinite, infinite, zero))[1]
 
     def part(self, first: int, steps: int) -> GradientDescent:
         """Steps first, ..., first + steps - 1 of this run, as a run of its own."""
@@ -146,6 +163,10 @@ class GradientDescent:
 
 def _has_line_search(memory: PyTree) -> bool:
     return optax.tree.get(memory, "value", None) is not None
+
+
+def _needs_value(memory: PyTree) -> bool:
+    return isinstance(memory, SpectralState) or _has_line_search(memory)
 
 
 @functools.cache

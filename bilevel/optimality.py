@@ -1,18 +1,20 @@
 """Optimality conditions to differentiate through, ready-made.
 
-Each function here builds T(sol, *args) that is zero at the solution, for `bilevel.implicit.custom_root`. As in jaxopt, the
-variable that is solved for stands first: `fun(y, *args)`. Where a condition has a projection or a proximal operator, its
-hyperparameters come second, `T(sol, hyperparams, *args)`, and are differentiated like any other argument; if
-they are None the operator is called without them, so that `optax.projections` and `jaxopt.projection` both go in.
+Each function here builds T(sol, *args) that is zero at the solution, for `bilevel.implicit.custom_root`. As in jaxopt,
+the variable that is solved for stands first: `fun(y, *args)`. Where a condition has a projection or a proximal
+operator, its hyperparameters come second, `T(sol, hyperparams, *args)`, and are differentiated like any other
+argument. If they are None a projection is called without them, so that those of optax and of jaxopt both go in.
 
-The fixed-point conditions hold for every step size > 0, so their derivative does not depend on it; it only sets the
-conditioning of the linear system. A step of about 1/L, L the largest curvature of `fun`, keeps that good.
+The fixed-point conditions hold for every step size > 0, so the derivative of the solution does not depend on it; it
+only sets the conditioning of the linear system. A step of about 1/L, L the largest curvature of `fun`, keeps that good.
 
-Source of the conditions: Blondel et al. (2022), "Efficient and modular implicit differentiation", NeurIPS 35, section 2.2.
+Blondel, Berthet, Cuturi, Frostig, Hoyer, Llinares-López, Pedregosa and Vert (2022), "Efficient and modular implicit
+differentiation", NeurIPS 35.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +25,22 @@ import optax
 
 Condition = Callable[..., Any]
 
+__all__ = [
+    "block_coordinate",
+    "kkt",
+    "kkt_qp",
+    "mirror_descent",
+    "projected_gradient",
+    "proximal_gradient",
+    "stationarity",
+]
+
 
 def stationarity(fun: Callable[..., Any]) -> Condition:
     """An unconstrained minimum: grad fun(y, *args) = 0, the gradient by the first argument.
 
-    The Jacobian is the Hessian of `fun`, symmetric, and positive definite at a strict minimum; the condition says so and
-    `custom_root` takes conjugate gradients. For a saddle point pass `symmetric=False` there.
+    Its Jacobian is the Hessian of `fun`, symmetric, and positive definite at a strict minimum. The condition says so
+    and `custom_root` then takes conjugate gradients; for a saddle point pass it `symmetric=False`.
     """
     gradient = _gradient(fun)
 
@@ -87,8 +99,8 @@ def mirror_descent(
 
     Args:
         fun: `fun(y, *args) -> scalar`.
-        projection: `projection(z, hyperparams) -> y`, from the dual space onto the set: argmin_y phi(y) - <z, y>. For the
-            simplex and the entropy it is `jax.nn.softmax`.
+        projection: `projection(z, hyperparams) -> y`, from the dual space onto the set: argmin_y phi(y) - <z, y>. For
+            the simplex and the entropy it is `jax.nn.softmax`, given hyperparameters None.
         mirror_map: grad phi, from y to its dual; for the entropy `jnp.log` (up to a constant).
         step: any positive number.
 
@@ -133,9 +145,9 @@ def kkt(
         eq(y, p_eq) = 0
         min(-ineq(y, p_ineq), lam) = 0
 
-    The last line is lam >= 0, ineq <= 0 and lam * ineq = 0 in one equation. Unlike the product, its derivative keeps unit
-    scale: an active constraint's row is that of an equality, an inactive one's says that its multiplier stays zero. Where
-    both are zero (a degenerate constraint) the solution has a kink and the derivative is an average of its two sides.
+    The last line is lam >= 0, ineq <= 0 and lam * ineq = 0 in one equation. Unlike the product alone, its derivative
+    keeps unit scale: an active constraint's row is that of an equality, an inactive one's says that its multiplier
+    stays zero. Where both are zero (a degenerate constraint) the solution may have a kink, and has no derivative.
 
     Args:
         fun: `fun(y, params_obj) -> scalar`.
@@ -143,9 +155,9 @@ def kkt(
         ineq: `ineq(y, params_ineq) -> pytree`, or None.
 
     Returns:
-        `T(sol, params_obj, params_eq=None, params_ineq=None)` with `sol = (y, nu, lam)`, any triple of pytrees (such as jaxopt's
-        `KKTSolution`); a multiplier may be None where there is no such constraint. The triple's entries are y, the
-        multipliers of `eq` and the multipliers of `ineq`.
+        `T(sol, params_obj, params_eq=None, params_ineq=None)` with `sol = (y, nu, lam)`: the variable, the multipliers
+        of `eq` and those of `ineq`, in any triple of pytrees (jaxopt's `KKTSolution` is one). Multipliers are None
+        where there is no such constraint.
     """
     gradient = _gradient(fun)
 
@@ -172,7 +184,9 @@ def kkt_qp(
     """The conditions of the quadratic programme  min_y 1/2 y^T Q y + c^T y  s.t.  A y = b,  G y <= h.
 
     Args:
-        matvec_Q: `matvec_Q(Q, y) -> Q y`, with Q symmetric, if Q is not a matrix; likewise `matvec_A` and `matvec_G`.
+        matvec_Q: `matvec_Q(Q, y) -> Q y`, with Q symmetric, if Q is not a matrix.
+        matvec_A: likewise for A.
+        matvec_G: likewise for G.
 
     Returns:
         `T(sol, params_obj, params_eq=None, params_ineq=None)` with `sol` as in `kkt`, `params_obj = (Q, c)`,
@@ -196,8 +210,8 @@ def _gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(value, (tuple, list)) or jnp.shape(value) != ():
             shape = type(value).__name__ if isinstance(value, (tuple, list)) else f"shape {jnp.shape(value)}"
             raise TypeError(
-                f"The objective of an optimality condition returned a {shape}; it expects a scalar. Sum over samples, or, if the "
-                "objective also returns auxiliary output, drop that: lambda *a: fun(*a)[0]."
+                f"The objective of an optimality condition returned a {shape}; a scalar is expected. Sum over samples, "
+                "or, if the objective also returns auxiliary output, drop that: lambda *a: fun(*a)[0]."
             )
         return value
 
@@ -214,8 +228,8 @@ def _like(multipliers: Any, constraint: Any) -> Any:
     got, expected = [jnp.shape(leaf) for leaf in leaves], [jnp.shape(value) for value in values]
     if got != expected:
         raise TypeError(
-            f"The multipliers have leaves of shapes {got} and their constraint returned shapes {expected}; they must be equal, one "
-            "multiplier for each constraint."
+            f"The multipliers have leaves of shapes {got} and their constraint returned shapes {expected}; they must "
+            "be equal, one multiplier for each constraint."
         )
     leaves = [jnp.asarray(leaf, dtype=value.dtype) for leaf, value in zip(leaves, values, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(constraint), leaves)
@@ -224,8 +238,8 @@ def _like(multipliers: Any, constraint: Any) -> Any:
 def _triple(sol: Any) -> tuple[Any, Any, Any]:
     if not isinstance(sol, (tuple, list)) or len(sol) != 3:
         raise TypeError(
-            f"A KKT condition was given a {type(sol).__name__} as the solution; it expects the triple (y, nu, lam) of the primal "
-            "variable, the multipliers of the equalities and those of the inequalities, None where there are none."
+            f"A KKT condition was given a {type(sol).__name__} as the solution; it expects the triple (y, nu, lam) of "
+            "the variable, the multipliers of the equalities and those of the inequalities, None where there are none."
         )
     return sol[0], sol[1], sol[2]
 
@@ -233,8 +247,8 @@ def _triple(sol: Any) -> tuple[Any, Any, Any]:
 def _constraint(constraint: Callable[..., Any] | None, name: str) -> Callable[..., Any]:
     if constraint is None:
         raise TypeError(
-            f"The solution holds multipliers for `{name}`, but kkt was built without that constraint. Pass {name}=..., or "
-            "None in the multipliers' place."
+            f"The solution holds multipliers for `{name}`, but kkt was built without that constraint. Pass {name}=..., "
+            "or None in the multipliers' place."
         )
     return constraint
 
@@ -247,8 +261,6 @@ def _with_signature(condition: Condition, fun: Callable[..., Any], second: str |
         return condition
     if second is not None:
         parameters.insert(1, inspect.Parameter(second, inspect.Parameter.POSITIONAL_OR_KEYWORD))
-    try:
+    with contextlib.suppress(ValueError):  # `fun` takes its variable through *args
         condition.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    except ValueError:  # `fun` takes its variable through *args
-        pass
     return condition

@@ -20,8 +20,8 @@ _POINTS = 4000  # more cannot be seen
 def plot_history(history: History, names: str | Sequence[str] | None = None, path: Any = None, title: str = "") -> Any:
     """Draw quantities of a history against the steps, one small panel each.
 
-    A panel's axis is logarithmic where all values are positive and span more than two decades. A vector-valued quantity is
-    drawn as one line per entry, or by its mean and range where there are more than 12. Values that are not finite are left out.
+    A panel's axis is logarithmic where all values are positive and span more than two decades. A vector-valued quantity
+    is one line per entry, or its mean and range where there are more than 12. Values that are not finite are left out.
 
     Args:
       history: the history of a run.
@@ -52,7 +52,9 @@ def plot_history(history: History, names: str | Sequence[str] | None = None, pat
             f"The history has no {', '.join(map(repr, unknown))}; it has {', '.join(map(repr, history)) or 'nothing'}."
         )
     if not names:
-        raise ValueError("The history is empty, so there is nothing to draw: take at least one step, or give solve metrics.")
+        raise ValueError(
+            "The history is empty, so there is nothing to draw: take at least one step, or give solve metrics."
+        )
 
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)

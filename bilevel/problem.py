@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import derivatives
-from bilevel.data import SOURCES, Clients, Sampler, StepKey, Stream, Streamed, as_step_key, sample_count
+from bilevel.data import SOURCES, Agents, Clients, Sampler, StepKey, Stream, Streamed, as_step_key, sample_count
 
 PyTree = Any
 
@@ -64,7 +65,7 @@ class Level:
     @property
     def random(self) -> bool:
         """Whether drawing again gives another batch."""
-        return isinstance(self.source, SOURCES) and not (isinstance(self.source, Clients) and self.source.size is None)
+        return isinstance(self.source, SOURCES) and not (isinstance(self.source, (Agents, Clients)) and self.source.size is None)
 
     def redraw(self, i: Any, total: int) -> Level:
         """The level with the batch of inner step `i` of `total`; itself where the data are not drawn."""
@@ -103,8 +104,9 @@ class Problem:
       project_lower: `y -> y`, the projection on Y.
       prox_lower: `(y, x, scaling) -> y`, the proximal operator of a nonsmooth term r(x, y) that is added to f:
         argmin over u of |u - y|^2 / 2 + scaling r(x, u).
-      constraint: the coupled inequality g of the lower level, `g(x, y)`, a pytree of arrays asked to be <= 0.
-      equality: the coupled equality h of the lower level, `h(x, y)`, a pytree of arrays asked to be 0.
+      constraint: the coupled inequality g of the lower level, `g(x, y)`, a pytree of arrays asked to be <= 0. Where
+        `lower_data` is given it may take the lower level's batch too: `g(x, y, batch)`.
+      equality: the coupled equality h of the lower level, likewise: `h(x, y)` or `h(x, y, batch)`, asked to be 0.
 
     Both variables are arbitrary pytrees of floating-point arrays. With `x0=None` the problem is a *simple* bilevel
     problem: both levels own y.
@@ -151,11 +153,21 @@ class Problem:
         """The lower loss on all its samples (one draw where the data are a sampler's)."""
         return Level(self.lower, _full(self.lower_data), as_step_key(0), self.project_lower, self.prox_lower)
 
+    def constraints(self, lower: Level) -> tuple[Any, Any]:
+        """`constraint` and `equality` as functions of (x, y), on the batch of `lower` where they take one; None where absent."""
+
+        def bind(fn: Callable[..., PyTree] | None) -> Any:
+            if fn is None or lower.source is None or not _takes_batch(fn):
+                return fn
+            return lambda x, y: fn(x, y, lower.batch)
+
+        return bind(self.constraint), bind(self.equality)
+
     @property
     def stochastic(self) -> bool:
         """Whether a level's batches differ from step to step."""
         return any(
-            isinstance(d, SOURCES) and not (isinstance(d, Clients) and d.size is None)
+            isinstance(d, SOURCES) and not (isinstance(d, (Agents, Clients)) and d.size is None)
             for d in (self.upper_data, self.lower_data)
         )
 
@@ -184,9 +196,17 @@ class Problem:
         for name in ("constraint", "equality"):
             fn = getattr(self, name)
             if fn is not None:
-                out = _shapes(name, "(x, y)", fn, x, y)
+                out = self._constraint_shapes(name, fn, x, y)
                 if not jax.tree.leaves(out):
                     raise ProblemError(f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of arrays.")
+
+    def _constraint_shapes(self, name: str, fn: Callable[..., PyTree], x: PyTree, y: PyTree) -> PyTree:
+        if self.lower_data is None or not _takes_batch(fn):
+            return _shapes(name, "(x, y)", fn, x, y)
+        if isinstance(self.lower_data, Stream):
+            return _shapes(name, "(x, y, batch)", fn, x, y, next(self.lower_data.items()))
+        draw = lambda x, y, source: fn(x, y, source.draw(as_step_key(0)) if isinstance(source, SOURCES) else source)  # noqa: E731
+        return _shapes(name, "(x, y, batch)", draw, x, y, self.lower_data)
 
     def _check_loss(self, name: str, data: Any, x: PyTree, y: PyTree) -> None:
         fn = getattr(self, name)
@@ -208,6 +228,17 @@ class Problem:
             raise ProblemError(f"{name}(x, y{', batch' if data is not None else ''}) returned {got}; a loss is one scalar. Take a mean or a sum.")
         if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
             raise ProblemError(f"{name} returned the dtype {leaves[0].dtype}; a loss is a floating-point scalar.")
+
+
+def _takes_batch(fn: Callable[..., Any]) -> bool:
+    """Whether a constraint takes (x, y, batch) rather than (x, y)."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    return len(required) == 3 or (len(required) < 3 and any(p.name == "batch" for p in positional))
 
 
 def as_variable(name: str, tree: PyTree) -> PyTree:
@@ -260,8 +291,10 @@ def _check_data(name: str, data: Any) -> None:
 
 
 def _check_agents(upper: Any, lower: Any) -> None:
-    if isinstance(upper, Clients) and isinstance(lower, Clients) and len(upper) != len(lower):
-        raise ProblemError(f"upper_data has {len(upper)} clients and lower_data {len(lower)}: one data set per client in each level.")
+    many = (Agents, Clients)
+    if isinstance(upper, many) and isinstance(lower, many) and len(upper) != len(lower):
+        what = "agents" if isinstance(upper, Agents) else "clients"
+        raise ProblemError(f"upper_data has {len(upper)} {what} and lower_data {len(lower)}: one data set per {what[:-1]} in each level.")
 
 
 def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> PyTree:

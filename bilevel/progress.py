@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import numpy as np
-
 from bilevel.solution import History
 
 __all__ = ["Reporter", "reporter"]
@@ -55,7 +53,7 @@ class _Bar:
 
 
 def _telling(history: History) -> str:
-    """The newest of the most telling scalars: the user's own first, then the upper loss and the hypergradient's norm."""
+    """The newest of the most telling scalars: the user's own, then the upper loss and the hypergradient's norm."""
     names = list(history)
     # The solver's quantities come after the user's and have an entry a step, the user's an entry now and then.
     solvers = {name for name in names if len(history[name]) == len(history[names[-1]])}
@@ -91,15 +89,19 @@ def reporter(total: int, done: int, show: bool | None) -> Iterator[Reporter]:
 
     class Speed(ProgressColumn):
         def render(self, task: Any) -> Text:
-            return Text(f"{task.speed:,.3g} steps/s" if task.speed else "compiling" if task.completed == done else "")
+            if task.speed:
+                return Text(f"{task.speed:,.0f} steps/s" if task.speed >= 100 else f"{task.speed:.3g} steps/s")
+            return Text("compiling" if task.completed == done else "")
 
     progress = Progress(
         MofNCompleteColumn(),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=12),
         Speed(Column(no_wrap=True)),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[metrics]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-        # In a notebook stderr is no terminal; a bar that was asked for is then plain text there, which needs no widgets.
+        TextColumn(
+            "{task.fields[metrics]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        ),
+        # In a notebook stderr is no terminal; a bar that was asked for is plain text there, which needs no widgets.
         console=Console(file=sys.stderr, force_jupyter=False),
         refresh_per_second=4,
         expand=True,

@@ -24,6 +24,8 @@ class Result(enum.IntEnum):
     DIVERGED = 3
     STOPPED = 4
     INTERRUPTED = 5
+    INFEASIBLE = 6
+    LOWER_LEVEL = 7
 
     @property
     def sentence(self) -> str:
@@ -38,6 +40,8 @@ _SENTENCES = {
     Result.DIVERGED: "met a NaN or an infinity; x and y are the last finite iterate",
     Result.STOPPED: "was stopped by a callback",
     Result.INTERRUPTED: "was interrupted from the keyboard; x and y are where it stood",
+    Result.INFEASIBLE: "ended where the lower level's constraints are not met",
+    Result.LOWER_LEVEL: "stopped moving at a y that does not minimise the lower level",
 }
 
 

@@ -302,6 +302,11 @@ def solve(
                 source.close()
             if saver is not None:
                 saver.close()
+    if hasattr(solver, "finish") and result not in (Result.DIVERGED, Result.INTERRUPTED):
+        last = {name: float(value) for name, value in history.last().items() if np.ndim(value) == 0}
+        measures, result, why = solver.finish(peeked() if streams else problem, state, result, last, tol)
+        for name, value in measures.items():
+            history.extend(name, np.asarray([done]), np.asarray([value]))
     reason = " ".join(part for part in (reason, why) if part)
     if why:
         logger.warning("%s", why)

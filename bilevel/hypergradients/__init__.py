@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from bilevel.data import as_step_key
 from bilevel.hypergradients._base import Estimate, Estimator
 from bilevel.hypergradients.finite_difference import FiniteDifference
@@ -53,6 +56,7 @@ def value_and_hypergradient(
 
     def evaluate(x: Any, y: Any, carry: Any = None, key: Any = 0) -> Estimate:
         step_key = as_step_key(key)
+        x, y = jax.tree.map(jnp.asarray, (x, y))
         upper, lower = problem.draw_upper(step_key), problem.draw_lower(step_key)
         start: LowerState = solver.init(y)
         if carry is None:

@@ -50,9 +50,10 @@ class FiniteDifference:
         value, (upper_x, w) = jax.value_and_grad(upper, argnums=(0, 1))(x, virtual)
         length = derivatives.norm(w)
         e = self.radius / jnp.maximum(length, jnp.finfo(length.dtype).tiny ** 0.5)
-        plus = jax.grad(lower)(x, optax.tree.add_scale(y, e, w))
-        minus = jax.grad(lower)(x, optax.tree.add_scale(y, -e, w))
+        plus, minus = (
+            jax.grad(lower)(x, optax.tree.cast_like(optax.tree.add_scale(y, sign * e, w), y)) for sign in (1, -1)
+        )
         cross = optax.tree.scale(1 / (2 * e), optax.tree.sub(plus, minus))
-        gradient = optax.tree.add_scale(upper_x, -xi, cross)
+        gradient = optax.tree.cast_like(optax.tree.add_scale(upper_x, -xi, cross), x)
         metrics = {"lower_residual": derivatives.norm(lower_y)}
         return Estimate(value, gradient, inner(x, start), carry, metrics)

@@ -28,7 +28,8 @@ class Solver(Protocol):
     `data.StepKey`: `problem.draw_lower(key)` binds the step's batch, `key.random` is a key for `jax.random`.
 
     Optional: `status(state, metrics, tol) -> int32`, one of `Result`'s codes (0 to go on), asked after each step where
-    `solve` was given a tolerance.
+    `solve` was given a tolerance. `finish(problem, state, result, metrics, tol) -> (measures, result, sentence)`, called on the
+    host after the last step with the last metrics: numbers for the history, the result to report, what to add to the reason.
     """
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> Any: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from bilevel import derivatives, hypergradients, linear
 from bilevel._module import hyperparameters, state
 from bilevel.hypergradients import Implicit, Unrolled
 from bilevel.lower import LBFGS, GradientDescent, Inner, LowerState, as_lower_solver, as_optimizer, check_optimizer
+from bilevel.optimizers import spectral
 from bilevel.problem import Level, Problem
 from bilevel.solution import Result
 from bilevel.solvers._base import PyTree, refuse
@@ -120,11 +120,6 @@ def _with_gradient(estimate: Any, x: PyTree) -> jax.Array:
     return value(x)
 
 
-@functools.cache
-def _upper_lbfgs() -> optax.GradientTransformation:
-    return optax.lbfgs()
-
-
 def AID(
     lower_solver: Any = None,
     upper_optimizer: Any = None,
@@ -132,7 +127,7 @@ def AID(
 ) -> HypergradientDescent:
     """Approximate implicit differentiation: a lower solve, a warm-started linear solve, an upper step.
 
-    Defaults: `LBFGS(100, tol=1e-6)` for the lower level, L-BFGS with line search for the upper one, `linear.CG(tol=1e-6)`
+    Defaults: `LBFGS(100, tol=1e-6)` for the lower level, `optimizers.spectral()` for the upper one, `linear.CG(tol=1e-6)`
     (`linear.GMRES()` with a projection or prox on the lower level): no step size to choose, for full batches.
 
     References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation", ICML 2020.
@@ -140,7 +135,7 @@ def AID(
     return HypergradientDescent(
         Implicit(linear_solver),
         LBFGS() if lower_solver is None else lower_solver,
-        _upper_lbfgs() if upper_optimizer is None else upper_optimizer,
+        spectral() if upper_optimizer is None else upper_optimizer,
     )
 
 

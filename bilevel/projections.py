@@ -1,0 +1,160 @@
+"""The projection on the coupled set C = {(x, y) in X x Y : g(x, y) <= 0, h(x, y) = 0}, for methods that need it.
+
+Projections on simple sets are `optax.projections` and `jaxopt.projection`. A projection of one's own, `(x, y) -> (x, y)`, is
+always better where it is known; what is here serves the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel import derivatives
+
+PyTree = Any
+
+__all__ = ["affine", "dual", "dual_factor", "dykstra", "osqp"]
+
+
+def dual_factor(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], point: PyTree) -> jax.Array:
+    """The pseudo-inverse of J P' J', (p, p), for affine rows c(u) = J u - b and an affine projection P: see `affine`."""
+    value, push = jax.linearize(rows, point)
+    pull = jax.linear_transpose(push, point)
+    along = jax.linearize(project, point)[1]
+    matrix = jax.vmap(lambda w: push(along(pull(w)[0])))(jnp.eye(value.shape[0], dtype=value.dtype))
+    return jnp.linalg.pinv(matrix, rtol=1e3 * jnp.finfo(value.dtype).eps, hermitian=True)
+
+
+def affine(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], factor: jax.Array, u: PyTree) -> PyTree:
+    """The projection of u on {v : c(v) = 0, v in the range of P}, for affine c and P, by one product with a cached factor.
+
+        v = P(u - J' lam),    lam = (J P' J')^+ c(P u)
+    """
+    inside = project(u)
+    value, pull = jax.vjp(rows, inside)
+    return project(optax.tree.sub(u, pull(factor @ value)[0]))
+
+
+def dual(
+    rows: Callable[[PyTree], jax.Array],
+    inequality: Any,
+    project: Callable[[PyTree], PyTree],
+    u: PyTree,
+    lam: jax.Array,
+    *,
+    steps: int = 200,
+    linearisations: int = 1,
+    tol: float = 1e-7,
+) -> tuple[PyTree, jax.Array]:
+    """The projection of u on {v in X x Y : c(v) <= 0 or = 0} through its dual, matrix-free, from a warm start.
+
+        maximise over lam:  min over v in X x Y of |v - u|^2 / 2 + lam . c(v),      v = P(u - J' lam)
+
+    by accelerated projected gradient ascent with restarts; P projects on X x Y. Nonlinear convex rows are replaced
+    by their linearisation at the newest v, `linearisations` times (each is an outer approximation of C).
+
+    Args:
+      rows: c, scaled so that its rows have about norm one.
+      inequality: bool (p,), which rows are inequalities.
+      project: the projection on X x Y.
+      u: the point.
+      lam: a start, shape (p,): the last projection's.
+      steps: the most ascent steps per linearisation.
+      linearisations: 1 for affine rows.
+      tol: on the largest violation and the change of lam.
+
+    Returns:
+      v and its lam.
+    """
+    floor = jnp.where(inequality, 0.0, -jnp.inf).astype(lam.dtype)
+
+    def once(_: Any, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
+        centre, lam = carry
+        value, push = jax.linearize(rows, centre)
+        pull_back = jax.linear_transpose(push, centre)
+        pull = lambda w: pull_back(w)[0]  # noqa: E731
+
+        def power(w: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
+            w = push(pull(w / jnp.maximum(jnp.linalg.norm(w), 1e-30)))
+            return w, jnp.linalg.norm(w)
+
+        largest = jax.lax.scan(power, jnp.cos(jnp.arange(lam.shape[0], dtype=lam.dtype)) + 1.5, None, length=12)[1][-1]
+        size = 0.9 / jnp.maximum(largest, 1e-12)
+
+        def at(lam: jax.Array) -> tuple[PyTree, jax.Array]:
+            v = project(optax.tree.sub(u, pull(lam)))
+            return v, value + push(optax.tree.sub(v, centre))
+
+        def body(carry: Any) -> Any:
+            i, lam, ahead, t, _ = carry
+            new = jnp.maximum(ahead + size * at(ahead)[1], floor)
+            restart = jnp.vdot(ahead - new, new - lam) > 0
+            following = jnp.where(restart, 1.0, (1 + jnp.sqrt(1 + 4 * t**2)) / 2).astype(t.dtype)
+            momentum = jnp.where(restart, 0.0, (t - 1) / following)
+            return i + 1, new, new + momentum * (new - lam), following, jnp.max(jnp.abs(new - ahead)) / size
+
+        start = (0, lam, lam, jnp.ones((), lam.dtype), jnp.asarray(jnp.inf, lam.dtype))
+        lam = jax.lax.while_loop(lambda c: (c[0] < steps) & (c[4] > tol), body, start)[1]
+        return at(lam)[0], lam
+
+    return jax.lax.fori_loop(0, linearisations, once, (project(u), lam))
+
+
+def dykstra(projections: tuple[Callable[[PyTree], PyTree], ...], steps: int = 100) -> Callable[[PyTree], PyTree]:
+    """The projection on the intersection of convex sets from the projection on each (Dykstra's alternation).
+
+    Args:
+      projections: functions `u -> u`.
+      steps: rounds; each calls every projection once.
+
+    Reference: Boyle, Dykstra, "A Method for Finding Projections onto the Intersection of Convex Sets in Hilbert Spaces", 1986.
+    """
+
+    def project(u: PyTree) -> PyTree:
+        corrections = tuple(optax.tree.zeros_like(u) for _ in projections)
+
+        def round_(_: Any, carry: Any) -> Any:
+            u, corrections = carry
+            new = []
+            for projection, correction in zip(projections, corrections, strict=True):
+                shifted = optax.tree.add(u, correction)
+                u = projection(shifted)
+                new.append(optax.tree.sub(shifted, u))
+            return u, tuple(new)
+
+        return jax.lax.fori_loop(0, steps, round_, (u, corrections))[0]
+
+    return project
+
+
+def osqp(A: Any = None, b: Any = None, G: Any = None, h: Any = None, **options: Any) -> Callable[[PyTree], PyTree]:
+    """The projection on {u : A u = b, G u <= h} through jaxopt's OSQP, u raveled with `jax.flatten_util.ravel_pytree`.
+
+    Args:
+      A, b: equalities, (p, d) and (p,), or None.
+      G, h: inequalities, or None.
+      options: of `jaxopt.OSQP`, such as `tol`, `maxiter`.
+    """
+
+    def project(u: PyTree) -> PyTree:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import jaxopt
+        flat, unravel = jax.flatten_util.ravel_pytree(u)
+        solver = jaxopt.OSQP(matvec_Q=lambda _, v: v, **{"tol": 1e-6, **options})
+        equal = None if A is None else (jnp.asarray(A, flat.dtype), jnp.asarray(b, flat.dtype))
+        below = None if G is None else (jnp.asarray(G, flat.dtype), jnp.asarray(h, flat.dtype))
+        return unravel(solver.run(params_obj=((), -flat), params_eq=equal, params_ineq=below).params.primal)
+
+    return project
+
+
+def distance(u: PyTree, v: PyTree) -> jax.Array:
+    """|u - v|."""
+    return derivatives.norm(optax.tree.sub(u, v))

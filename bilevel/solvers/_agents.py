@@ -1,0 +1,152 @@
+"""What decentralised and federated methods share: each agent's own batch, all agents' losses as one, where copies lie.
+
+All agents' copies stand along a leading axis. The sum over agents of f_i(x_i, y_i) is one loss of the stacked variables whose
+gradient, Hessian-vector and cross products are those of each agent, stacked: the calculus of one level does for many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bilevel import derivatives
+from bilevel.data import Agents, Clients, StepKey
+from bilevel.problem import Problem, ProblemError
+
+PyTree = Any
+Stacked = Callable[[PyTree, PyTree], jax.Array]
+
+
+def number_of_agents(problem: Problem, owner: str) -> int | None:
+    """How many agents the data are for; None where neither level has data. Errors where the levels disagree."""
+    counts = {}
+    for name in ("upper_data", "lower_data"):
+        data = getattr(problem, name)
+        if data is None:
+            continue
+        if not isinstance(data, (Agents, Clients)):
+            raise ProblemError(
+                f"{owner} needs to know whose samples are whose: {name} is {_kind(data)}. Give data.Agents(arrays) with "
+                "leading axes (agents, samples), or data.Clients([...]) for unequal sizes."
+            )
+        if isinstance(data, Clients) and data.size is None and len(set(np.asarray(data.counts).tolist())) > 1:
+            raise ProblemError(
+                f"{owner} with data.Clients of unequal sizes needs a batch size: data.Clients({name}, size=...). Full batches "
+                "of unequal lengths cannot be stacked."
+            )
+        counts[name] = len(data)
+    if len(set(counts.values())) > 1:
+        raise ProblemError(
+            f"The agents' axes differ: upper_data has {counts['upper_data']} agents and lower_data "
+            f"{counts['lower_data']}: one data set per agent in each level."
+        )
+    return next(iter(counts.values()), None)
+
+
+def _kind(data: Any) -> str:
+    return f"data.{type(data).__name__}" if type(data).__module__ == "bilevel.data" else "one set of arrays for all"
+
+
+def is_random(data: Any) -> bool:
+    """Whether drawing again gives another batch."""
+    return data is not None and data.size is not None
+
+
+def draw(data: Any, key: StepKey, agents: Any = None) -> PyTree:
+    """The batches of the given agents (None: of all), stacked; None where the level has no data."""
+    if data is None:
+        return None
+    if isinstance(data, Agents) and agents is None:
+        return data.draw_agents(key)
+    if isinstance(data, Agents):
+        return jax.vmap(lambda i: data.draw_agent(key, i))(agents)
+    everyone = jnp.arange(len(data)) if agents is None else agents
+    size = data.size if data.size is not None else data.count // len(data)
+    return jax.vmap(lambda i: data.draw_client(key, i, size))(everyone)
+
+
+def bound(fn: Callable[..., jax.Array], data: Any) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
+    """The loss as a function (x, y, batch), whether it takes a batch or not."""
+    return (lambda x, y, batch: fn(x, y)) if data is None else fn
+
+
+def stacked(fn: Callable[..., jax.Array], data: Any, batches: PyTree) -> Stacked:
+    """sum_i f(x_i, y_i, batch_i) as a function of the stacked variables."""
+    loss = bound(fn, data)
+    if data is None:
+        return lambda x, y: jnp.sum(jax.vmap(fn)(x, y))
+    return lambda x, y: jnp.sum(jax.vmap(loss)(x, y, batches))
+
+
+def mean(tree: PyTree) -> PyTree:
+    """The mean over agents."""
+    return jax.tree.map(lambda a: jnp.mean(a, axis=0), tree)
+
+
+def norm_of_mean(tree: PyTree) -> jax.Array:
+    """|mean_i g_i|, of a direction that all agents together move along."""
+    return derivatives.norm(mean(tree))
+
+
+def size_of(tree: PyTree) -> int:
+    """How many numbers one copy holds."""
+    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def spread(tree: PyTree, n: int, problem: Problem) -> PyTree:
+    """n copies along a leading axis, lying where the agents' data lie: sharded as they are, on all processes."""
+    sharding = agents_sharding(problem)
+
+    def copies(leaf: Any) -> jax.Array:
+        many = jnp.broadcast_to(leaf, (n, *jnp.shape(leaf)))
+        if sharding is None or isinstance(leaf, jax.core.Tracer):
+            return many
+        host = np.broadcast_to(np.asarray(leaf), many.shape)
+        return jax.make_array_from_callback(many.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(copies, tree)
+
+
+def agents_sharding(problem: Problem) -> NamedSharding | None:
+    """How the agents' axis of the data is sharded; None where it is not."""
+    for data in (problem.upper_data, problem.lower_data):
+        if not isinstance(data, Agents):
+            continue
+        for leaf in jax.tree.leaves(data):
+            sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+            if isinstance(sharding, NamedSharding) and len(sharding.spec) and sharding.spec[0] is not None:
+                return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    return None
+
+
+def traced(*trees: PyTree) -> bool:
+    """Whether any leaf is a tracer: values cannot be looked at."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def largest_curvature(problem: Problem, x: PyTree, y: PyTree, key: StepKey, iterations: int = 30) -> float:
+    """The largest |eigenvalue| of any agent's lower Hessian at (x, y) (both stacked), by power iteration."""
+    batches = draw(problem.lower_data, key.fold_in(0))
+
+    @jax.jit
+    def estimate(batches: PyTree, x: PyTree, y: PyTree) -> jax.Array:
+        hvp = derivatives.linearised(stacked(problem.lower, problem.lower_data, batches), x, y).hvp
+
+        def lengths(v: PyTree) -> jax.Array:
+            return jnp.sqrt(sum(jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(v)))
+
+        def unit(v: PyTree) -> PyTree:
+            length = jnp.maximum(lengths(v), jnp.finfo(jax.tree.leaves(v)[0].dtype).tiny)
+            return jax.tree.map(lambda a: a / length.reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype), v)
+
+        start = unit(optax.tree.random_like(jax.random.key(0), y))
+        v = jax.lax.fori_loop(0, iterations, lambda _, v: unit(hvp(v)), start)
+        return jnp.max(lengths(hvp(v)))
+
+    return float(estimate(batches, x, y))

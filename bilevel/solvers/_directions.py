@@ -1,0 +1,159 @@
+"""The local directions (D_x, D_y, D_v) that stochastic methods move along, from one batch of each level.
+
+Notation: F the upper and f the lower loss on a batch, v the variable of the linear system. At the solution
+v = -f_yy^{-1} F_y, so that the hypergradient is F_x + f_xy v (the sign of SOBA).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel._module import hyperparameters, state
+from bilevel.problem import Level
+
+PyTree = Any
+
+
+@state
+class Point:
+    """The three variables, or a direction for each: x (upper), y (lower), v (linear system; None where it is no variable)."""
+
+    x: PyTree
+    y: PyTree
+    v: PyTree
+
+
+@state
+class Components:
+    """What each level contributes: the terms of a direction, before they are added up.
+
+    Attributes:
+      value: F(x, y) on the batch.
+      lower: the lower level's terms, a `Point` of f_xy v, f_y and f_yy v.
+      upper: the upper level's terms, a `Point` of F_x, None and F_y.
+    """
+
+    value: jax.Array
+    lower: Point
+    upper: Point
+
+
+def combined(lower: Point, upper: Point) -> Point:
+    """The direction: the sum of the two levels' terms."""
+    return Point(optax.tree.add(lower.x, upper.x), lower.y, optax.tree.add(lower.v, upper.v))
+
+
+@hyperparameters
+class Joint:
+    """One simultaneous step in all three variables.
+
+        D_y = f_y,    D_v = f_yy v + F_y,    D_x = f_xy v + F_x
+
+    One joint linearisation of the lower level gives f_y, f_yy v and f_xy v (the tangent of the joint gradient along v), and
+    one gradient the upper level's share.
+    """
+
+    def start(self, y: PyTree) -> PyTree:
+        """v = 0."""
+        return optax.tree.zeros_like(y)
+
+    def lower(self, lower: Level, at: Point) -> Point:
+        """The lower level's terms."""
+        joint = lambda y: jax.grad(lower, argnums=(0, 1))(at.x, y)  # noqa: E731
+        (_, lower_y), (cross, hvp) = jax.jvp(joint, (at.y,), (at.v,))
+        return Point(cross, lower_y, hvp)
+
+    def upper(self, upper: Level, at: Point) -> tuple[jax.Array, Point]:
+        """The upper level's value and terms."""
+        value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(at.x, at.y)
+        return value, Point(upper_x, None, upper_y)
+
+    def components(self, upper: Level, lower: Level, at: Point) -> Components:
+        """Both levels' terms."""
+        value, terms = self.upper(upper, at)
+        return Components(value, self.lower(lower, at), terms)
+
+    def __call__(self, upper: Level, lower: Level, at: Point) -> tuple[jax.Array, Point]:
+        """F on its batch, and the direction."""
+        parts = self.components(upper, lower, at)
+        return parts.value, combined(parts.lower, parts.upper)
+
+
+@hyperparameters
+class Series:
+    """A gradient in y and a hypergradient whose linear system is solved from scratch by a stochastic Neumann series.
+
+        D_y = f_y,    D_x = F_x - f_xy w,    w ~ f_yy^{-1} F_y
+
+    with, over K = `steps` batches B_1, ..., B_K of the lower level,
+
+        w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y                     (`randomised=False`)
+        w = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y,  P uniform on 0, ..., K-1     (`randomised=True`, unbiased for the first)
+
+    Attributes:
+      step_size: eta, below 2/L.
+      steps: K.
+      randomised: draw the length of the product.
+
+    Per call: 1 gradient and 1 cross product of f, 1 gradient of F, K HVPs (on average (K-1)/2 if randomised).
+
+    References: Ghadimi, Wang, "Approximation Methods for Bilevel Programming", 2018 (randomised); Ji, Yang, Liang, ICML 2021.
+    """
+
+    step_size: float = 0.1
+    steps: int = 10
+    randomised: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step_size, float) and not self.step_size > 0:
+            raise ValueError(f"Series(step_size={self.step_size!r}): a step size is positive.")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"Series(steps={self.steps!r}): the number of terms is a positive integer.")
+
+    def start(self, y: PyTree) -> PyTree:
+        """No variable of its own."""
+        return None
+
+    def solve(self, lower: Level, x: PyTree, y: PyTree, b: PyTree) -> PyTree:
+        """w, from batches of the level's stream 1 (the same ones at any x, y and b)."""
+        batches = lower.stream(1)
+
+        def apply(j: Any, p: PyTree) -> PyTree:
+            level = batches.redraw(j, self.steps)
+            hvp = jax.jvp(lambda y: jax.grad(level, argnums=1)(x, y), (y,), (p,))[1]
+            return optax.tree.add_scale(p, -self.step_size, hvp)
+
+        if self.randomised:
+            length = jax.random.randint(lower.stream(2).key.random, (), 0, self.steps)
+            product = jax.lax.fori_loop(0, length, apply, b)
+            return optax.tree.scale(self.steps * self.step_size, product)
+
+        def term(j: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            p = apply(j, carry[0])
+            return p, optax.tree.add(carry[1], p)
+
+        return optax.tree.scale(self.step_size, jax.lax.fori_loop(0, self.steps, term, (b, b))[1])
+
+    def __call__(self, upper: Level, lower: Level, at: Point) -> tuple[jax.Array, Point]:
+        """F on its batch, and the direction."""
+        x, y = at.x, at.y
+        value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
+        w = self.solve(lower, x, y, upper_y)
+        lower_y, cross = cross_at(lower, x, y, w)
+        return value, Point(optax.tree.sub(upper_x, cross), lower_y, None)
+
+
+def cross_at(lower: Level, x: PyTree, y: PyTree, w: PyTree) -> tuple[PyTree, PyTree]:
+    """f_y and f_xy w at (x, y), from one joint linearisation (what is not used is not computed)."""
+    (_, lower_y), (cross, _) = jax.jvp(lambda y: jax.grad(lower, argnums=(0, 1))(x, y), (y,), (w,))
+    return lower_y, cross
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm over all leaves, by inner products (XLA vectorises those, and sums of squares it does not)."""
+    leaves = jax.tree.leaves(tree)
+    return jnp.sqrt(sum(jnp.vdot(leaf, leaf).real for leaf in leaves)) if leaves else jnp.zeros(())

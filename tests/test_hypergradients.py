@@ -1,0 +1,333 @@
+"""Every estimator and every linear solver against a closed form with vector hyperparameters, and against each other."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bilevel import Problem, linear, lower
+from bilevel.hypergradients import (
+    HOZOG,
+    PZOBO,
+    FiniteDifference,
+    Implicit,
+    JacobianFree,
+    OneStep,
+    Unrolled,
+    value_and_hypergradient,
+)
+
+D, N = 6, 40
+ETA = 0.2
+
+
+def make_ridge():
+    """Ridge regression with one penalty exp(x_j) per feature: y*(x) = (A'A/n + diag exp x)^{-1} A't/n."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=D)
+    a, b = rng.normal(size=(N, D)), rng.normal(size=(N, D))
+    return (a, a @ w + 0.3 * rng.normal(size=N)), (b, b @ w + 0.3 * rng.normal(size=N))
+
+
+TRAIN, VALIDATION = make_ridge()
+
+
+def ridge_lower(x, y, batch):
+    a, t = batch
+    return jnp.mean((a @ y["w"] - t) ** 2) / 2 + jnp.sum(jnp.exp(x) * y["w"] ** 2) / 2
+
+
+def ridge_upper(x, y, batch):
+    a, t = batch
+    return jnp.mean((a @ y["w"] - t) ** 2) / 2 + 0.01 * jnp.sum(x**2)
+
+
+PROBLEM = Problem(upper=ridge_upper, lower=ridge_lower, upper_data=VALIDATION, lower_data=TRAIN)
+
+
+def hessian(x):
+    return TRAIN[0].T @ TRAIN[0] / N + jnp.diag(jnp.exp(x))
+
+
+def solution(x):
+    return jnp.linalg.solve(hessian(x), TRAIN[0].T @ TRAIN[1] / N)
+
+
+def objective(x):
+    return ridge_upper(x, {"w": solution(x)}, VALIDATION)
+
+
+X = np.array([-1.0, -2.0, 0.0, -1.5, -3.0, -0.5])
+Y = {"w": np.zeros(D)}
+
+
+def relative(a, b):
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+LINEAR = {
+    "CG": linear.CG(tol=1e-12),
+    "CG, fixed length past convergence": linear.CG(tol=None, max_steps=30),
+    "CG, Jacobi": linear.CG(tol=1e-12, preconditioner=linear.Jacobi()),
+    "CG, Nystrom": linear.CG(tol=1e-12, preconditioner=linear.NystromPreconditioner(rank=3)),
+    "CG, stale Cholesky": linear.CG(tol=1e-12, preconditioner=linear.StaleCholesky()),
+    "MINRES": linear.MINRES(tol=1e-12),
+    "GMRES": linear.GMRES(tol=1e-12),
+    "BiCGStab": linear.BiCGStab(tol=1e-12),
+    "normal CG": linear.NormalCG(tol=1e-12, max_steps=200),
+    "Neumann": linear.Neumann(step_size=0.4, steps=600),
+    "Richardson": linear.Richardson(step_size=0.4, steps=600),
+    "dense": linear.Dense(),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_implicit_equals_the_closed_form_with_every_linear_solver(name, x64):
+    estimate = value_and_hypergradient(PROBLEM, Implicit(LINEAR[name]), lower.LBFGS(200, tol=1e-12))(X, Y)
+    assert relative(estimate.gradient, jax.grad(objective)(X)) < 1e-9
+    np.testing.assert_allclose(estimate.value, objective(X), rtol=1e-10)
+    assert float(estimate.metrics["lower_residual"]) < 1e-11
+
+
+def test_identity_is_the_known_biased_answer(x64):
+    scale = 0.7
+    estimate = value_and_hypergradient(PROBLEM, Implicit(linear.Identity(scale)), lower.LBFGS(200, tol=1e-12))(X, Y)
+    y = solution(X)
+    b = VALIDATION[0].T @ (VALIDATION[0] @ y - VALIDATION[1]) / N
+    expected = 0.02 * X - scale * jnp.exp(X) * y * b  # f_xy v = exp(x) y v, componentwise
+    assert relative(estimate.gradient, expected) < 1e-10
+
+
+def test_nystrom_with_all_columns_is_exact_for_the_damped_system(x64):
+    rho = 1e-3
+    estimate = value_and_hypergradient(PROBLEM, Implicit(linear.Nystrom(rank=D, rho=rho)), lower.LBFGS(200, tol=1e-12))(X, Y)
+    y = solution(X)
+    b = VALIDATION[0].T @ (VALIDATION[0] @ y - VALIDATION[1]) / N
+    expected = 0.02 * X - jnp.exp(X) * y * jnp.linalg.solve(hessian(X) + rho * jnp.eye(D), b)
+    assert relative(estimate.gradient, expected) < 1e-8
+
+
+@pytest.mark.parametrize("estimator", [Unrolled(), Unrolled(checkpoint=False), Unrolled(mode="forward"), Unrolled(last=120)], ids=repr)
+def test_unrolled_converges_to_the_closed_form(estimator, x64):
+    estimate = value_and_hypergradient(PROBLEM, estimator, lower.GradientDescent(ETA, 400))(X, Y)
+    assert relative(estimate.gradient, jax.grad(objective)(X)) < 1e-9
+
+
+def test_unrolled_converges_to_implicit_at_the_rate_of_the_contraction(x64):
+    exact = jax.grad(objective)(X)
+    errors = [
+        relative(value_and_hypergradient(PROBLEM, Unrolled(), lower.GradientDescent(ETA, t))(X, Y).gradient, exact) for t in (20, 40, 80)
+    ]
+    rho = float(1 - ETA * jnp.linalg.eigvalsh(hessian(X))[0])
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] / errors[1] < 3 * rho**40  # T rho^T, with a factor for T
+
+
+def test_truncation_bias_falls_with_the_steps_kept(x64):
+    exact = jax.grad(objective)(X)
+    errors = [
+        relative(value_and_hypergradient(PROBLEM, Unrolled(last=k), lower.GradientDescent(ETA, 400))(X, Y).gradient, exact)
+        for k in (10, 20, 40)
+    ]
+    rho = float(1 - ETA * jnp.linalg.eigvalsh(hessian(X))[0])
+    assert errors[1] < 1.05 * rho**10 * errors[0] * 1.5
+    assert errors[2] < 1.05 * rho**20 * errors[1] * 1.5
+
+
+@pytest.mark.parametrize("optimizer", [ETA, optax.sgd(0.1, momentum=0.9), optax.adam(0.05, eps_root=1e-8)], ids=["sgd", "momentum", "adam"])
+def test_all_ways_of_unrolling_agree_and_equal_finite_differences(optimizer, x64):
+    solver = lower.GradientDescent(optimizer, 7)
+    gradients = [
+        value_and_hypergradient(PROBLEM, e, solver)(X, Y).gradient
+        for e in (Unrolled(), Unrolled(checkpoint=False), Unrolled(mode="forward"), Unrolled(last=7))
+    ]
+    for other in gradients[1:]:
+        assert relative(other, gradients[0]) < 1e-10
+    direction, h = np.linspace(-1, 1, D), 1e-5
+    value = jax.jit(lambda x: value_and_hypergradient(PROBLEM, Unrolled(checkpoint=False), solver)(x, Y).value)
+    slope = (value(X + h * direction) - value(X - h * direction)) / (2 * h)
+    np.testing.assert_allclose(gradients[0] @ direction, slope, rtol=1e-7)
+
+
+def test_one_step_and_jacobian_free_are_the_known_biased_answers(x64):
+    y = solution(X)
+    b = VALIDATION[0].T @ (VALIDATION[0] @ y - VALIDATION[1]) / N
+    expected = 0.02 * X - ETA * jnp.exp(X) * y * b
+    solver = lower.GradientDescent(ETA, 400)
+    assert relative(value_and_hypergradient(PROBLEM, OneStep(), solver)(X, Y).gradient, expected) < 1e-10
+    assert relative(value_and_hypergradient(PROBLEM, JacobianFree(ETA), solver)(X, Y).gradient, expected) < 1e-10
+
+
+def test_one_newton_step_makes_one_step_differentiation_exact(x64):
+    """For a superlinear solver the last step alone carries the whole derivative."""
+
+    def newton(level, x, y):
+        gradient, h = jax.grad(lambda w: level(x, {"w": w}))(y["w"]), jax.hessian(lambda w: level(x, {"w": w}))(y["w"])
+        return {"w": y["w"] - jnp.linalg.solve(h, gradient)}
+
+    estimate = value_and_hypergradient(PROBLEM, Unrolled(checkpoint=False), newton)(X, {"w": np.asarray(solution(X))})
+    assert relative(estimate.gradient, jax.grad(objective)(X)) < 1e-10
+
+
+@pytest.mark.parametrize("radius", [1e-2, 1e-3])
+def test_finite_difference_is_the_virtual_step_gradient(radius, x64):
+    y = {"w": np.linspace(-1, 1, D)}
+    xi = 0.3
+
+    def virtual(x):
+        moved = {"w": y["w"] - xi * jax.grad(ridge_lower, 1)(x, y, TRAIN)["w"]}
+        return ridge_upper(x, moved, VALIDATION)
+
+    estimate = value_and_hypergradient(PROBLEM, FiniteDifference(xi, radius), 0.1)(X, y)
+    # f_x = exp(x) y^2 / 2 is quadratic in y: the central difference is exact up to rounding.
+    assert relative(estimate.gradient, jax.grad(virtual)(X)) < 1e-9
+
+
+@pytest.mark.parametrize("estimator", [PZOBO(3000, 1e-5), HOZOG(3000, 1e-5)], ids=["PZOBO", "HOZOG"])
+def test_zeroth_order_has_the_monte_carlo_error_of_its_directions(estimator, x64):
+    solver = lower.GradientDescent(ETA, 200)
+    exact = jax.grad(objective)(X)
+    f = jax.jit(lambda key, carry: value_and_hypergradient(PROBLEM, estimator, solver)(X, Y, carry, key).gradient)
+    errors = np.array([relative(f(jax.random.key(s), jnp.uint32(0)), exact) for s in range(8)])
+    # u u'g with u normal: E|error|^2 = (D + 1) |g|^2 / Q, with g the part that is estimated: PZOBO knows F_x = 0.02 x.
+    estimated = exact - 0.02 * X if isinstance(estimator, PZOBO) else exact
+    expected = np.sqrt((D + 1) / 3000) * float(jnp.linalg.norm(estimated) / jnp.linalg.norm(exact))
+    assert 0.5 * expected < np.sqrt(np.mean(errors**2)) < 1.6 * expected
+    assert relative(f(jax.random.key(0), jnp.uint32(0)), f(jax.random.key(0), jnp.uint32(1))) > 0.3 * expected  # fresh directions
+
+
+def test_carry_warm_starts_the_linear_system(x64):
+    f = value_and_hypergradient(PROBLEM, Implicit(linear.CG(tol=1e-8)), lower.LBFGS(200, tol=1e-12))
+    first = f(X, Y)
+    again = f(X, first.lower.y, first.carry)
+    assert int(first.metrics["linear_iterations"]) >= D - 1
+    assert int(again.metrics["linear_iterations"]) == 0
+    assert relative(again.gradient, first.gradient) < 1e-7
+
+
+def test_projected_lower_level_box(x64):
+    """y*(x) = clip(x, -1, 1): the derivative is 0 where the box binds and 1 elsewhere."""
+    problem = Problem(
+        upper=lambda x, y: jnp.sum((y - 2.0) ** 2) + jnp.sum(x**2),
+        lower=lambda x, y: jnp.sum((y - x) ** 2),
+        project_lower=lambda y: jnp.clip(y, -1, 1),
+    )
+    x = np.array([-3.0, -0.5, 0.3, 2.0])
+    estimate = value_and_hypergradient(problem, Implicit(step=0.3), lower.GradientDescent(0.3, 100, tol=1e-13))(x, np.zeros(4))
+    y = np.clip(x, -1, 1)
+    expected = 2 * x + 2 * (y - 2) * (np.abs(x) < 1)
+    np.testing.assert_allclose(estimate.gradient, expected, atol=1e-10)
+
+
+def test_proximal_lower_level_lasso(x64):
+    """y* = soft(x_0, exp(x_1)): dy/dx_0 = 1 and dy/dx_1 = -exp(x_1) sign(x_0) where active."""
+    problem = Problem(
+        upper=lambda x, y: jnp.sum(y**2),
+        lower=lambda x, y: jnp.sum((y - x["c"]) ** 2) / 2,
+        prox_lower=lambda y, x, scaling: jnp.sign(y) * jnp.maximum(jnp.abs(y) - scaling * jnp.exp(x["l"]), 0),
+    )
+    x = {"c": np.array([2.0, -1.5, 0.1]), "l": np.asarray(-0.5)}
+    estimate = value_and_hypergradient(problem, Implicit(step=0.5), lower.GradientDescent(0.5, 200, tol=1e-13))(x, np.zeros(3))
+    t = np.exp(-0.5)
+    y = np.sign(x["c"]) * np.maximum(np.abs(x["c"]) - t, 0)
+    np.testing.assert_allclose(estimate.lower.y, y, atol=1e-12)
+    np.testing.assert_allclose(estimate.gradient["c"], 2 * y, atol=1e-10)
+    np.testing.assert_allclose(estimate.gradient["l"], np.sum(-2 * y * t * np.sign(y)), atol=1e-10)
+
+
+def test_symmetric_solver_with_a_projection_is_refused(x64):
+    problem = Problem(upper=lambda x, y: jnp.sum(y**2), lower=lambda x, y: jnp.sum((y - x) ** 2), project_lower=lambda y: y)
+    with pytest.raises(ValueError, match=r"CG\(\.\.\.\)\) assumes a symmetric system.*take linear\.GMRES"):
+        value_and_hypergradient(problem, Implicit(linear.CG()), 0.1)(np.ones(2), np.zeros(2))
+
+
+def test_refusals_name_the_cure():
+    with pytest.raises(ValueError, match=r"set its tol=None"):
+        value_and_hypergradient(PROBLEM, Unrolled(), lower.LBFGS())(X, Y)
+    with pytest.raises(ValueError, match=r"differentiates 5 steps but the lower solver takes 3: raise steps"):
+        value_and_hypergradient(PROBLEM, Unrolled(last=5), lower.GradientDescent(0.1, 3))(X, Y)
+    with pytest.raises(ValueError, match=r"needs one made of steps"):
+        value_and_hypergradient(PROBLEM, Unrolled(last=5), lambda level, x, y: y)(X, Y)
+    with pytest.raises(ValueError, match=r"'reverse' or 'forward'"):
+        Unrolled(mode="backward")
+    with pytest.raises(ValueError, match=r"a step size is positive"):
+        lower.GradientDescent(-0.1)
+    with pytest.raises(TypeError, match=r"give a step size or an optax GradientTransformation"):
+        lower.GradientDescent("adam")
+    with pytest.raises(TypeError, match=r"A lower solver is"):
+        lower.as_lower_solver("newton")
+
+
+shapes = st.lists(st.sampled_from([(), (1,), (2,), (3, 2), (2, 1, 2)]), min_size=1, max_size=3)
+
+
+@settings(max_examples=6, deadline=None)
+@given(x_shapes=shapes, y_shapes=shapes, seed=st.integers(0, 1000))
+def test_random_pytree_problems_against_central_differences(x_shapes, y_shapes, seed):
+    """f(x, y) = |y - M x|^2 / 2 + sum log cosh(y): strongly convex, with y*(x) nonlinear in x."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(seed)
+        x = {f"x{i}": rng.normal(size=s) for i, s in enumerate(x_shapes)}
+        y = [rng.normal(size=s) for s in y_shapes]
+        nx, ny = sum(v.size for v in x.values()), sum(v.size for v in y)
+        m, c = rng.normal(size=(ny, nx)) / np.sqrt(nx), rng.normal(size=ny)
+        flat = lambda tree: jnp.concatenate([jnp.ravel(v) for v in jax.tree.leaves(tree)])  # noqa: E731
+        problem = Problem(
+            upper=lambda x, y: jnp.sum(jnp.sin(flat(y)) * c) + jnp.sum(flat(x) ** 2) / 10,
+            lower=lambda x, y: jnp.sum((flat(y) - m @ flat(x)) ** 2) / 2 + jnp.sum(jnp.log(jnp.cosh(flat(y)))),
+        )
+        f = jax.jit(value_and_hypergradient(problem, Implicit(linear.CG(tol=1e-13)), lower.GradientDescent(0.3, 300, tol=1e-13)))
+        estimate = f(x, y)
+        direction = jax.tree.map(lambda v: rng.normal(size=v.shape), x)
+        h = 1e-4
+        move = lambda s: jax.tree.map(lambda v, d: v + s * d, x, direction)  # noqa: E731
+        slope = (f(move(h), y).value - f(move(-h), y).value) / (2 * h)
+        np.testing.assert_allclose(optax.tree.vdot(estimate.gradient, direction), slope, rtol=1e-6, atol=1e-7)
+        assert jax.tree.structure(estimate.gradient) == jax.tree.structure(x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes_are_kept(dtype):
+    problem = Problem(
+        upper=lambda x, y: jnp.sum(y**2), lower=lambda x, y: jnp.sum((y - x) ** 2 * jnp.array([1, 2], x.dtype))
+    )
+    for estimator in (Implicit(), Unrolled(), JacobianFree(), FiniteDifference(), PZOBO(2), HOZOG(2)):
+        estimate = value_and_hypergradient(problem, estimator, lower.GradientDescent(0.1, 3))(jnp.ones(2, dtype), jnp.zeros(2, dtype))
+        assert estimate.gradient.dtype == dtype, estimator
+        assert estimate.lower.y.dtype == dtype, estimator
+
+
+def test_libraries_underneath(x64):
+    """jaxopt and optimistix as lower solvers give the closed form too."""
+    import warnings
+
+    optimistix = pytest.importorskip("optimistix")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import jaxopt
+
+        solvers = [lower.jaxopt(jaxopt.LBFGS, maxiter=200, tol=1e-12), lower.optimistix(optimistix.BFGS(1e-12, 1e-12), max_steps=300)]
+        for solver in solvers:
+            estimate = value_and_hypergradient(PROBLEM, Implicit(linear.CG(tol=1e-12)), solver)(X, Y)
+            assert relative(estimate.gradient, jax.grad(objective)(X)) < 1e-7
+
+
+def test_three_levels(x64):
+    """z*(x, y) = x y inside y*(x) = argmin (y - 1)^2 + (z - 2)^2 = (1 + 2x) / (1 + x^2): an argmin nested in a lower loss."""
+    from bilevel.implicit import argmin
+
+    innermost = argmin(lambda xy, z: (z - xy[0] * xy[1]) ** 2, lambda f, xy, z: xy[0] * xy[1] + 0.0 * z)
+    problem = Problem(
+        upper=lambda x, y: (y - 1.5) ** 2 + 0.1 * x**2,
+        lower=lambda x, y: (y - 1) ** 2 + (innermost((x, y), jnp.zeros(())) - 2) ** 2,
+    )
+    f = lambda x: (1 + 2 * x) / (1 + x**2)  # noqa: E731
+    x = jnp.asarray(0.4)
+    estimate = value_and_hypergradient(problem, Implicit(linear.CG(tol=1e-12)), lower.GradientDescent(0.3, 100))(x, jnp.zeros(()))
+    np.testing.assert_allclose(estimate.lower.y, f(x), rtol=1e-10)
+    np.testing.assert_allclose(estimate.gradient, jax.grad(lambda x: (f(x) - 1.5) ** 2 + 0.1 * x**2)(x), rtol=1e-8)
