@@ -13,7 +13,6 @@ library, is one line.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
-from bilevel.optimizers import SpectralState
+from bilevel.optimizers import quasi_newton, withdraws
 
 PyTree = Any
 
@@ -135,11 +134,14 @@ class GradientDescent:
                 residual = derivatives.norm(optax.tree.sub(y, level.project(optax.tree.sub(y, gradient))))
             else:
                 residual = derivatives.norm(gradient)
+            if level.prox is None:  # the point that meets the tolerance is returned, not the one after it
+                new = jax.tree.map(lambda new, y: jnp.where(residual <= self.tol, y, new), new, y)
             return LowerState(new, memory), residual
 
         if self.tol is None:
             body = jax.checkpoint(lambda s, i: (step(s, i)[0], None), prevent_cse=False)
-            return jax.lax.scan(body, state, self.first + jnp.arange(self.steps))[0]
+            state = jax.lax.scan(body, state, self.first + jnp.arange(self.steps))[0]
+            return LowerState(state.memory.x, state.memory) if withdraws(state.memory) else state
 
         # The residual is that of the point before the step: a step more than needed is taken, none is wasted on a test.
         def unfinished(carry: Any) -> jax.Array:
@@ -153,7 +155,11 @@ class GradientDescent:
 
         zero = jnp.zeros((), jnp.int32)
         infinite = jnp.full_like(jax.eval_shape(step, state, 0)[1], jnp.inf)
-        return jax.lax.while_loop(unfinished, loop, (zero, state, infinite, infinite, zero))[1]
+        _, state, residual, *_ = jax.lax.while_loop(unfinished, loop, (zero, state, infinite, infinite, zero))
+        if withdraws(state.memory):
+            y = jax.tree.map(lambda y, x: jnp.where(residual <= self.tol, y, x), state.y, state.memory.x)
+            state = LowerState(y, state.memory)
+        return state
 
     def part(self, first: int, steps: int) -> GradientDescent:
         """Steps first, ..., first + steps - 1 of this run, as a run of its own."""
@@ -166,17 +172,12 @@ def _has_line_search(memory: PyTree) -> bool:
 
 
 def _needs_value(memory: PyTree) -> bool:
-    return isinstance(memory, SpectralState) or _has_line_search(memory)
+    return withdraws(memory) or _has_line_search(memory)
 
 
-@functools.cache
-def _lbfgs(memory_size: int) -> optax.GradientTransformation:
-    return optax.lbfgs(memory_size=memory_size)
-
-
-def LBFGS(steps: int = 100, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:
-    """`optax.lbfgs` with its zoom line search, to a tolerance on |f_y|: no step size to choose. For full batches."""
-    return GradientDescent(_lbfgs(memory_size), steps, tol)
+def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:
+    """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|: no step size to choose. For full batches without a projection."""
+    return GradientDescent(quasi_newton(memory_size), steps, tol)
 
 
 @hyperparameters

@@ -13,7 +13,10 @@ from bilevel._module import state
 
 PyTree = Any
 
-__all__ = ["spectral"]
+# Rules that withdraw steps keep the accepted point in their state (`x`) and say whether the last trial was (`accepted`):
+# what a loop returns is that point, and not the trial that comes next.
+
+__all__ = ["quasi_newton", "spectral"]
 
 
 @state
@@ -25,6 +28,7 @@ class SpectralState:
     step: jax.Array
     values: jax.Array
     count: jax.Array
+    accepted: jax.Array
 
 
 @functools.cache
@@ -50,7 +54,7 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         dtype = jnp.result_type(float, *jax.tree.leaves(params)) if jax.tree.leaves(params) else jnp.result_type(float)
         infinite = jnp.full((memory,), jnp.inf, dtype)
         zero = optax.tree.zeros_like(params)
-        return SpectralState(jax.tree.map(jnp.asarray, params), zero, jnp.zeros((), dtype), infinite, jnp.zeros((), jnp.int32))
+        return SpectralState(jax.tree.map(jnp.asarray, params), zero, jnp.zeros((), dtype), infinite, jnp.zeros((), jnp.int32), jnp.asarray(True))
 
     def update(gradient: PyTree, s: SpectralState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
         if params is None or value is None:
@@ -76,6 +80,120 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         step = jnp.where(first, 0.1 * limit, jnp.where(accepted, jnp.minimum(bb, limit), 0.25 * s.step))
         values = jnp.where(accepted, jnp.roll(s.values, 1).at[0].set(value), s.values)
         updates = jax.tree.map(lambda old, now, g: (old - now) - step.astype(g.dtype) * g, x, params, g)
-        return updates, SpectralState(x, g, step, values, s.count + 1)
+        return updates, SpectralState(x, g, step, values, s.count + 1, accepted)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def withdraws(memory: PyTree) -> bool:
+    """Whether the rule with this state may withdraw a step: what counts is then `memory.x`, and not the point tried next."""
+    return isinstance(memory, (SpectralState, QuasiNewtonState))
+
+
+@state
+class QuasiNewtonState:
+    """The accepted point, its gradient and value; the direction being tried and its length; the pairs (s, z), newest first."""
+
+    x: PyTree
+    gradient: PyTree
+    value: jax.Array
+    direction: PyTree
+    step: jax.Array
+    s: PyTree
+    z: PyTree
+    rho: jax.Array
+    count: jax.Array
+    accepted: jax.Array
+
+
+@functools.cache
+def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransformationExtraArgs:
+    """L-BFGS with its backtracking spread over outer iterations: one evaluation per step, and no step size to choose.
+
+    At an accepted point x_k the direction d = -H g_k is that of L-BFGS with the last `memory` pairs of positive curvature, and the
+    trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` (1 + rms(x)) in root mean square. A
+    trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is withdrawn, and the next one has a
+    quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two values agree to half the digits of the
+    dtype (a lower solution is only so exact) the slopes decide: a trial is kept if its slope is at most 0.9998 of the one at x_k.
+
+    For deterministic objectives without a projection: `update` needs `value=`, which `HypergradientDescent` and the lower
+    solvers give. Under a projection take `spectral`.
+
+    Reference: Nocedal, Wright, "Numerical Optimization", 2nd ed., algorithms 7.4 and 3.1; Hager, Zhang, "A New
+    Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", SIAM J. Optim. 2005 (the last rule).
+    """
+
+    def init(params: PyTree) -> QuasiNewtonState:
+        dtype = jnp.result_type(float, *jax.tree.leaves(params)) if jax.tree.leaves(params) else jnp.result_type(float)
+        zero = optax.tree.zeros_like(params)
+        pairs = jax.tree.map(lambda leaf: jnp.zeros((memory, *jnp.shape(leaf)), jnp.result_type(leaf)), params)
+        nothing = jnp.zeros((), dtype)
+        return QuasiNewtonState(
+            jax.tree.map(jnp.asarray, params), zero, nothing, zero, nothing, pairs, pairs, jnp.zeros((memory,), dtype), jnp.zeros((), jnp.int32), jnp.asarray(True)
+        )  # fmt: skip
+
+    def update(gradient: PyTree, old: QuasiNewtonState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
+        if params is None or value is None:
+            raise ValueError("optimizers.quasi_newton needs update(gradient, state, params, value=value): the value decides whether a step is kept.")
+        dtype = old.step.dtype
+        value = jnp.asarray(value, dtype)
+        dot = lambda a, b: jnp.asarray(optax.tree.vdot(a, b), dtype)  # noqa: E731
+        first = old.count == 0
+        moved = optax.tree.sub(params, old.x)
+        slack = 8 * jnp.finfo(dtype).eps * jnp.abs(old.value)
+        finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
+        slope = jnp.minimum(dot(old.gradient, moved), 0)
+        decreased = value <= old.value + 1e-4 * slope + slack
+        # Where values no longer tell points apart, slopes do: Hager and Zhang's approximate Wolfe condition.
+        level = (value <= old.value + jnp.finfo(dtype).eps ** 0.5 * jnp.abs(old.value)) & (dot(gradient, moved) <= -0.9998 * slope)
+        accepted = first | (finite & (decreased | level))
+        choose = functools.partial(jax.tree.map, lambda new, kept: jnp.where(accepted, new, kept))
+        x, g = choose(params, old.x), choose(gradient, old.gradient)
+
+        z = optax.tree.sub(gradient, old.gradient)
+        curvature = dot(moved, z)
+        useful = accepted & ~first & (curvature > 1e-10 * jnp.sqrt(dot(moved, moved) * dot(z, z)))
+        stuck = ~accepted & (old.step < 1e-6)
+        push = lambda store, new: jax.tree.map(lambda a, b: jnp.where(useful, jnp.roll(a, 1, 0).at[0].set(b), a), store, new)  # noqa: E731
+        s_all, z_all = push(old.s, moved), push(old.z, z)
+        rho = jnp.where(useful, jnp.roll(old.rho, 1).at[0].set(1 / jnp.where(useful, curvature, 1)), old.rho)
+        rho = jnp.where(stuck, 0, rho)
+
+        size = max(optax.tree.size(params), 1)
+        rms = lambda tree: jnp.asarray(optax.tree.norm(tree), dtype) / size**0.5  # noqa: E731
+        limit = largest * (1 + rms(x))
+        fallback = 0.1 * limit / jnp.maximum(rms(g), jnp.finfo(dtype).tiny ** 0.5)
+        d = _two_loop(g, s_all, z_all, rho, fallback, dot)
+        downhill = dot(g, d) < 0
+        d = jax.tree.map(lambda d, g: jnp.where(downhill, d, -fallback.astype(g.dtype) * g), d, g)
+        fresh = accepted | stuck
+        d = jax.tree.map(lambda new, kept: jnp.where(fresh, new, kept), d, old.direction)
+        longest = jnp.minimum(1.0, limit / jnp.maximum(rms(d), jnp.finfo(dtype).tiny ** 0.5))
+        step = jnp.where(fresh, longest, 0.25 * old.step)
+        updates = jax.tree.map(lambda new, now, d: (new - now) + step.astype(d.dtype) * d, x, params, d)
+        return updates, QuasiNewtonState(x, g, jnp.where(accepted, value, old.value), d, step, s_all, z_all, rho, old.count + 1, accepted)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _two_loop(g: PyTree, s: PyTree, z: PyTree, rho: jax.Array, fallback: jax.Array, dot: Any) -> PyTree:
+    """-H g by the two-loop recursion; pairs with rho = 0 are empty; without pairs -fallback g."""
+    memory = rho.shape[0]
+    pair = lambda tree, i: jax.tree.map(lambda a: a[i], tree)  # noqa: E731
+
+    def backward(i: Any, carry: Any) -> Any:
+        q, alpha = carry
+        a = rho[i] * dot(pair(s, i), q)
+        return optax.tree.cast_like(optax.tree.add_scale(q, -a, pair(z, i)), q), alpha.at[i].set(a)
+
+    q, alpha = jax.lax.fori_loop(0, memory, backward, (g, jnp.zeros_like(rho)))
+    newest = dot(pair(z, 0), pair(z, 0))
+    scale = jnp.where(rho[0] > 0, 1 / jnp.where(rho[0] > 0, rho[0] * newest, 1), fallback)
+    r = optax.tree.cast_like(optax.tree.scale(scale, q), g)
+
+    def forward(j: Any, r: PyTree) -> PyTree:
+        i = memory - 1 - j
+        b = rho[i] * dot(pair(z, i), r)
+        return optax.tree.cast_like(optax.tree.add_scale(r, alpha[i] - b, pair(s, i)), r)
+
+    return optax.tree.scale(-1, jax.lax.fori_loop(0, memory, forward, r))

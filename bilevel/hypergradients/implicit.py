@@ -62,7 +62,7 @@ class Implicit:
 
     def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
         """The estimate at x."""
-        found = jax.lax.stop_gradient(inner(x, start))
+        found = inner(x, start)
         y = found.y
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         nonsmooth = lower.project is not None or lower.prox is not None

@@ -63,7 +63,7 @@ class Unrolled:
             inner = inner.with_level(lower.mixed_mode())
         if self.last is not None:
             head, inner = inner.split(self.last, f"Unrolled(last={self.last})")
-            start = jax.lax.stop_gradient(head(x, start))
+            start = head(x, start)  # outside what is differentiated below
 
         def objective(x: PyTree) -> tuple[jax.Array, LowerState]:
             found = inner(x, start)
@@ -119,7 +119,7 @@ class JacobianFree:
 
     def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
         """The estimate at x."""
-        found = jax.lax.stop_gradient(inner(x, start))
+        found = inner(x, start)
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, found.y)
         lin = derivatives.linearised(lower, x, found.y)
         gradient = optax.tree.add_scale(upper_x, -self.step, lin.cross(upper_y))

@@ -12,18 +12,20 @@ from bilevel import derivatives, hypergradients, linear
 from bilevel._module import hyperparameters, state
 from bilevel.hypergradients import Implicit, Unrolled
 from bilevel.lower import LBFGS, GradientDescent, Inner, LowerState, as_lower_solver, as_optimizer, check_optimizer
-from bilevel.optimizers import spectral
-from bilevel.problem import Level, Problem
+from bilevel.optimizers import quasi_newton, spectral, withdraws
+from bilevel.problem import Level, Problem, ProblemError
 from bilevel.solution import Result
 from bilevel.solvers._base import PyTree, refuse
 
 
 @state
 class NestedState:
-    """x and y; the lower solver's, the estimator's and the upper optimiser's memories; the start of cold lower solves."""
+    """x and y; where the next hypergradient is taken (x, but for step rules that may withdraw a step); the lower solver's,
+    the estimator's and the upper optimiser's memories; the start of cold lower solves."""
 
     x: PyTree
     y: PyTree
+    trial: PyTree
     memory: PyTree
     carry: PyTree
     upper: PyTree
@@ -41,7 +43,8 @@ class HypergradientDescent:
       hypergradient: an estimator of `bilevel.hypergradients`.
       lower_solver: anything that `lower.as_lower_solver` accepts.
       upper_optimizer: an optax rule or a step size. Rules with a line search (`optax.lbfgs()`) are given h and its
-        estimated gradient; they suit full batches.
+        estimated gradient; they suit full batches. None: `optimizers.quasi_newton()`, or under a projection
+        `optimizers.spectral()`, which need no step size and full batches.
       warm_start: start each lower solve at the last y (and its optimiser's moments); False: at y0 every time, as in
         meta-learning.
 
@@ -52,11 +55,12 @@ class HypergradientDescent:
 
     hypergradient: Any = Implicit()
     lower_solver: Any = GradientDescent()
-    upper_optimizer: float | optax.GradientTransformation = 0.01
+    upper_optimizer: float | optax.GradientTransformation | None = None
     warm_start: bool = True
 
     def __post_init__(self) -> None:
-        check_optimizer("HypergradientDescent", "upper_optimizer", self.upper_optimizer)
+        if self.upper_optimizer is not None:
+            check_optimizer("HypergradientDescent", "upper_optimizer", self.upper_optimizer)
         as_lower_solver(self.lower_solver)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> NestedState:
@@ -64,7 +68,17 @@ class HypergradientDescent:
         refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower"))
         lower_state = as_lower_solver(self.lower_solver).init(y)
         carry = self.hypergradient.init(problem.draw_lower(key), x, y)
-        return NestedState(x, y, lower_state.memory, carry, as_optimizer(self.upper_optimizer).init(x), None if self.warm_start else y)
+        return NestedState(x, y, x, lower_state.memory, carry, self._optimizer(problem).init(x), None if self.warm_start else y)
+
+    def _optimizer(self, problem: Problem) -> optax.GradientTransformationExtraArgs:
+        if self.upper_optimizer is not None:
+            return as_optimizer(self.upper_optimizer)
+        if problem.stochastic:
+            raise ProblemError(
+                "HypergradientDescent's default step rule compares values and needs full batches; this problem draws minibatches. "
+                "Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
+            )
+        return quasi_newton() if problem.project_upper is None else spectral()
 
     def step(self, problem: Problem, state: NestedState, key: Any) -> tuple[NestedState, dict[str, jax.Array]]:
         """One outer iteration."""
@@ -73,24 +87,28 @@ class HypergradientDescent:
         inner = Inner(solver, lower)
         start = LowerState(state.y, state.memory) if self.warm_start else solver.init(state.start)
 
-        estimate = self.hypergradient(upper, lower, inner, state.x, start, state.carry)
+        estimate = self.hypergradient(upper, lower, inner, state.trial, start, state.carry)
         found, gradient = estimate.lower, estimate.gradient
 
         def objective(x: PyTree) -> jax.Array:
             return _with_gradient(lambda x: self.hypergradient(upper, lower, inner, x, found, estimate.carry), x)
 
-        updates, memory = as_optimizer(self.upper_optimizer).update(
-            gradient, state.upper, state.x, value=estimate.value, grad=gradient, value_fn=objective
+        updates, memory = self._optimizer(problem).update(
+            gradient, state.upper, state.trial, value=estimate.value, grad=gradient, value_fn=objective
         )
-        x = optax.apply_updates(state.x, updates)
+        trial = optax.apply_updates(state.trial, updates)
         if problem.project_upper is not None:
-            x = problem.project_upper(x)
+            trial = problem.project_upper(trial)
+        x, y = trial, found.y
+        if withdraws(memory):
+            x = memory.x
+            y = jax.tree.map(lambda new, kept: jnp.where(memory.accepted, new, kept), y, state.y)
         metrics = {
             "upper_loss": estimate.value,
-            "hypergradient_norm": stationarity(upper, state.x, gradient),
+            "hypergradient_norm": stationarity(upper, state.trial, gradient),
             **estimate.metrics,
         }
-        return NestedState(x, found.y, found.memory, estimate.carry, memory, state.start), metrics
+        return NestedState(x, y, trial, found.memory, estimate.carry, memory, state.start), metrics
 
     def status(self, state: NestedState, metrics: dict[str, jax.Array], tol: Any) -> jax.Array:
         """CONVERGED where the hypergradient and the lower level's residual are within the tolerance."""
@@ -127,15 +145,16 @@ def AID(
 ) -> HypergradientDescent:
     """Approximate implicit differentiation: a lower solve, a warm-started linear solve, an upper step.
 
-    Defaults: `LBFGS(100, tol=1e-6)` for the lower level, `optimizers.spectral()` for the upper one, `linear.CG(tol=1e-6)`
-    (`linear.GMRES()` with a projection or prox on the lower level): no step size to choose, for full batches.
+    Defaults, for full batches, without a step size to choose: `lower.LBFGS(tol=1e-6)`, warm-started `linear.CG`
+    (`linear.GMRES` with a projection or prox on the lower level), `optimizers.quasi_newton()` (`optimizers.spectral()`
+    with a projection on the upper level).
 
     References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation", ICML 2020.
     """
     return HypergradientDescent(
         Implicit(linear_solver),
         LBFGS() if lower_solver is None else lower_solver,
-        spectral() if upper_optimizer is None else upper_optimizer,
+        upper_optimizer,
     )
 
 

@@ -1,0 +1,168 @@
+"""Sources of batches: every one is a pure function of the run's key and the step's index."""
+
+from __future__ import annotations
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bilevel import Problem, data
+from bilevel.data import as_step_key, permute
+
+
+def keys(n, seed=0):
+    return [as_step_key(seed, k) for k in range(n)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**32 - 1))
+def test_permute_is_a_permutation_for_any_length(n, seed):
+    assert sorted(np.asarray(permute(np.arange(n), n, jnp.uint32(seed))).tolist()) == list(range(n))
+
+
+def test_permute_with_a_traced_length_is_the_same_permutation_property():
+    f = jax.jit(lambda i, n, s: permute(i, n, s))
+    for n in (1, 2, 3, 7, 50, 99, 100, 101):
+        image = np.asarray(jax.vmap(lambda i, n=n: f(i, jnp.uint32(n), jnp.uint32(5)))(jnp.arange(n)))
+        assert sorted(image.tolist()) == list(range(n))
+
+
+def test_permute_is_uniform_in_places_and_in_pairs():
+    n, seeds = 30, 3000
+    images = np.asarray(jax.vmap(lambda s: permute(jnp.arange(n), n, s))(jnp.arange(seeds, dtype=jnp.uint32)))
+    counts = np.stack([np.bincount(images[:, j], minlength=n) for j in range(n)])
+    expected = seeds / n
+    chi2 = ((counts - expected) ** 2 / expected).sum() / (n - 1) ** 2  # chi squared over its degrees of freedom
+    assert 0.8 < chi2 < 1.2
+    pairs = collections.Counter(zip(images[:, 0].tolist(), images[:, 1].tolist(), strict=True))
+    variance = np.var([pairs.get((i, j), 0) for i in range(n) for j in range(n) if i != j])
+    assert variance == pytest.approx(seeds / (n * (n - 1)), rel=0.25)
+
+
+def test_an_epoch_without_replacement_sees_each_sample_once_and_epochs_differ():
+    source = data.Minibatches(np.arange(12), 4)
+    epochs = [np.concatenate([source.draw(k) for k in keys(9)[3 * e : 3 * e + 3]]) for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(12))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[1], epochs[2])
+
+
+def test_leftover_samples_differ_between_epochs():
+    source = data.Minibatches(np.arange(10), 4)
+    seen = {tuple(sorted(set(range(10)) - set(np.concatenate([source.draw(k) for k in keys(40)[2 * e : 2 * e + 2]]).tolist()))) for e in range(20)}
+    assert len(seen) > 5
+
+
+def test_identical_keys_give_identical_batches_and_other_keys_and_streams_do_not():
+    source = data.Minibatches(np.arange(1000), 10)
+    a, b = source.draw(as_step_key(3, 7)), source.draw(as_step_key(3, 7))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, source.draw(as_step_key(4, 7)))
+    assert not np.array_equal(a, source.draw(as_step_key(3, 8)))
+    assert not np.array_equal(a, source.draw(as_step_key(3, 7).fold_in(1)))
+
+
+def test_the_two_levels_draw_independently():
+    problem = Problem(
+        upper=lambda x, y, b: jnp.sum(b), lower=lambda x, y, b: jnp.sum(b),
+        upper_data=data.Minibatches(np.arange(1000), 10), lower_data=data.Minibatches(np.arange(1000), 10),
+    )  # fmt: skip
+    assert not np.array_equal(problem.draw_upper(0).batch, problem.draw_lower(0).batch)
+
+
+def test_inner_steps_draw_fresh_batches_of_one_epoch():
+    level = Problem(
+        upper=lambda x, y: 0.0, lower=lambda x, y, b: jnp.sum(b), lower_data=data.Minibatches(np.arange(12), 3)
+    ).draw_lower(as_step_key(0, 0))
+    batches = np.concatenate([level.redraw(i, 4).batch for i in range(4)])
+    assert sorted(batches.tolist()) == list(range(12))
+
+
+def test_blocks_are_contiguous_numbered_and_complete():
+    source = data.Minibatches(np.arange(12), 4, blocks=True)
+    numbers = [int(source.block(k)) for k in keys(3)]
+    assert sorted(numbers) == [0, 1, 2]
+    for number, key in zip(numbers, keys(3), strict=True):
+        np.testing.assert_array_equal(source.draw(key), np.arange(4 * number, 4 * number + 4))
+
+
+def test_with_replacement_is_uniform():
+    source = data.Minibatches(np.arange(8), 8, replace=True)
+    drawn = np.concatenate([source.draw(k) for k in keys(300)])
+    counts = np.bincount(drawn, minlength=8)
+    assert ((counts - 300) ** 2 / 300).sum() < 30  # chi squared with 7 degrees of freedom
+
+
+def test_sampler_gets_a_fresh_key_and_its_arrays():
+    source = data.Sampler(lambda key, a: (a["scale"] * jax.random.normal(key, (2,)), key), {"scale": jnp.float32(3.0)})
+    a, b = source.draw(as_step_key(0, 0)), source.draw(as_step_key(0, 1))
+    assert not np.array_equal(a[0], b[0])
+    np.testing.assert_array_equal(a[0], 3.0 * jax.random.normal(a[1], (2,)))
+
+
+def test_clients_keep_to_their_samples():
+    clients = data.Clients([{"v": np.arange(5)}, {"v": np.arange(100, 103)}, {"v": np.arange(200, 207)}])
+    assert len(clients) == 3
+    assert clients.count == 15
+    for c, (low, high) in enumerate([(0, 5), (100, 103), (200, 207)]):
+        drawn = np.concatenate([clients.draw_client(k, jnp.int32(c), 2)["v"] for k in keys(12)])
+        assert set(drawn.tolist()) == set(range(low, high))
+    epoch = np.concatenate([clients.draw_client(k, 2, 1)["v"] for k in keys(7)])
+    assert sorted(epoch.tolist()) == list(range(200, 207))
+    np.testing.assert_array_equal(np.sort(clients.draw(as_step_key(0))["v"]), np.sort(clients.arrays["v"]))
+
+
+def test_stream_skips_and_repeats():
+    stream = data.Stream([np.asarray([i]) for i in range(3)])
+    items = stream.items(4)  # 0 1 2 | 0 [1] 2 | 0
+    assert [int(next(items)[0]) for _ in range(3)] == [1, 2, 0]
+    reader = stream.prefetched(1)
+    np.testing.assert_array_equal(reader.take(4)[:, 0], [1, 2, 0, 1])
+    reader.close()
+
+
+def test_stream_raises_the_sources_error_where_it_is_consumed():
+    def broken(start):
+        yield np.zeros(1)
+        raise OSError("disk gone")
+
+    reader = data.Stream(broken).prefetched()
+    with pytest.raises(OSError, match="disk gone"):
+        reader.take(2)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: data.Minibatches(np.zeros((5, 2)), 6), r"size=6\) exceeds the 5 samples: lower the size"),
+        (lambda: data.Minibatches(np.zeros((5, 2)), 0), "positive integer"),
+        (lambda: data.Minibatches((np.zeros(5), np.zeros(4)), 2), r"disagree on the number of samples: .*\[0\] has 5, .*\[1\] has 4"),
+        (lambda: data.Minibatches(np.zeros((0, 2)), 1), "zero samples"),
+        (lambda: data.Minibatches(np.zeros(4), 2, replace=True, blocks=True), "choose one"),
+        (lambda: data.Minibatches({}, 2), "holds no arrays"),
+        (lambda: data.Clients([]), "at least one client"),
+        (lambda: data.Clients([{"a": np.zeros(3)}, {"b": np.zeros(3)}]), "Client 1's data have the structure"),
+        (lambda: data.Clients([np.zeros(3), np.zeros(0)]), "client 1's data has zero samples"),
+        (lambda: data.Clients([np.zeros(3), np.zeros(5)], size=4), r"smallest client has 3 samples"),
+        (lambda: data.Stream([], draws=0), "at least one item"),
+        (lambda: next(data.Stream([]).items()), "The stream is empty"),
+        (lambda: next(data.Stream(lambda start: iter(())).items()), "The stream is empty"),
+    ],
+)
+def test_bad_sources_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_a_spent_generator_is_named():
+    items = data.Stream(np.zeros(1) for _ in range(2)).items()
+    next(items), next(items)
+    with pytest.raises(ValueError, match="cannot be iterated again"):
+        next(items)
