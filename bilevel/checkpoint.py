@@ -8,6 +8,7 @@ that a process killed at any moment leaves the older checkpoints as they were.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -16,9 +17,12 @@ import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import types
 import zlib
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -135,7 +139,8 @@ def _describe(value: Any, above: tuple[int, ...] = ()) -> str:
             return f"{_shape(value)} {np.asarray(value).reshape(()).item()!r}"
         return f"{_shape(value)} {_checksum(value)}"
     if isinstance(value, optax.GradientTransformation):
-        return inner(value.update)  # `init` closes over the same numbers
+        # `init` closes over the same numbers. scale_by_adam.<locals>.update_fn is called scale_by_adam.
+        return re.sub(r"\.<locals>\.update(_fn)?\b", "", inner(value.update))
     if isinstance(value, functools.partial):
         bound = [inner(a) for a in value.args] + [f"{k}={inner(v)}" for k, v in value.keywords.items()]
         return f"partial({', '.join([inner(value.func), *bound])})"
@@ -202,12 +207,26 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _global(leaf: Any) -> np.ndarray:
-    """The whole array on the host, whatever devices it lies on.
+    """The whole array on the host, whatever devices of whatever processes it lies on; all processes call it.
 
-    With several processes this is where the pieces of the others come in (`multihost_utils.process_allgather`), one
-    process then writes; what is written is the global array, so that any other number of processes can read it.
+    What is written is the global array, by one process, so that any other number of processes can read it.
     """
-    return np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    array = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _alone() -> dict[str, Any]:
+    """Options with which orbax writes or reads in this process without waiting for the others."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return {}
+    me = jax.process_index()
+    return {"multiprocessing_options": ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})}
 
 
 def _shape(leaf: Any) -> str:
@@ -258,6 +277,24 @@ def _excerpt(text: str, start: int) -> str:
 
 
 # ---------------------------------------------------------------- the directory
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: orbax writes in threads, which an interrupt of this one would not end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught[0])
+
 
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"(writing|trash)_.*")
@@ -334,9 +371,11 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, history: History) -> None:
-        """Write a checkpoint (returns when it is on the disk), then drop all but the newest `keep`."""
-        import orbax.checkpoint as ocp
+        """Write a checkpoint, then drop all but the newest `keep`; a Ctrl-C is let through when that is done."""
+        with _uninterrupted():
+            self._save(step, state, history)
 
+    def _save(self, step: int, state: Any, history: History) -> None:
         named = [
             ("state", jax.tree_util.keystr(path), _global(leaf))
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -346,12 +385,21 @@ class Checkpoints:
             named += [("history", name, history[name]), ("steps", name, steps[name])]
         # Orbax takes no array without elements: their shape, in the description, is all there is to keep.
         arrays = {str(i): a for i, (_, _, a) in enumerate(named) if a.size}
+        if jax.process_index() == 0:
+            self._write(step, named, arrays)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"bilevel checkpoint {step}")
+
+    def _write(self, step: int, named: list[tuple[str, str, np.ndarray]], arrays: dict[str, np.ndarray]) -> None:
+        import orbax.checkpoint as ocp
 
         self._sweep()  # of a save that was interrupted
         writing = Path(tempfile.mkdtemp(prefix="writing_", dir=self.path)) / f"step_{step}"
         writing.mkdir()
         if arrays:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_alone()), **_alone()) as writer:
                 writer.save(writing / "arrays", args=ocp.args.PyTreeSave(arrays))
         description = {
             "step": int(step),
@@ -413,7 +461,7 @@ class Checkpoints:
         read: dict[str, Any] = {}
         if stored:
             how = ocp.args.PyTreeRestore(restore_args={i: ocp.RestoreArgs(restore_type=np.ndarray) for i in stored})
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_alone()), **_alone()) as reader:
                 read = reader.restore(path / "arrays", args=how)
         return [
             read[str(i)] if str(i) in read else np.zeros(leaf["shape"], jnp.dtype(leaf["dtype"]))
@@ -455,6 +503,8 @@ def _placed(array: np.ndarray, like: Any) -> Any:
             if _is_key(like)
             else jnp.asarray(array)
         )
+        if not like.is_fully_addressable:  # pieces on other processes, each of which has read the whole
+            return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
         return jax.device_put(value, like.sharding) if like.committed else value
     if isinstance(like, np.ndarray):
         return array

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -65,8 +66,8 @@ def custom_root(
         has_aux: whether the solver returns `(sol, aux)`. Nothing is differentiated with respect to `aux`.
         solve: solves A u = b. Either a function `(matvec, b) -> u` (those of `jaxopt.linear_solve` are) or a solver of
             `bilevel.linear`. It is given A for forward mode and A^T for reverse mode. The default is conjugate
-            gradients for a symmetric A and GMRES for a general one, at most 1000 iterations to a relative residual of
-            `eps ** 0.75` (2e-12 in float64, 6e-6 in float32).
+            gradients for a symmetric A; for a general one dense least squares up to 100 unknowns and GMRES beyond. The
+            iterations end at a relative residual of `eps ** 0.75` (2e-12 in float64, 6e-6 in float32), or 1000.
         reference_signature: a function or signature that says how keyword arguments map to the positional ones of
             `optimality_fun`, if its own signature does not.
         symmetric: whether A is symmetric positive definite, which chooses the default of `solve` and nothing else. If
@@ -227,8 +228,8 @@ def argmin(
         optimality: the condition `optimality(y, x, *data)` that the solver's answer satisfies where it is not that the
             gradient of f vanishes: a constrained or non-smooth lower level, see `bilevel.optimality`.
         has_aux: whether `solver` returns `(y, aux)`; then so does the result.
-        linear_solver: as `solve` of `custom_root`. The default is conjugate gradients, and GMRES if `optimality` is
-            given.
+        linear_solver: as `solve` of `custom_root`. The default is conjugate gradients, and that for a general
+            system if `optimality` is given.
 
     Returns:
         `y_star(x, y0, *data) -> y`. It is differentiable with respect to x and the data; with respect to y0 its
@@ -360,7 +361,7 @@ def _is_symmetric(optimality_fun: Callable[..., Any]) -> bool:
 def _as_solve(solve: Callable[..., Any] | None, symmetric: bool) -> Callable[..., Any]:
     """The linear solver as a function `(matvec, b) -> u`."""
     if solve is None:
-        return _conjugate_gradients if symmetric else _gmres
+        return _conjugate_gradients if symmetric else _general
     if not callable(solve):
         raise TypeError(
             f"The linear solver was {solve!r}; a function (matvec, b) -> u that solves A u = b, or a solver of "
@@ -375,11 +376,18 @@ def _conjugate_gradients(matvec: LinearMap, b: PyTree) -> PyTree:
     return CG(tol=_tolerance(b), max_steps=1000)(matvec, b)[0]
 
 
-def _gmres(matvec: LinearMap, b: PyTree) -> PyTree:
-    # Up to 100 unknowns the Krylov space is the whole space and the answer is exact, also for a system that is
-    # indefinite, or singular but consistent. GMRES keeps `restart` vectors, so a large system gets fewer.
-    size = sum(leaf.size for leaf in jax.tree.leaves(b))
-    return GMRES(tol=_tolerance(b), max_steps=1000, restart=100 if size <= 10_000 else 20)(matvec, b)[0]
+def _general(matvec: LinearMap, b: PyTree) -> PyTree:
+    flat, unravel = jax.flatten_util.ravel_pytree(b)
+    if flat.size > 100:
+        # GMRES keeps `restart` vectors, so a large system gets fewer.
+        restart = 100 if flat.size <= 10_000 else 20
+        return GMRES(tol=_tolerance(b), max_steps=1000, restart=restart)(matvec, b)[0]
+    # Least squares are exact, also for a system that is indefinite, or singular but consistent (redundant constraints).
+    # The columns are made one by one, since a condition with a custom_vjp of its own cannot be batched here.
+    columns = jax.lax.map(
+        lambda e: jax.flatten_util.ravel_pytree(matvec(unravel(e)))[0], jnp.eye(flat.size, dtype=flat.dtype)
+    )
+    return unravel(jnp.linalg.lstsq(columns.T, flat)[0])
 
 
 def _tolerance(b: PyTree) -> float:

@@ -199,7 +199,7 @@ def as_lower_solver(solver: Any) -> Any:
     """A lower solver from itself, an optax rule (10 steps), a step size, or a function `(lower, x, y) -> y`."""
     if hasattr(solver, "init") and callable(solver) and not isinstance(solver, optax.GradientTransformation):
         return solver
-    if isinstance(solver, (float, int, optax.GradientTransformation)) and not isinstance(solver, bool):
+    if isinstance(solver, (float, int, jax.Array, optax.GradientTransformation)) and not isinstance(solver, bool):
         return GradientDescent(solver)
     if callable(solver):
         return Function(solver)

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +29,9 @@ logger = logging.getLogger("bilevel")
 
 # Steps that one call of the compiled loop can record; the loop's bounds are dynamic, so any number up to it is one program.
 _CAPACITY = 4096
+
+# Between two saves that the user did not schedule.
+_SAVE_SECONDS = 5.0
 
 
 def run(problem: Problem, solver: Any, x0: PyTree, y0: PyTree, steps: int, key: Any = 0) -> tuple[Any, dict[str, jax.Array]]:
@@ -183,9 +188,10 @@ def solve(
       metrics: functions of (x, y) by name, or pairs `(function, data)` called as `function(x, y, data)` (data of any size
         then stay out of the compiled program). Evaluated before the first step, every `metrics_every` steps, and at the end.
       metrics_every: default: a hundred times in the run.
-      callback: called with an `Event` every `callback_every` steps (default: as `metrics_every`); returning True ends the run.
-      checkpoint: a directory. The run is saved there every `checkpoint_every` steps (default: twenty times in the run), and
-        goes on from the newest good checkpoint that it finds there, bit for bit as if it had not been interrupted.
+      callback: called with an `Event` every `callback_every` steps (default: as `metrics_every`); returning something true ends the run.
+      checkpoint: a directory. The run is saved there every `checkpoint_every` steps (default: twenty times in the run, but not
+        twice within five seconds) and at its end, and goes on from the newest good checkpoint that it finds there, bit for
+        bit as if it had not been interrupted.
       progress: show a progress bar; None: on a terminal only.
       chunk: the most steps to compile into one call; default: as many as fit a quarter of a second.
 
@@ -219,6 +225,7 @@ def solve(
     base = as_step_key(key)
     metrics_every = metrics_every or max(1, math.ceil(steps / 100))
     callback_every = callback_every or metrics_every
+    rest = 0.0 if checkpoint_every else _SAVE_SECONDS
     checkpoint_every = checkpoint_every or max(1, math.ceil(steps / 20))
     measure = _Metrics(metrics or {})
     streams = {name: data for name in ("upper_data", "lower_data") if isinstance(data := getattr(problem, name), Stream)}
@@ -232,23 +239,26 @@ def solve(
             found[name] = Streamed(jax.tree.map(lambda *leaves: jnp.stack(leaves), *first), stream.draws)
         return dataclasses.replace(problem, **found)
 
-    state = solver.init(peeked() if streams else problem, x, y, _step_key(base, 0))
-    for name in ("x", "y"):
-        if not hasattr(state, name):
-            raise TypeError(f"{type(solver).__name__}.init returned a {type(state).__name__} without the attribute {name}: a state has x and y.")
-
-    history, done = History(), 0
     saver = None
     if checkpoint is not None:
         from bilevel.checkpoint import Checkpoints, fingerprint
 
         saver = Checkpoints(checkpoint, fingerprint(problem, solver, x, y, base))
-        restored = saver.restore(state)
-        if restored is not None:
-            done, state, history = restored
-            logger.info("resumed from step %d", done)
-            if done > steps:
-                raise ValueError(f"solve(steps={steps}): the checkpoint is already at step {done}. Ask for more steps, or for another directory.")
+
+    state = solver.init(peeked() if streams else problem, x, y, _step_key(base, 0))
+    for name in ("x", "y"):
+        if not hasattr(state, name):
+            raise TypeError(f"{type(solver).__name__}.init returned a {type(state).__name__} without the attribute {name}: a state has x and y.")
+
+    history, done, result, why = History(), 0, Result.MAX_STEPS, ""
+    if saver is not None and (restored := saver.restore(state)) is not None:
+        done, state, history = restored
+        logger.info("resumed from step %d", done)
+        if done > steps:
+            raise ValueError(f"solve(steps={steps}): the checkpoint is already at step {done}. Ask for more steps, or for another directory.")
+        if tol is not None:
+            last = {name: jnp.asarray(history[name][-1]) for name in history if len(history[name]) and history.steps[name][-1] == done - 1}
+            result = Result(int(solver.status(state, last, tol)))
 
     from bilevel.progress import reporter
 
@@ -257,12 +267,13 @@ def solve(
     compiled_problem = dataclasses.replace(problem, **{name: None for name in streams})
     capacity = min(_CAPACITY, chunk or _CAPACITY)
     length = chunk or 1
-    result, why, saved = Result.MAX_STEPS, "", done if saver is not None and done else -1
+    saved, save_clock = done if saver is not None and done else -1, time.perf_counter()
     if done == 0:
         measure(history, 0, state)
-    with reporter(steps, done, progress) as bar:
+    with reporter(steps, done, progress) as bar, _Interrupts() as interrupts:
         try:
             while done < steps and result is Result.MAX_STEPS:
+                interrupts.raise_if_asked()
                 stop = min(steps, done + min(length, capacity))
                 for every, active in ((metrics_every, measure.active), (callback_every, callback is not None), (checkpoint_every, saver is not None)):
                     if active:
@@ -282,17 +293,21 @@ def solve(
                 _record(history, buffers, done, taken)
                 done += taken - (status is Result.DIVERGED)
                 state, result = new, status
-                elapsed = time.perf_counter() - clock
+                elapsed = _agreed(time.perf_counter() - clock)
                 if chunk is None and stop - done <= 0:
                     length = _next_length(length, taken, elapsed)
                 if measure.active and (done % metrics_every == 0 or done == steps or result is not Result.MAX_STEPS):
                     measure(history, done, state)
                 bar.update(done, history)
-                if callback is not None and done % callback_every == 0 and callback(Event(done, state.x, state.y, state, history)) is True and result is Result.MAX_STEPS:
-                    result = Result.STOPPED
-                if saver is not None and result is not Result.DIVERGED and (done % checkpoint_every == 0 or done == steps or result is not Result.MAX_STEPS):
+                if callback is not None and done % callback_every == 0:
+                    answer = callback(Event(done, state.x, state.y, state, history))
+                    if answer is not None and bool(answer) and result is Result.MAX_STEPS:
+                        result = Result.STOPPED
+                ended = done == steps or result is not Result.MAX_STEPS
+                due = done % checkpoint_every == 0 and time.perf_counter() - save_clock >= rest
+                if saver is not None and result is not Result.DIVERGED and (due or ended):
                     saver.save(done, state, history)
-                    saved = done
+                    saved, save_clock = done, time.perf_counter()
         except KeyboardInterrupt:
             result = Result.INTERRUPTED
             if saver is not None and saved != done:
@@ -311,6 +326,42 @@ def solve(
     if why:
         logger.warning("%s", why)
     return Solution(state.x, state.y, result, history, state, done, time.perf_counter() - began, solver, reason)
+
+
+class _Interrupts:
+    """Ctrl-C is taken between chunks, where state and history agree; a second one at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Interrupts:
+        self._before = None
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def raise_if_asked(self) -> None:
+        """KeyboardInterrupt, if there was one."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def _agreed(seconds: float) -> float:
+    """Process 0's measurement, so that all processes run the same chunks."""
+    if jax.process_count() == 1:
+        return seconds
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
 
 
 def _next_length(length: int, taken: int, elapsed: float) -> int:

