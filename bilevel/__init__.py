@@ -1,11 +1,60 @@
-"""Bilevel optimisation in JAX."""
+"""Bilevel optimisation in JAX: `from bilevel import Problem, solve`.
 
-from bilevel import data, derivatives, diagnostics, hypergradients, implicit, linear, lower, optimizers, solvers
+Three heights, each built from the one below: `implicit` differentiates through any solver, `hypergradients` is
+`value_and_grad` for a bilevel objective, and `solve` is the whole job.
+"""
+
+from __future__ import annotations
+
+from bilevel import (
+    data,
+    derivatives,
+    diagnostics,
+    hypergradients,
+    implicit,
+    linear,
+    lower,
+    network,
+    optimality,
+    optimizers,
+    projections,
+    solvers,
+)
+from bilevel._module import hyperparameters, state
+from bilevel.checkpoint import CheckpointError
+from bilevel.multistart import Multistart, multistart
 from bilevel.problem import Level, Problem, ProblemError
 from bilevel.solution import History, Result, Solution
 from bilevel.solve import Event, run, solve
+from bilevel.sweep import Sweep, sweep
 
 __all__ = [
-    "Event", "History", "Level", "Problem", "ProblemError", "Result", "Solution", "data", "derivatives", "diagnostics", "hypergradients", "implicit",
-    "linear", "lower", "optimizers", "run", "solve", "solvers",
+    "CheckpointError",
+    "Event",
+    "History",
+    "Level",
+    "Multistart",
+    "Problem",
+    "ProblemError",
+    "Result",
+    "Solution",
+    "Sweep",
+    "data",
+    "derivatives",
+    "diagnostics",
+    "hyperparameters",
+    "hypergradients",
+    "implicit",
+    "linear",
+    "lower",
+    "multistart",
+    "network",
+    "optimality",
+    "optimizers",
+    "projections",
+    "run",
+    "solve",
+    "solvers",
+    "state",
+    "sweep",
 ]

@@ -79,8 +79,8 @@ def permute(i: Any, n: Any, seed: jax.Array) -> jax.Array:
     """The image of `i` under a keyed permutation of 0, ..., n-1, computed without the other n-1 images.
 
     A random rotation, then twelve rounds of swap-or-not: each pairs i with k - i mod n for a random k, and swaps the two or
-    not by a hashed coin, which depends on the pair alone. Every round is a bijection of 0..n-1 for any n, without a table,
-    a loop or a branch: XLA makes one kernel of it. A single image is uniform thanks to the rotation, and two images are
+    not by a hashed coin, which depends on the pair alone. Every round is a bijection of 0..n-1 for any n, without a table.
+    A single image is uniform thanks to the rotation, and two images are
     independent but for about 2^-12.
 
     Args:
@@ -91,25 +91,51 @@ def permute(i: Any, n: Any, seed: jax.Array) -> jax.Array:
     Reference: Hoang, Morris, Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012.
     """
     n = jnp.asarray(n, jnp.uint32)
+    # As a loop and not written out: XLA:CPU compiles a loop this small to one kernel, the rounds in a row to dozens.
+    rounds = lambda r, i: _swap_or_not(r, i, n, seed)  # noqa: E731
+    return jax.lax.fori_loop(0, _ROUNDS + 1, rounds, jnp.asarray(i, jnp.uint32)).astype(jnp.int32)
 
-    def reflected(i: jax.Array, k: jax.Array) -> jax.Array:
-        return jnp.where(i <= k, k - i, k + n - i)
 
-    i = reflected(jnp.asarray(i, jnp.uint32), _mix(seed) % n)
-    for r in range(1, _ROUNDS + 1):
-        key = _mix(seed + jnp.uint32(0x9E3779B9 * r % 2**32))
-        other = reflected(i, key % n)
-        coin = (jnp.maximum(i, other) ^ key) * jnp.uint32(0x7FEB352D)
-        coin = ((coin ^ (coin >> 15)) * jnp.uint32(0x846CA68B)) >> 31
-        i = jnp.where(coin == 1, other, i)
-    return i.astype(jnp.int32)
+def _swap_or_not(r: Any, i: jax.Array, n: jax.Array, seed: jax.Array) -> jax.Array:
+    """Round r of the permutation; round 0 is the rotation."""
+    key = _mix(seed + jnp.uint32(0x9E3779B9) * jnp.asarray(r, jnp.uint32))
+    k = key % n
+    other = jnp.where(i <= k, k - i, k + n - i)
+    coin = (jnp.maximum(i, other) ^ key) * jnp.uint32(0x7FEB352D)
+    coin = ((coin ^ (coin >> 15)) * jnp.uint32(0x846CA68B)) >> 31
+    return jnp.where((coin == 1) | (r == 0), other, i)
+
+
+def _in_epoch(step: jax.Array, n: int, stream: jax.Array) -> jax.Array:
+    """permute(step mod n, n, seed of the epoch step // n): the scalar that a block sampler draws at every step.
+
+    The division is done in the loop's round 0, so that XLA:CPU has one kernel to launch.
+    """
+    count = jnp.uint32(n)
+
+    def rounds(r: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, seed = carry
+        first = r == 0
+        seed = jnp.where(first, _epoch_seed(seed, i // count), seed)
+        return _swap_or_not(r, jnp.where(first, i % count, i), count, seed), seed
+
+    return jax.lax.fori_loop(0, _ROUNDS + 1, rounds, (step, stream))[0].astype(jnp.int32)
 
 
 def _seed(key: StepKey, epoch: Any) -> jax.Array:
+    """The seed of an epoch's permutation."""
+    return _epoch_seed(_stream_seed(key), epoch)
+
+
+def _stream_seed(key: StepKey) -> jax.Array:
     words = jax.random.key_data(key.base).reshape(-1)
     h = key.stream
     for w in range(words.shape[0]):
         h = _mix(h ^ words[w])
+    return h
+
+
+def _epoch_seed(h: jax.Array, epoch: Any) -> jax.Array:
     return _mix(h + jnp.asarray(epoch, jnp.uint32) * jnp.uint32(0x9E3779B9))
 
 
@@ -185,8 +211,7 @@ class Minibatches:
 
     def block(self, key: StepKey) -> jax.Array:
         """The number (0..batches-1) of the batch that `draw(key)` returns; only with `blocks=True`."""
-        step = key.step
-        return permute(step % jnp.uint32(self.batches), self.batches, _seed(key, step // jnp.uint32(self.batches)))
+        return _in_epoch(key.step, self.batches, _stream_seed(key))
 
     def take(self, block: jax.Array) -> PyTree:
         """The batch of that number; only with `blocks=True`."""
@@ -530,4 +555,4 @@ class Agents:
         return f"Agents({len(self)} agents of {self.samples} samples, size={self.size})"
 
 
-SOURCES = (Minibatches, Sampler, Clients, Agents, Stream, Streamed)
+SOURCES: tuple[Any, ...] = (Minibatches, Sampler, Clients, Agents, Stream, Streamed)

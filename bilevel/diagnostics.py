@@ -299,6 +299,6 @@ def _measure(
         return EstimatorCheck(name, float("nan"), float("nan"), float("nan"), f"{type(error).__name__}: {error}".splitlines()[0][:100])
     memory = compiled.memory_analysis()
     megabytes = getattr(memory, "temp_size_in_bytes", float("nan")) / 1e6 if memory is not None else float("nan")
-    error = abs(float(slope) - directional) / max(abs(directional), 1e-30)
+    relative = abs(float(slope) - directional) / max(abs(directional), 1e-30)
     note = f"{int(metrics['linear_iterations'])} linear iterations" if "linear_iterations" in metrics else ""
-    return EstimatorCheck(name, error, 1e3 * elapsed, megabytes, note)
+    return EstimatorCheck(name, relative, 1e3 * elapsed, megabytes, note)

@@ -278,7 +278,12 @@ def _with_implicit_derivative(
 
         if moving:
             at, along = [values[i] for i in moving], [directions[i] for i in moving]
-            sol_dot = root_jvp(condition_of_moving, sol, (at,), (along,), linear_solve)
+            try:
+                sol_dot = root_jvp(condition_of_moving, sol, (at,), (along,), linear_solve)
+            except Exception as error:
+                if not has_aux and isinstance(output, tuple) and len(output) == 2:
+                    error.add_note("The solver returned a pair. If that is (sol, aux), pass has_aux=True.")
+                raise
         else:
             sol_dot = jax.tree.map(_zero_tangent, sol)
         tangent = jax.tree.leaves((sol_dot, jax.tree.map(_zero_tangent, aux)))
@@ -321,8 +326,7 @@ def _check_condition(residual: PyTree, sol: PyTree) -> None:
     if got != expected:
         raise TypeError(
             f"The optimality function returned leaves of shapes {got} for a solution with leaves of shapes {expected}; "
-            "they must be equal, one equation for each unknown. If the solver also returns auxiliary output, pass "
-            "has_aux=True."
+            "they must be equal, one equation for each unknown."
         )
 
 
@@ -336,13 +340,27 @@ def _linear_solve(matvec: LinearMap, b: PyTree, solve: Callable[..., Any]) -> Py
     leaves travel as pairs of real ones.
     """
     if not any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(b)):
-        return jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve)
+        return jax.lax.custom_linear_solve(matvec, _tied(b), solve, transpose_solve=solve)
 
     def real_matvec(parts: list[Any]) -> list[Any]:
         return _split_complex(matvec(_join_complex(parts, b)))
 
-    u = jax.lax.custom_linear_solve(real_matvec, _split_complex(b), solve, transpose_solve=solve)
+    u = jax.lax.custom_linear_solve(real_matvec, _tied(_split_complex(b)), solve, transpose_solve=solve)
     return _join_complex(u, b)
+
+
+def _tied(b: PyTree) -> PyTree:
+    """b with every leaf depending on all leaves, through the addition of a zero.
+
+    A condition may have equations that its arguments do not enter (the constraints of a programme whose objective is
+    being differentiated). Their leaves of b are then constants, and JAX can transpose a linear solve only if every
+    leaf of its right-hand side is a function of the tangents.
+    """
+    first = [leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(b) if leaf.size]
+    if len(first) < 2:
+        return b
+    zero = 0 * sum(first)
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), b)
 
 
 def _split_complex(tree: PyTree) -> list[Any]:
@@ -454,7 +472,8 @@ def _bind(
 
 def _holds_tracer(root: Any) -> bool:
     """Whether a traced value is reachable from the closures of some functions."""
-    pending, seen = [root], set()
+    pending: list[Any] = [root]
+    seen: set[int] = set()
     while pending and len(seen) < 10_000:  # a bound on the time that a large object can take
         value = pending.pop()
         if isinstance(value, jax.core.Tracer):
@@ -476,9 +495,10 @@ def _contents(value: Any) -> Iterator[Any]:
         for cell in getattr(value, "__closure__", None) or ():
             with contextlib.suppress(ValueError):  # a cell that has not been filled yet
                 yield cell.cell_contents
-        for name in ("__wrapped__", "__self__", "__defaults__", "__kwdefaults__", "func", "args", "keywords"):
+        for name in ("__wrapped__", "__self__", "__defaults__", "__kwdefaults__", "__dict__"):
             yield getattr(value, name, None)
-        yield getattr(value, "__dict__", None)
+        if isinstance(value, functools.partial):
+            yield from (value.func, value.args, value.keywords)
 
 
 def _hoist(

@@ -134,8 +134,9 @@ class GradientDescent:
                 residual = derivatives.norm(optax.tree.sub(y, level.project(optax.tree.sub(y, gradient))))
             else:
                 residual = derivatives.norm(gradient)
+            tol = self.tol
             if level.prox is None:  # the point that meets the tolerance is returned, not the one after it
-                new = jax.tree.map(lambda new, y: jnp.where(residual <= self.tol, y, new), new, y)
+                new = jax.tree.map(lambda new, y: jnp.where(residual <= tol, y, new), new, y)
             return LowerState(new, memory), residual
 
         if self.tol is None:
@@ -143,10 +144,12 @@ class GradientDescent:
             state = jax.lax.scan(body, state, self.first + jnp.arange(self.steps))[0]
             return LowerState(state.memory.x, state.memory) if withdraws(state.memory) else state
 
+        tol = self.tol
+
         # The residual is that of the point before the step: a step more than needed is taken, none is wasted on a test.
         def unfinished(carry: Any) -> jax.Array:
             i, _, residual, _, since = carry
-            return (i < self.steps) & (residual > self.tol) & (since < _PATIENCE)
+            return (i < self.steps) & (residual > tol) & (since < _PATIENCE)
 
         def loop(carry: Any) -> Any:
             i, state, _, best, since = carry
@@ -157,7 +160,7 @@ class GradientDescent:
         infinite = jnp.full_like(jax.eval_shape(step, state, 0)[1], jnp.inf)
         _, state, residual, *_ = jax.lax.while_loop(unfinished, loop, (zero, state, infinite, infinite, zero))
         if withdraws(state.memory):
-            y = jax.tree.map(lambda y, x: jnp.where(residual <= self.tol, y, x), state.y, state.memory.x)
+            y = jax.tree.map(lambda y, x: jnp.where(residual <= tol, y, x), state.y, state.memory.x)
             state = LowerState(y, state.memory)
         return state
 

@@ -310,7 +310,7 @@ def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> Py
 
 def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree) -> None:
     out = _shapes(name, "", fn, value)
-    if jax.tree.structure(out) != jax.tree.structure(value):
+    if jax.tree.structure(out) != jax.tree.structure(value):  # type: ignore[operator]
         raise ProblemError(f"{name} changes the structure of {variable} from {jax.tree.structure(value)} to {jax.tree.structure(out)}; it must keep it.")
     before = jax.tree_util.tree_leaves_with_path(value)
     for (path, leaf), new in zip(before, jax.tree.leaves(out), strict=True):

@@ -1,7 +1,7 @@
 """The projection on the coupled set C = {(x, y) in X x Y : g(x, y) <= 0, h(x, y) = 0}, for methods that need it.
 
-Projections on simple sets are `optax.projections` and `jaxopt.projection`. A projection of one's own, `(x, y) -> (x, y)`, is
-always better where it is known; what is here serves the rest.
+Projections on simple sets are `optax.projections` and `jaxopt.projection`. A projection of one's own, `(x, y) -> (x,
+y)`, is always better where it is known; what is here serves the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["affine", "dual", "dual_factor", "dykstra", "osqp"]
 
 
 def dual_factor(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], point: PyTree) -> jax.Array:
-    """The pseudo-inverse of J P' J', (p, p), for affine rows c(u) = J u - b and an affine projection P: see `affine`."""
+    """The pseudo-inverse of J P' J', (p, p), for affine rows c(u) = J u - b and an affine projection P: see
+    `affine`."""
     value, push = jax.linearize(rows, point)
     pull = jax.linear_transpose(push, point)
     along = jax.linearize(project, point)[1]
@@ -29,10 +30,13 @@ def dual_factor(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree],
     return jnp.linalg.pinv(matrix, rtol=1e3 * jnp.finfo(value.dtype).eps, hermitian=True)
 
 
-def affine(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], factor: jax.Array, u: PyTree) -> PyTree:
-    """The projection of u on {v : c(v) = 0, v in the range of P}, for affine c and P, by one product with a cached factor.
+def affine(
+    rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], factor: jax.Array, u: PyTree
+) -> PyTree:
+    """The projection of u on {v : c(v) = 0, v in the range of P}, for affine c and P, by one product with a cached
+    factor.
 
-        v = P(u - J' lam),    lam = (J P' J')^+ c(P u)
+    v = P(u - J' lam),    lam = (J P' J')^+ c(P u)
     """
     inside = project(u)
     value, pull = jax.vjp(rows, inside)
@@ -111,7 +115,8 @@ def dykstra(projections: tuple[Callable[[PyTree], PyTree], ...], steps: int = 10
       projections: functions `u -> u`.
       steps: rounds; each calls every projection once.
 
-    Reference: Boyle, Dykstra, "A Method for Finding Projections onto the Intersection of Convex Sets in Hilbert Spaces", 1986.
+    Reference: Boyle, Dykstra, "A Method for Finding Projections onto the Intersection of Convex Sets in Hilbert
+      Spaces", 1986.
     """
 
     def project(u: PyTree) -> PyTree:

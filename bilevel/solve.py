@@ -131,7 +131,7 @@ def _advance(
         now = problem
         for name, (items, draws) in streamed.items():
             mine = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, (k - start) * draws.value, draws.value), items)
-            now = dataclasses.replace(now, **{name: Streamed(mine, draws.value)})
+            now = dataclasses.replace(now, **{name: Streamed(mine, draws.value)})  # type: ignore[arg-type]
         return solver.step(now, state, _step_key(base, k))
 
     shapes = jax.eval_shape(step, start, state)[1]
@@ -252,7 +252,7 @@ def solve(
             items = stream.items()
             first = [next(items) for _ in range(stream.draws)]
             found[name] = Streamed(jax.tree.map(lambda *leaves: jnp.stack(leaves), *first), stream.draws)
-        return dataclasses.replace(problem, **found)
+        return dataclasses.replace(problem, **found)  # type: ignore[arg-type]
 
     saver = None
     if checkpoint is not None:
@@ -279,7 +279,7 @@ def solve(
 
     argument = _as_argument(solver)
     prefetched = {name: stream.prefetched(done * stream.draws) for name, stream in streams.items()}
-    compiled_problem = dataclasses.replace(problem, **{name: None for name in streams})
+    compiled_problem = dataclasses.replace(problem, **{name: None for name in streams})  # type: ignore[arg-type]
     capacity = min(_CAPACITY, chunk or _CAPACITY)
     length = chunk or 1
     saved, save_clock = done if saver is not None and done else -1, time.perf_counter()

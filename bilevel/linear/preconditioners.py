@@ -199,8 +199,7 @@ class NystromPreconditioner:
         the approximation is known to be coarse.
       seed: of the random subspaces; each build draws a new one.
 
-    Reference: Frangella, Tropp and Udell (2023), "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl. 44,
-    equation 1.3.
+    Reference: Frangella, Tropp and Udell (2023), "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl. 44.
     """
 
     rank: int = 20

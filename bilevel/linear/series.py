@@ -36,12 +36,12 @@ class Neumann:
 
     K - 1 products, and one more for the residual (under `jit` only if `info.residual` is used). It converges if and
     only if the eigenvalues of H are in (0, 2/eta), with the factor 1 - eta mu per term for the smallest one, mu: some
-    sqrt(kappa) times slower than CG. What speaks for it is its fixed and even cost, its linearity in b and that it
-    can take a new minibatch's H in every term. Equal to `Richardson` with as many steps from v = 0.
+    sqrt(kappa) times slower than CG. What speaks for it is its fixed and even cost and that it is linear in b, which
+    CG is not. Equal to `Richardson` with as many steps from v = 0.
 
     Attributes:
       step_size: eta, below 2 / (largest eigenvalue of H). It has no default, since none is right for every H.
-      steps: K, the number of terms. 10 as in hypertorch's and Betty's examples of ten steps or fewer.
+      steps: K, the number of terms; 10 is a convention and not a measured optimum.
 
     Reference: Lorraine, Vicol and Duvenaud (2020), "Optimizing millions of hyperparameters by implicit
     differentiation", AISTATS, Algorithm 3; the sum of K terms as in Ji, Yang and Liang (2021), "Bilevel optimization:

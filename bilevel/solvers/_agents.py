@@ -6,6 +6,7 @@ gradient, Hessian-vector and cross products are those of each agent, stacked: th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -130,23 +131,27 @@ def traced(*trees: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def largest_curvature(problem: Problem, x: PyTree, y: PyTree, key: StepKey, iterations: int = 30) -> float:
-    """The largest |eigenvalue| of any agent's lower Hessian at (x, y) (both stacked), by power iteration."""
-    batches = draw(problem.lower_data, key.fold_in(0))
+def largest_curvature(
+    problem: Problem, x: PyTree, y: PyTree, key: StepKey, iterations: int = 30, agents: Any = None
+) -> jax.Array:
+    """The largest |eigenvalue| of any agent's lower Hessian at (x, y) (both stacked), by power iteration.
 
-    @jax.jit
-    def estimate(batches: PyTree, x: PyTree, y: PyTree) -> jax.Array:
-        hvp = derivatives.linearised(stacked(problem.lower, problem.lower_data, batches), x, y).hvp
+    `agents`: the indices of those asked; None: all.
+    """
+    return _power(problem.lower, problem.lower_data is None, draw(problem.lower_data, key.fold_in(0), agents), x, y, iterations)
 
-        def lengths(v: PyTree) -> jax.Array:
-            return jnp.sqrt(sum(jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(v)))
 
-        def unit(v: PyTree) -> PyTree:
-            length = jnp.maximum(lengths(v), jnp.finfo(jax.tree.leaves(v)[0].dtype).tiny)
-            return jax.tree.map(lambda a: a / length.reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype), v)
+@functools.partial(jax.jit, static_argnames=("fn", "bare", "iterations"))
+def _power(fn: Any, bare: bool, batches: PyTree, x: PyTree, y: PyTree, iterations: int) -> jax.Array:
+    hvp = derivatives.linearised(stacked(fn, None if bare else batches, batches), x, y).hvp
 
-        start = unit(optax.tree.random_like(jax.random.key(0), y))
-        v = jax.lax.fori_loop(0, iterations, lambda _, v: unit(hvp(v)), start)
-        return jnp.max(lengths(hvp(v)))
+    def lengths(v: PyTree) -> jax.Array:
+        return jnp.sqrt(sum(jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(v)))
 
-    return float(estimate(batches, x, y))
+    def unit(v: PyTree) -> PyTree:
+        length = jnp.maximum(lengths(v), jnp.finfo(jax.tree.leaves(v)[0].dtype).tiny)
+        return jax.tree.map(lambda a: a / length.reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype), v)
+
+    start = unit(optax.tree.random_like(jax.random.key(0), y))
+    v = jax.lax.fori_loop(0, iterations, lambda _, v: unit(hvp(v)), start)
+    return jnp.max(lengths(hvp(v)))

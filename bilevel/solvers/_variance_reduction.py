@@ -33,6 +33,13 @@ def local(problem: Problem, oracle: Any, at: Point, key: Any) -> tuple[jax.Array
     return oracle(problem.draw_upper(key), problem.draw_lower(key), at)
 
 
+def at_both(problem: Problem, oracle: Any, at: Point, last: Point, key: Any) -> tuple[jax.Array, Point, Point]:
+    """F at this point, and the directions at this point and the last one, on the same batches."""
+    upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+    value, now = oracle(upper, lower, at)
+    return value, now, oracle(upper, lower, last)[1]
+
+
 def full(problem: Problem, oracle: Any, at: Point) -> tuple[jax.Array, Point]:
     """The direction on all samples of both levels."""
     return oracle(problem.full_upper(), problem.full_lower(), at)
@@ -118,9 +125,7 @@ class STORM:
 
     def __call__(self, problem: Problem, oracle: Any, at: Point, memory: Recursion, key: Any) -> Any:
         """The direction."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
-        value, now = oracle(upper, lower, at)
-        _, before = oracle(upper, lower, memory.at)
+        value, now, before = at_both(problem, oracle, at, memory.at, key)
         eta = jnp.where(key.step == 0, 1.0, decayed(self.eta, self.eta_decay, key.step))
         direction = storm(now, before, memory.direction, eta)
         return value, direction, Recursion(at, direction)
@@ -205,9 +210,7 @@ class PAGE(SARAH):
 
 def recursive(problem: Problem, oracle: Any, at: Point, memory: Recursion, key: Any) -> tuple[jax.Array, Point]:
     """SARAH's recursion on this step's batches."""
-    upper, lower = problem.draw_upper(key), problem.draw_lower(key)
-    value, now = oracle(upper, lower, at)
-    _, before = oracle(upper, lower, memory.at)
+    value, now, before = at_both(problem, oracle, at, memory.at, key)
     return value, jax.tree.map(lambda d, n, b: d + (n - b), memory.direction, now, before)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from bilevel import linear
-from bilevel.hypergradients import Implicit
 from bilevel.lower import GradientDescent
 from bilevel.problem import Problem, ProblemError
-from bilevel.solvers.nested import AID, HypergradientDescent
+from bilevel.solvers.nested import AID
+from bilevel.solvers.penalty import choose
+from bilevel.solvers.tuning_free import STFBO
 
 PyTree = Any
 
@@ -18,15 +18,35 @@ PyTree = Any
 def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
     """A sensible solver for the problem, and the sentence that says which and why.
 
+    | the problem has | the solver |
+    |---|---|
+    | coupled constraints, x0=None, or a nonsmooth term that does not depend on x | a penalty method (`solvers.penalty.choose`) |
+    | full batches | `AID`: implicit differentiation with warm-started CG |
+    | full batches and a projected or proximal lower level | `AID` on the forward-backward map, with GMRES |
+    | minibatches | `STFBO`: a single loop whose steps come from accumulated gradient norms |
+
     Raises:
       ProblemError: no solver of this package honours all parts of the problem.
     """
+    chosen = choose(problem, x, y)
+    if chosen is not None:
+        return chosen[0], f"Chose {chosen[1]}"
     if problem.constraint is not None or problem.equality is not None or not jax.tree.leaves(x):
-        raise ProblemError("No solver is chosen automatically for coupled constraints or a simple bilevel problem (x0=None): name one.")
+        raise ProblemError(
+            "No solver is chosen automatically for this combination of constraints, prox and x0=None: name one of bilevel.solvers."
+        )
+    nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
     if not problem.stochastic:
-        if problem.project_lower is not None or problem.prox_lower is not None:
+        if nonsmooth:
             solver = AID(lower_solver=GradientDescent(0.1, 1000, tol=1e-6))
-            return solver, "Chose AID (implicit differentiation of the forward-backward map, with GMRES): full batches, a projected or proximal lower level."
+            return solver, (
+                "Chose AID (implicit differentiation of the forward-backward map, with GMRES; lower steps of 0.1): full batches, "
+                "a projected or proximal lower level."
+            )
         return AID(), "Chose AID (implicit differentiation with warm-started CG; no step sizes to set): full batches, no coupled constraints."
-    solver = HypergradientDescent(Implicit(linear.CG(tol=None, max_steps=10)), GradientDescent(0.1, 10), 0.01)
-    return solver, "Chose HypergradientDescent (10 SGD steps, 10 CG steps): minibatches, no coupled constraints."
+    if nonsmooth:
+        raise ProblemError(
+            "No solver is chosen automatically for minibatches with a projected or proximal lower level: name one, such as "
+            "solvers.VPBGD or solvers.MEHA, or give full batches."
+        )
+    return STFBO(), "Chose STFBO (a single loop with step sizes from accumulated gradient norms; none to set): minibatches, no coupled constraints."

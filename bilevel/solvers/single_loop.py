@@ -80,9 +80,9 @@ class SingleLoop:
     constraints.
     """
 
-    lower_optimizer: Any = 0.1
-    upper_optimizer: Any = 0.1
-    linear_optimizer: Any = None
+    lower_optimizer: float | optax.GradientTransformation = 0.1
+    upper_optimizer: float | optax.GradientTransformation = 0.1
+    linear_optimizer: float | optax.GradientTransformation | None = None
     reduction: Any = Plain()
     directions: Any = Joint()
     lower_decay: float | None = None
@@ -116,11 +116,12 @@ class SingleLoop:
         value, direction, memory = self.reduction(problem, self.directions, at, state.memory, key)
 
         upper, lower, linear = self._rules()
-        x, upper_memory = moved(upper, direction.x, state.steps.x, at.x, self.upper_decay, key)
-        y, lower_memory = moved(lower, direction.y, state.steps.y, at.y, self.lower_decay, key)
+        a, b = scales((self.lower_decay, self.upper_decay), key)
+        x, upper_memory = moved(upper, direction.x, state.steps.x, at.x, b)
+        y, lower_memory = moved(lower, direction.y, state.steps.y, at.y, a)
         v, linear_memory = at.v, None
         if at.v is not None:
-            v, linear_memory = moved(linear, direction.v, state.steps.v, at.v, self.lower_decay, key)
+            v, linear_memory = moved(linear, direction.v, state.steps.v, at.v, a)
         if problem.project_upper is not None:
             x = problem.project_upper(x)
         metrics = {"upper_loss": value, **measured(problem, at.x, direction)}
@@ -133,11 +134,20 @@ class SingleLoop:
         return jnp.where(worst <= tol, Result.CONVERGED.value, 0)
 
 
-def moved(rule: Any, direction: PyTree, memory: PyTree, variable: PyTree, decay: Any, key: Any) -> tuple[PyTree, PyTree]:
-    """The variable after a step of its rule along -direction, scaled by (t + 1)^-decay; and the rule's memory."""
+def scales(decays: tuple[Any, ...], key: Any) -> tuple[Any, ...]:
+    """(t + 1)^-decay for each decay, None for a decay of None. All powers in one kernel: at small sizes kernels are what costs."""
+    given = [decay for decay in decays if decay is not None]
+    if not given:
+        return decays
+    values = iter(decayed(1.0, jnp.stack(given), key.step))
+    return tuple(None if decay is None else next(values) for decay in decays)
+
+
+def moved(rule: Any, direction: PyTree, memory: PyTree, variable: PyTree, scale: Any = None) -> tuple[PyTree, PyTree]:
+    """The variable after a step of its rule along -direction, the step scaled; and the rule's memory."""
     updates, memory = rule.update(direction, memory, variable)
-    if decay is not None:
-        updates = optax.tree.scale(decayed(1.0, decay, key.step), updates)
+    if scale is not None:
+        updates = optax.tree.scale(scale, updates)
     return optax.apply_updates(variable, updates), memory
 
 
@@ -278,8 +288,8 @@ class FSLA:
     Reference: Li, Gu, Huang, "A Fully Single Loop Algorithm for Bilevel Optimization without Hessian Inverse", AAAI 2022.
     """
 
-    lower_optimizer: Any = 0.1
-    upper_optimizer: Any = 0.1
+    lower_optimizer: float | optax.GradientTransformation = 0.1
+    upper_optimizer: float | optax.GradientTransformation = 0.1
     eta: float = 0.5
     decay: float = 0.5
 
@@ -301,15 +311,16 @@ class FSLA:
         """One outer iteration."""
         upper, lower = problem.draw_upper(key), problem.draw_lower(key)
         upper_rule, lower_rule = as_optimizer(self.upper_optimizer), as_optimizer(self.lower_optimizer)
+        (scale,) = scales((self.decay,), key)
         x = state.x
 
         lower_y = lower.redraw(0, 3).gradient(x, state.y)
-        y, y_memory = moved(lower_rule, lower_y, state.steps.y, state.y, self.decay, key)
+        y, y_memory = moved(lower_rule, lower_y, state.steps.y, state.y, scale)
 
         second = lower.redraw(1, 3)
         hvp = jax.jvp(lambda y: jax.grad(second, argnums=1)(x, y), (y,), (state.v,))[1]
         linear = optax.tree.add(hvp, jax.grad(upper.redraw(0, 2), argnums=1)(x, y))
-        v, v_memory = moved(lower_rule, linear, state.steps.v, state.v, self.decay, key)
+        v, v_memory = moved(lower_rule, linear, state.steps.v, state.v, scale)
 
         third, other = lower.redraw(2, 3), upper.redraw(1, 2)
 
@@ -321,7 +332,7 @@ class FSLA:
         value, now = upper_direction(at)
         eta = jnp.where(key.step == 0, 1.0, decayed(self.eta, self.decay, key.step))
         momentum = storm(now, upper_direction(state.at)[1], state.momentum, eta)
-        x, x_memory = moved(upper_rule, momentum, state.steps.x, x, self.decay, key)
+        x, x_memory = moved(upper_rule, momentum, state.steps.x, x, scale)
         if problem.project_upper is not None:
             x = problem.project_upper(x)
         metrics = {"upper_loss": value, **measured(problem, state.x, Point(momentum, lower_y, linear))}

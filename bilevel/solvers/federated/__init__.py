@@ -1,0 +1,29 @@
+"""Federated methods: a server, clients sampled in each round, data that are not identically distributed."""
+
+from __future__ import annotations
+
+from bilevel.solvers.federated.aggitd import AggITD
+from bilevel.solvers.federated.fedbio import FedBiO, FedBiOAcc
+from bilevel.solvers.federated.hypergradients import (
+    LocalHypergradient,
+    ParallelHypergradient,
+    SharedHypergradient,
+)
+from bilevel.solvers.federated.nested import FederatedNested, FedMBO, FedNest, LFedNest
+from bilevel.solvers.federated.simfbo import FederatedSingleLoop, ShroFBO, SimFBO
+
+__all__ = [
+    "AggITD",
+    "FedBiO",
+    "FedBiOAcc",
+    "FedMBO",
+    "FedNest",
+    "FederatedNested",
+    "FederatedSingleLoop",
+    "LFedNest",
+    "LocalHypergradient",
+    "ParallelHypergradient",
+    "SharedHypergradient",
+    "ShroFBO",
+    "SimFBO",
+]

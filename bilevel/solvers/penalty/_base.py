@@ -1,0 +1,260 @@
+"""What the penalty methods share: curvature estimates that set their steps, the diagnostics, and when a run has
+ended."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevel import derivatives
+from bilevel.problem import Problem
+from bilevel.solution import Result
+from bilevel.solvers.penalty._constraints import Constraints
+from bilevel.solvers.penalty._polish import solve_lower
+
+PyTree = Any
+
+norm = derivatives.norm
+
+
+def spectral_norm(product: Callable[[PyTree], PyTree], example: PyTree, steps: int = 30) -> jax.Array:
+    """The largest singular value of a symmetric map on pytrees, by power iteration from a fixed random start.
+
+    An estimate from below, within a few per cent as a rule; callers leave that much room in their steps.
+    """
+    leaves, structure = jax.tree.flatten(example)
+    key = jax.random.key(17)
+    v = jax.tree.unflatten(
+        structure,
+        [jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)],
+    )
+    tiny = jnp.finfo(jnp.result_type(*leaves)).tiny
+
+    def body(carry: Any, _: Any) -> Any:
+        v, _ = carry
+        length = norm(v)
+        v = optax.tree.scale(1 / jnp.maximum(length, tiny**0.5), v)
+        w = product(v)
+        return (w, norm(w)), None
+
+    return jax.lax.scan(body, (v, jnp.zeros((), jnp.result_type(*leaves))), None, length=steps)[0][1]
+
+
+def curvature(fn: Callable[[PyTree], jax.Array], at: PyTree) -> jax.Array:
+    """The spectral norm of the Hessian of `fn` at a point."""
+    return spectral_norm(jax.linearize(jax.grad(fn), at)[1], at)
+
+
+def operator_norm(operator: Callable[[PyTree], PyTree], at: PyTree) -> jax.Array:
+    """The spectral norm of the derivative of a map of pytrees at a point."""
+    push = jax.linearize(operator, at)[1]
+    pull = jax.linear_transpose(push, at)
+    return jnp.sqrt(spectral_norm(lambda v: pull(push(v))[0], at))
+
+
+def secant(estimate: Any, floor: Any, change: PyTree, moved: Any, size: Any, forget: float = 0.99) -> jax.Array:
+    """A curvature estimate brought up to date with |change of a gradient| / |move| (full batches only).
+
+    It relaxes towards `floor`, the estimate at the start, where nothing larger is seen. Moves below the resolution of
+    variables of norm `size` say nothing and are passed over.
+    """
+    resolved = moved > 1e4 * jnp.finfo(jnp.result_type(moved)).eps * size
+    observed = norm(change) / jnp.where(resolved, moved, 1.0)
+    relaxed = jnp.maximum(forget * estimate + (1 - forget) * floor, observed)
+    return jnp.where(resolved & jnp.isfinite(observed), relaxed, estimate)
+
+
+def ratio(a: Any, b: Any) -> jax.Array:
+    """a / b, one where b is nothing."""
+    return jnp.where(b > 1e-12, a / jnp.where(b > 1e-12, b, 1.0), 1.0)
+
+
+# Every so many steps one Hessian-vector product looks for curvature that the iterates have not met yet.
+_PROBE_EVERY = 10
+
+
+def random_like(tree: PyTree) -> PyTree:
+    """A fixed random direction of norm one."""
+    leaves, structure = jax.tree.flatten(tree)
+    v = [
+        jax.random.normal(jax.random.fold_in(jax.random.key(23), i), leaf.shape, leaf.dtype)
+        for i, leaf in enumerate(leaves)
+    ]
+    v = jax.tree.unflatten(structure, v)
+    return optax.tree.scale(1 / norm(v), v)
+
+
+def probed(
+    fn: Callable[[PyTree], jax.Array], u: PyTree, k: Any, estimate: Any, direction: PyTree
+) -> tuple[Any, PyTree]:
+    """The curvature estimate and its direction after one more power step on the Hessian of `fn` at u, taken every
+    tenth step.
+
+    Curvature moves along a run (e^x does) in directions that a slowly moving iterate does not explore: the
+    differences of its gradients stay small until a step is far too long. The estimate falls by at most three per cent
+    a probe.
+    """
+
+    def probe(_: Any) -> tuple[Any, PyTree]:
+        product = jax.jvp(jax.grad(fn), (u,), (direction,))[1]
+        size = norm(product)
+        usable = jnp.isfinite(size) & (size > 1e-12)
+        turned = jax.tree.map(lambda p, d: jnp.where(usable, p / jnp.where(usable, size, 1.0), d), product, direction)
+        return jnp.where(usable, jnp.maximum(size, 0.97 * estimate), estimate).astype(jnp.result_type(estimate)), turned
+
+    return jax.lax.cond(jnp.asarray(k) % _PROBE_EVERY == 0, probe, lambda _: (estimate, direction), None)
+
+
+def limited(u: PyTree, step: PyTree) -> PyTree:
+    """A step no longer than the variables' own size plus one (root mean square)."""
+    size = max(_size(u), 1) ** 0.5
+    longest = size + norm(u)
+    length = norm(step)
+    return optax.tree.scale(jnp.where(length > longest, longest / jnp.where(length > 0, length, 1.0), 1.0), step)
+
+
+def project_pair(problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+    """(x, y) projected on X and on Y."""
+    if problem.project_upper is not None and jax.tree.leaves(x):
+        x = problem.project_upper(x)
+    if problem.project_lower is not None:
+        y = problem.project_lower(y)
+    return x, y
+
+
+class Diagnosed:
+    """`status` and `finish`, the same for all members of the family.
+
+    A member's metrics hold, in units of the upper loss F and its gradient:
+
+      `upper_loss`       F at the point before the step.
+      `hypergradient_norm`  the residual R_k: how far the penalised problem is from stationary (all its variables).
+      `gap`              the member's own gap function, zero where y solves the lower level.
+      `violation`        the largest scaled constraint value (about a distance).
+      `penalty`          c.
+      `bias`
+          the estimated error in F that is due to a finite c: c times the gap, which bounds F* - F from below;
+                         with Richardson the last change that it made.
+      `multiplier_at_cap`  the share of multipliers that sit on their cap (methods with a cap).
+
+    With a tolerance a run ends CONVERGED when residual, violation and bias are all within it, and PENALTY_LIMITED
+    when only the bias is not and the penalty cannot grow any more. `finish` checks the end with means of its own, see
+    there.
+    """
+
+    def status(self, state: Any, metrics: dict[str, jax.Array], tol: Any) -> jax.Array:
+        """CONVERGED, PENALTY_LIMITED or 0 to go on; see the class."""
+        scale = 1 + jnp.abs(metrics["upper_loss"])
+        settled = (metrics["hypergradient_norm"] <= tol * scale) & (metrics["violation"] <= tol)
+        unbiased = metrics["bias"] <= tol * scale
+        stuck = settled & ~unbiased & ~self._can_grow(state)
+        return jnp.where(settled & unbiased, Result.CONVERGED.value, jnp.where(stuck, Result.PENALTY_LIMITED.value, 0))
+
+    def _can_grow(self, state: Any) -> Any:
+        return jnp.asarray(True)
+
+    def finish(
+        self, problem: Problem, state: Any, result: Result, metrics: dict[str, float], tol: float | None
+    ) -> tuple[dict[str, float], Result, str]:
+        """Check the end of a run with an independent solve of the lower level, from y and from other starts.
+
+        Returns measures, the result and a sentence. `polished_gap` = f(x, y) - v(x) with v from an augmented Lagrangian
+        with line searches, nothing of it shared with the method; `polished_violation`: what that solve could not
+        repair. A CONVERGED run becomes LOWER_LEVEL where another y is lower, INFEASIBLE where no y satisfies the
+        constraints at this x. A run out of steps whose residual is small but whose bias is not becomes PENALTY_LIMITED.
+        """
+        asked = 1e-3 if tol is None else tol
+        checked = {
+            name: float(value)
+            for name, value in _check(
+                problem, state.x, state.y, starts=_STARTS if _size(state.y) <= _MANY else 1
+            ).items()
+        }
+        scale, lower_scale = 1 + abs(metrics.get("upper_loss", 0.0)), 1 + abs(checked["lower_loss"])
+        noise = 100 * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(state.y))).eps) * lower_scale
+        room = max(10 * asked, 1e-3) if tol is None else max(10 * asked, noise)
+        said = []
+        wrong = not np.isfinite(checked["polished_gap"]) or checked["polished_gap"] > room * lower_scale
+        if checked["polished_violation"] > max(1e-3, asked):
+            if result in (Result.CONVERGED, Result.PENALTY_LIMITED, Result.MAX_STEPS):
+                result = Result.INFEASIBLE
+            said.append(
+                f"At this x no feasible lower-level y was found: the best breaks a constraint by {checked['polished_violation']:.2g} (scaled rows)."
+            )
+        elif metrics.get("violation", 0.0) > max(asked, 1e-3) and tol is not None and result is Result.CONVERGED:
+            result = Result.INFEASIBLE
+        elif wrong:
+            if result in (Result.CONVERGED, Result.PENALTY_LIMITED):
+                result = Result.LOWER_LEVEL
+            said.append(f"An independent solve of the lower level reaches {checked['polished_gap']:.3g} below f(x, y).")
+        elif result is Result.MAX_STEPS and metrics.get("hypergradient_norm", np.inf) <= asked * scale < metrics.get(
+            "bias", 0.0
+        ):
+            result = Result.PENALTY_LIMITED
+            said.append(
+                f"The penalty's bias in the upper loss is about {metrics['bias']:.2g}: raise the penalty, or extrapolate in it (Continuation)."
+            )
+        if metrics.get("multiplier_at_cap", 0.0) > 0:
+            said.append(
+                f"{100 * metrics['multiplier_at_cap']:.0f}% of the multipliers sit on their cap: raise the cap; if they follow it, no multiplier exists."
+            )
+            if result is Result.CONVERGED:
+                result = Result.PENALTY_LIMITED
+        return checked, result, " ".join(said)
+
+    def multipliers(self, problem: Problem, state: Any) -> dict[str, PyTree]:
+        """The lower level's multipliers in the user's units (f + lam . g + mu . h), shaped like the constraints'
+        outputs."""
+        lower = problem.full_lower()
+        rows = Constraints(problem, lower, state.x, state.y)
+        if not rows.count:
+            return {}
+        return Constraints(problem, lower, state.x, state.y, state.scale).multipliers(state.lam)
+
+
+_STARTS = 8
+_MANY = 10_000
+
+
+def _size(tree: PyTree) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+@functools.partial(jax.jit, static_argnames="starts")
+def _check(problem: Problem, x: PyTree, y: PyTree, starts: int) -> dict[str, jax.Array]:
+    """f - v from the best of several lower solves: from y itself, and from points around it at three distances."""
+    lower = problem.full_lower()
+    rows = Constraints(problem, lower, x, y)
+    rows = rows.at(x, y)
+
+    def start(i: Any) -> PyTree:
+        leaves, structure = jax.tree.flatten(y)
+        spread = jnp.where(i == 0, 0.0, 0.3 * 3.0 ** (i % 3))
+        moved = [
+            leaf
+            + spread
+            * (1 + jnp.sqrt(jnp.mean(leaf**2)))
+            * jax.random.normal(jax.random.fold_in(jax.random.key(i), j), leaf.shape, leaf.dtype)
+            for j, leaf in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(structure, moved)
+
+    solved = jax.lax.map(lambda i: solve_lower(lower, rows, x, start(i)), jnp.arange(starts))
+    value = jnp.where(jnp.isfinite(solved.value), solved.value, jnp.inf)
+    feasible = solved.violation <= jnp.minimum(jnp.min(solved.violation) * 1.01 + 1e-6, 1.0)
+    best = jnp.argmin(jnp.where(feasible, value, jnp.inf))
+    # A point that breaks its constraints gains at most multiplier times excess by it; the gap is that of the
+    # Lagrangian.
+    multiplied = jnp.vdot(solved.multipliers[best], rows(x, y)) if rows.count else 0.0
+    here = lower(x, y)
+    return {
+        "lower_loss": here,
+        "polished_gap": here + multiplied - value[best],
+        "polished_violation": solved.violation[best],
+    }

@@ -1,0 +1,164 @@
+"""The penalty's schedule, and what is made of the points along it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel import derivatives
+from bilevel._module import hyperparameters, state
+
+PyTree = Any
+
+
+@state
+class Path:
+    """Where a run stands on the penalty's path.
+
+    Attributes:
+      penalty: c, the weight of the lower level against the upper loss.
+      begun: the step at which this c was taken.
+      ends: the last three points at which a stage had converged, newest first: (x, y), stacked along a leading axis.
+      penalties: their c, shape (3,); zero where there is none yet.
+      change: |the newest extrapolated point - the one before|, an estimate of its error; infinite before there are two.
+      reported: the point to report.
+      unit: what c is measured in, see `Continuation`.
+    """
+
+    penalty: jax.Array
+    begun: jax.Array
+    ends: PyTree
+    penalties: jax.Array
+    change: jax.Array
+    reported: PyTree
+    unit: jax.Array
+
+
+@hyperparameters
+class Polynomial:
+    """c_k = min(start (k + 1)^power, maximum): the schedule of the published single-loop methods, power in [0, 1/2)."""
+
+    start: float = 10.0
+    power: float = 0.49
+    maximum: float = float("inf")
+
+    def init(self, point: PyTree, unit: Any = 1.0) -> Path:
+        """The path before the first step."""
+        return _begin(point, self.start, 1.0)
+
+    def advance(self, path: Path, k: Any, point: PyTree, settled: Any) -> Path:
+        """The path after step k."""
+        dtype = path.penalty.dtype
+        c = self.start * (jnp.asarray(k, dtype) + 2) ** self.power
+        return Path(
+            jnp.minimum(c, self.maximum).astype(dtype),
+            path.begun,
+            path.ends,
+            path.penalties,
+            path.change,
+            point,
+            path.unit,
+        )
+
+    def grows(self, path: Path) -> jax.Array:
+        """Whether c can still grow."""
+        return path.penalty < self.maximum
+
+
+@hyperparameters
+class Continuation:
+    """c doubles whenever the point for the present c has been found, and at the latest when start ((k + 1) /
+    patience)^power overtakes it.
+
+    The solution of the penalised problem has a bias that is a power series in 1/c (where multipliers and active sets
+    stay as they are). With `extrapolate` (Richardson) the reported point combines the last three converged stages so
+    that the 1/c and 1/c^2 terms cancel; it is reported only where the stages show that behaviour, otherwise the last
+    iterate is.
+
+    Attributes:
+      start, factor, maximum: c = unit start factor^stage, at most unit maximum. The unit is the curvature of F over that of f
+        at the start where that exceeds one (a sum over samples as F, a mean as f), else one.
+      power, patience: the slowest growth allowed; the power is that of the published schedules.
+      settle: a stage has converged when the residual is below `settle` |grad F| / c (all in units of grad F).
+      extrapolate: Richardson.
+    """
+
+    start: float = 20.0
+    factor: float = 2.0
+    maximum: float = 1e5
+    power: float = 0.49
+    patience: float = 500.0
+    settle: float = 0.5
+    extrapolate: bool = True
+
+    def init(self, point: PyTree, unit: Any = 1.0) -> Path:
+        """The path before the first step; `unit`: the upper loss's curvature over the lower one's."""
+        return _begin(point, self.start, jnp.maximum(unit, 1.0))
+
+    def advance(self, path: Path, k: Any, point: PyTree, settled: Any) -> Path:
+        """The path after step k; `settled`: the residual relative to the upper gradient."""
+        dtype, c = path.penalty.dtype, path.penalty
+        k = jnp.asarray(k, dtype)
+        done = (settled <= self.settle * path.unit / c) & (k > path.begun + 5) & (c > path.penalties[0])
+        overdue = path.unit * self.start * ((k + 1) / self.patience) ** self.power > self.factor * c
+        ends = jax.tree.map(lambda e, p: jnp.where(done, jnp.concatenate([p[None], e[:-1]]), e), path.ends, point)
+        penalties = jnp.where(done, jnp.concatenate([c[None], path.penalties[:-1]]), path.penalties)
+        # An unconverged stage breaks the ladder.
+        penalties = jnp.where(overdue & ~done, 0.0, penalties)
+        reported, change = point, path.change
+        if self.extrapolate:
+            found, regular = _richardson(ends, penalties, self.factor)
+            held = derivatives.norm(jax.tree.map(lambda a, b: a - b, found, path.reported))
+            reported = jax.tree.map(
+                lambda f, p, old: jnp.where(regular, jnp.where(done, f, old), p), found, point, path.reported
+            )
+            change = jnp.where(regular, jnp.where(done, held, path.change), jnp.inf)
+        grown = jnp.minimum(c * self.factor, path.unit * self.maximum)
+        return Path(
+            jnp.where(done | overdue, grown, c).astype(dtype),
+            jnp.where(done | overdue, k, path.begun).astype(dtype),
+            ends,
+            penalties,
+            change.astype(dtype),
+            reported,
+            path.unit,
+        )
+
+    def grows(self, path: Path) -> jax.Array:
+        """Whether c can still grow."""
+        return path.penalty < path.unit * self.maximum
+
+
+def as_schedule(value: Any) -> Any:
+    """A schedule from itself; a number is a constant penalty."""
+    return value if hasattr(value, "advance") else Polynomial(value, 0.0)
+
+
+def _begin(point: PyTree, start: Any, unit: Any) -> Path:
+    dtype = jnp.result_type(*jax.tree.leaves(point))
+    scalar = lambda v: jnp.asarray(v, dtype)  # noqa: E731
+    ends = jax.tree.map(lambda p: jnp.stack([p] * 3), point)
+    return Path(scalar(unit * start), scalar(0), ends, jnp.zeros((3,), dtype), scalar(jnp.inf), point, scalar(unit))
+
+
+def _richardson(ends: PyTree, penalties: jax.Array, q: Any) -> tuple[PyTree, jax.Array]:
+    """The extrapolated point from the newest two or three stages, and whether the stages behave like a series in
+    1/c."""
+    two = jax.tree.map(lambda e: (q * e[0] - e[1]) / (q - 1), ends)
+    before = jax.tree.map(lambda e: (q * e[1] - e[2]) / (q - 1), ends)
+    three = jax.tree.map(lambda a, b: (q**2 * a - b) / (q**2 - 1), two, before)
+    newest = optax.tree.sub(*[jax.tree.map(lambda e, i=i: e[i], ends) for i in (0, 1)])
+    older = optax.tree.sub(*[jax.tree.map(lambda e, i=i: e[i], ends) for i in (1, 2)])
+    size = derivatives.norm(jax.tree.map(lambda e: e[0], ends))
+    resolution = 50 * jnp.finfo(penalties.dtype).eps * size
+    # Consecutive differences fall by q; far from that (another active set, a series in a root of 1/c) nothing is
+    # extrapolated.
+    ratio = q * derivatives.norm(newest) / jnp.maximum(derivatives.norm(older), resolution)
+    straight = optax.tree.vdot(newest, older) > 0.9 * derivatives.norm(newest) * derivatives.norm(older)
+    regular = (penalties[2] > 0) & (
+        ((ratio > 0.7) & (ratio < 1.4) & straight) | (derivatives.norm(older) <= resolution)
+    )
+    return jax.tree.map(lambda a: a, three), regular
