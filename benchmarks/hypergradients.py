@@ -39,7 +39,9 @@ def ridge():
     rng = np.random.default_rng(0)
     n, d = 400, 100
     w = rng.normal(size=d)
-    make = lambda: (lambda a: (a.astype(np.float32), (a @ w + rng.normal(size=n)).astype(np.float32)))(rng.normal(size=(n, d)) / np.sqrt(d))  # noqa: E731
+    make = lambda: (lambda a: (a.astype(np.float32), (a @ w + rng.normal(size=n)).astype(np.float32)))(
+        rng.normal(size=(n, d)) / np.sqrt(d)
+    )
     b = Bench()
     b.name, b.train, b.val = "ridge", make(), make()
     b.lower = lambda x, y, batch: 0.5 * jnp.mean((batch[0] @ y - batch[1]) ** 2) + 0.5 * jnp.sum(jnp.exp(x) * y**2) / d
@@ -69,7 +71,7 @@ def cleaning():
     b = Bench()
     b.name, b.train, b.val = "cleaning", make(), make()
     b.train[1][: n // 2] = (b.train[1][: n // 2] + rng.integers(1, c, n // 2)) % c
-    nll = lambda y, batch: -jnp.take_along_axis(jax.nn.log_softmax(batch[0] @ y), batch[1][:, None], 1)[:, 0]  # noqa: E731
+    nll = lambda y, batch: -jnp.take_along_axis(jax.nn.log_softmax(batch[0] @ y), batch[1][:, None], 1)[:, 0]
     b.lower = lambda x, y, batch: jnp.mean(jax.nn.sigmoid(x) * nll(y, batch)) + 0.025 * jnp.sum(y**2)
     b.upper = lambda x, y, batch: jnp.mean(nll(y, batch))
     b.x0, b.y0, b.lr, b.outer = np.zeros(n, np.float32), np.zeros((d, c), np.float32), 0.5, 100.0
@@ -96,7 +98,7 @@ def scan_outer(b, one_step):
 
 def by_hand(b):
     def step(x, y, train, val):
-        f = lambda x, y: b.lower(x, y, train)  # noqa: E731
+        f = lambda x, y: b.lower(x, y, train)
         y = jax.lax.fori_loop(0, INNER, lambda _, y: y - b.lr * jax.grad(f, 1)(x, y), y)
         fx, fy = jax.grad(b.upper, (0, 1))(x, y, val)
         _, products = jax.linearize(lambda y: jax.grad(f, (0, 1))(x, y), y)
@@ -137,7 +139,12 @@ def with_jaxopt(b, default=False):
 
     def step(x, y, train, val):
         inner = jaxopt.GradientDescent(
-            lambda y, x: b.lower(x, y, train), stepsize=b.lr, maxiter=INNER, tol=0.0, acceleration=False, implicit_diff_solve=solve
+            lambda y, x: b.lower(x, y, train),
+            stepsize=b.lr,
+            maxiter=INNER,
+            tol=0.0,
+            acceleration=False,
+            implicit_diff_solve=solve,
         )
 
         def objective(x):
@@ -190,12 +197,12 @@ def torch_losses(b):
     train, val = (tuple(torch.tensor(v) for v in part) for part in (b.train, b.val))
     if b.name == "ridge":
         d = len(b.x0)
-        f = lambda x, y: 0.5 * ((train[0] @ y - train[1]) ** 2).mean() + 0.5 * (x.exp() * y**2).sum() / d  # noqa: E731
-        g = lambda x, y: 0.5 * ((val[0] @ y - val[1]) ** 2).mean()  # noqa: E731
+        f = lambda x, y: 0.5 * ((train[0] @ y - train[1]) ** 2).mean() + 0.5 * (x.exp() * y**2).sum() / d
+        g = lambda x, y: 0.5 * ((val[0] @ y - val[1]) ** 2).mean()
     else:
-        nll = lambda y, part: torch.nn.functional.cross_entropy(part[0] @ y, part[1].long(), reduction="none")  # noqa: E731
-        f = lambda x, y: (x.sigmoid() * nll(y, train)).mean() + 0.025 * (y**2).sum()  # noqa: E731
-        g = lambda x, y: nll(y, val).mean()  # noqa: E731
+        nll = lambda y, part: torch.nn.functional.cross_entropy(part[0] @ y, part[1].long(), reduction="none")
+        f = lambda x, y: (x.sigmoid() * nll(y, train)).mean() + 0.025 * (y**2).sum()
+        g = lambda x, y: nll(y, val).mean()
     return f, g
 
 
@@ -292,12 +299,16 @@ def relative(a, b):
 def hypergradient_error(b, x, y):
     """Ours at (x, y) with the benchmark's lower and linear steps, against the closed form."""
     problem = Problem(upper=b.upper, lower=b.lower, upper_data=b.val, lower_data=b.train)
-    estimate = value_and_hypergradient(problem, Implicit(linear.CG(tol=None, max_steps=CG)), lower.GradientDescent(b.lr, INNER))(x, y)
+    estimate = value_and_hypergradient(
+        problem, Implicit(linear.CG(tol=None, max_steps=CG)), lower.GradientDescent(b.lr, INNER)
+    )(x, y)
     return relative(estimate.gradient, b.exact(np.asarray(x)))
 
 
 def bench(b, rounds):
-    print(f"\n{b.name}: {b.x0.size} upper and {b.y0.size} lower variables, {INNER} gradient steps and {CG} CG steps, {OUTER} outer steps a run")
+    print(
+        f"\n{b.name}: {b.x0.size} upper and {b.y0.size} lower variables, {INNER} gradient steps and {CG} CG steps, {OUTER} outer steps a run"
+    )
     args = tuple(jax.tree.map(jnp.asarray, v) for v in (b.x0, b.y0, b.train, b.val))
     makers = {"bilevel": ours, "JAX by hand": by_hand, "jaxopt (solve_cg)": with_jaxopt, "jaxopt (default)": functools.partial(with_jaxopt, default=True), "optimistix": with_optimistix}  # fmt: skip
     torch_makers = {"torch by hand": torch_by_hand, "TorchOpt": with_torchopt, "higher (unrolled)": with_higher}
@@ -318,8 +329,14 @@ def bench(b, rounds):
     reference = results["JAX by hand"]
     for name, (x, y, g) in results.items():
         note = "" if np.isfinite(np.asarray(x)).all() else "  NOT FINITE"
-        error = f", last hypergradient against the closed form {relative(g, b.exact(x_before(b, x, g))):.1e}" if b.exact and np.any(np.asarray(g)) else ""
-        print(f"  {name:<20} x differs from the hand-written loop's by {relative(x, reference[0]):.1e}, y by {relative(y, reference[1]):.1e}{error}{note}")
+        error = (
+            f", last hypergradient against the closed form {relative(g, b.exact(x_before(b, x, g))):.1e}"
+            if b.exact and np.any(np.asarray(g))
+            else ""
+        )
+        print(
+            f"  {name:<20} x differs from the hand-written loop's by {relative(x, reference[0]):.1e}, y by {relative(y, reference[1]):.1e}{error}{note}"
+        )
     times = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -331,7 +348,9 @@ def bench(b, rounds):
     for name, spent in times.items():
         ratio = mine / np.asarray(spent)
         compiled = f"{compile_seconds[name]:.2f}" if name in compile_seconds else ""
-        print(f"  {name:<20} {1e3 * np.median(spent):>20.3f}  {np.median(ratio):>14.3f} ({ratio.min():.3f}, {ratio.max():.3f})  {compiled:>18}")
+        print(
+            f"  {name:<20} {1e3 * np.median(spent):>20.3f}  {np.median(ratio):>14.3f} ({ratio.min():.3f}, {ratio.max():.3f})  {compiled:>18}"
+        )
 
 
 def x_before(b, x, g):

@@ -58,9 +58,21 @@ def main():
         print(f"{kind} per step: {each}; solve / scan {np.median(ratio):.3f} ({ratio.min():.3f}, {ratio.max():.3f})")
 
     code = "import time; s = time.process_time(); import jax, optax; m = time.process_time(); import bilevel; print(m - s, time.process_time() - m)"
-    spent = np.array([[float(v) for v in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()] for _ in range(args.rounds)])
+    spent = np.array(
+        [
+            [
+                float(v)
+                for v in subprocess.run(
+                    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+                ).stdout.split()
+            ]
+            for _ in range(args.rounds)
+        ]
+    )
     base, ours = np.median(spent, axis=0)
-    print(f"import: jax and optax {base:.2f} s CPU, bilevel adds {ours:.3f} s ({spent[:, 1].min():.3f}, {spent[:, 1].max():.3f})")
+    print(
+        f"import: jax and optax {base:.2f} s CPU, bilevel adds {ours:.3f} s ({spent[:, 1].min():.3f}, {spent[:, 1].max():.3f})"
+    )
 
 
 if __name__ == "__main__":

@@ -46,8 +46,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    y = [(jnp.asarray(rng.normal(size=s) * np.sqrt(2 / s[0]), jnp.float32), jnp.zeros(s[1])) for s in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)]
-    make = lambda: (jnp.asarray(rng.normal(size=(BATCH, WIDTHS[0])), jnp.float32), jnp.asarray(rng.integers(0, 10, BATCH)))  # noqa: E731
+    y = [
+        (jnp.asarray(rng.normal(size=s) * np.sqrt(2 / s[0]), jnp.float32), jnp.zeros(s[1]))
+        for s in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
+    ]
+    make = lambda: (
+        jnp.asarray(rng.normal(size=(BATCH, WIDTHS[0])), jnp.float32),
+        jnp.asarray(rng.integers(0, 10, BATCH)),
+    )
     train, val, x = make(), make(), jnp.zeros(BATCH)
 
     def hand(checkpoint, mixed):
@@ -66,7 +72,12 @@ def main():
         problem = Problem(upper=validation, lower=training, upper_data=val, lower_data=train)
         return value_and_hypergradient(problem, Unrolled(), lower.GradientDescent(ETA, STEPS))(x, y).gradient
 
-    programs = {"plain reverse": hand(False, False), "checkpoint": hand(True, False), "mixed mode": hand(False, True), "Unrolled()": jax.jit(ours)}
+    programs = {
+        "plain reverse": hand(False, False),
+        "checkpoint": hand(True, False),
+        "mixed mode": hand(False, True),
+        "Unrolled()": jax.jit(ours),
+    }
     compiled = {name: f.lower(x, y, train, val).compile() for name, f in programs.items()}
     results = {name: c(x, y, train, val) for name, c in compiled.items()}
     spent = {name: [] for name in compiled}
@@ -79,7 +90,9 @@ def main():
     for name, c in compiled.items():
         memory = c.memory_analysis().temp_size_in_bytes
         ratio = np.asarray(spent[name]) / plain
-        error = float(jnp.linalg.norm(results[name] - results["plain reverse"]) / jnp.linalg.norm(results["plain reverse"]))
+        error = float(
+            jnp.linalg.norm(results[name] - results["plain reverse"]) / jnp.linalg.norm(results["plain reverse"])
+        )
         print(
             f"{name:<14} temporaries {memory / 1e6:8.1f} MB (1/{base / memory:.1f} of plain), CPU {1e3 * np.median(spent[name]):7.1f} ms, "
             f"ratio {np.median(ratio):.3f} ({ratio.min():.3f}, {ratio.max():.3f}), differs by {error:.1e}"

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel.data import SOURCES, Clients, Minibatches, Sampler, StepKey, Stream
+from bilevel.data import SOURCES, Agents, Clients, Minibatches, Sampler, StepKey, Stream
 from bilevel.problem import Problem
 from bilevel.solution import History
 
@@ -192,6 +192,8 @@ def _describe_data(name: str, data: Any) -> dict[str, str]:
             kind += f"(size={data.size}, replace={data.replace}, blocks={data.blocks})"
         elif isinstance(data, Sampler):
             kind += f"({_describe(data.fn)})"
+        elif isinstance(data, Agents):
+            kind += f"({len(data)} agents, size={data.size})"
         elif isinstance(data, Clients):
             kind += f"({len(data.counts)} clients, size={data.size}, counts {_checksum(data.counts)})"
     found = {name: kind}

@@ -7,7 +7,6 @@ how many steps are compiled together nor on where a run was interrupted.
 from __future__ import annotations
 
 import collections
-import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -72,16 +71,16 @@ def _mix(h: jax.Array) -> jax.Array:
     return h ^ (h >> 16)
 
 
-_ROUNDS = 12
+_ROUNDS, _AT_ONCE = 9, 3
 
 
 def permute(i: Any, n: Any, seed: jax.Array) -> jax.Array:
     """The image of `i` under a keyed permutation of 0, ..., n-1, computed without the other n-1 images.
 
-    A random rotation, then twelve rounds of swap-or-not: each pairs i with k - i mod n for a random k, and swaps the two or
+    A random rotation, then eight rounds of swap-or-not: each pairs i with k - i mod n for a random k, and swaps the two or
     not by a hashed coin, which depends on the pair alone. Every round is a bijection of 0..n-1 for any n, without a table.
-    A single image is uniform thanks to the rotation, and two images are
-    independent but for about 2^-12.
+    A single image is uniform thanks to the rotation, and two images are independent but for about 2^-8: enough for the
+    order of batches.
 
     Args:
       i: integer array of indices in 0..n-1.
@@ -92,8 +91,14 @@ def permute(i: Any, n: Any, seed: jax.Array) -> jax.Array:
     """
     n = jnp.asarray(n, jnp.uint32)
     # As a loop and not written out: XLA:CPU compiles a loop this small to one kernel, the rounds in a row to dozens.
-    rounds = lambda r, i: _swap_or_not(r, i, n, seed)  # noqa: E731
-    return jax.lax.fori_loop(0, _ROUNDS + 1, rounds, jnp.asarray(i, jnp.uint32)).astype(jnp.int32)
+    rounds = lambda r, i: _rounds(r, i, n, seed)  # noqa: E731
+    return jax.lax.fori_loop(0, _ROUNDS // _AT_ONCE, rounds, jnp.asarray(i, jnp.uint32)).astype(jnp.int32)
+
+
+def _rounds(r: Any, i: jax.Array, n: jax.Array, seed: jax.Array) -> jax.Array:
+    for u in range(_AT_ONCE):
+        i = _swap_or_not(r * _AT_ONCE + u, i, n, seed)
+    return i
 
 
 def _swap_or_not(r: Any, i: jax.Array, n: jax.Array, seed: jax.Array) -> jax.Array:
@@ -117,9 +122,9 @@ def _in_epoch(step: jax.Array, n: int, stream: jax.Array) -> jax.Array:
         i, seed = carry
         first = r == 0
         seed = jnp.where(first, _epoch_seed(seed, i // count), seed)
-        return _swap_or_not(r, jnp.where(first, i % count, i), count, seed), seed
+        return _rounds(r, jnp.where(first, i % count, i), count, seed), seed
 
-    return jax.lax.fori_loop(0, _ROUNDS + 1, rounds, (step, stream))[0].astype(jnp.int32)
+    return jax.lax.fori_loop(0, _ROUNDS // _AT_ONCE, rounds, (step, stream))[0].astype(jnp.int32)
 
 
 def _seed(key: StepKey, epoch: Any) -> jax.Array:
@@ -182,7 +187,9 @@ class Minibatches:
         if not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"Minibatches(size={size!r}): the batch size is a positive integer.")
         if size > n:
-            raise ValueError(f"Minibatches(size={size}) exceeds the {n} samples: lower the size, or pass the arrays bare for full batches.")
+            raise ValueError(
+                f"Minibatches(size={size}) exceeds the {n} samples: lower the size, or pass the arrays bare for full batches."
+            )
         if replace and blocks:
             raise ValueError("Minibatches: blocks=True draws without replacement; choose one of replace and blocks.")
         self.arrays, self.size, self.replace, self.blocks = arrays, int(size), replace, blocks
@@ -295,11 +302,15 @@ class Clients:
             raise ValueError("Clients needs at least one client's data set; the sequence is empty.")
         structures = [jax.tree.structure(d) for d in datasets]
         for c, structure in enumerate(structures):
-            if structure != structures[0]:
-                raise ValueError(f"Client {c}'s data have the structure {structure}, client 0's {structures[0]}: make them alike.")
+            if structure != structures[0]:  # type: ignore[operator]
+                raise ValueError(
+                    f"Client {c}'s data have the structure {structure}, client 0's {structures[0]}: make them alike."
+                )
         counts = [sample_count(d, f"client {c}'s data") for c, d in enumerate(datasets)]
         if size is not None and not 1 <= size <= min(counts):
-            raise ValueError(f"Clients(size={size}): the smallest client has {min(counts)} samples; the batch size must lie in 1..{min(counts)}.")
+            raise ValueError(
+                f"Clients(size={size}): the smallest client has {min(counts)} samples; the batch size must lie in 1..{min(counts)}."
+            )
         self.arrays = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *datasets)
         self.counts = np.asarray(counts, np.int32)
         self.offsets = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int32)
@@ -363,7 +374,9 @@ class Stream:
 
     def __init__(self, iterable: Iterable[PyTree] | Callable[[int], Iterator[PyTree]], draws: int = 1) -> None:
         if not callable(iterable) and not isinstance(iterable, collections.abc.Iterable):
-            raise TypeError(f"Stream needs an iterable of batches or a function start -> iterator, not {type(iterable).__name__}.")
+            raise TypeError(
+                f"Stream needs an iterable of batches or a function start -> iterator, not {type(iterable).__name__}."
+            )
         if draws < 1:
             raise ValueError(f"Stream(draws={draws}): at least one item per step is consumed.")
         self.iterable, self.draws = iterable, draws
@@ -390,7 +403,11 @@ class Stream:
                 else:
                     yield item
             if not produced:
-                what = "The stream is empty: it produced no batch." if first else "The stream ended and cannot be iterated again (a generator?)."
+                what = (
+                    "The stream is empty: it produced no batch."
+                    if first
+                    else "The stream ended and cannot be iterated again (a generator?)."
+                )
                 raise ValueError(f"{what} Give a list, a loader object, or a function start -> iterator.")
             first = False
 

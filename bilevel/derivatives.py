@@ -63,7 +63,9 @@ def cross_product(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
     return jax.jvp(lambda y: jax.grad(f, argnums=0)(x, y), (y,), (v,))[1]
 
 
-def gauss_newton_product(loss: Callable[[PyTree], jax.Array], model: Callable[[PyTree], PyTree], y: PyTree, v: PyTree) -> PyTree:
+def gauss_newton_product(
+    loss: Callable[[PyTree], jax.Array], model: Callable[[PyTree], PyTree], y: PyTree, v: PyTree
+) -> PyTree:
     """The generalised Gauss-Newton product J' L J v of the composition loss(model(y)), with J = model'(y), L = loss''.
 
     Positive semidefinite wherever `loss` is convex, also where the Hessian of the composition is not.

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import derivatives, hypergradients, linear
 from bilevel.data import Stream
 from bilevel.hypergradients import Implicit, value_and_hypergradient
-from bilevel.lower import GradientDescent, LBFGS
+from bilevel.lower import LBFGS, GradientDescent
 from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.solvers.default import default_solver
 
@@ -126,7 +126,13 @@ class Check:
 
     def __str__(self) -> str:
         low, high = self.lower_eigenvalues
-        convex = "strongly convex" if low > 1e-6 * abs(high) else "convex but nearly flat" if low > -1e-6 * abs(high) else "NOT convex"
+        convex = (
+            "strongly convex"
+            if low > 1e-6 * abs(high)
+            else "convex but nearly flat"
+            if low > -1e-6 * abs(high)
+            else "NOT convex"
+        )
         lines = ["Bilevel problem"]
         lines += [f"  {name}: {what}" for name, what in {**self.variables, **self.data}.items()]
         lines += [
@@ -138,7 +144,10 @@ class Check:
         ]
         for e in self.estimators:
             error = "failed" if np.isnan(e.error) else f"{e.error:.1e}"
-            lines.append(f"  {e.name:<44}{error:>11}{e.milliseconds:>9.2f}{e.megabytes:>9.2f}" + (f"  {e.note}" if e.note else ""))
+            lines.append(
+                f"  {e.name:<44}{error:>11}{e.milliseconds:>9.2f}{e.megabytes:>9.2f}"
+                + (f"  {e.note}" if e.note else "")
+            )
         lines.append(f"Solver: {self.reason}")
         lines += [f"Warning: {w}" for w in self.warnings]
         return "\n".join(lines)
@@ -181,17 +190,34 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     found, residual, low, high = _solve_lower(full, x, y, nonsmooth)
     condition = high / low if low > 0 else float("inf")
     if low < -1e-6 * abs(high):
-        warnings.append("the lower level is not convex at its solution: implicit hypergradients by CG meet negative curvature; add damping, or take a penalty method.")
+        warnings.append(
+            "the lower level is not convex at its solution: implicit hypergradients by CG meet negative curvature; add damping, or take a penalty method."
+        )
     elif condition > 1e6:
-        warnings.append(f"the lower level's condition number is {condition:.1g}: regularise it, or precondition the linear solver.")
+        warnings.append(
+            f"the lower level's condition number is {condition:.1g}: regularise it, or precondition the linear solver."
+        )
     estimators: list[EstimatorCheck] = []
     directional = float("nan")
     if plain:
         directional, estimators = _compare(full, x, found, high, nonsmooth, key, lower_steps)
     else:
-        warnings.append("hypergradients are not compared: the lower level has coupled constraints, or there is no upper variable.")
+        warnings.append(
+            "hypergradients are not compared: the lower level has coupled constraints, or there is no upper variable."
+        )
     return Check(
-        variables, data, float(upper), float(lower), (low, high), condition, residual, directional, estimators, solver, reason, warnings
+        variables,
+        data,
+        float(upper),
+        float(lower),
+        (low, high),
+        condition,
+        residual,
+        directional,
+        estimators,
+        solver,
+        reason,
+        warnings,
     )
 
 
@@ -212,14 +238,20 @@ def _full(problem: Problem) -> Problem:
 def _describe(tree: PyTree) -> str:
     leaves = jax.tree.leaves(tree)
     count = sum(np.size(leaf) for leaf in leaves)
-    shown = ", ".join(f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in leaves[:4]) + (", ..." if len(leaves) > 4 else "")
+    shown = ", ".join(f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in leaves[:4]) + (
+        ", ..." if len(leaves) > 4 else ""
+    )
     return f"{count} numbers in {len(leaves)} arrays ({shown})" if leaves else "none: a simple bilevel problem"
 
 
 def _describe_data(data: Any) -> str:
     if data is None:
         return "none"
-    return repr(data) if hasattr(data, "draw") or isinstance(data, Stream) else f"full batches of {len(jax.tree.leaves(data)[0])} samples"
+    return (
+        repr(data)
+        if hasattr(data, "draw") or isinstance(data, Stream)
+        else f"full batches of {len(jax.tree.leaves(data)[0])} samples"
+    )
 
 
 def _solve_lower(problem: Problem, x: PyTree, y: PyTree, nonsmooth: bool) -> tuple[PyTree, float, float, float]:
@@ -259,11 +291,15 @@ def _compare(
         return problem.full_upper()(x, accurate(problem.full_lower(), x, accurate.init(y)).y)
 
     h = eps ** (1 / 3) * (1 + float(derivatives.norm(x)))
-    plus, minus = (float(objective(problem, optax.tree.cast_like(optax.tree.add_scale(x, s * h, u), x), y)) for s in (1, -1))
+    plus, minus = (
+        float(objective(problem, optax.tree.cast_like(optax.tree.add_scale(x, s * h, u), x), y)) for s in (1, -1)
+    )
     directional = (plus - minus) / (2 * h)
 
     unrolled = GradientDescent(step, steps)
-    rows: list[tuple[str, Any, Any]] = [("Implicit(GMRES)" if nonsmooth else "Implicit(CG)", Implicit(step=step), accurate)]
+    rows: list[tuple[str, Any, Any]] = [
+        ("Implicit(GMRES)" if nonsmooth else "Implicit(CG)", Implicit(step=step), accurate)
+    ]
     if not nonsmooth:
         d = sum(np.size(leaf) for leaf in jax.tree.leaves(y))
         rows += [
@@ -279,11 +315,21 @@ def _compare(
         ("PZOBO (10 directions)", hypergradients.PZOBO(10, eps**0.4), unrolled),
         ("HOZOG (10 directions)", hypergradients.HOZOG(10, eps**0.4), unrolled),
     ]
-    return directional, [_measure(name, problem, estimator, solver, x, y, u, directional, key) for name, estimator, solver in rows]
+    return directional, [
+        _measure(name, problem, estimator, solver, x, y, u, directional, key) for name, estimator, solver in rows
+    ]
 
 
 def _measure(
-    name: str, problem: Problem, estimator: Any, solver: Any, x: PyTree, y: PyTree, u: PyTree, directional: float, key: Any
+    name: str,
+    problem: Problem,
+    estimator: Any,
+    solver: Any,
+    x: PyTree,
+    y: PyTree,
+    u: PyTree,
+    directional: float,
+    key: Any,
 ) -> EstimatorCheck:
     def evaluate(problem: Problem, x: PyTree, y: PyTree) -> Any:
         estimate = value_and_hypergradient(problem, estimator, solver)(x, y, key=key)
@@ -296,7 +342,9 @@ def _measure(
         jax.block_until_ready(compiled(problem, x, y))
         elapsed = time.perf_counter() - began
     except Exception as error:
-        return EstimatorCheck(name, float("nan"), float("nan"), float("nan"), f"{type(error).__name__}: {error}".splitlines()[0][:100])
+        return EstimatorCheck(
+            name, float("nan"), float("nan"), float("nan"), f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        )
     memory = compiled.memory_analysis()
     megabytes = getattr(memory, "temp_size_in_bytes", float("nan")) / 1e6 if memory is not None else float("nan")
     relative = abs(float(slope) - directional) / max(abs(directional), 1e-30)

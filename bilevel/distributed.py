@@ -1,7 +1,8 @@
 """Agents on many devices and many processes: JAX's own runtime, and nothing beside it.
 
-The solvers' code is the same everywhere. What changes is where the agents' data lie: `shard` puts the agents' axis of `data.Agents`
-over the devices of a mesh, and the solvers let their copies lie beside it. On one host with several devices:
+The solvers' code is the same everywhere. What changes is where the agents' data lie: `shard` puts the agents' axis of
+`data.Agents` over the devices of a mesh, and the solvers let their copies lie beside it. On one host with several
+devices:
 
     problem = distributed.shard(problem, distributed.mesh())
     solution = solve(problem, x0, y0, solvers.GTDSBO(network.ring(8)))
@@ -10,8 +11,9 @@ On several processes, one command per host starts the same script on each,
 
     python -m bilevel.distributed --coordinator HOST:PORT --processes N --process I script.py [arguments]
 
-with I = 0 on HOST. On CPUs, `--devices D` asks for D devices per process; they talk through gloo. A dead process ends the run on all:
-start it again, on as many processes as there are, and with `checkpoint=` it goes on from its last checkpoint.
+with I = 0 on HOST. On CPUs, `--devices D` asks for D devices per process; they talk through gloo. A dead process ends
+the run on all: start it again, on as many processes as there are, and with `checkpoint=` it goes on from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -46,13 +48,15 @@ def mesh(devices: Sequence[Any] | None = None, axis: str = "agents") -> Mesh:
 
 
 def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
-    """The problem with the agents' axis of its data (`data.Agents`) over the mesh's axis, and all other data on every device.
+    """The problem with the agents' axis of its data (`data.Agents`) over the mesh's axis, and all other data on every
+    device.
 
     With several processes every one calls it with the same data (`from_local` for data that only one process has).
 
     Raises:
       DistributedError: the mesh has no such axis, or it does not divide the number of agents.
     """
+
     def placed(name: str, data: Any) -> Any:
         if data is None:
             return None
@@ -60,29 +64,41 @@ def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
         if isinstance(data, Agents):
             _divides(len(data), mesh, axis, name)
         elif isinstance(data, SOURCES) and not jax.tree.leaves(data):
-            raise DistributedError(f"{name} is {data!r}, which reads from the host of one process: it cannot be sharded.")
+            raise DistributedError(
+                f"{name} is {data!r}, which reads from the host of one process: it cannot be sharded."
+            )
         return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, spec)), data)
 
     return dataclasses.replace(
-        problem, upper_data=placed("upper_data", problem.upper_data), lower_data=placed("lower_data", problem.lower_data)
+        problem,
+        upper_data=placed("upper_data", problem.upper_data),
+        lower_data=placed("lower_data", problem.lower_data),
     )
 
 
 def from_local(arrays: PyTree, mesh: Mesh, size: int | None = None, axis: str = "agents") -> Agents:
-    """`data.Agents` of which each process brings only its own agents: (agents of this process, samples, ...), in the order of processes."""
+    """`data.Agents` of which each process brings only its own agents: (agents of this process, samples, ...), in the
+    order of processes."""
     sharding = NamedSharding(mesh, PartitionSpec(axis))
     counts = {np.shape(leaf)[0] for leaf in jax.tree.leaves(arrays)}
     if len(counts) != 1:
-        raise DistributedError(f"from_local: the leaves have {', '.join(map(str, sorted(counts)))} agents; all need the same number.")
+        raise DistributedError(
+            f"from_local: the leaves have {', '.join(map(str, sorted(counts)))} agents; all need the same number."
+        )
     mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     if not mine or next(iter(counts)) % len(mine):
-        raise DistributedError(f"from_local: {next(iter(counts))} agents do not divide over the {len(mine)} devices of process {jax.process_index()}.")
+        raise DistributedError(
+            f"from_local: {next(iter(counts))} agents do not divide over the {len(mine)} devices of process "
+            f"{jax.process_index()}."
+        )
     whole = jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), arrays)
     return Agents(whole, size)
 
 
 def gather(tree: PyTree) -> PyTree:
-    """Numpy copies of whole arrays on every process, whatever devices their pieces lie on; all processes must call it."""
+    """Numpy copies of whole arrays on every process, whatever devices their pieces lie on; all processes must call
+    it."""
+
     def whole(leaf: Any) -> np.ndarray:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return np.asarray(leaf)
@@ -94,7 +110,13 @@ def gather(tree: PyTree) -> PyTree:
 
 
 def initialize(
-    coordinator: str, processes: int, process: int, devices: int | None = None, *, timeout: int = 300, heartbeat: int = 100
+    coordinator: str,
+    processes: int,
+    process: int,
+    devices: int | None = None,
+    *,
+    timeout: int = 300,
+    heartbeat: int = 100,
 ) -> None:
     """Join the other processes. To be called before anything touches JAX's devices.
 
@@ -113,7 +135,9 @@ def initialize(
         raise DistributedError(f"process {process} of {processes}: processes are numbered 0 to {processes - 1}.")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise DistributedError(f"coordinator={coordinator!r}: give the address and port of process 0, such as 10.0.0.1:12345.")
+        raise DistributedError(
+            f"coordinator={coordinator!r}: give the address and port of process 0, such as 10.0.0.1:12345."
+        )
     if devices is not None:
         jax.config.update("jax_num_cpu_devices", devices)
     options: dict[str, Any] = {"coordinator_bind_address": coordinator} if process == 0 else {}
@@ -133,7 +157,10 @@ def shutdown() -> None:
 
 def _divides(agents: int, mesh: Mesh, axis: str, name: str) -> None:
     if axis not in mesh.shape:
-        raise DistributedError(f"The mesh has no axis {axis!r}, it has {', '.join(map(repr, mesh.shape))}: make it with distributed.mesh().")
+        raise DistributedError(
+            f"The mesh has no axis {axis!r}, it has {', '.join(map(repr, mesh.shape))}: make it with "
+            f"distributed.mesh()."
+        )
     size = mesh.shape[axis]
     if agents % size:
         fitting = [d for d in range(1, size + 1) if agents % d == 0]
@@ -151,8 +178,12 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def _main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bilevel.distributed", description="Start one process of a script that runs on several.")
-    parser.add_argument("--coordinator", required=True, metavar="HOST:PORT", help="address of process 0, reachable from all")
+    parser = argparse.ArgumentParser(
+        prog="python -m bilevel.distributed", description="Start one process of a script that runs on several."
+    )
+    parser.add_argument(
+        "--coordinator", required=True, metavar="HOST:PORT", help="address of process 0, reachable from all"
+    )
     parser.add_argument("--processes", type=int, required=True, help="how many processes there are")
     parser.add_argument("--process", type=int, required=True, help="which one this is, from 0")
     parser.add_argument("--devices", type=int, default=None, help="CPU devices of this process")

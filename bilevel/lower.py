@@ -26,7 +26,17 @@ from bilevel.optimizers import quasi_newton, withdraws
 
 PyTree = Any
 
-__all__ = ["LBFGS", "Function", "GradientDescent", "Inner", "LowerState", "as_lower_solver", "as_optimizer", "jaxopt", "optimistix"]
+__all__ = [
+    "LBFGS",
+    "Function",
+    "GradientDescent",
+    "Inner",
+    "LowerState",
+    "as_lower_solver",
+    "as_optimizer",
+    "jaxopt",
+    "optimistix",
+]
 
 
 @state
@@ -46,13 +56,15 @@ def as_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
 
 def check_optimizer(owner: str, name: str, value: Any) -> None:
     """Raise a sentence where a step rule is neither a positive number nor an optax rule."""
-    if isinstance(value, optax.GradientTransformation) or isinstance(value, (jax.Array, jax.core.Tracer)):
+    if isinstance(value, (optax.GradientTransformation, jax.Array, jax.core.Tracer)):
         return
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not value > 0:
             raise ValueError(f"{owner}({name}={value!r}): a step size is positive.")
         return
-    raise TypeError(f"{owner}({name}={value!r}): give a step size or an optax GradientTransformation such as optax.adam(1e-2).")
+    raise TypeError(
+        f"{owner}({name}={value!r}): give a step size or an optax GradientTransformation such as optax.adam(1e-2)."
+    )
 
 
 _PATIENCE = 25
@@ -90,7 +102,9 @@ class GradientDescent:
         if not isinstance(self.steps, int) or self.steps < 0 or (self.steps == 0 and self.total is None):
             raise ValueError(f"GradientDescent(steps={self.steps!r}): the number of steps is a positive integer.")
         if isinstance(self.tol, float) and not self.tol > 0:
-            raise ValueError(f"GradientDescent(tol={self.tol!r}): the tolerance is positive, or None for a fixed number of steps.")
+            raise ValueError(
+                f"GradientDescent(tol={self.tol!r}): the tolerance is positive, or None for a fixed number of steps."
+            )
 
     def init(self, y: PyTree) -> LowerState:
         """The start of a run: y with fresh optimiser moments."""
@@ -100,7 +114,9 @@ class GradientDescent:
         """Run from `state`."""
         optimizer = as_optimizer(self.optimizer)
         if lower.prox is not None and isinstance(self.optimizer, optax.GradientTransformation):
-            raise ValueError("GradientDescent with a prox_lower takes a plain step size as its optimizer: the prox is scaled with it.")
+            raise ValueError(
+                "GradientDescent with a prox_lower takes a plain step size as its optimizer: the prox is scaled with it."
+            )
         if self.start is not None:
             y = self.start(x, state.y)
             state = LowerState(y, optimizer.init(y))
@@ -114,7 +130,9 @@ class GradientDescent:
             y, memory = state.y, state.memory
             if _has_line_search(memory):
                 value, gradient = optax.value_and_grad_from_state(lambda y: level(x, y))(y, state=memory)
-                updates, memory = optimizer.update(gradient, memory, y, value=value, grad=gradient, value_fn=lambda y: level(x, y))
+                updates, memory = optimizer.update(
+                    gradient, memory, y, value=value, grad=gradient, value_fn=lambda y: level(x, y)
+                )
             elif _needs_value(memory):
                 value, gradient = jax.value_and_grad(lambda y: level(x, y))(y)
                 updates, memory = optimizer.update(gradient, memory, y, value=value)
@@ -244,6 +262,7 @@ class Inner:
         self.solver, self.lower = solver, lower
 
     def __call__(self, x: PyTree, state: LowerState) -> LowerState:
+        """Run from `state`."""
         return self.solver(self.lower, x, state)
 
     def with_level(self, lower: Any) -> Inner:
@@ -253,8 +272,14 @@ class Inner:
     def split(self, last: int, owner: str) -> tuple[Inner, Inner]:
         """The run without its last `last` steps, and those."""
         if not isinstance(self.solver, GradientDescent):
-            raise ValueError(f"{owner} differentiates the last steps of the lower solver and needs one made of steps: GradientDescent(...), not {type(self.solver).__name__}.")
+            raise ValueError(
+                f"{owner} differentiates the last steps of the lower solver and needs one made of steps: GradientDescent(...), not {type(self.solver).__name__}."
+            )
         steps = self.solver.steps
         if last > steps:
-            raise ValueError(f"{owner} differentiates {last} steps but the lower solver takes {steps}: raise steps or lower {last}.")
-        return Inner(self.solver.part(0, steps - last), self.lower), Inner(self.solver.part(steps - last, last), self.lower)
+            raise ValueError(
+                f"{owner} differentiates {last} steps but the lower solver takes {steps}: raise steps or lower {last}."
+            )
+        return Inner(self.solver.part(0, steps - last), self.lower), Inner(
+            self.solver.part(steps - last, last), self.lower
+        )

@@ -68,7 +68,8 @@ def multistart(
     counts = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves((x0s, y0s))}
     if len(counts) != 1 or 0 in counts:
         raise ProblemError(
-            f"multistart takes starts along one leading axis of every leaf of x0s and y0s; found lengths {sorted(counts)}."
+            "multistart takes starts along one leading axis of every leaf of x0s and y0s; "
+            f"found lengths {sorted(counts)}."
         )
     first = jax.tree.map(lambda leaf: leaf[0], (x0s, y0s))
     problem.validate(*first)

@@ -54,11 +54,20 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         dtype = jnp.result_type(float, *jax.tree.leaves(params)) if jax.tree.leaves(params) else jnp.result_type(float)
         infinite = jnp.full((memory,), jnp.inf, dtype)
         zero = optax.tree.zeros_like(params)
-        return SpectralState(jax.tree.map(jnp.asarray, params), zero, jnp.zeros((), dtype), infinite, jnp.zeros((), jnp.int32), jnp.asarray(True))
+        return SpectralState(
+            jax.tree.map(jnp.asarray, params),
+            zero,
+            jnp.zeros((), dtype),
+            infinite,
+            jnp.zeros((), jnp.int32),
+            jnp.asarray(True),
+        )
 
     def update(gradient: PyTree, s: SpectralState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
         if params is None or value is None:
-            raise ValueError("optimizers.spectral needs update(gradient, state, params, value=value): the value decides whether a step is kept.")
+            raise ValueError(
+                "optimizers.spectral needs update(gradient, state, params, value=value): the value decides whether a step is kept."
+            )
         dtype = s.step.dtype
         value = jnp.asarray(value, dtype)
         first = s.count == 0
@@ -134,7 +143,9 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
 
     def update(gradient: PyTree, old: QuasiNewtonState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
         if params is None or value is None:
-            raise ValueError("optimizers.quasi_newton needs update(gradient, state, params, value=value): the value decides whether a step is kept.")
+            raise ValueError(
+                "optimizers.quasi_newton needs update(gradient, state, params, value=value): the value decides whether a step is kept."
+            )
         dtype = old.step.dtype
         value = jnp.asarray(value, dtype)
         dot = lambda a, b: jnp.asarray(optax.tree.vdot(a, b), dtype)  # noqa: E731
@@ -145,7 +156,9 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         slope = jnp.minimum(dot(old.gradient, moved), 0)
         decreased = value <= old.value + 1e-4 * slope + slack
         # Where values no longer tell points apart, slopes do: Hager and Zhang's approximate Wolfe condition.
-        level = (value <= old.value + jnp.finfo(dtype).eps ** 0.5 * jnp.abs(old.value)) & (dot(gradient, moved) <= -0.9998 * slope)
+        level = (value <= old.value + jnp.finfo(dtype).eps ** 0.5 * jnp.abs(old.value)) & (
+            dot(gradient, moved) <= -0.9998 * slope
+        )
         accepted = first | (finite & (decreased | level))
         choose = functools.partial(jax.tree.map, lambda new, kept: jnp.where(accepted, new, kept))
         x, g = choose(params, old.x), choose(gradient, old.gradient)
@@ -154,7 +167,7 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         curvature = dot(moved, z)
         useful = accepted & ~first & (curvature > 1e-10 * jnp.sqrt(dot(moved, moved) * dot(z, z)))
         stuck = ~accepted & (old.step < 1e-6)
-        push = lambda store, new: jax.tree.map(lambda a, b: jnp.where(useful, jnp.roll(a, 1, 0).at[0].set(b), a), store, new)  # noqa: E731
+        push = functools.partial(jax.tree.map, lambda a, b: jnp.where(useful, jnp.roll(a, 1, 0).at[0].set(b), a))
         s_all, z_all = push(old.s, moved), push(old.z, z)
         rho = jnp.where(useful, jnp.roll(old.rho, 1).at[0].set(1 / jnp.where(useful, curvature, 1)), old.rho)
         rho = jnp.where(stuck, 0, rho)
@@ -171,7 +184,9 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         longest = jnp.minimum(1.0, limit / jnp.maximum(rms(d), jnp.finfo(dtype).tiny ** 0.5))
         step = jnp.where(fresh, longest, 0.25 * old.step)
         updates = jax.tree.map(lambda new, now, d: (new - now) + step.astype(d.dtype) * d, x, params, d)
-        return updates, QuasiNewtonState(x, g, jnp.where(accepted, value, old.value), d, step, s_all, z_all, rho, old.count + 1, accepted)
+        return updates, QuasiNewtonState(
+            x, g, jnp.where(accepted, value, old.value), d, step, s_all, z_all, rho, old.count + 1, accepted
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 

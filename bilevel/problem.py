@@ -49,6 +49,7 @@ class Level:
         self.batch = batch
 
     def __call__(self, x: PyTree, y: PyTree) -> jax.Array:
+        """The loss on the bound batch."""
         return self.fn(x, y) if self.source is None else self.fn(x, y, self.batch)
 
     def gradient(self, x: PyTree, y: PyTree) -> PyTree:
@@ -65,7 +66,9 @@ class Level:
     @property
     def random(self) -> bool:
         """Whether drawing again gives another batch."""
-        return isinstance(self.source, SOURCES) and not (isinstance(self.source, (Agents, Clients)) and self.source.size is None)
+        return isinstance(self.source, SOURCES) and not (
+            isinstance(self.source, (Agents, Clients)) and self.source.size is None
+        )
 
     def redraw(self, i: Any, total: int) -> Level:
         """The level with the batch of inner step `i` of `total`; itself where the data are not drawn."""
@@ -83,9 +86,7 @@ class Level:
 _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", "constraint", "equality")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("upper_data", "lower_data"), meta_fields=_FUNCTIONS
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("upper_data", "lower_data"), meta_fields=_FUNCTIONS)
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The bilevel problem
@@ -99,7 +100,7 @@ class Problem:
       upper: the upper loss F, `F(x, y)`, or `F(x, y, batch)` where `upper_data` is given; returns a scalar.
       lower: the lower loss f, `f(x, y)`, or `f(x, y, batch)` where `lower_data` is given; returns a scalar.
       upper_data, lower_data: a pytree of arrays with a leading sample axis (full batches), or one of
-        `data.Minibatches`, `data.Sampler`, `data.Stream`, `data.Clients`.
+        `data.Minibatches`, `data.Sampler`, `data.Stream`, `data.Clients`, `data.Agents`.
       project_upper: `x -> x`, the projection on X.
       project_lower: `y -> y`, the projection on Y.
       prox_lower: `(y, x, scaling) -> y`, the proximal operator of a nonsmooth term r(x, y) that is added to f:
@@ -159,6 +160,11 @@ class Problem:
         def bind(fn: Callable[..., PyTree] | None) -> Any:
             if fn is None or lower.source is None or not _takes_batch(fn):
                 return fn
+            if lower.random:
+                raise ProblemError(
+                    "A constraint takes the lower level's batch, and that batch is drawn anew at every step: its rows, and "
+                    "their multipliers, would belong to other samples each time. Give lower_data as bare arrays (a full batch)."
+                )
             return lambda x, y: fn(x, y, lower.batch)
 
         return bind(self.constraint), bind(self.equality)
@@ -179,7 +185,9 @@ class Problem:
         """
         _check_variable("x0", x)
         if not jax.tree.leaves(y):
-            raise ProblemError("y0 holds no arrays: the lower variable is a pytree with at least one floating-point array.")
+            raise ProblemError(
+                "y0 holds no arrays: the lower variable is a pytree with at least one floating-point array."
+            )
         _check_variable("y0", y)
         for name in ("upper_data", "lower_data"):
             _check_data(name, getattr(self, name))
@@ -198,7 +206,9 @@ class Problem:
             if fn is not None:
                 out = self._constraint_shapes(name, fn, x, y)
                 if not jax.tree.leaves(out):
-                    raise ProblemError(f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of arrays.")
+                    raise ProblemError(
+                        f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of arrays."
+                    )
 
     def _constraint_shapes(self, name: str, fn: Callable[..., PyTree], x: PyTree, y: PyTree) -> PyTree:
         if self.lower_data is None or not _takes_batch(fn):
@@ -225,7 +235,9 @@ class Problem:
         leaves = jax.tree.leaves(out)
         if len(leaves) != 1 or leaves[0].shape != ():
             got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
-            raise ProblemError(f"{name}(x, y{', batch' if data is not None else ''}) returned {got}; a loss is one scalar. Take a mean or a sum.")
+            raise ProblemError(
+                f"{name}(x, y{', batch' if data is not None else ''}) returned {got}; a loss is one scalar. Take a mean or a sum."
+            )
         if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
             raise ProblemError(f"{name} returned the dtype {leaves[0].dtype}; a loss is a floating-point scalar.")
 
@@ -243,11 +255,16 @@ def _takes_batch(fn: Callable[..., Any]) -> bool:
 
 def as_variable(name: str, tree: PyTree) -> PyTree:
     """Arrays of its own for each leaf, so that a solver never touches the caller's."""
+
     def convert(path: Any, leaf: Any) -> jax.Array:
-        if isinstance(leaf, (bool, int, np.integer)) or not hasattr(leaf, "dtype") and not isinstance(leaf, (float, list, tuple)):
+        if isinstance(leaf, (bool, int, np.integer)) or (
+            not hasattr(leaf, "dtype") and not isinstance(leaf, (float, list, tuple))
+        ):
             where = f"{name}{jax.tree_util.keystr(path)}"
             kind = type(leaf).__name__
-            raise ProblemError(f"{where} is of type {kind}; variables are floating-point arrays: write jnp.asarray({leaf!r}, float).")
+            raise ProblemError(
+                f"{where} is of type {kind}; variables are floating-point arrays: write jnp.asarray({leaf!r}, float)."
+            )
         return jnp.array(leaf, copy=True)
 
     return jax.tree_util.tree_map_with_path(convert, tree)
@@ -282,7 +299,7 @@ def _check_data(name: str, data: Any) -> None:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if dtype is None:
             raise ProblemError(f"{where} is of type {type(leaf).__name__}, not an array: wrap it with numpy.asarray.")
-        if dtype == object or dtype.kind in "US":
+        if dtype.kind == "O" or dtype.kind in "US":
             raise ProblemError(f"{where} has dtype {dtype}: encode it as numbers.")
         if jnp.issubdtype(dtype, jnp.floating):
             finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else bool(jnp.isfinite(leaf).all())
@@ -294,7 +311,9 @@ def _check_agents(upper: Any, lower: Any) -> None:
     many = (Agents, Clients)
     if isinstance(upper, many) and isinstance(lower, many) and len(upper) != len(lower):
         what = "agents" if isinstance(upper, Agents) else "clients"
-        raise ProblemError(f"upper_data has {len(upper)} {what} and lower_data {len(lower)}: one data set per {what[:-1]} in each level.")
+        raise ProblemError(
+            f"upper_data has {len(upper)} {what} and lower_data {len(lower)}: one data set per {what[:-1]} in each level."
+        )
 
 
 def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> PyTree:
@@ -305,18 +324,24 @@ def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> Py
             f"{label}: {jax.tree.map(lambda a: f'{jnp.result_type(a)}{list(np.shape(a))}', arg)}"
             for label, arg in zip(("x", "y", "batch"), args, strict=False)
         )
-        raise ProblemError(f"{name}{signature} fails on the given variables and data ({shapes}): {type(error).__name__}: {error}") from error
+        raise ProblemError(
+            f"{name}{signature} fails on the given variables and data ({shapes}): {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree) -> None:
     out = _shapes(name, "", fn, value)
     if jax.tree.structure(out) != jax.tree.structure(value):  # type: ignore[operator]
-        raise ProblemError(f"{name} changes the structure of {variable} from {jax.tree.structure(value)} to {jax.tree.structure(out)}; it must keep it.")
+        raise ProblemError(
+            f"{name} changes the structure of {variable} from {jax.tree.structure(value)} to {jax.tree.structure(out)}; it must keep it."
+        )
     before = jax.tree_util.tree_leaves_with_path(value)
     for (path, leaf), new in zip(before, jax.tree.leaves(out), strict=True):
         where = f"{variable}{jax.tree_util.keystr(path)}"
         if new.shape != np.shape(leaf):
-            raise ProblemError(f"{name} changes the shape of {where} from {list(np.shape(leaf))} to {list(new.shape)}; it must keep it.")
+            raise ProblemError(
+                f"{name} changes the shape of {where} from {list(np.shape(leaf))} to {list(new.shape)}; it must keep it."
+            )
         if new.dtype != jnp.result_type(leaf):
             raise ProblemError(
                 f"{name} changes the dtype of {where} from {jnp.result_type(leaf)} to {new.dtype}; it must keep it "
@@ -328,5 +353,7 @@ def _full(data: Any) -> Any:
     if isinstance(data, Sampler):
         return data.draw(as_step_key(0))
     if isinstance(data, Stream):
-        raise ProblemError("A Stream has no full batch: its data do not fit on the device. Evaluate on samples of your own.")
+        raise ProblemError(
+            "A Stream has no full batch: its data do not fit on the device. Evaluate on samples of your own."
+        )
     return data.full() if isinstance(data, SOURCES) and not isinstance(data, Streamed) else data

@@ -28,13 +28,15 @@ __all__ = ["Event", "run", "solve"]
 logger = logging.getLogger("bilevel")
 
 # Steps that one call of the compiled loop can record; the loop's bounds are dynamic, so any number up to it is one program.
-_CAPACITY = 4096
+_CAPACITY = 16384
 
 # Between two saves that the user did not schedule.
 _SAVE_SECONDS = 5.0
 
 
-def run(problem: Problem, solver: Any, x0: PyTree, y0: PyTree, steps: int, key: Any = 0) -> tuple[Any, dict[str, jax.Array]]:
+def run(
+    problem: Problem, solver: Any, x0: PyTree, y0: PyTree, steps: int, key: Any = 0
+) -> tuple[Any, dict[str, jax.Array]]:
     """`steps` outer iterations as a pure function, to be put under `jit`, `vmap` or `grad`.
 
     The iterates are those of `solve` with the same key. Nothing is checked: `problem.validate(x0, y0)` does that.
@@ -130,12 +132,29 @@ def _advance(
     def step(k: Any, state: Any) -> Any:
         now = problem
         for name, (items, draws) in streamed.items():
-            mine = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, (k - start) * draws.value, draws.value), items)
+            mine = jax.tree.map(
+                lambda a: jax.lax.dynamic_slice_in_dim(a, (k - start) * draws.value, draws.value), items
+            )
             now = dataclasses.replace(now, **{name: Streamed(mine, draws.value)})  # type: ignore[arg-type]
         return solver.step(now, state, _step_key(base, k))
 
     shapes = jax.eval_shape(step, start, state)[1]
-    buffers = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
+    scalars: dict[Any, list[str]] = {}  # by dtype: those of one dtype share a buffer, so that a step writes once
+    for name, shape in shapes.items():
+        if shape.shape == ():
+            scalars.setdefault(shape.dtype, []).append(name)
+    together = {name for names in scalars.values() for name in names}
+
+    def packed(metrics: dict[str, jax.Array]) -> Any:
+        rows = [jnp.stack([metrics[name] for name in names]) for names in scalars.values()]
+        return rows, {name: value for name, value in metrics.items() if name not in together}
+
+    def unpacked(buffers: Any) -> dict[str, jax.Array]:
+        rows, others = buffers
+        columns = {n: row[:, i] for names, row in zip(scalars.values(), rows, strict=True) for i, n in enumerate(names)}
+        return columns | others
+
+    buffers = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), jax.eval_shape(packed, shapes))
 
     def cond(carry: Any) -> Any:
         k, _, _, status = carry
@@ -144,16 +163,17 @@ def _advance(
     def body(carry: Any) -> Any:
         k, state, buffers, _ = carry
         state, metrics = step(k, state)
-        buffers = jax.tree.map(lambda b, m: b.at[k - start].set(m), buffers, metrics)
+        rows = packed(metrics)
+        buffers = jax.tree.map(lambda b, m: b.at[k - start].set(m), buffers, rows)
         status = jnp.zeros((), jnp.int32)
         if use_tol:
             status = jnp.asarray(solver.status(state, metrics, tol), jnp.int32)
-        finite = _finite((state.x, state.y, metrics) if careful else metrics)
+        finite = _finite((state.x, state.y, rows) if careful else rows)
         return k + 1, state, buffers, jnp.where(finite, status, Result.DIVERGED.value)
 
     k, state, buffers, status = jax.lax.while_loop(cond, body, (start, state, buffers, jnp.zeros((), jnp.int32)))
     status = jnp.where(_finite((state.x, state.y)), status, Result.DIVERGED.value)
-    return state, k - start, status, buffers
+    return state, k - start, status, unpacked(buffers)
 
 
 def _finite(tree: PyTree) -> jax.Array:
@@ -168,7 +188,9 @@ class _Draws:
 
 
 @functools.partial(jax.jit, static_argnames="functions")
-def _measure(functions: tuple[tuple[str, Callable[..., Any]], ...], x: PyTree, y: PyTree, data: dict[str, Any]) -> dict[str, jax.Array]:
+def _measure(
+    functions: tuple[tuple[str, Callable[..., Any]], ...], x: PyTree, y: PyTree, data: dict[str, Any]
+) -> dict[str, jax.Array]:
     return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions}
 
 
@@ -218,7 +240,13 @@ def solve(
       CheckpointError: the directory cannot be written, or holds a run of another problem, solver or data.
     """
     began = time.perf_counter()
-    for name, count in (("steps", steps), ("metrics_every", metrics_every), ("callback_every", callback_every), ("checkpoint_every", checkpoint_every), ("chunk", chunk)):
+    for name, count in (
+        ("steps", steps),
+        ("metrics_every", metrics_every),
+        ("callback_every", callback_every),
+        ("checkpoint_every", checkpoint_every),
+        ("chunk", chunk),
+    ):
         if count is not None and (isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1):
             raise ValueError(f"solve({name}={count!r}): a positive integer is needed.")
     if tol is not None and not tol > 0:
@@ -233,9 +261,13 @@ def solve(
         solver, reason = default_solver(problem, x, y)
         logger.info("%s", reason)
     if not (hasattr(solver, "init") and hasattr(solver, "step")):
-        raise TypeError(f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), such as solvers.AID().")
+        raise TypeError(
+            f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), such as solvers.AID()."
+        )
     if tol is not None and not hasattr(solver, "status"):
-        raise ValueError(f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, metrics, tol).")
+        raise ValueError(
+            f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, metrics, tol)."
+        )
 
     base = as_step_key(key)
     metrics_every = metrics_every or max(1, math.ceil(steps / 100))
@@ -243,7 +275,9 @@ def solve(
     rest = 0.0 if checkpoint_every else _SAVE_SECONDS
     checkpoint_every = checkpoint_every or max(1, math.ceil(steps / 20))
     measure = _Metrics(metrics or {})
-    streams = {name: data for name in ("upper_data", "lower_data") if isinstance(data := getattr(problem, name), Stream)}
+    streams = {
+        name: data for name in ("upper_data", "lower_data") if isinstance(data := getattr(problem, name), Stream)
+    }
 
     def peeked() -> Problem:
         """The problem with a stream's first items in place, for `init`."""
@@ -263,16 +297,24 @@ def solve(
     state = solver.init(peeked() if streams else problem, x, y, _step_key(base, 0))
     for name in ("x", "y"):
         if not hasattr(state, name):
-            raise TypeError(f"{type(solver).__name__}.init returned a {type(state).__name__} without the attribute {name}: a state has x and y.")
+            raise TypeError(
+                f"{type(solver).__name__}.init returned a {type(state).__name__} without the attribute {name}: a state has x and y."
+            )
 
     history, done, result, why = History(), 0, Result.MAX_STEPS, ""
     if saver is not None and (restored := saver.restore(state)) is not None:
         done, state, history = restored
         logger.info("resumed from step %d", done)
         if done > steps:
-            raise ValueError(f"solve(steps={steps}): the checkpoint is already at step {done}. Ask for more steps, or for another directory.")
+            raise ValueError(
+                f"solve(steps={steps}): the checkpoint is already at step {done}. Ask for more steps, or for another directory."
+            )
         if tol is not None:
-            last = {name: jnp.asarray(history[name][-1]) for name in history if len(history[name]) and history.steps[name][-1] == done - 1}
+            last = {
+                name: jnp.asarray(history[name][-1])
+                for name in history
+                if len(history[name]) and history.steps[name][-1] == done - 1
+            }
             result = Result(int(solver.status(state, last, tol)))
 
     from bilevel.progress import reporter
@@ -290,13 +332,28 @@ def solve(
             while done < steps and result is Result.MAX_STEPS:
                 interrupts.raise_if_asked()
                 stop = min(steps, done + min(length, capacity))
-                for every, active in ((metrics_every, measure.active), (callback_every, callback is not None), (checkpoint_every, saver is not None)):
+                for every, active in (
+                    (metrics_every, measure.active),
+                    (callback_every, callback is not None),
+                    (checkpoint_every, saver is not None),
+                ):
                     if active:
                         stop = min(stop, done - done % every + every)
                 clock = time.perf_counter()
-                streamed = {name: (source.take((stop - done) * streams[name].draws), _Draws(streams[name].draws)) for name, source in prefetched.items()}
+                streamed = {
+                    name: (source.take((stop - done) * streams[name].draws), _Draws(streams[name].draws))
+                    for name, source in prefetched.items()
+                }
                 bounds = jnp.uint32(done), jnp.uint32(stop)
-                advance = functools.partial(_advance, compiled_problem, argument, tol=tol if tol is not None else 0.0, streamed=streamed, capacity=capacity, use_tol=tol is not None)
+                advance = functools.partial(
+                    _advance,
+                    compiled_problem,
+                    argument,
+                    tol=tol if tol is not None else 0.0,
+                    streamed=streamed,
+                    capacity=capacity,
+                    use_tol=tol is not None,
+                )
                 new, taken, status, buffers = advance(state, base, *bounds)
                 taken, status = int(taken), Result(int(status))
                 if status is Result.DIVERGED:  # from the chunk's start again, looking at every step
@@ -335,8 +392,8 @@ def solve(
             if saver is not None:
                 saver.close()
     if hasattr(solver, "finish") and result not in (Result.DIVERGED, Result.INTERRUPTED):
-        last = {name: float(value) for name, value in history.last().items() if np.ndim(value) == 0}
-        measures, result, why = solver.finish(peeked() if streams else problem, state, result, last, tol)
+        numbers = {name: float(value) for name, value in history.last().items() if np.ndim(value) == 0}
+        measures, result, why = solver.finish(peeked() if streams else problem, state, result, numbers, tol)
         for name, value in measures.items():
             history.extend(name, np.asarray([done]), np.asarray([value]))
     reason = " ".join(part for part in (reason, why) if part)
@@ -353,7 +410,10 @@ class _Interrupts:
 
     def __enter__(self) -> _Interrupts:
         self._before = None
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):
             self._before = signal.signal(signal.SIGINT, self._note)
         return self
 
@@ -418,10 +478,14 @@ class _Metrics:
         for name, entry in metrics.items():
             if isinstance(entry, tuple):
                 if len(entry) != 2 or not callable(entry[0]):
-                    raise TypeError(f"metrics[{name!r}]: give a function of (x, y), or a pair (function, data) for function(x, y, data).")
+                    raise TypeError(
+                        f"metrics[{name!r}]: give a function of (x, y), or a pair (function, data) for function(x, y, data)."
+                    )
                 entry, data[name] = entry[0], jax.tree.map(jnp.asarray, entry[1])
             elif not callable(entry):
-                raise TypeError(f"metrics[{name!r}] is a {type(entry).__name__}: give a function of (x, y), or a pair (function, data).")
+                raise TypeError(
+                    f"metrics[{name!r}] is a {type(entry).__name__}: give a function of (x, y), or a pair (function, data)."
+                )
             functions.append((name, entry))
         self.functions, self.data = tuple(functions), data
 

@@ -45,7 +45,9 @@ class Sweep:
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "score"))
-def _run_all(problem: Problem, solvers: Any, x0: PyTree, y0: PyTree, key: Any, steps: int, score: Any) -> tuple[Any, jax.Array]:
+def _run_all(
+    problem: Problem, solvers: Any, x0: PyTree, y0: PyTree, key: Any, steps: int, score: Any
+) -> tuple[Any, jax.Array]:
     def one(solver: Any) -> tuple[Any, jax.Array]:
         state, _ = run(problem, solver, x0, y0, steps, key)
         value = problem.full_upper()(state.x, state.y) if score is None else score(state.x, state.y)
@@ -84,21 +86,28 @@ def sweep(
         raise ValueError("sweep needs at least one solver; the sequence is empty.")
     structures = [jax.tree.structure(solver) for solver in solvers]
     for i, structure in enumerate(structures):
-        if structure != structures[0]:
+        if structure != structures[0]:  # type: ignore[operator]
             raise ValueError(
                 f"sweep runs solvers that differ in numbers only, and solver {i} differs from solver 0 in something else (a count, a flag, an optax "
                 f"rule): {solvers[i]} against {solvers[0]}. Give step sizes as numbers, and sweep over counts in separate calls."
             )
     if not jax.tree.leaves(solvers[0]):
-        raise ValueError(f"sweep: {solvers[0]} has no numbers to vary; give step sizes as numbers and not as optax rules.")
+        raise ValueError(
+            f"sweep: {solvers[0]} has no numbers to vary; give step sizes as numbers and not as optax rules."
+        )
     x0, y0 = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x0, y0)
     problem = jax.tree.map(jnp.asarray, problem)
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *solvers)
     state, values = _run_all(problem, stacked, x0, y0, as_step_key(key), steps, score)
     if values.shape != (len(solvers),):
-        raise ProblemError(f"sweep(score=...) returned values of shape {list(values.shape[1:])}; a score is one scalar.")
-    finite = functools.reduce(np.logical_and, [np.isfinite(a).reshape(len(solvers), -1).all(1) for a in map(np.asarray, jax.tree.leaves((state.x, state.y)))])
+        raise ProblemError(
+            f"sweep(score=...) returned values of shape {list(values.shape[1:])}; a score is one scalar."
+        )
+    finite = functools.reduce(
+        np.logical_and,
+        [np.isfinite(a).reshape(len(solvers), -1).all(1) for a in map(np.asarray, jax.tree.leaves((state.x, state.y)))],
+    )
     scores = np.where(finite & np.isfinite(values), values, np.inf)
     best = int(np.argmin(scores))
     if not np.isfinite(scores[best]):

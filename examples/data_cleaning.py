@@ -52,7 +52,7 @@ def load(name, clean_samples, seed):
     if name == "digits":
         images, labels = datasets.digits()
         return datasets.split((images / 16, labels), (1000, clean_samples or 100, -1), seed)
-    flat = lambda part: tuple(a.reshape(len(a), -1) if a.ndim == 3 else a for a in datasets.fashion_mnist(part))  # noqa: E731
+    flat = lambda part: tuple(a.reshape(len(a), -1) if a.ndim == 3 else a for a in datasets.fashion_mnist(part))
     images, labels = flat("train")
     train, clean = datasets.split((images / np.float32(255), labels), (-1, clean_samples or 5000), seed)
     images, labels = flat("test")
@@ -78,9 +78,13 @@ def fit(batch, y):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("digits", "fashion-mnist"), default="digits")
-    parser.add_argument("--solver", default=None, help="a name in bilevel.solvers; default AID for digits, SOBA for fashion-mnist")
+    parser.add_argument(
+        "--solver", default=None, help="a name in bilevel.solvers; default AID for digits, SOBA for fashion-mnist"
+    )
     parser.add_argument("--rate", type=float, default=0.5, help="share of the training labels that are flipped")
-    parser.add_argument("--clean", type=int, default=None, help="size of the clean set; default 100 for digits, 5000 for fashion-mnist")
+    parser.add_argument(
+        "--clean", type=int, default=None, help="size of the clean set; default 100 for digits, 5000 for fashion-mnist"
+    )
     parser.add_argument("--steps", type=int, default=None, help="outer steps")
     parser.add_argument("--batch", type=int, default=256, help="batch size of stochastic solvers")
     parser.add_argument("--seed", type=int, default=0)
@@ -104,23 +108,37 @@ def main():
     problem = Problem(
         upper=clean_loss,
         lower=weighted_loss,
-        upper_data=clean if full_batch else data.Minibatches(clean, args.batch if len(clean[1]) > args.batch else len(clean[1])),
+        upper_data=clean
+        if full_batch
+        else data.Minibatches(clean, args.batch if len(clean[1]) > args.batch else len(clean[1])),
         lower_data=train if full_batch else data.Minibatches(train, args.batch),
     )
-    solution = solve(problem, jnp.zeros(n), y0, make_solver(name, n), steps=steps, key=args.seed, metrics={"test accuracy": (accuracy, test)})
+    solution = solve(
+        problem,
+        jnp.zeros(n),
+        y0,
+        make_solver(name, n),
+        steps=steps,
+        key=args.seed,
+        metrics={"test accuracy": (accuracy, test)},
+    )
     print(solution)
 
     weights = np.asarray(jax.nn.sigmoid(solution.x))
     dropped = weights < 0.5
     found = (dropped & flipped).sum()
-    print(f"\n{args.data}: {n} training samples, {flipped.sum()} labels flipped, {len(clean[1])} clean samples, {len(test[1])} for the test")
+    print(
+        f"\n{args.data}: {n} training samples, {flipped.sum()} labels flipped, {len(clean[1])} clean samples, {len(test[1])} for the test"
+    )
     for what, value in before.items():
         print(f"  test accuracy, trained on the {what:<16} {value:.3f}")
     print(f"  test accuracy, learnt weights               {solution.history['test accuracy'][-1]:.3f}")
     kept = np.concatenate([images[~dropped], clean[0]]), np.concatenate([noisy[~dropped], clean[1]])
     refit = fit((*kept, np.arange(len(kept[1]), dtype=np.int32)), y0)
     print(f"  test accuracy, retrained on kept and clean  {float(score(None, refit, test)):.3f}")
-    print(f"  flips found (weight < 0.5): precision {found / max(dropped.sum(), 1):.3f}, recall {found / flipped.sum():.3f}")
+    print(
+        f"  flips found (weight < 0.5): precision {found / max(dropped.sum(), 1):.3f}, recall {found / flipped.sum():.3f}"
+    )
     draw(args.out, solution.history, weights, flipped, images, noisy, truth, before)
     print(f"  picture: {args.out}; {time.perf_counter() - began:.1f} s in all")
 
@@ -138,7 +156,9 @@ def draw(path, history, weights, flipped, images, noisy, truth, before):
         acc.axhline(value, color=color, ls="--", lw=1, label=what)
     acc.set(title="test accuracy", xlabel="outer step", ylim=(min(before.values()) - 0.1, 1))
     acc.legend(fontsize=8)
-    hist.hist([weights[~flipped], weights[flipped]], bins=30, label=["clean", "flipped"], color=["C2", "C3"], stacked=True)
+    hist.hist(
+        [weights[~flipped], weights[flipped]], bins=30, label=["clean", "flipped"], color=["C2", "C3"], stacked=True
+    )
     hist.set(title="weights of the training samples", xlabel="sigmoid(x)")
     hist.legend(fontsize=8, loc="upper center")
     side = int(np.sqrt(images.shape[1]))

@@ -55,7 +55,12 @@ def test_an_epoch_without_replacement_sees_each_sample_once_and_epochs_differ():
 
 def test_leftover_samples_differ_between_epochs():
     source = data.Minibatches(np.arange(10), 4)
-    seen = {tuple(sorted(set(range(10)) - set(np.concatenate([source.draw(k) for k in keys(40)[2 * e : 2 * e + 2]]).tolist()))) for e in range(20)}
+    seen = {
+        tuple(
+            sorted(set(range(10)) - set(np.concatenate([source.draw(k) for k in keys(40)[2 * e : 2 * e + 2]]).tolist()))
+        )
+        for e in range(20)
+    }
     assert len(seen) > 5
 
 
@@ -143,7 +148,10 @@ def test_stream_raises_the_sources_error_where_it_is_consumed():
     [
         (lambda: data.Minibatches(np.zeros((5, 2)), 6), r"size=6\) exceeds the 5 samples: lower the size"),
         (lambda: data.Minibatches(np.zeros((5, 2)), 0), "positive integer"),
-        (lambda: data.Minibatches((np.zeros(5), np.zeros(4)), 2), r"disagree on the number of samples: .*\[0\] has 5, .*\[1\] has 4"),
+        (
+            lambda: data.Minibatches((np.zeros(5), np.zeros(4)), 2),
+            r"disagree on the number of samples: .*\[0\] has 5, .*\[1\] has 4",
+        ),
         (lambda: data.Minibatches(np.zeros((0, 2)), 1), "zero samples"),
         (lambda: data.Minibatches(np.zeros(4), 2, replace=True, blocks=True), "choose one"),
         (lambda: data.Minibatches({}, 2), "holds no arrays"),

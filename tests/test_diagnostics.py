@@ -44,15 +44,17 @@ def ridge(n=40, d=5):
     a, b = rng.normal(size=(n, d)), rng.normal(size=(n, d))
     w = rng.normal(size=d)
     train, val = (a, a @ w + rng.normal(size=n)), (b, b @ w + rng.normal(size=n))
-    lower = lambda x, y, batch: jnp.mean((batch[0] @ y - batch[1]) ** 2) / 2 + jnp.sum(jnp.exp(x) * y**2) / 2  # noqa: E731
-    upper = lambda x, y, batch: jnp.mean((batch[0] @ y - batch[1]) ** 2)  # noqa: E731
+    lower = lambda x, y, batch: jnp.mean((batch[0] @ y - batch[1]) ** 2) / 2 + jnp.sum(jnp.exp(x) * y**2) / 2
+    upper = lambda x, y, batch: jnp.mean((batch[0] @ y - batch[1]) ** 2)
     return upper, lower, train, val
 
 
 def test_the_report_has_the_true_curvature_and_ranks_the_estimators(x64):
     upper, lower, train, val = ridge()
     x = np.array([-1.0, -2.0, 0.0, -1.5, -3.0])
-    report = check(Problem(upper=upper, lower=lower, upper_data=val, lower_data=data.Minibatches(train, 8)), x, np.zeros(5))
+    report = check(
+        Problem(upper=upper, lower=lower, upper_data=val, lower_data=data.Minibatches(train, 8)), x, np.zeros(5)
+    )
     values = np.linalg.eigvalsh(train[0].T @ train[0] / 40 + np.diag(np.exp(x)))
     np.testing.assert_allclose(report.lower_eigenvalues, values[[0, -1]], rtol=1e-8)
     assert report.condition == pytest.approx(values[-1] / values[0], rel=1e-8)
@@ -61,13 +63,23 @@ def test_the_report_has_the_true_curvature_and_ranks_the_estimators(x64):
     assert errors["Unrolled"] < 0.1
     assert errors["Implicit(CG)"] < errors["Unrolled"] < errors["OneStep"]
     text = str(report)
-    for words in ("strongly convex", "Minibatches(40 samples, size=8", "Implicit(CG)", "Solver: Chose", "linear iterations", "rel. error"):
+    for words in (
+        "strongly convex",
+        "Minibatches(40 samples, size=8",
+        "Implicit(CG)",
+        "Solver: Chose",
+        "linear iterations",
+        "rel. error",
+    ):
         assert words in text
 
 
 def test_a_lower_level_that_is_not_convex_is_called_so():
     report = check(
-        Problem(upper=lambda x, y: jnp.sum((y - 1) ** 2) + x**2, lower=lambda x, y: y[0] ** 2 - 1e-3 * x * y[0] + 0 * y[1] - y[1] ** 2),
+        Problem(
+            upper=lambda x, y: jnp.sum((y - 1) ** 2) + x**2,
+            lower=lambda x, y: y[0] ** 2 - 1e-3 * x * y[0] + 0 * y[1] - y[1] ** 2,
+        ),
         np.float32(0.5),
         np.zeros(2, np.float32),
     )

@@ -105,14 +105,18 @@ def test_identity_is_the_known_biased_answer(x64):
 
 def test_nystrom_with_all_columns_is_exact_for_the_damped_system(x64):
     rho = 1e-3
-    estimate = value_and_hypergradient(PROBLEM, Implicit(linear.Nystrom(rank=D, rho=rho)), lower.LBFGS(200, tol=1e-12))(X, Y)
+    estimate = value_and_hypergradient(PROBLEM, Implicit(linear.Nystrom(rank=D, rho=rho)), lower.LBFGS(200, tol=1e-12))(
+        X, Y
+    )
     y = solution(X)
     b = VALIDATION[0].T @ (VALIDATION[0] @ y - VALIDATION[1]) / N
     expected = 0.02 * X - jnp.exp(X) * y * jnp.linalg.solve(hessian(X) + rho * jnp.eye(D), b)
     assert relative(estimate.gradient, expected) < 1e-8
 
 
-@pytest.mark.parametrize("estimator", [Unrolled(), Unrolled(checkpoint=False), Unrolled(mode="forward"), Unrolled(last=120)], ids=repr)
+@pytest.mark.parametrize(
+    "estimator", [Unrolled(), Unrolled(checkpoint=False), Unrolled(mode="forward"), Unrolled(last=120)], ids=repr
+)
 def test_unrolled_converges_to_the_closed_form(estimator, x64):
     estimate = value_and_hypergradient(PROBLEM, estimator, lower.GradientDescent(ETA, 400))(X, Y)
     assert relative(estimate.gradient, jax.grad(objective)(X)) < 1e-9
@@ -121,7 +125,8 @@ def test_unrolled_converges_to_the_closed_form(estimator, x64):
 def test_unrolled_converges_to_implicit_at_the_rate_of_the_contraction(x64):
     exact = jax.grad(objective)(X)
     errors = [
-        relative(value_and_hypergradient(PROBLEM, Unrolled(), lower.GradientDescent(ETA, t))(X, Y).gradient, exact) for t in (20, 40, 80)
+        relative(value_and_hypergradient(PROBLEM, Unrolled(), lower.GradientDescent(ETA, t))(X, Y).gradient, exact)
+        for t in (20, 40, 80)
     ]
     rho = float(1 - ETA * jnp.linalg.eigvalsh(hessian(X))[0])
     assert errors[0] > errors[1] > errors[2]
@@ -131,7 +136,9 @@ def test_unrolled_converges_to_implicit_at_the_rate_of_the_contraction(x64):
 def test_truncation_bias_falls_with_the_steps_kept(x64):
     exact = jax.grad(objective)(X)
     errors = [
-        relative(value_and_hypergradient(PROBLEM, Unrolled(last=k), lower.GradientDescent(ETA, 400))(X, Y).gradient, exact)
+        relative(
+            value_and_hypergradient(PROBLEM, Unrolled(last=k), lower.GradientDescent(ETA, 400))(X, Y).gradient, exact
+        )
         for k in (10, 20, 40)
     ]
     rho = float(1 - ETA * jnp.linalg.eigvalsh(hessian(X))[0])
@@ -139,7 +146,9 @@ def test_truncation_bias_falls_with_the_steps_kept(x64):
     assert errors[2] < 1.05 * rho**20 * errors[1] * 1.5
 
 
-@pytest.mark.parametrize("optimizer", [ETA, optax.sgd(0.1, momentum=0.9), optax.adam(0.05, eps_root=1e-8)], ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize(
+    "optimizer", [ETA, optax.sgd(0.1, momentum=0.9), optax.adam(0.05, eps_root=1e-8)], ids=["sgd", "momentum", "adam"]
+)
 def test_all_ways_of_unrolling_agree_and_equal_finite_differences(optimizer, x64):
     solver = lower.GradientDescent(optimizer, 7)
     gradients = [
@@ -198,7 +207,9 @@ def test_zeroth_order_has_the_monte_carlo_error_of_its_directions(estimator, x64
     estimated = exact - 0.02 * X if isinstance(estimator, PZOBO) else exact
     expected = np.sqrt((D + 1) / 3000) * float(jnp.linalg.norm(estimated) / jnp.linalg.norm(exact))
     assert 0.5 * expected < np.sqrt(np.mean(errors**2)) < 1.6 * expected
-    assert relative(f(jax.random.key(0), jnp.uint32(0)), f(jax.random.key(0), jnp.uint32(1))) > 0.3 * expected  # fresh directions
+    assert (
+        relative(f(jax.random.key(0), jnp.uint32(0)), f(jax.random.key(0), jnp.uint32(1))) > 0.3 * expected
+    )  # fresh directions
 
 
 def test_carry_warm_starts_the_linear_system(x64):
@@ -218,7 +229,9 @@ def test_projected_lower_level_box(x64):
         project_lower=lambda y: jnp.clip(y, -1, 1),
     )
     x = np.array([-3.0, -0.5, 0.3, 2.0])
-    estimate = value_and_hypergradient(problem, Implicit(step=0.3), lower.GradientDescent(0.3, 100, tol=1e-13))(x, np.zeros(4))
+    estimate = value_and_hypergradient(problem, Implicit(step=0.3), lower.GradientDescent(0.3, 100, tol=1e-13))(
+        x, np.zeros(4)
+    )
     y = np.clip(x, -1, 1)
     expected = 2 * x + 2 * (y - 2) * (np.abs(x) < 1)
     np.testing.assert_allclose(estimate.gradient, expected, atol=1e-10)
@@ -232,7 +245,9 @@ def test_proximal_lower_level_lasso(x64):
         prox_lower=lambda y, x, scaling: jnp.sign(y) * jnp.maximum(jnp.abs(y) - scaling * jnp.exp(x["l"]), 0),
     )
     x = {"c": np.array([2.0, -1.5, 0.1]), "l": np.asarray(-0.5)}
-    estimate = value_and_hypergradient(problem, Implicit(step=0.5), lower.GradientDescent(0.5, 200, tol=1e-13))(x, np.zeros(3))
+    estimate = value_and_hypergradient(problem, Implicit(step=0.5), lower.GradientDescent(0.5, 200, tol=1e-13))(
+        x, np.zeros(3)
+    )
     t = np.exp(-0.5)
     y = np.sign(x["c"]) * np.maximum(np.abs(x["c"]) - t, 0)
     np.testing.assert_allclose(estimate.lower.y, y, atol=1e-12)
@@ -241,7 +256,9 @@ def test_proximal_lower_level_lasso(x64):
 
 
 def test_symmetric_solver_with_a_projection_is_refused(x64):
-    problem = Problem(upper=lambda x, y: jnp.sum(y**2), lower=lambda x, y: jnp.sum((y - x) ** 2), project_lower=lambda y: y)
+    problem = Problem(
+        upper=lambda x, y: jnp.sum(y**2), lower=lambda x, y: jnp.sum((y - x) ** 2), project_lower=lambda y: y
+    )
     with pytest.raises(ValueError, match=r"CG\(\.\.\.\)\) assumes a symmetric system.*take linear\.GMRES"):
         value_and_hypergradient(problem, Implicit(linear.CG()), 0.1)(np.ones(2), np.zeros(2))
 
@@ -276,16 +293,18 @@ def test_random_pytree_problems_against_central_differences(x_shapes, y_shapes, 
         y = [rng.normal(size=s) for s in y_shapes]
         nx, ny = sum(v.size for v in x.values()), sum(v.size for v in y)
         m, c = rng.normal(size=(ny, nx)) / np.sqrt(nx), rng.normal(size=ny)
-        flat = lambda tree: jnp.concatenate([jnp.ravel(v) for v in jax.tree.leaves(tree)])  # noqa: E731
+        flat = lambda tree: jnp.concatenate([jnp.ravel(v) for v in jax.tree.leaves(tree)])
         problem = Problem(
             upper=lambda x, y: jnp.sum(jnp.sin(flat(y)) * c) + jnp.sum(flat(x) ** 2) / 10,
             lower=lambda x, y: jnp.sum((flat(y) - m @ flat(x)) ** 2) / 2 + jnp.sum(jnp.log(jnp.cosh(flat(y)))),
         )
-        f = jax.jit(value_and_hypergradient(problem, Implicit(linear.CG(tol=1e-13)), lower.GradientDescent(0.3, 300, tol=1e-13)))
+        f = jax.jit(
+            value_and_hypergradient(problem, Implicit(linear.CG(tol=1e-13)), lower.GradientDescent(0.3, 300, tol=1e-13))
+        )
         estimate = f(x, y)
         direction = jax.tree.map(lambda v: rng.normal(size=v.shape), x)
         h = 1e-4
-        move = lambda s: jax.tree.map(lambda v, d: v + s * d, x, direction)  # noqa: E731
+        move = lambda s: jax.tree.map(lambda v, d: v + s * d, x, direction)
         slope = (f(move(h), y).value - f(move(-h), y).value) / (2 * h)
         np.testing.assert_allclose(optax.tree.vdot(estimate.gradient, direction), slope, rtol=1e-6, atol=1e-7)
         assert jax.tree.structure(estimate.gradient) == jax.tree.structure(x)
@@ -297,7 +316,9 @@ def test_dtypes_are_kept(dtype):
         upper=lambda x, y: jnp.sum(y**2), lower=lambda x, y: jnp.sum((y - x) ** 2 * jnp.array([1, 2], x.dtype))
     )
     for estimator in (Implicit(), Unrolled(), JacobianFree(), FiniteDifference(), PZOBO(2), HOZOG(2)):
-        estimate = value_and_hypergradient(problem, estimator, lower.GradientDescent(0.1, 3))(jnp.ones(2, dtype), jnp.zeros(2, dtype))
+        estimate = value_and_hypergradient(problem, estimator, lower.GradientDescent(0.1, 3))(
+            jnp.ones(2, dtype), jnp.zeros(2, dtype)
+        )
         assert estimate.gradient.dtype == dtype, estimator
         assert estimate.lower.y.dtype == dtype, estimator
 
@@ -311,7 +332,10 @@ def test_libraries_underneath(x64):
         warnings.simplefilter("ignore", DeprecationWarning)
         import jaxopt
 
-        solvers = [lower.jaxopt(jaxopt.LBFGS, maxiter=200, tol=1e-12), lower.optimistix(optimistix.BFGS(1e-12, 1e-12), max_steps=300)]
+        solvers = [
+            lower.jaxopt(jaxopt.LBFGS, maxiter=200, tol=1e-12),
+            lower.optimistix(optimistix.BFGS(1e-12, 1e-12), max_steps=300),
+        ]
         for solver in solvers:
             estimate = value_and_hypergradient(PROBLEM, Implicit(linear.CG(tol=1e-12)), solver)(X, Y)
             assert relative(estimate.gradient, jax.grad(objective)(X)) < 1e-7
@@ -326,8 +350,10 @@ def test_three_levels(x64):
         upper=lambda x, y: (y - 1.5) ** 2 + 0.1 * x**2,
         lower=lambda x, y: (y - 1) ** 2 + (innermost((x, y), jnp.zeros(())) - 2) ** 2,
     )
-    f = lambda x: (1 + 2 * x) / (1 + x**2)  # noqa: E731
+    f = lambda x: (1 + 2 * x) / (1 + x**2)
     x = jnp.asarray(0.4)
-    estimate = value_and_hypergradient(problem, Implicit(linear.CG(tol=1e-12)), lower.GradientDescent(0.3, 100))(x, jnp.zeros(()))
+    estimate = value_and_hypergradient(problem, Implicit(linear.CG(tol=1e-12)), lower.GradientDescent(0.3, 100))(
+        x, jnp.zeros(())
+    )
     np.testing.assert_allclose(estimate.lower.y, f(x), rtol=1e-10)
     np.testing.assert_allclose(estimate.gradient, jax.grad(lambda x: (f(x) - 1.5) ** 2 + 0.1 * x**2)(x), rtol=1e-8)

@@ -89,12 +89,14 @@ def test_run_is_pure_vmaps_over_starts_keys_and_step_sizes_and_differentiates(x6
     steps = jnp.array([0.01, 0.05, 0.1])
     np.testing.assert_allclose(jax.vmap(final)(steps), [final(s) for s in steps], rtol=1e-12)
     starts = jnp.arange(6.0).reshape(2, 3)
-    np.testing.assert_allclose(jax.vmap(lambda x: final(0.1, x0=x))(starts), [final(0.1, x0=x) for x in starts], rtol=1e-12)
+    np.testing.assert_allclose(
+        jax.vmap(lambda x: final(0.1, x0=x))(starts), [final(0.1, x0=x) for x in starts], rtol=1e-12
+    )
     slope = (final(0.05 + 1e-6) - final(0.05 - 1e-6)) / 2e-6
     np.testing.assert_allclose(jax.grad(final)(0.05), slope, rtol=1e-6)
     np.testing.assert_allclose(jax.jvp(final, (0.05,), (1.0,))[1], slope, rtol=1e-6)
 
-    noisy = lambda key: run(NOISY, FAST, x0.astype(jnp.float32), jax.tree.map(jnp.float32, y0), 3, key)[0].x  # noqa: E731
+    noisy = lambda key: run(NOISY, FAST, x0.astype(jnp.float32), jax.tree.map(jnp.float32, y0), 3, key)[0].x
     together = jax.vmap(noisy)(jax.vmap(jax.random.key)(jnp.arange(2)))
     assert not np.array_equal(together[0], together[1])
     np.testing.assert_allclose(together[1], noisy(jax.random.key(1)), rtol=1e-5)
@@ -104,7 +106,7 @@ def test_many_problems_at_once_by_vmap_over_their_data(x64):
     targets = np.stack([SAMPLES[:10], SAMPLES[10:20] + 1.0]).astype(float)
     problem = Problem(upper=upper, lower=noisy_lower, lower_data=targets)
     x0, y0 = jnp.zeros(3), {"a": jnp.zeros(3)}
-    f = lambda p: run(p, FAST, x0, y0, 100)[0].x  # noqa: E731
+    f = lambda p: run(p, FAST, x0, y0, 100)[0].x
     together = jax.vmap(f)(problem)
     for i in range(2):
         c = targets[i].mean(0)
@@ -118,7 +120,13 @@ def test_sources_reach_the_neighbourhood_of_the_solution():
     sampler = data.Sampler(lambda key, a: a[jax.random.randint(key, (8,), 0, 40)], SAMPLES)
     clients = data.Clients([SAMPLES[:10], SAMPLES[10:40]])
     solver = solvers.HypergradientDescent(lower_solver=lower.GradientDescent(0.05, 10), upper_optimizer=0.02)
-    for source, tolerance in ((SAMPLES, 1e-3), (data.Minibatches(SAMPLES, 8, blocks=True), 0.25), (stream, 0.25), (sampler, 0.25), (clients, 1e-3)):
+    for source, tolerance in (
+        (SAMPLES, 1e-3),
+        (data.Minibatches(SAMPLES, 8, blocks=True), 0.25),
+        (stream, 0.25),
+        (sampler, 0.25),
+        (clients, 1e-3),
+    ):
         problem = Problem(upper=upper, lower=noisy_lower, lower_data=source)
         solution = solve(problem, X0, Y0, solver, steps=300)
         np.testing.assert_allclose(solution.x, (1 - mean) / 2, atol=tolerance, err_msg=repr(source))
@@ -247,7 +255,9 @@ def test_imaml_is_the_implicit_gradient_of_its_tasks(x64):
     v = t + np.array([[0.3, 0.1], [0.2, -0.4]])
     problem = Problem(
         upper=lambda x, y, b: jnp.mean(jax.vmap(lambda y, v: jnp.sum((y - v) ** 2))(y, b)),
-        lower=lambda x, y, b: jnp.sum(jax.vmap(lambda y, t: jnp.sum((y - t) ** 2) / 2 + lam / 2 * jnp.sum((y - x) ** 2))(y, b)),
+        lower=lambda x, y, b: jnp.sum(
+            jax.vmap(lambda y, t: jnp.sum((y - t) ** 2) / 2 + lam / 2 * jnp.sum((y - x) ** 2))(y, b)
+        ),
         upper_data=v,
         lower_data=t,
     )
@@ -330,6 +340,10 @@ def test_bad_problem_functions_are_refused_where_they_are_written():
 def test_the_program_does_not_grow_with_the_data():
     def size(n):
         problem = Problem(upper=upper, lower=noisy_lower, lower_data=data.Minibatches(np.zeros((n, 3), np.float32), 4))
-        return len(jax.jit(lambda p: run(p, FAST, jnp.asarray(X0), jax.tree.map(jnp.asarray, Y0), 3)[0]).lower(problem).as_text())
+        return len(
+            jax.jit(lambda p: run(p, FAST, jnp.asarray(X0), jax.tree.map(jnp.asarray, Y0), 3)[0])
+            .lower(problem)
+            .as_text()
+        )
 
     assert abs(size(10_000) - size(100)) < 200

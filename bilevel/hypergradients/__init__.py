@@ -30,9 +30,7 @@ __all__ = [
 ]
 
 
-def value_and_hypergradient(
-    problem: Any, estimator: Any = None, lower_solver: Any = None
-) -> Callable[..., Estimate]:
+def value_and_hypergradient(problem: Any, estimator: Any = None, lower_solver: Any = None) -> Callable[..., Estimate]:
     """`jax.value_and_grad` for the bilevel objective h(x) = F(x, y*(x)), to be put into a loop of one's own.
 
     Args:

@@ -50,12 +50,16 @@ class StochasticImplicit:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"StochasticImplicit(steps={self.steps!r}): the number of products is a positive integer.")
         if self.warm_start and self.randomised:
-            raise ValueError("StochasticImplicit: a randomised product has no warm start; choose one of warm_start and randomised.")
+            raise ValueError(
+                "StochasticImplicit: a randomised product has no warm start; choose one of warm_start and randomised."
+            )
 
     def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
         """v = 0 where it is kept."""
         if lower.project is not None or lower.prox is not None:
-            raise ValueError("StochasticImplicit assumes f_y = 0 at the solution; with a projection or prox on the lower level take Implicit.")
+            raise ValueError(
+                "StochasticImplicit assumes f_y = 0 at the solution; with a projection or prox on the lower level take Implicit."
+            )
         return optax.tree.zeros_like(y) if self.warm_start else None
 
     def solve(self, lower: Any, x: PyTree, y: PyTree, b: PyTree, v: PyTree) -> PyTree:
@@ -117,7 +121,9 @@ class SAMA:
 
     def __post_init__(self) -> None:
         if isinstance(self.radius, float) and not self.radius > 0:
-            raise ValueError(f"SAMA(radius={self.radius!r}): the perturbation's length is positive, or None for the exact product.")
+            raise ValueError(
+                f"SAMA(radius={self.radius!r}): the perturbation's length is positive, or None for the exact product."
+            )
 
     def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
         """Nothing is kept."""
@@ -126,7 +132,9 @@ class SAMA:
     def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
         """The estimate at x."""
         if not isinstance(inner.solver, GradientDescent):
-            raise ValueError(f"SAMA adapts to the lower optimiser and needs GradientDescent(...), not {type(inner.solver).__name__}.")
+            raise ValueError(
+                f"SAMA adapts to the lower optimiser and needs GradientDescent(...), not {type(inner.solver).__name__}."
+            )
         found = jax.lax.stop_gradient(inner(x, start))
         y, rule = found.y, as_optimizer(inner.solver.optimizer)
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)

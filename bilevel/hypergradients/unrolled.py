@@ -46,7 +46,9 @@ class Unrolled:
         if self.mode not in ("reverse", "forward"):
             raise ValueError(f"Unrolled(mode={self.mode!r}): the mode is 'reverse' or 'forward'.")
         if self.last is not None and (not isinstance(self.last, int) or self.last < 1):
-            raise ValueError(f"Unrolled(last={self.last!r}): the number of differentiated steps is a positive integer, or None for all.")
+            raise ValueError(
+                f"Unrolled(last={self.last!r}): the number of differentiated steps is a positive integer, or None for all."
+            )
 
     def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
         """Nothing is kept."""

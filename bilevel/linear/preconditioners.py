@@ -100,7 +100,7 @@ class Jacobi:
     entry i is the sum of H_im^2 over m != i: it serves where H is nearly diagonal, and can harm elsewhere.
 
     Attributes:
-      refresh: solves between two builds, None for a single build. 10 is a convention and not a measured optimum.
+      refresh: solves between two builds, None for a single build. The default is long because a build costs d products.
       probes: None for the exact diagonal, or the number of random probes.
       max_size: the largest d for which the exact diagonal is computed.
       seed: of the probes.
@@ -109,7 +109,7 @@ class Jacobi:
     Mathematics 57.
     """
 
-    refresh: int | None = 10
+    refresh: int | None = 100
     probes: int | None = None
     max_size: int = 2000
     seed: int = 0
@@ -258,11 +258,11 @@ class StaleCholesky:
     since. Where the factor does not exist (H not positive definite at the build) P is the identity.
 
     Attributes:
-      refresh: solves between two builds, None for a single build.
+      refresh: solves between two builds, None for a single build. The default is long because a build costs d products.
       max_size: the largest d that it accepts; the factor has d^2 entries.
     """
 
-    refresh: int | None = 10
+    refresh: int | None = 100
     max_size: int = 2000
 
     def __post_init__(self) -> None:

@@ -1,8 +1,9 @@
-"""Ways to hand one data set out to clients that differ: label skew, shards, unequal sizes, feature shift. Seeded, and reported.
+"""Ways to hand one data set out to clients that differ: label skew, shards, unequal sizes, feature shift. Seeded, and
+reported.
 
-    split = splits.dirichlet(labels, clients=100, concentration=0.3, seed=0)
-    print(split)                                                # sizes, and how far the clients' labels are from the whole's
-    upper_data, lower_data = split.levels((images, labels), validation=0.2, size=16)
+split = splits.dirichlet(labels, clients=100, concentration=0.3, seed=0)
+print(split)                                                # sizes, and how far the clients' labels are from the
+whole's upper_data, lower_data = split.levels((images, labels), validation=0.2, size=16)
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Split:
 
     @property
     def skew(self) -> float:
-        """The mean total-variation distance of a client's label shares from the whole's: 0 alike, towards 1 one class each."""
+        """The mean total-variation distance of a client's label shares from the whole's: 0 alike, towards 1 one class
+        each."""
         assert self.labels is not None
         whole = (self.labels[:, None] == np.unique(self.labels)).mean(axis=0)
         return float(np.abs(self.label_shares - whole).sum(axis=1).mean() / 2)
@@ -70,15 +72,21 @@ class Split:
         """The data as `data.Clients`, batches of `size` (cut to the smallest client's number of samples)."""
         return Clients(self.datasets(arrays), None if size is None else min(size, int(self.sizes.min())))
 
-    def levels(self, arrays: PyTree, validation: float = 0.2, size: int | None = None, seed: int = 0) -> tuple[Clients, Clients]:
-        """(upper, lower) data: each client keeps a share `validation` of its own samples, at least one, for the upper level."""
+    def levels(
+        self, arrays: PyTree, validation: float = 0.2, size: int | None = None, seed: int = 0
+    ) -> tuple[Clients, Clients]:
+        """(upper, lower) data: each client keeps a share `validation` of its own samples, at least one, for the upper
+        level."""
         if not 0 < validation < 1:
             raise SplitError(f"levels(validation={validation}): a share in (0, 1) is needed.")
         generator = np.random.default_rng(seed)
         upper, lower = [], []
         for c, mine in enumerate(self.indices):
             if len(mine) < 2:
-                raise SplitError(f"Client {c} has {len(mine)} sample(s): two are needed, one for each level. Raise `minimum` in the split.")
+                raise SplitError(
+                    f"Client {c} has {len(mine)} sample(s): two are needed, one for each level. Raise `minimum` "
+                    f"in the split."
+                )
             order = generator.permutation(mine)
             held = min(max(1, round(validation * len(mine))), len(mine) - 1)
             upper.append(order[:held])
@@ -87,7 +95,8 @@ class Split:
 
     def __repr__(self) -> str:
         sizes = self.sizes
-        text = f"{self.name}: {len(self)} clients, {sizes.sum()} samples, {sizes.min()} to {sizes.max()} each (median {np.median(sizes):g})"
+        text = f"{self.name}: {len(self)} clients, {sizes.sum()} samples, {sizes.min()} to {sizes.max()} each"
+        text += f" (median {np.median(sizes):g})"
         if self.labels is not None:
             classes = (self.label_shares > 0).sum(axis=1)
             text += f"; {classes.min()} to {classes.max()} classes each, label skew {self.skew:.2f}"
@@ -110,7 +119,8 @@ def dirichlet(labels: Any, clients: int, concentration: float = 0.5, seed: int =
       seed: of the draw.
       minimum: samples that each client gets at least; drawn again until it holds.
 
-    Reference: Hsu, Qi, Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019.
+    Reference: Hsu, Qi, Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+    Classification", 2019.
     """
     labels = _labels(labels)
     _check(len(labels), clients, minimum)
@@ -129,7 +139,8 @@ def dirichlet(labels: Any, clients: int, concentration: float = 0.5, seed: int =
             name = f"dirichlet(concentration={concentration:g}, seed={seed})"
             return Split([generator.permutation(i) for i in indices], name, labels)
     raise SplitError(
-        f"dirichlet(concentration={concentration:g}) gave some of {clients} clients fewer than {minimum} of {len(labels)} samples in a "
+        f"dirichlet(concentration={concentration:g}) gave some of {clients} clients fewer than {minimum} of "
+        f"{len(labels)} samples in a "
         "thousand draws: raise the concentration, or lower clients or minimum."
     )
 
@@ -137,7 +148,8 @@ def dirichlet(labels: Any, clients: int, concentration: float = 0.5, seed: int =
 def shards(labels: Any, clients: int, per_client: int = 2, seed: int = 0) -> Split:
     """Samples sorted by label, cut into clients * per_client equal shards, each client dealt `per_client` of them.
 
-    Reference: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017.
+    Reference: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS
+    2017.
     """
     labels = _labels(labels)
     total = clients * per_client
@@ -160,7 +172,9 @@ def imbalanced(count: int, clients: int, ratio: float = 10.0, seed: int = 0, lab
     sizes = np.maximum((weights / weights.sum() * count).astype(int), 1)
     order = generator.permutation(count)
     if sizes.sum() > count:
-        raise SplitError(f"imbalanced: {clients} clients at ratio {ratio:g} need more than {count} samples: lower clients or ratio.")
+        raise SplitError(
+            f"imbalanced: {clients} clients at ratio {ratio:g} need more than {count} samples: lower clients or ratio."
+        )
     cuts = np.cumsum(sizes)
     cuts[-1] = count
     indices = np.split(order, cuts[:-1])
@@ -184,7 +198,9 @@ def feature_shift(split: Split, features: Any, strength: float, seed: int = 0) -
     """
     features = np.asarray(features)
     if not np.issubdtype(features.dtype, np.floating):
-        raise SplitError(f"feature_shift shifts floating-point features, these are {features.dtype}: convert (and scale) them first.")
+        raise SplitError(
+            f"feature_shift shifts floating-point features, these are {features.dtype}: convert (and scale) them first."
+        )
     if not strength >= 0:
         raise SplitError(f"feature_shift(strength={strength}): a number that is not negative is needed.")
     generator = np.random.default_rng(seed)
@@ -198,7 +214,9 @@ def feature_shift(split: Split, features: Any, strength: float, seed: int = 0) -
 def _labels(labels: Any) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise SplitError(f"Labels are a vector of integers, one per sample; these are {labels.dtype}{list(labels.shape)}.")
+        raise SplitError(
+            f"Labels are a vector of integers, one per sample; these are {labels.dtype}{list(labels.shape)}."
+        )
     return labels
 
 

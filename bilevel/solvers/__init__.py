@@ -2,37 +2,71 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from bilevel.solvers._base import Solver, refuse
-from bilevel.solvers.decentralized import DSOBA, GTDSBO, MADSBO, SLDBO, SPARKLE, Decentralized
 from bilevel.solvers.default import default_solver
-from bilevel.solvers.federated import AggITD, FedBiO, FedBiOAcc, FedMBO, FedNest, LFedNest, SimFBO
 from bilevel.solvers.nested import AID, IMAML, ITD, T1T2, HypergradientDescent, OneStep, TruncatedITD
-from bilevel.solvers.penalty import (
-    BLOCC,
-    BOME,
-    BVFSM,
-    F2BA,
-    F2SA,
-    GALET,
-    GAM,
-    GPBGD,
-    LVHBA,
-    MEHA,
-    SFLCB,
-    VPBGD,
-    AiPOD,
-    BiCGAFFA,
-    BiGSAM,
-    CentralF2SA,
-    Continuation,
-    IterativeRegularization,
-    Path,
-    Polynomial,
-    SingleLoopF2SA,
-)
 from bilevel.solvers.single_loop import FSLA, MASOBA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN, AdamSOBA, SingleLoop
 from bilevel.solvers.stochastic_nested import BSA, SAMA, TTSA, VRBO, AmIGO, StocBiO
 from bilevel.solvers.tuning_free import DTFBO, STFBO
+
+if TYPE_CHECKING:
+    from bilevel.solvers.decentralized import DSOBA, GTDSBO, MADSBO, SLDBO, SPARKLE, Decentralized
+    from bilevel.solvers.federated import AggITD, FedBiO, FedBiOAcc, FedMBO, FedNest, LFedNest, SimFBO
+    from bilevel.solvers.penalty import (
+        BLOCC,
+        BOME,
+        BVFSM,
+        F2BA,
+        F2SA,
+        GALET,
+        GAM,
+        GPBGD,
+        LVHBA,
+        MEHA,
+        SFLCB,
+        VPBGD,
+        AiPOD,
+        BiCGAFFA,
+        BiGSAM,
+        CentralF2SA,
+        Continuation,
+        IterativeRegularization,
+        Path,
+        Polynomial,
+        SingleLoopF2SA,
+    )
+
+# Families that a run may never touch are imported where a name of theirs is first used.
+_LAZY = {
+    "decentralized": ("DSOBA", "GTDSBO", "MADSBO", "SLDBO", "SPARKLE", "Decentralized"),
+    "federated": ("AggITD", "FedBiO", "FedBiOAcc", "FedMBO", "FedNest", "LFedNest", "SimFBO"),
+    "penalty": (
+        "BLOCC",
+        "BOME",
+        "BVFSM",
+        "F2BA",
+        "F2SA",
+        "GALET",
+        "GAM",
+        "GPBGD",
+        "LVHBA",
+        "MEHA",
+        "SFLCB",
+        "VPBGD",
+        "AiPOD",
+        "BiCGAFFA",
+        "BiGSAM",
+        "CentralF2SA",
+        "Continuation",
+        "IterativeRegularization",
+        "Path",
+        "Polynomial",
+        "SingleLoopF2SA",
+    ),
+}
 
 __all__ = [
     "AID",
@@ -98,3 +132,14 @@ __all__ = [
     "default_solver",
     "refuse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for family, names in _LAZY.items():
+        if name in names:
+            return getattr(importlib.import_module(f"bilevel.solvers.{family}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,7 +1,8 @@
 """What decentralised and federated methods share: each agent's own batch, all agents' losses as one, where copies lie.
 
-All agents' copies stand along a leading axis. The sum over agents of f_i(x_i, y_i) is one loss of the stacked variables whose
-gradient, Hessian-vector and cross products are those of each agent, stacked: the calculus of one level does for many.
+All agents' copies stand along a leading axis. The sum over agents of f_i(x_i, y_i) is one loss of the stacked
+variables whose gradient, Hessian-vector and cross products are those of each agent, stacked: the calculus of one level
+does for many.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ def number_of_agents(problem: Problem, owner: str) -> int | None:
             continue
         if not isinstance(data, (Agents, Clients)):
             raise ProblemError(
-                f"{owner} needs to know whose samples are whose: {name} is {_kind(data)}. Give data.Agents(arrays) with "
+                f"{owner} needs to know whose samples are whose: {name} is {_kind(data)}. Give "
+                f"data.Agents(arrays) with "
                 "leading axes (agents, samples), or data.Clients([...]) for unequal sizes."
             )
         if isinstance(data, Clients) and data.size is None and len(set(np.asarray(data.counts).tolist())) > 1:
             raise ProblemError(
-                f"{owner} with data.Clients of unequal sizes needs a batch size: data.Clients({name}, size=...). Full batches "
+                f"{owner} with data.Clients of unequal sizes needs a batch size: data.Clients({name}, size=...). "
+                f"Full batches "
                 "of unequal lengths cannot be stacked."
             )
         counts[name] = len(data)
@@ -138,7 +141,9 @@ def largest_curvature(
 
     `agents`: the indices of those asked; None: all.
     """
-    return _power(problem.lower, problem.lower_data is None, draw(problem.lower_data, key.fold_in(0), agents), x, y, iterations)
+    return _power(
+        problem.lower, problem.lower_data is None, draw(problem.lower_data, key.fold_in(0), agents), x, y, iterations
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("fn", "bare", "iterations"))

@@ -37,7 +37,9 @@ class Solver(Protocol):
     def step(self, problem: Problem, state: Any, key: Any) -> tuple[Any, dict[str, jax.Array]]: ...
 
 
-def refuse(solver: Any, problem: Problem, x: PyTree, *, honours: tuple[str, ...] = (), simple: bool = False, instead: str = "") -> None:
+def refuse(
+    solver: Any, problem: Problem, x: PyTree, *, honours: tuple[str, ...] = (), simple: bool = False, instead: str = ""
+) -> None:
     """Raise a `ProblemError` for each part of the problem that the solver does not honour.
 
     Args:
@@ -54,4 +56,6 @@ def refuse(solver: Any, problem: Problem, x: PyTree, *, honours: tuple[str, ...]
         if getattr(problem, part) is not None and part not in honours:
             raise ProblemError(f"{name} cannot honour {what} of the problem, and would ignore it.{cure}")
     if not simple and not jax.tree.leaves(x):
-        raise ProblemError(f"{name} needs an upper variable: x0 is empty (a simple bilevel problem, where both levels own y).{cure}")
+        raise ProblemError(
+            f"{name} needs an upper variable: x0 is empty (a simple bilevel problem, where both levels own y).{cure}"
+        )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters, state
+from bilevel.data import as_step_key
 from bilevel.problem import Level
 
 PyTree = Any
@@ -128,7 +129,9 @@ class Series:
             return optax.tree.add_scale(p, -self.step_size, hvp)
 
         if self.randomised:
-            length = jax.random.randint(lower.stream(2).key.random, (), 0, self.steps)
+            length = jax.random.randint(
+                as_step_key(0 if lower.key is None else lower.key).fold_in(2).random, (), 0, self.steps
+            )
             product = jax.lax.fori_loop(0, length, apply, b)
             return optax.tree.scale(self.steps * self.step_size, product)
 

@@ -21,7 +21,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel._module import hyperparameters, state
-from bilevel.data import Minibatches, Sampler, Stream, Streamed
+from bilevel.data import SOURCES, Minibatches, Sampler, Stream, Streamed
 from bilevel.problem import Level, Problem, ProblemError
 from bilevel.solvers._directions import Joint, Point, combined
 
@@ -234,8 +234,7 @@ def samples_and_batch(problem: Problem) -> tuple[int, int]:
     for _, data in _levels(problem):
         if data is None:
             continue
-        arrays = getattr(data, "arrays", data)
-        count = jax.tree.leaves(arrays)[0].shape[0]
+        count = data.count if isinstance(data, SOURCES) else jax.tree.leaves(data)[0].shape[0]
         samples += count
         batch += getattr(data, "size", None) or count
     return samples, batch
@@ -303,7 +302,9 @@ class SAGA:
     def init(self, problem: Problem, oracle: Any, at: Point) -> tuple[Table | None, Table | None]:
         """Tables of zeros for the lower and the upper level."""
         if not isinstance(oracle, Joint):
-            raise ProblemError("SAGA keeps the terms of the joint directions; it does not combine with a Neumann series.")
+            raise ProblemError(
+                "SAGA keeps the terms of the joint directions; it does not combine with a Neumann series."
+            )
         for name, data in _levels(problem):
             _refuse_unnumbered(name, data)
         needed = self.table_bytes(problem, at.x, at.y)
@@ -316,7 +317,9 @@ class SAGA:
         lower, upper = _packed(Point(at.x, at.y, at.v)), _packed(Point(at.x, None, at.v))
         return _empty(lower, _blocks(problem.lower_data)), _empty(upper, _blocks(problem.upper_data))
 
-    def __call__(self, problem: Problem, oracle: Any, at: Point, memory: tuple[Table | None, Table | None], key: Any) -> Any:
+    def __call__(
+        self, problem: Problem, oracle: Any, at: Point, memory: tuple[Table | None, Table | None], key: Any
+    ) -> Any:
         """The direction."""
         lower_level, lower_block = _numbered(problem.lower_data, problem.draw_lower, problem.lower, key, 0)
         upper_level, upper_block = _numbered(problem.upper_data, problem.draw_upper, problem.upper, key, 1)
@@ -389,7 +392,9 @@ def _blocks(data: Any) -> int | None:
 
 
 def _bytes(tree: PyTree) -> int:
-    return sum(int(np.prod(np.shape(leaf), dtype=np.int64)) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        int(np.prod(np.shape(leaf), dtype=np.int64)) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree)
+    )
 
 
 def _readable(count: int) -> str:
@@ -401,11 +406,17 @@ def _readable(count: int) -> str:
 
 def _refuse_unnumbered(name: str, data: Any) -> None:
     cure = "Write data.Minibatches(arrays, size, blocks=True), or take SRBA or SOBA, which need no numbers."
-    if isinstance(data, (Sampler, Stream, Streamed)) or (hasattr(data, "draw") and not isinstance(data, Minibatches) and data.size is not None):
-        raise ProblemError(f"SAGA keeps one gradient per batch, and the batches of {name}, a {type(data).__name__}, have no numbers. {cure}")
+    if isinstance(data, (Sampler, Stream, Streamed)) or (
+        hasattr(data, "draw") and not isinstance(data, Minibatches) and data.size is not None
+    ):
+        raise ProblemError(
+            f"SAGA keeps one gradient per batch, and the batches of {name}, a {type(data).__name__}, have no numbers. {cure}"
+        )
     if isinstance(data, Minibatches):
         if not data.blocks:
-            raise ProblemError(f"SAGA keeps one gradient per batch, and the batches of {name} are drawn afresh from the samples. {cure}")
+            raise ProblemError(
+                f"SAGA keeps one gradient per batch, and the batches of {name} are drawn afresh from the samples. {cure}"
+            )
         left = data.count % data.size
         if left:
             raise ProblemError(

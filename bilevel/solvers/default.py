@@ -9,7 +9,6 @@ import jax
 from bilevel.lower import GradientDescent
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers.nested import AID
-from bilevel.solvers.penalty import choose
 from bilevel.solvers.tuning_free import STFBO
 
 PyTree = Any
@@ -28,6 +27,8 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
     Raises:
       ProblemError: no solver of this package honours all parts of the problem.
     """
+    from bilevel.solvers.penalty import choose  # a family that most runs never touch
+
     chosen = choose(problem, x, y)
     if chosen is not None:
         return chosen[0], f"Chose {chosen[1]}"
@@ -43,10 +44,16 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
                 "Chose AID (implicit differentiation of the forward-backward map, with GMRES; lower steps of 0.1): full batches, "
                 "a projected or proximal lower level."
             )
-        return AID(), "Chose AID (implicit differentiation with warm-started CG; no step sizes to set): full batches, no coupled constraints."
+        return (
+            AID(),
+            "Chose AID (implicit differentiation with warm-started CG; no step sizes to set): full batches, no coupled constraints.",
+        )
     if nonsmooth:
         raise ProblemError(
             "No solver is chosen automatically for minibatches with a projected or proximal lower level: name one, such as "
             "solvers.VPBGD or solvers.MEHA, or give full batches."
         )
-    return STFBO(), "Chose STFBO (a single loop with step sizes from accumulated gradient norms; none to set): minibatches, no coupled constraints."
+    return (
+        STFBO(),
+        "Chose STFBO (a single loop with step sizes from accumulated gradient norms; none to set): minibatches, no coupled constraints.",
+    )

@@ -68,7 +68,9 @@ class HypergradientDescent:
         refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower"))
         lower_state = as_lower_solver(self.lower_solver).init(y)
         carry = self.hypergradient.init(problem.draw_lower(key), x, y)
-        return NestedState(x, y, x, lower_state.memory, carry, self._optimizer(problem).init(x), None if self.warm_start else y)
+        return NestedState(
+            x, y, x, lower_state.memory, carry, self._optimizer(problem).init(x), None if self.warm_start else y
+        )
 
     def _optimizer(self, problem: Problem) -> optax.GradientTransformationExtraArgs:
         if self.upper_optimizer is not None:
@@ -158,7 +160,9 @@ def AID(
     )
 
 
-def ITD(lower_steps: int = 100, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, warm_start: bool = False) -> HypergradientDescent:
+def ITD(
+    lower_steps: int = 100, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, warm_start: bool = False
+) -> HypergradientDescent:
     """Iterative differentiation: backpropagation through all `lower_steps` steps from y0.
 
     Reference: Franceschi et al., ICML 2017.
@@ -167,13 +171,19 @@ def ITD(lower_steps: int = 100, lower_optimizer: Any = 0.1, upper_optimizer: Any
 
 
 def TruncatedITD(
-    lower_steps: int = 100, last: int = 10, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, warm_start: bool = True
+    lower_steps: int = 100,
+    last: int = 10,
+    lower_optimizer: Any = 0.1,
+    upper_optimizer: Any = 0.01,
+    warm_start: bool = True,
 ) -> HypergradientDescent:
     """Iterative differentiation through the last `last` of `lower_steps` steps.
 
     Reference: Shaban et al., AISTATS 2019.
     """
-    return HypergradientDescent(Unrolled(last=last), GradientDescent(lower_optimizer, lower_steps), upper_optimizer, warm_start)
+    return HypergradientDescent(
+        Unrolled(last=last), GradientDescent(lower_optimizer, lower_steps), upper_optimizer, warm_start
+    )
 
 
 def OneStep(lower_steps: int = 10, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01) -> HypergradientDescent:
@@ -181,7 +191,9 @@ def OneStep(lower_steps: int = 10, lower_optimizer: Any = 0.1, upper_optimizer: 
 
     Reference: Bolte, Pauwels, Vaiter, NeurIPS 2023.
     """
-    return HypergradientDescent(hypergradients.OneStep(), GradientDescent(lower_optimizer, lower_steps), upper_optimizer)
+    return HypergradientDescent(
+        hypergradients.OneStep(), GradientDescent(lower_optimizer, lower_steps), upper_optimizer
+    )
 
 
 def T1T2(lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, scale: float = 1.0) -> HypergradientDescent:
@@ -195,7 +207,9 @@ def T1T2(lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, scale: float =
     return HypergradientDescent(Implicit(linear.Identity(scale)), GradientDescent(lower_optimizer, 1), upper_optimizer)
 
 
-def IMAML(lower_steps: int = 16, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.001, cg_steps: int = 5) -> HypergradientDescent:
+def IMAML(
+    lower_steps: int = 16, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.001, cg_steps: int = 5
+) -> HypergradientDescent:
     """Implicit MAML: each task starts at the meta-parameters x and is held near them; the hypergradient by `cg_steps` of CG.
 
     The lower loss is the sum over tasks of loss_i(y_i) + (lam/2) |y_i - x|^2, which the user states (with `vmap` over tasks, y
@@ -204,7 +218,9 @@ def IMAML(lower_steps: int = 16, lower_optimizer: Any = 0.1, upper_optimizer: An
     Reference: Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019.
     """
     solver = GradientDescent(lower_optimizer, lower_steps, start=_start_at_upper)
-    return HypergradientDescent(Implicit(linear.CG(tol=None, max_steps=cg_steps, warm_start=False)), solver, upper_optimizer)
+    return HypergradientDescent(
+        Implicit(linear.CG(tol=None, max_steps=cg_steps, warm_start=False)), solver, upper_optimizer
+    )
 
 
 def _start_at_upper(x: PyTree, y: PyTree) -> PyTree:

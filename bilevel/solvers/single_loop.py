@@ -160,7 +160,9 @@ def measured(problem: Problem, x: PyTree, direction: Point) -> dict[str, jax.Arr
     return metrics if direction.v is None else metrics | {"linear_residual": norm(direction.v)}
 
 
-def SOBA(upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, decay: float | None = 0.5) -> SingleLoop:
+def SOBA(
+    upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, decay: float | None = 0.5
+) -> SingleLoop:
     """Plain SGD on the three directions, all steps decaying as t^-1/2 (`decay=None`: constant, for full batches).
 
     Per step: one joint linearisation of f with one product (1 gradient + 1 HVP + 1 cross product) and one gradient of F.
@@ -172,7 +174,9 @@ def SOBA(upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimize
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, lower_decay=decay, upper_decay=decay)
 
 
-def MASOBA(upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, theta: float = 0.1) -> SingleLoop:
+def MASOBA(
+    upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, theta: float = 0.1
+) -> SingleLoop:
     """SOBA with a moving average of the upper direction and constant steps, all of the order of theta ~ 1/sqrt(total steps).
 
     Cost of SOBA; one more x of memory.
@@ -183,7 +187,9 @@ def MASOBA(upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimi
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, Momentum(theta))
 
 
-def SABA(upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, max_table_bytes: int = 2**32) -> SingleLoop:
+def SABA(
+    upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, max_table_bytes: int = 2**32
+) -> SingleLoop:
     """SAGA on the five terms of SOBA's directions, constant steps: converges linearly where SOBA stalls.
 
     Levels with more than one batch must be `data.Minibatches(..., blocks=True)` with a size that divides the samples.
@@ -211,7 +217,12 @@ def SRBA(
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, SARAH(period, period_fraction))
 
 
-def SPABA(upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, probability: float | None = None) -> SingleLoop:
+def SPABA(
+    upper_optimizer: Any = 0.1,
+    lower_optimizer: Any = 0.1,
+    linear_optimizer: Any = None,
+    probability: float | None = None,
+) -> SingleLoop:
     """PAGE on SOBA's directions: SRBA whose restarts are drawn (default probability batch / (samples + batch)).
 
     The paper's clipping of v is not applied.
@@ -241,7 +252,9 @@ def SUSTAIN(
 
     Reference: Khanduri et al., "A Near-Optimal Algorithm for Stochastic Bilevel Optimization via Double-Momentum", NeurIPS 2021.
     """
-    return SingleLoop(lower_optimizer, upper_optimizer, None, STORM(eta), Series(hvp_step, hvp_steps, True), 1 / 3, 1 / 3)
+    return SingleLoop(
+        lower_optimizer, upper_optimizer, None, STORM(eta), Series(hvp_step, hvp_steps, True), 1 / 3, 1 / 3
+    )
 
 
 def MRBO(

@@ -24,7 +24,11 @@ __all__ = ["BSA", "SAMA", "TTSA", "VRBO", "AmIGO", "StocBiO"]
 
 
 def StocBiO(
-    upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, lower_steps: int = 10, hvp_step: float = 0.1, hvp_steps: int = 10
+    upper_optimizer: Any = 0.1,
+    lower_optimizer: Any = 0.1,
+    lower_steps: int = 10,
+    hvp_step: float = 0.1,
+    hvp_steps: int = 10,
 ) -> HypergradientDescent:
     """`lower_steps` SGD steps, a stochastic Neumann series of `hvp_steps` products, an upper step; constant steps.
 
@@ -33,11 +37,17 @@ def StocBiO(
     Reference: Ji, Yang, Liang, "Bilevel Optimization: Convergence Analysis and Enhanced Design", ICML 2021. The steps are
     those of benchmark_bilevel.
     """
-    return HypergradientDescent(StochasticImplicit(hvp_step, hvp_steps), GradientDescent(lower_optimizer, lower_steps), upper_optimizer)
+    return HypergradientDescent(
+        StochasticImplicit(hvp_step, hvp_steps), GradientDescent(lower_optimizer, lower_steps), upper_optimizer
+    )
 
 
 def AmIGO(
-    upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, lower_steps: int = 10, hvp_step: float = 0.1, hvp_steps: int = 10
+    upper_optimizer: Any = 0.1,
+    lower_optimizer: Any = 0.1,
+    lower_steps: int = 10,
+    hvp_step: float = 0.1,
+    hvp_steps: int = 10,
 ) -> HypergradientDescent:
     """`lower_steps` SGD steps on y and `hvp_steps` on the linear system, both from where they were; an upper step; constant steps.
 
@@ -70,7 +80,9 @@ def BSA(
     return HypergradientDescent(estimator, lower, _decaying(upper_step, 0.5))
 
 
-def TTSA(upper_step: float = 0.1, lower_step: float = 0.1, hvp_step: float = 0.1, hvp_steps: int = 10) -> HypergradientDescent:
+def TTSA(
+    upper_step: float = 0.1, lower_step: float = 0.1, hvp_step: float = 0.1, hvp_steps: int = 10
+) -> HypergradientDescent:
     """One lower step (t^-2/5), a randomised Neumann product, one upper step (t^-3/5): two time scales in one loop.
 
     Reference: Hong, Wai, Wang, Yang, "A Two-Timescale Stochastic Algorithm Framework for Bilevel Optimization", SIAM J.
@@ -89,7 +101,9 @@ def SAMA(
 
     Reference: Choe et al., "Making Scalable Meta Learning Practical", NeurIPS 2023.
     """
-    return HypergradientDescent(AdaptiveIdentity(radius), GradientDescent(lower_optimizer, lower_steps), upper_optimizer)
+    return HypergradientDescent(
+        AdaptiveIdentity(radius), GradientDescent(lower_optimizer, lower_steps), upper_optimizer
+    )
 
 
 @state
@@ -137,7 +151,9 @@ class VRBO:
         check_optimizer("VRBO", "upper_optimizer", self.upper_optimizer)
         check_optimizer("VRBO", "lower_optimizer", self.lower_optimizer)
         if not isinstance(self.lower_steps, int) or self.lower_steps < 1:
-            raise ValueError(f"VRBO(lower_steps={self.lower_steps!r}): the number of lower steps is a positive integer.")
+            raise ValueError(
+                f"VRBO(lower_steps={self.lower_steps!r}): the number of lower steps is a positive integer."
+            )
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> VRBOState:
         """The state before the first step, which takes full directions."""

@@ -37,7 +37,9 @@ def _start(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> TuningFreeSta
 
 def _checked(solver: Any) -> None:
     if isinstance(solver.start, float) and not solver.start > 0:
-        raise ValueError(f"{type(solver).__name__}(start={solver.start!r}): the accumulators start at a positive number.")
+        raise ValueError(
+            f"{type(solver).__name__}(start={solver.start!r}): the accumulators start at a positive number."
+        )
 
 
 def _stepped(problem: Problem, x: PyTree, rate: jax.Array, direction: PyTree) -> PyTree:
@@ -150,7 +152,9 @@ class DTFBO:
             hvp = jax.jvp(lambda y: jax.grad(level, argnums=1)(x, y), (y,), (v,))[1]
             return optax.tree.add(hvp, upper_y)
 
-        (v, gamma2, linear_norm), _ = jax.lax.scan(descent(linear), (state.v, state.gamma2, zero), jnp.arange(self.linear_steps))
+        (v, gamma2, linear_norm), _ = jax.lax.scan(
+            descent(linear), (state.v, state.gamma2, zero), jnp.arange(self.linear_steps)
+        )
 
         cross = Joint().lower(lower.stream(2), Point(x, y, v)).x
         direction = optax.tree.add(upper_x, cross)

@@ -1,32 +1,35 @@
 """How copies of a variable move along local directions and still agree on the minimiser of the *mean*.
 
-With s the stacked copies, g the local directions, W the mixing matrix, Wb = (I + W) / 2, a the step (any optax rule: "- a g" below is
-its update) one step of each form is
+With s the stacked copies, g the local directions, W the mixing matrix, Wb = (I + W) / 2, a the step (any optax rule:
+"- a g" below is its update) one step of each form is
 
     none      s+ = W (s - a g)                                             diffusion (adapt, then combine)
-    none-cta  s+ = W s - a g                                               decentralised gradient descent (combine, then adapt)
+    none-cta  s+ = W s - a g                                               decentralised gradient descent (combine,
+    then adapt)
     gt        v+ = W (v + g - g_before),   s+ = W (s - a v+)               gradient tracking, adapt then combine
     gt-cta    v+ = W v + g - g_before,     s+ = W s - a v+                 gradient tracking, combine then adapt
     ed        s+ = Wb (2 s - s_before - a (g - g_before))                  exact diffusion
     extra     s+ = Wb (2 s - s_before) - a (g - g_before)                  EXTRA
 
-"none" converges to a point that is off by O(a) times the heterogeneity; the others have no such bias. Where the agents' Hessians
-are alike with largest eigenvalue L, the linear recursions are stable (Jury's test) while a L is below
+"none" converges to a point that is off by O(a) times the heterogeneity; the others have no such bias. Where the
+agents' Hessians are alike with largest eigenvalue L, the linear recursions are stable (Jury's test) while a L is below
 
     none, gt, ed: 2         none-cta: 1 + w         gt-cta: (1 + w)^2 / 2         extra: (5 + 3 w) / 4
 
 with w the smallest eigenvalue of W (-1/3 on a ring).
 
-ED and EXTRA are kept in the form of an accumulated flow (s - mix(s), exact differences along edges) instead of two past iterates,
-whose rounding errors add up in float32:
+ED and EXTRA are kept in the form of an accumulated flow (s - mix(s), exact differences along edges) instead of two
+past iterates, whose rounding errors add up in float32:
 
     ed        p = s - a g + c,   c+ = c - flow(p) / 2,   s+ = p - flow(p) / 2
     extra     d+ = d + flow(s) / 2,                      s+ = s - flow(s) / 2 - a g - d+
 
-In float32 all forms settle where a step is lost in rounding, a |g| = half a unit in the last place of s: small steps end further away.
+In float32 all forms settle where a step is lost in rounding, a |g| = half a unit in the last place of s: small steps
+end further away.
 
-References: Yuan, Ying, Zhao, Sayed, "Exact Diffusion for Distributed Optimization and Learning", IEEE TSP 2019; Shi, Ling, Wu, Yin,
-"EXTRA", SIAM J. Optim. 2015; Di Lorenzo, Scutari, "NEXT", IEEE TSIPN 2016; Xu et al., "Augmented Distributed Gradient Methods", CDC 2015.
+References: Yuan, Ying, Zhao, Sayed, "Exact Diffusion for Distributed Optimization and Learning", IEEE TSP 2019; Shi,
+Ling, Wu, Yin, "EXTRA", SIAM J. Optim. 2015; Di Lorenzo, Scutari, "NEXT", IEEE TSIPN 2016; Xu et al., "Augmented
+Distributed Gradient Methods", CDC 2015.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One round between the server and sampled clients: who takes part, with which samples, and how answers are averaged."""
+"""One round between the server and sampled clients: who takes part, with which samples, and how answers are
+averaged."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ def check_clients(problem: Problem, owner: str, clients: int | None) -> int:
     if total is None:
         raise ProblemError(f"{owner} samples clients, and neither level has data: give data.Agents or data.Clients.")
     if clients is not None and clients > total:
-        raise ProblemError(f"{owner}(clients={clients}) samples more clients than the {total} that exist: take clients={total} or fewer, or None for all.")
+        raise ProblemError(
+            f"{owner}(clients={clients}) samples more clients than the {total} that exist: take clients={total} "
+            f"or fewer, or None for all."
+        )
     return total
 
 
@@ -68,16 +72,22 @@ class Round:
         return self.size == self.total
 
     def who(self) -> jax.Array:
-        """The clients' indices, drawn without replacement: images of a keyed permutation, so that millions cost no more than a few."""
+        """The clients' indices, drawn without replacement: images of a keyed permutation, so that millions cost no
+        more than a few."""
         if self.everyone:
             return jnp.arange(self.total)
-        return permute(jnp.arange(self.size), self.total, jax.random.bits(self.key.fold_in(101).random, dtype=jnp.uint32))
+        return permute(
+            jnp.arange(self.size), self.total, jax.random.bits(self.key.fold_in(101).random, dtype=jnp.uint32)
+        )
 
     def pass_on(self, chains: PyTree) -> PyTree:
-        """Vectors handed to this round's clients at random: a permutation where all take part (fresh samples come in random order anyway)."""
+        """Vectors handed to this round's clients at random: a permutation where all take part (fresh samples come in
+        random order anyway)."""
         if not self.everyone:
             return chains
-        order = permute(jnp.arange(self.total), self.total, jax.random.bits(self.key.fold_in(102).random, dtype=jnp.uint32))
+        order = permute(
+            jnp.arange(self.total), self.total, jax.random.bits(self.key.fold_in(102).random, dtype=jnp.uint32)
+        )
         return jax.tree.map(lambda a: a[order], chains)
 
     def _stacked(self, fn: Any, data: Any, stream: int, key: StepKey | None) -> _agents.Stacked:
@@ -87,11 +97,13 @@ class Round:
         return _agents.stacked(fn, data, _agents.draw(data, key, None if self.everyone else self.who()))
 
     def upper(self, key: StepKey | None = None) -> _agents.Stacked:
-        """The sum over these clients of their upper losses, a function of stacked variables, on a batch of `key` (the round's)."""
+        """The sum over these clients of their upper losses, a function of stacked variables, on a batch of `key` (the
+        round's)."""
         return self._stacked(self.problem.upper, self.problem.upper_data, 1, key)
 
     def lower(self, key: StepKey | None = None) -> _agents.Stacked:
-        """The sum over these clients of their lower losses, a function of stacked variables, on a batch of `key` (the round's)."""
+        """The sum over these clients of their lower losses, a function of stacked variables, on a batch of `key` (the
+        round's)."""
         return self._stacked(self.problem.lower, self.problem.lower_data, 0, key)
 
     def copies(self, tree: PyTree) -> PyTree:
@@ -99,7 +111,8 @@ class Round:
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.size, *a.shape)), tree)
 
     def importance(self, level: str) -> jax.Array:
-        """m p_i of these clients, p_i their share of the level's objective: with it a plain mean over them is unbiased."""
+        """m p_i of these clients, p_i their share of the level's objective: with it a plain mean over them is
+        unbiased."""
         data = self.problem.upper_data if level == "upper" else self.problem.lower_data
         if self.weighting == "clients" or not isinstance(data, Clients):
             return jnp.ones(self.size)
@@ -121,7 +134,10 @@ def curvature_bound(problem: Problem, x: PyTree, y: PyTree, key: StepKey, most: 
     total = len(problem.lower_data) if problem.lower_data is not None else 1
     some = jnp.asarray(np.unique(np.linspace(0, total - 1, min(total, most)).astype(int)))
     count = int(some.shape[0])
-    stack = lambda tree: jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), tree)
+
+    def stack(tree):
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), tree)
+
     return 1.2 * _agents.largest_curvature(problem, stack(x), stack(y), key, agents=some)
 
 
@@ -132,4 +148,7 @@ def norms(h: PyTree, lower: PyTree) -> dict[str, jax.Array]:
 
 def traffic(rounds: int, floats: float) -> dict[str, jax.Array]:
     """Rounds in this step, and the numbers that all its clients together received and sent."""
-    return {"communication_rounds": jnp.asarray(rounds, jnp.float32), "communication_floats": jnp.asarray(floats, jnp.float32)}
+    return {
+        "communication_rounds": jnp.asarray(rounds, jnp.float32),
+        "communication_floats": jnp.asarray(floats, jnp.float32),
+    }

@@ -28,15 +28,17 @@ class AggITDState:
 
 @hyperparameters
 class AggITD:
-    """Aggregated iterative differentiation: one exchange per lower step carries the gradient and a Hessian-vector product.
+    """Aggregated iterative differentiation: one exchange per lower step carries the gradient and a Hessian-vector
+    product.
 
         z = 0;   `rounds` times, clients sampled afresh each time:
-            y <- y - b mean_i G_i(x, y),     z <- z - b mean_i (H_i z - F_y,i)       both products at the y before the step
+            y <- y - b mean_i G_i(x, y),     z <- z - b mean_i (H_i z - F_y,i)       both products at the y before the
+            step
         h = mean_i (F_x - J z),   x <- x + upper_optimizer(h)
 
-    z is the sum over the lower steps t of prod_{s > t} (I - b H(y_s)) b F_y(y_t): the matrix products of unrolled differentiation,
-    aggregated over clients while y is still moving. The published method draws the step at which the product starts at random; the sum
-    over all starts has the same expectation and less variance.
+    z is the sum over the lower steps t of prod_{s > t} (I - b H(y_s)) b F_y(y_t): the matrix products of unrolled
+    differentiation, aggregated over clients while y is still moving. The published method draws the step at which the
+    product starts at random; the sum over all starts has the same expectation and less variance.
 
     Attributes:
       clients: how many take part in each round; None: all.
@@ -45,9 +47,11 @@ class AggITD:
       rounds: T; the bias of h falls as (1 - b mu)^T.
       weighting: "samples": a client counts by its number of samples (`data.Clients`); "clients": all count alike.
 
-    Metrics as in `FederatedNested`; rounds + 1 rounds per outer step. The update is reconstructed from the paper's description.
+    Metrics as in `FederatedNested`; rounds + 1 rounds per outer step. The update is reconstructed from the paper's
+    description.
 
-    Reference: Xiao, Ji, "Communication-Efficient Federated Hypergradient Computation via Aggregated Iterative Differentiation", ICML 2023.
+    Reference: Xiao, Ji, "Communication-Efficient Federated Hypergradient Computation via Aggregated Iterative
+    Differentiation", ICML 2023.
     """
 
     clients: int | None = 10
@@ -81,7 +85,10 @@ class AggITD:
             G = at.mean(lower.gradient_y, "lower")
             F_y = at.mean(jax.grad(at.upper(), argnums=1)(xs, ys), "upper")
             residual = optax.tree.sub(at.mean(lower.hvp(at.copies(z)), "lower"), F_y)
-            down = lambda v, g: jax.tree.map(lambda v, g: v - self.lower_step * g, v, g)
+
+            def down(v, g):
+                return jax.tree.map(lambda v, g: v - self.lower_step * g, v, g)
+
             return down(y, G), down(z, residual), G
 
         zero = optax.tree.zeros_like(state.y)

@@ -1,4 +1,5 @@
-"""FedBiO: local steps on three coupled problems, everything averaged at the end of a round; and its accelerated form."""
+"""FedBiO: local steps on three coupled problems, everything averaged at the end of a round; and its accelerated
+form."""
 
 from __future__ import annotations
 
@@ -28,16 +29,22 @@ def FedBiO(
 ) -> FederatedSingleLoop:
     """FedBiO: x, y and z walk `local_steps` local steps and are averaged.
 
-    The server's average of the clients' variables is a server step along their summed directions: `FederatedSingleLoop` with the server's
-    steps `local_steps` times the clients'.
+    The server's average of the clients' variables is a server step along their summed directions: `FederatedSingleLoop`
+    with the server's steps `local_steps` times the clients'.
 
-    Reference: Li, Huang, Huang, "Communication-Efficient Federated Bilevel Optimization with Global and Local Lower Level Problems",
-    NeurIPS 2023 (the global lower level problem).
+    Reference: Li, Huang, Huang, "Communication-Efficient Federated Bilevel Optimization with Global and Local Lower
+    Level Problems", NeurIPS 2023 (the global lower level problem).
     """
     check_count("FedBiO", local_steps=local_steps)
     server = (upper_step * local_steps, lower_step * local_steps, linear_step * local_steps)
     return FederatedSingleLoop(
-        clients, *server, local_steps, local_upper=upper_step, local_lower=lower_step, local_linear=linear_step, **options
+        clients,
+        *server,
+        local_steps,
+        local_upper=upper_step,
+        local_lower=lower_step,
+        local_linear=linear_step,
+        **options,
     )
 
 
@@ -55,13 +62,14 @@ class AcceleratedState:
 class FedBiOAcc:
     """FedBiO with a STORM momentum on each of its three directions.
 
-    Local step t of a round, with a_t = delta / (offset + t)^(1/3), t counted over all rounds, and D the client's directions:
+    Local step t of a round, with a_t = delta / (offset + t)^(1/3), t counted over all rounds, and D the client's
+    directions:
 
         (x, y, z)+ = (x, y, z) - a_t (upper_step m_x, lower_step m_y, linear_step m_z)
         m+ = D((x, y, z)+; sample) + (1 - momentum a_t^2) (m - D((x, y, z); the same sample))
 
-    After `local_steps` of them the server averages variables and momenta. Deviation: at the last local step the momentum is corrected at
-    the client's own point and then averaged, not at the averaged point.
+    After `local_steps` of them the server averages variables and momenta. Deviation: at the last local step the
+    momentum is corrected at the client's own point and then averaged, not at the averaged point.
 
     Attributes:
       clients: how many take part in each round; None: all (what the paper assumes).
@@ -71,7 +79,8 @@ class FedBiOAcc:
       local_steps: local steps per round.
       weighting: as in `FederatedSingleLoop`.
 
-    Two evaluations of each oracle per local step. Metrics as in `FederatedSingleLoop` (the norms are those of the averaged momenta).
+    Two evaluations of each oracle per local step. Metrics as in `FederatedSingleLoop` (the norms are those of the
+    averaged momenta).
 
     Reference: Li, Huang, Huang, NeurIPS 2023.
     """
@@ -102,7 +111,9 @@ class FedBiOAcc:
         z = optax.tree.zeros_like(y)
         return AcceleratedState(x, y, z, optax.tree.zeros_like((x, y, z)))
 
-    def step(self, problem: Problem, state: AcceleratedState, key: StepKey) -> tuple[AcceleratedState, dict[str, jax.Array]]:
+    def step(
+        self, problem: Problem, state: AcceleratedState, key: StepKey
+    ) -> tuple[AcceleratedState, dict[str, jax.Array]]:
         """One round."""
         at = Round(problem, key.fold_in(10), self.clients, self.weighting)
         relative = (self.upper_step, self.lower_step, self.linear_step)
@@ -112,7 +123,8 @@ class FedBiOAcc:
             t = key.inner(i, self.local_steps).step
             a = self.delta / jnp.cbrt(self.offset + t)
             moved = tuple(
-                jax.tree.map(lambda v, m, s=s: (v - a * s * m).astype(v.dtype), v, m) for s, v, m in zip(relative, mine, momenta, strict=True)
+                jax.tree.map(lambda v, m, s=s: (v - a * s * m).astype(v.dtype), v, m)
+                for s, v, m in zip(relative, mine, momenta, strict=True)
             )
             sample = at.key.inner(i, self.local_steps)
             value, new = directions(at, sample, *moved)
@@ -123,7 +135,9 @@ class FedBiOAcc:
 
         start = (at.copies((state.x, state.y, state.z)), at.copies(state.momenta))
         value = jax.eval_shape(lambda: directions(at, at.key, *start[0])[0])
-        mine, momenta, loss = jax.lax.fori_loop(0, self.local_steps, local, (*start, jnp.zeros(value.shape, value.dtype)))
+        mine, momenta, loss = jax.lax.fori_loop(
+            0, self.local_steps, local, (*start, jnp.zeros(value.shape, value.dtype))
+        )
         (x, y, z), momenta = _agents.mean(mine), _agents.mean(momenta)
         p, q = _agents.size_of(x), _agents.size_of(y)
         metrics = {"upper_loss": loss, **norms(momenta[0], momenta[1]), **traffic(1, at.size * 4 * (p + 2 * q))}

@@ -1,6 +1,7 @@
 """Hypergradients across clients: chains of Hessian factors of the *global* lower level.
 
-    h = F_x - J H^-1 F_y,     H^-1 = lim (1/L) sum_{j < N} (I - H/L)^j,     H = mean_i H_i, J = mean_i J_i, L >= the largest eigenvalue
+    h = F_x - J H^-1 F_y,     H^-1 = lim (1/L) sum_{j < N} (I - H/L)^j,     H = mean_i H_i, J = mean_i J_i, L >= the
+    largest eigenvalue
 
 No client knows H; a product of factors, each of another freshly sampled client, has the right expectation.
 """
@@ -23,10 +24,6 @@ from bilevel.solvers.federated._round import Round, check_count
 PyTree = Any
 
 
-def _check(self: Any) -> None:
-    check_count(type(self).__name__, terms=self.terms)
-
-
 def _where(keep: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
@@ -44,9 +41,10 @@ class ParallelHypergradient:
         rounds j:     fresh clients S_j;  p_i <- p_i - H_{s_j(i)} p_i / L,     j = 1, ..., terms - 1
         last round:   fresh clients S;    h = mean_i (F_x - J q_i)
 
-    with q_i = (1/L) sum_j p_i^(j) (`random=False`, the default), or with the paper's `random=True` q_i = (terms/L) p_i after a number
-    of factors drawn uniformly from 0, ..., terms - 1 for each chain by itself. Both are unbiased up to (1 - mu/L)^terms and their variance
-    falls with the number of clients; the sum's is several times smaller, for the same communication.
+    with q_i = (1/L) sum_j p_i^(j) (`random=False`, the default), or with the paper's `random=True` q_i = (terms/L) p_i
+    after a number of factors drawn uniformly from 0, ..., terms - 1 for each chain by itself. Both are unbiased up to
+    (1 - mu/L)^terms and their variance falls with the number of clients; the sum's is several times smaller, for the
+    same communication.
 
     Attributes:
       terms: the number of terms of the truncated series.
@@ -59,9 +57,20 @@ class ParallelHypergradient:
 
     terms: int = 10
     random: bool = False
-    __post_init__ = _check
 
-    def __call__(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey, curvature: Any, clients: int | None, weighting: str = "samples") -> Any:
+    def __post_init__(self) -> None:
+        check_count(type(self).__name__, terms=self.terms)
+
+    def __call__(
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        key: StepKey,
+        curvature: Any,
+        clients: int | None,
+        weighting: str = "samples",
+    ) -> Any:
         """(upper loss, h) at (x, y): one draw of the estimator."""
         first = Round(problem, key.fold_in(20), clients, weighting)
         xs, ys = first.copies(x), first.copies(y)
@@ -88,7 +97,8 @@ class ParallelHypergradient:
         return self.terms + 1
 
     def floats(self, p: int, q: int) -> int:
-        """Numbers to and from one client in one estimate: each chain round takes (x, y) and its own vector to another client."""
+        """Numbers to and from one client in one estimate: each chain round takes (x, y) and its own vector to another
+        client."""
         return (p + 2 * q) + (self.terms - 1) * (p + 3 * q) + (2 * p + 2 * q)
 
 
@@ -96,7 +106,8 @@ class ParallelHypergradient:
 class SharedHypergradient:
     """FedNest's FedIHGP: one chain, each factor the average over freshly sampled clients.
 
-        p = (terms/L) mean F_y;   N' ~ U{0, ..., terms - 1};   N' times  p <- p - (1/L) mean_i H_i p;   h = mean_i (F_x - J p)
+        p = (terms/L) mean F_y;   N' ~ U{0, ..., terms - 1};   N' times  p <- p - (1/L) mean_i H_i p;   h = mean_i (F_x
+        - J p)
 
     The common random length leaves a variance that more clients do not lower; `random=False` sums the series instead.
 
@@ -104,14 +115,26 @@ class SharedHypergradient:
       terms: the number of terms of the truncated series.
       random: the paper's random chain length.
 
-    Reference: Tarzanagh, Li, Thrampoulidis, Oymak, "FedNest: Federated Bilevel, Minimax, and Compositional Optimization", ICML 2022.
+    Reference: Tarzanagh, Li, Thrampoulidis, Oymak, "FedNest: Federated Bilevel, Minimax, and Compositional
+    Optimization", ICML 2022.
     """
 
     terms: int = 10
     random: bool = True
-    __post_init__ = _check
 
-    def __call__(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey, curvature: Any, clients: int | None, weighting: str = "samples") -> Any:
+    def __post_init__(self) -> None:
+        check_count(type(self).__name__, terms=self.terms)
+
+    def __call__(
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        key: StepKey,
+        curvature: Any,
+        clients: int | None,
+        weighting: str = "samples",
+    ) -> Any:
         """(upper loss, h) at (x, y): one draw of the estimator."""
         first = Round(problem, key.fold_in(20), clients, weighting)
         xs, ys = first.copies(x), first.copies(y)
@@ -122,7 +145,10 @@ class SharedHypergradient:
         def factor(j: Any, chain: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             p, q = chain
             at = Round(problem, key.fold_in(22).inner(j, self.terms), clients, weighting)
-            product = lambda v: at.mean(derivatives.hvp(at.lower(), xs, ys, at.copies(v)), "lower")
+
+            def product(v):
+                return at.mean(derivatives.hvp(at.lower(), xs, ys, at.copies(v)), "lower")
+
             if self.random:
                 return p, jax.tree.map(lambda a, b: jnp.where(j < length, a, b), _less(q, product(q), curvature), q)
             p = _less(p, product(p), curvature)
@@ -144,7 +170,8 @@ class SharedHypergradient:
 
 @hyperparameters
 class LocalHypergradient:
-    """LFedNest's: every client inverts its own Hessian. One round, and biased: the mean of local hypergradients is another direction.
+    """LFedNest's: every client inverts its own Hessian. One round, and biased: the mean of local hypergradients is
+    another direction.
 
     A baseline; right where all clients have equal lower levels.
 
@@ -153,9 +180,20 @@ class LocalHypergradient:
     """
 
     terms: int = 10
-    __post_init__ = _check
 
-    def __call__(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey, curvature: Any, clients: int | None, weighting: str = "samples") -> Any:
+    def __post_init__(self) -> None:
+        check_count(type(self).__name__, terms=self.terms)
+
+    def __call__(
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        key: StepKey,
+        curvature: Any,
+        clients: int | None,
+        weighting: str = "samples",
+    ) -> Any:
         """(upper loss, h) at (x, y): one draw of the estimator."""
         at = Round(problem, key.fold_in(20), clients, weighting)
         xs, ys = at.copies(x), at.copies(y)
@@ -189,7 +227,8 @@ def _last_round(at: Round, xs: PyTree, ys: PyTree, q: PyTree) -> tuple[jax.Array
 
 
 def exact_hypergradient(problem: Problem, x: PyTree, y: PyTree, curvature: Any, terms: int = 1000) -> PyTree:
-    """F_x - J H^-1 F_y of the mean losses on full batches at (x, y), all clients taking part: what the estimators estimate."""
+    """F_x - J H^-1 F_y of the mean losses on full batches at (x, y), all clients taking part: what the estimators
+    estimate."""
     at = Round(problem, StepKey(jax.random.key(0), jnp.uint32(0), jnp.uint32(0)))
     if any(_agents.is_random(d) for d in (problem.upper_data, problem.lower_data)):
         raise ValueError("exact_hypergradient needs full batches: data.Agents(arrays) without a size.")

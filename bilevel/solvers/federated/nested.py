@@ -22,7 +22,8 @@ LOWER = ("minibatch", "svrg", "local")
 
 @state
 class FederatedState:
-    """The server's x and y, the memories of its step rules, and the bound L on the curvature of the clients' lower levels."""
+    """The server's x and y, the memories of its step rules, and the bound L on the curvature of the clients' lower
+    levels."""
 
     x: PyTree
     y: PyTree
@@ -33,7 +34,8 @@ class FederatedState:
 
 @hyperparameters
 class FederatedNested:
-    """A server solves min_x F(x, y*(x)), y*(x) = argmin_y f(x, y), F and f averages over clients whose data it never sees.
+    """A server solves min_x F(x, y*(x)), y*(x) = argmin_y f(x, y), F and f averages over clients whose data it never
+    sees.
 
         y <- lower_rounds of `lower` at x
         h =  hypergradient(x, y),  rounds of its own
@@ -43,8 +45,8 @@ class FederatedNested:
     One lower round of n sampled clients is, with b the lower step,
 
         "minibatch"   y <- y + lower_optimizer(mean_i G_i(x, y))
-        "svrg"        q = mean_i G_i(x, y), then local_steps times  y_i <- y_i - b (G_i(y_i) - G_i(y) + q) at the same sample, averaged
-                      (two rounds)
+        "svrg"        q = mean_i G_i(x, y), then local_steps times  y_i <- y_i - b (G_i(y_i) - G_i(y) + q), both at
+                      one sample; averaged (two rounds)
         "local"       local_steps times  y_i <- y_i - b G_i(y_i), averaged: drifts apart where clients differ
 
     The data of both levels are `data.Clients` or `data.Agents`. Each round samples its clients without replacement.
@@ -55,7 +57,8 @@ class FederatedNested:
       hypergradient: an estimator of `federated.hypergradients`.
       lower: one of the three above.
       lower_rounds, local_steps, local_upper_steps: as above.
-      curvature: L, at least the largest eigenvalue of any client's lower Hessian; None: 1.2 times an estimate at the start.
+      curvature: L, at least the largest eigenvalue of any client's lower Hessian; None: 1.2 times an estimate at the
+        start.
       weighting: "samples": a client counts by its number of samples (`data.Clients`); "clients": all count alike.
 
     Metrics: `upper_loss`, `hypergradient_norm` (|h|) and `lower_residual` (|mean G|), on the clients of their rounds;
@@ -75,17 +78,31 @@ class FederatedNested:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        check_count(owner, clients=self.clients, lower_rounds=self.lower_rounds, local_steps=self.local_steps, local_upper_steps=self.local_upper_steps)
+        check_count(
+            owner,
+            clients=self.clients,
+            lower_rounds=self.lower_rounds,
+            local_steps=self.local_steps,
+            local_upper_steps=self.local_upper_steps,
+        )
         check_optimizer(owner, "upper_optimizer", self.upper_optimizer)
         check_optimizer(owner, "lower_optimizer", self.lower_optimizer)
         if self.lower not in LOWER:
-            raise ValueError(f"{owner}(lower={self.lower!r}): the lower rounds are one of {', '.join(map(repr, LOWER))}.")
+            raise ValueError(
+                f"{owner}(lower={self.lower!r}): the lower rounds are one of {', '.join(map(repr, LOWER))}."
+            )
         if self.weighting not in ("samples", "clients"):
             raise ValueError(f"{owner}(weighting={self.weighting!r}): 'samples' or 'clients'.")
         if self.lower != "minibatch" and isinstance(self.lower_optimizer, optax.GradientTransformation):
-            raise ValueError(f"{owner}(lower={self.lower!r}) takes its steps on the clients: lower_optimizer must be a step size, not an optax rule.")
+            raise ValueError(
+                f"{owner}(lower={self.lower!r}) takes its steps on the clients: lower_optimizer must be a step "
+                f"size, not an optax rule."
+            )
         if self.local_upper_steps > 1 and isinstance(self.upper_optimizer, optax.GradientTransformation):
-            raise ValueError(f"{owner}(local_upper_steps={self.local_upper_steps}): upper_optimizer must be a step size, not an optax rule.")
+            raise ValueError(
+                f"{owner}(local_upper_steps={self.local_upper_steps}): upper_optimizer must be a step size, not "
+                f"an optax rule."
+            )
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> FederatedState:
         """The server before the first round."""
@@ -95,7 +112,9 @@ class FederatedNested:
         rules = as_optimizer(self.upper_optimizer), as_optimizer(self.lower_optimizer)
         return FederatedState(x, y, rules[0].init(x), rules[1].init(y), L)
 
-    def step(self, problem: Problem, state: FederatedState, key: StepKey) -> tuple[FederatedState, dict[str, jax.Array]]:
+    def step(
+        self, problem: Problem, state: FederatedState, key: StepKey
+    ) -> tuple[FederatedState, dict[str, jax.Array]]:
         """One outer iteration."""
         x = state.x
 
@@ -126,7 +145,9 @@ class FederatedNested:
         def local(v: Any, mine: PyTree) -> PyTree:
             gradient = jax.grad(at.lower(at.key.fold_in(2).inner(v, self.local_steps)), argnums=1)
             moved, here = gradient(xs, mine), gradient(xs, ys)
-            return jax.tree.map(lambda y, a, b, q: y - self.lower_optimizer * (a - b + q), mine, moved, here, everywhere)
+            return jax.tree.map(
+                lambda y, a, b, q: y - self.lower_optimizer * (a - b + q), mine, moved, here, everywhere
+            )
 
         mine = jax.lax.fori_loop(0, self.local_steps, local, ys)
         return self._averaged(at, mine, y), memory, G
@@ -155,7 +176,9 @@ class FederatedNested:
             mine, total = carry
             gradient = jax.grad(at.upper(at.key.fold_in(2).inner(v, self.local_upper_steps)), argnums=0)
             direction = optax.tree.add(hs, at.weigh(optax.tree.sub(gradient(mine, ys), gradient(xs, ys)), "upper"))
-            return jax.tree.map(lambda x, d: x - self.upper_optimizer * d, mine, direction), optax.tree.add(total, direction)
+            return jax.tree.map(lambda x, d: x - self.upper_optimizer * d, mine, direction), optax.tree.add(
+                total, direction
+            )
 
         return _agents.mean(jax.lax.fori_loop(0, self.local_upper_steps, local, (xs, optax.tree.zeros_like(xs)))[1])
 
@@ -180,23 +203,33 @@ def FedMBO(
     chain: str = "sum",
     **options: Any,
 ) -> FederatedNested:
-    """FedMBO: minibatch rounds for y, parallel hypergradient chains over freshly sampled clients; variance falls as 1/clients.
+    """FedMBO: minibatch rounds for y, parallel hypergradient chains over freshly sampled clients; variance falls as
+    1/clients.
 
     Args:
       clients: sampled per round.
       upper_optimizer, lower_optimizer: the server's steps for x and y.
       lower_rounds: rounds for y per outer step.
       terms: terms of the Neumann series.
-      chain: "sum" (the truncated series, several times less variance for the same rounds) or "random" (the paper's random lengths).
+      chain: "sum" (the truncated series, several times less variance for the same rounds) or "random" (the paper's
+        random lengths).
       **options: further fields of `FederatedNested`.
 
-    lower_rounds + terms + 1 rounds per outer step. The update is reconstructed from the paper's description; it has no public code.
+    lower_rounds + terms + 1 rounds per outer step. The update is reconstructed from the paper's description; it has no
+    public code.
 
     Reference: Huang, Zhang, Ji, "Achieving Linear Speedup in Non-IID Federated Bilevel Learning", ICML 2023.
     """
     if chain not in ("sum", "random"):
         raise ValueError(f"FedMBO(chain={chain!r}): 'sum' or 'random'.")
-    return FederatedNested(clients, upper_optimizer, lower_optimizer, ParallelHypergradient(terms, chain == "random"), lower_rounds=lower_rounds, **options)
+    return FederatedNested(
+        clients,
+        upper_optimizer,
+        lower_optimizer,
+        ParallelHypergradient(terms, chain == "random"),
+        lower_rounds=lower_rounds,
+        **options,
+    )
 
 
 def FedNest(
@@ -211,7 +244,8 @@ def FedNest(
     chain: str = "random",
     **options: Any,
 ) -> FederatedNested:
-    """FedNest: variance-reduced local steps for y (FedInn), one chain of averaged Hessians (FedIHGP), local steps for x (FedOut).
+    """FedNest: variance-reduced local steps for y (FedInn), one chain of averaged Hessians (FedIHGP), local steps for
+    x (FedOut).
 
     The chain's common random length leaves a variance that more clients do not lower; chain="sum" sums the series.
 
@@ -233,8 +267,18 @@ def LFedNest(
     terms: int = 10,
     **options: Any,
 ) -> FederatedNested:
-    """LFedNest: everything local, averaged. Few rounds, and a bias where clients differ that no step size removes: a baseline.
+    """LFedNest: everything local, averaged. Few rounds, and a bias where clients differ that no step size removes: a
+    baseline.
 
     Reference: Tarzanagh, Li, Thrampoulidis, Oymak, ICML 2022.
     """
-    return FederatedNested(clients, upper_optimizer, lower_optimizer, LocalHypergradient(terms), "local", lower_rounds, local_steps, **options)
+    return FederatedNested(
+        clients,
+        upper_optimizer,
+        lower_optimizer,
+        LocalHypergradient(terms),
+        "local",
+        lower_rounds,
+        local_steps,
+        **options,
+    )

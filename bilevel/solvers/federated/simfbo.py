@@ -30,10 +30,12 @@ class SingleLoopState:
     linear: PyTree
 
 
-def directions(at: Round, key: StepKey, x: PyTree, y: PyTree, z: PyTree) -> tuple[jax.Array, tuple[PyTree, PyTree, PyTree]]:
+def directions(
+    at: Round, key: StepKey, x: PyTree, y: PyTree, z: PyTree
+) -> tuple[jax.Array, tuple[PyTree, PyTree, PyTree]]:
     """(mean upper loss, (D_x, D_y, D_z)) of each of the round's clients at its own point, stacked and weighted.
 
-        D_y = G_y,    D_z = H z - F_y,    D_x = F_x - J z
+    D_y = G_y,    D_z = H z - F_y,    D_x = F_x - J z
     """
     value, (F_x, F_y) = jax.value_and_grad(at.upper(key), argnums=(0, 1))(x, y)
     lower = derivatives.linearised(at.lower(key), x, y)
@@ -47,25 +49,29 @@ def directions(at: Round, key: StepKey, x: PyTree, y: PyTree, z: PyTree) -> tupl
 class FederatedSingleLoop:
     """One round per outer step: clients take local steps on y, z and x at once and send the sums of their directions.
 
-        each sampled client i starts at the server's (x, y, z) and takes t_i local steps, all three from one point,
-            y_i <- y_i - b D_y,   z_i <- z_i - g D_z,   x_i <- x_i - a D_x        D_y = G_y,  D_z = H z - F_y,  D_x = F_x - J z
+        D_y = G_y,   D_z = H z - F_y,   D_x = F_x - J z        a client's directions at one point
+        each sampled client i starts at the server's (x, y, z) and takes t_i local steps
+            y_i <- y_i - b D_y,   z_i <- z_i - g D_z,   x_i <- x_i - a D_x
         the server steps along the average of the clients' sums of directions, divided by the mean number of local steps
             y <- y + lower_optimizer(D_y),   z <- ball(z + linear_optimizer(D_z)),   x <- x + upper_optimizer(D_x)
 
-    With one local step this is SOBA on the average of the sampled clients. Clients with more local steps pull harder, towards a
-    minimiser of another objective; `normalise=True` divides each client's sum by its own number of steps instead.
+    With one local step this is SOBA on the average of the sampled clients. Clients with more local steps pull harder,
+    towards a minimiser of another objective; `normalise=True` divides each client's sum by its own number of steps
+    instead.
 
     Attributes:
       clients: how many take part in each round; None: all.
       upper_optimizer, lower_optimizer, linear_optimizer: the server's step sizes or optax rules for x, y and z.
       local_steps: local steps per round, one number or one per client.
-      local_upper, local_lower, local_linear: the clients' step sizes a, b, g; None: the server's, divided by the mean number of local steps.
+      local_upper, local_lower, local_linear: the clients' step sizes a, b, g; None: the server's, divided by the mean
+        number of local steps.
       normalise: as above.
       radius: z is kept in a ball of this radius; None: free.
       weighting: "samples": a client counts by its number of samples (`data.Clients`); "clients": all count alike.
 
-    Metrics: `upper_loss`, `hypergradient_norm` (|mean D_x|) and `lower_residual` (|mean D_y|) on the round's clients at the server's
-    point (averaged along the local steps), `communication_rounds` (1), `communication_floats` (received and sent by all clients).
+    Metrics: `upper_loss`, `hypergradient_norm` (|mean D_x|) and `lower_residual` (|mean D_y|) on the round's clients at
+    the server's point (averaged along the local steps), `communication_rounds` (1), `communication_floats` (received
+    and sent by all clients).
 
     Oracle calls per local step: one of each, from one linearisation.
     """
@@ -89,8 +95,15 @@ class FederatedSingleLoop:
             check_count(owner, local_steps=count)
         for name in ("upper", "lower", "linear"):
             check_optimizer(owner, f"{name}_optimizer", getattr(self, f"{name}_optimizer"))
-            if self._most > 1 and getattr(self, f"local_{name}") is None and isinstance(getattr(self, f"{name}_optimizer"), optax.GradientTransformation):
-                raise ValueError(f"{owner}({name}_optimizer=an optax rule) with several local steps needs the clients' own step size: local_{name}=...")
+            if (
+                self._most > 1
+                and getattr(self, f"local_{name}") is None
+                and isinstance(getattr(self, f"{name}_optimizer"), optax.GradientTransformation)
+            ):
+                raise ValueError(
+                    f"{owner}({name}_optimizer=an optax rule) with several local steps needs the clients' own "
+                    f"step size: local_{name}=..."
+                )
         if isinstance(self.radius, float) and not self.radius > 0:
             raise ValueError(f"{owner}(radius={self.radius}): the ball's radius is positive, or None.")
         if self.weighting not in ("samples", "clients"):
@@ -102,18 +115,27 @@ class FederatedSingleLoop:
 
     @property
     def _mean_steps(self) -> float:
-        return sum(self.local_steps) / len(self.local_steps) if isinstance(self.local_steps, tuple) else self.local_steps
+        return (
+            sum(self.local_steps) / len(self.local_steps) if isinstance(self.local_steps, tuple) else self.local_steps
+        )
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> SingleLoopState:
         """The server before the first round, z at 0."""
         refuse(self, problem, x)
         total = check_clients(problem, type(self).__name__, self.clients)
         if isinstance(self.local_steps, tuple) and len(self.local_steps) != total:
-            raise ValueError(f"{type(self).__name__}(local_steps=...) has {len(self.local_steps)} entries for {total} clients: give one for each.")
-        upper, lower, linear = (as_optimizer(o) for o in (self.upper_optimizer, self.lower_optimizer, self.linear_optimizer))
+            raise ValueError(
+                f"{type(self).__name__}(local_steps=...) has {len(self.local_steps)} entries for {total} clients: "
+                f"give one for each."
+            )
+        upper, lower, linear = (
+            as_optimizer(o) for o in (self.upper_optimizer, self.lower_optimizer, self.linear_optimizer)
+        )
         return SingleLoopState(x, y, optax.tree.zeros_like(y), upper.init(x), lower.init(y), linear.init(y))
 
-    def step(self, problem: Problem, state: SingleLoopState, key: StepKey) -> tuple[SingleLoopState, dict[str, jax.Array]]:
+    def step(
+        self, problem: Problem, state: SingleLoopState, key: StepKey
+    ) -> tuple[SingleLoopState, dict[str, jax.Array]]:
         """One round."""
         at = Round(problem, key.fold_in(10), self.clients, self.weighting)
         start = at.copies((state.x, state.y, state.z))
@@ -140,7 +162,9 @@ class FederatedSingleLoop:
     def _local_steps(self, at: Round, start: Any) -> tuple[jax.Array, Any]:
         counts = jnp.asarray(self.local_steps)[at.who()] if isinstance(self.local_steps, tuple) else None
         steps = [
-            getattr(self, f"{name}_optimizer") / self._mean_steps if getattr(self, f"local_{name}") is None else getattr(self, f"local_{name}")
+            getattr(self, f"{name}_optimizer") / self._mean_steps
+            if getattr(self, f"local_{name}") is None
+            else getattr(self, f"local_{name}")
             for name in ("upper", "lower", "linear")
         ]
 
@@ -149,7 +173,9 @@ class FederatedSingleLoop:
             found, D = directions(at, at.key.inner(k, self._most), *mine)
             if counts is not None:
                 D = jax.tree.map(lambda d: jnp.where((k < counts).reshape(-1, *[1] * (d.ndim - 1)), d, 0), D)
-            mine = tuple(jax.tree.map(lambda v, d, s=s: v - s * d, v, d) for s, v, d in zip(steps, mine, D, strict=True))
+            mine = tuple(
+                jax.tree.map(lambda v, d, s=s: v - s * d, v, d) for s, v, d in zip(steps, mine, D, strict=True)
+            )
             return mine, optax.tree.add(total, D), jnp.where(k == 0, found, value)
 
         shape = jax.eval_shape(lambda: directions(at, at.key, *start)[0])
@@ -179,9 +205,12 @@ def SimFBO(
 ) -> FederatedSingleLoop:
     """SimFBO: one round of p + 2 q numbers each way per outer step. The practical default.
 
-    Reference: Yang, Xiao, Ji, "SimFBO: Towards Simple, Flexible and Communication-efficient Federated Bilevel Learning", NeurIPS 2023.
+    Reference: Yang, Xiao, Ji, "SimFBO: Towards Simple, Flexible and Communication-efficient Federated Bilevel
+    Learning", NeurIPS 2023.
     """
-    return FederatedSingleLoop(clients, upper_optimizer, lower_optimizer, linear_optimizer, local_steps, radius=radius, **options)
+    return FederatedSingleLoop(
+        clients, upper_optimizer, lower_optimizer, linear_optimizer, local_steps, radius=radius, **options
+    )
 
 
 def ShroFBO(
@@ -199,5 +228,12 @@ def ShroFBO(
     Reference: Yang, Xiao, Ji, NeurIPS 2023.
     """
     return FederatedSingleLoop(
-        clients, upper_optimizer, lower_optimizer, linear_optimizer, local_steps, normalise=True, radius=radius, **options
+        clients,
+        upper_optimizer,
+        lower_optimizer,
+        linear_optimizer,
+        local_steps,
+        normalise=True,
+        radius=radius,
+        **options,
     )

@@ -185,7 +185,8 @@ class Diagnosed:
             if result in (Result.CONVERGED, Result.PENALTY_LIMITED, Result.MAX_STEPS):
                 result = Result.INFEASIBLE
             said.append(
-                f"At this x no feasible lower-level y was found: the best breaks a constraint by {checked['polished_violation']:.2g} (scaled rows)."
+                "At this x no feasible lower-level y was found: "
+                f"the best breaks a constraint by {checked['polished_violation']:.2g} (scaled rows)."
             )
         elif metrics.get("violation", 0.0) > max(asked, 1e-3) and tol is not None and result is Result.CONVERGED:
             result = Result.INFEASIBLE
@@ -198,11 +199,13 @@ class Diagnosed:
         ):
             result = Result.PENALTY_LIMITED
             said.append(
-                f"The penalty's bias in the upper loss is about {metrics['bias']:.2g}: raise the penalty, or extrapolate in it (Continuation)."
+                f"The penalty's bias in the upper loss is about {metrics['bias']:.2g}: "
+                "raise the penalty, or extrapolate in it (Continuation)."
             )
         if metrics.get("multiplier_at_cap", 0.0) > 0:
             said.append(
-                f"{100 * metrics['multiplier_at_cap']:.0f}% of the multipliers sit on their cap: raise the cap; if they follow it, no multiplier exists."
+                f"{100 * metrics['multiplier_at_cap']:.0f}% of the multipliers sit on their cap: raise the cap; "
+                "if they follow it, no multiplier exists."
             )
             if result is Result.CONVERGED:
                 result = Result.PENALTY_LIMITED
@@ -253,8 +256,14 @@ def _check(problem: Problem, x: PyTree, y: PyTree, starts: int) -> dict[str, jax
     # Lagrangian.
     multiplied = jnp.vdot(solved.multipliers[best], rows(x, y)) if rows.count else 0.0
     here = lower(x, y)
+    gap = here + multiplied - value[best]
+    if lower.prox is not None:
+        # The nonsmooth term's value is not known, only its prox: half the squared proximal gradient stands for the gap.
+        moved = lower.prox(optax.tree.sub(y, lower.gradient(x, y)), x, 1.0)
+        moved = moved if lower.project is None else lower.project(moved)
+        gap = optax.tree.norm(optax.tree.sub(y, moved), squared=True) / 2
     return {
         "lower_loss": here,
-        "polished_gap": here + multiplied - value[best],
+        "polished_gap": gap,
         "polished_violation": solved.violation[best],
     }

@@ -30,12 +30,14 @@ def choose(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str] | None:
         if is_affine(rows.raw, x, y) and rows.count <= _MANY_ROWS:
             return (
                 LVHBA(),
-                "LVHBA: the coupled constraints are affine, so that projecting on them is cheap and keeps the lower level feasible.",
+                "LVHBA: the coupled constraints are affine, so that projecting on them is cheap "
+                "and keeps the lower level feasible.",
             )
         why = "nonlinear" if rows.count <= _MANY_ROWS else f"{rows.count} rows"
         return (
             BiCGAFFA(),
-            f"BiCGAFFA: coupled constraints ({why}) without a projection on the coupled set; LVHBA(project=...) if you have one.",
+            f"BiCGAFFA: coupled constraints ({why}) without a projection on the coupled set; "
+            "LVHBA(project=...) if you have one.",
         )
     if not jax.tree.leaves(x):
         if problem.project_lower is None and problem.prox_lower is None and problem.stochastic:

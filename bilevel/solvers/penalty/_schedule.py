@@ -79,8 +79,8 @@ class Continuation:
     iterate is.
 
     Attributes:
-      start, factor, maximum: c = unit start factor^stage, at most unit maximum. The unit is the curvature of F over that of f
-        at the start where that exceeds one (a sum over samples as F, a mean as f), else one.
+      start, factor, maximum: c = unit start factor^stage, at most unit maximum. The unit is half the curvature of F
+        over that of f at the start where that exceeds one (a sum over samples as F, a mean as f), else one.
       power, patience: the slowest growth allowed; the power is that of the published schedules.
       settle: a stage has converged when the residual is below `settle` |grad F| / c (all in units of grad F).
       extrapolate: Richardson.
@@ -96,7 +96,7 @@ class Continuation:
 
     def init(self, point: PyTree, unit: Any = 1.0) -> Path:
         """The path before the first step; `unit`: the upper loss's curvature over the lower one's."""
-        return _begin(point, self.start, jnp.maximum(unit, 1.0))
+        return _begin(point, self.start, jnp.maximum(unit / 2, 1.0))
 
     def advance(self, path: Path, k: Any, point: PyTree, settled: Any) -> Path:
         """The path after step k; `settled`: the residual relative to the upper gradient."""

@@ -63,12 +63,14 @@ class AiPOD(Diagnosed):
         refuse(self, problem, x, honours=("equality", "project_upper"), instead="solvers.LVHBA or solvers.BiCGAFFA")
         if problem.equality is None:
             raise ProblemError(
-                "AiPOD is for lower levels with an equality constraint, and the problem has none. Take solvers.AID instead."
+                "AiPOD is for lower levels with an equality constraint, and the problem has none. "
+                "Take solvers.AID instead."
             )
         rows = Constraints(problem, problem.draw_lower(key), x, y)
         if not is_affine(lambda y: rows.raw(x, y), y):
             raise ProblemError(
-                "AiPOD needs an equality that is affine in y with a constant matrix, and this is not (by its trace). Take solvers.BiCGAFFA instead."
+                "AiPOD needs an equality that is affine in y with a constant matrix, and this is not (by its trace). "
+                "Take solvers.BiCGAFFA instead."
             )
         state = begin(problem, x, y, key, 1.0, upper_rule(problem, self.upper_optimizer), {})
         rows = Constraints(problem, problem.draw_lower(key), x, y, state.scale)

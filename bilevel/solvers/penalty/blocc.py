@@ -45,7 +45,7 @@ class BLOCC(Diagnosed):
     Optimization with Coupled Constraints", NeurIPS 2024.
     """
 
-    penalty: Any = Continuation()
+    penalty: Any = Continuation(settle=0.02)
     upper_optimizer: Any = None
     inner_steps: int = 60
     rounds: int = 8
@@ -63,8 +63,8 @@ class BLOCC(Diagnosed):
     def step(self, problem: Problem, state: ValueState, key: Any) -> tuple[ValueState, dict[str, jax.Array]]:
         """One iteration."""
         upper, lower = problem.draw_upper(key), problem.draw_lower(key)
-        x, c = state.point[0], state.path.penalty
-        rows = Constraints(problem, lower, *state.point, state.scale)
+        (x, y), c = state.point, state.path.penalty
+        rows = Constraints(problem, lower, x, y, state.scale)
         options = {"steps": self.inner_steps, "rounds": self.rounds, "tol": float(jnp.finfo(rows.dtype).eps) ** 0.75}
         z, mu, _, z_broken = solve_lower(lower, rows, x, *state.inner["z"], **options)
         y, lam, _, broken = solve_lower(Tilted(lower, upper, 1 / c), rows, x, *state.inner["y"], **options)

@@ -91,7 +91,7 @@ class GAM(Diagnosed):
         def gradient(active: jax.Array) -> PyTree:
             masked = jnp.where(active[:, None], jacobian, 0.0)
             system = jnp.block([[hessian, masked.T], [masked, jnp.diag(jnp.where(active, 0.0, 1.0))]])
-            solution = jnp.linalg.lstsq(system, right, rcond=1e2 * jnp.finfo(rows.dtype).eps)[0]
+            solution = jnp.linalg.lstsq(system, right, rcond=1e2 * float(jnp.finfo(rows.dtype).eps))[0]
             w, q = unravel(solution[: flat.size]), jnp.where(active, solution[flat.size :], 0.0)
             indirect = derivatives.cross_product(lagrangian, x, y, w)
             through = jax.vjp(lambda x: rows(x, y), x)[1](q)[0]

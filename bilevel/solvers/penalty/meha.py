@@ -101,13 +101,11 @@ class MEHA(Diagnosed):
 
         found = Slopes(loss, (F_x, F_y), value, (gap_x, gap_y))
         moved = state.moved + norm(optax.tree.sub(new_x, x))
-        curvatures = follow(problem, state, key, lower, found.apart, moved=moved)
+        followed = follow(problem, state, key, lower, found.apart, moved=moved)
         inner = norm(optax.tree.sub(theta, state.theta)) / eta
         point = (new_x, new_y)
         joint = norm(optax.tree.sub(point, state.point)) / alpha
-        return close(
-            self.penalty, state, key, found, rows, point, theta, state.duals, curvatures, (joint, inner), inner
-        )
+        return close(self.penalty, state, key, found, rows, point, theta, state.duals, followed, (joint, inner), inner)
 
     def _gamma(self, curvatures: dict[str, jax.Array]) -> Any:
         if self.gamma is not None:

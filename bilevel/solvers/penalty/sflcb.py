@@ -66,7 +66,8 @@ class SFLCB(Diagnosed):
         )
         if not is_affine(Constraints(problem, problem.draw_lower(key), x, y).raw, x, y):
             raise ProblemError(
-                "SFLCB needs constraints that are affine in (x, y), and these are not (by their trace). Take solvers.BiCGAFFA instead."
+                "SFLCB needs constraints that are affine in (x, y), and these are not (by their trace). "
+                "Take solvers.BiCGAFFA instead."
             )
         return begin(problem, *project_pair(problem, x, y), key, self.penalty, ("lam", "v"))
 

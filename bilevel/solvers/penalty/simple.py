@@ -150,7 +150,8 @@ def _only_simple(solver: Any, problem: Problem, x: PyTree) -> None:
     refuse(solver, problem, x, honours=("project_lower", "prox_lower"), simple=True, instead="solvers.LVHBA")
     if jax.tree.leaves(x):
         raise ProblemError(
-            f"{type(solver).__name__} is for simple bilevel problems, where both levels own y: pass x0=None, or take solvers.VPBGD instead."
+            f"{type(solver).__name__} is for simple bilevel problems, where both levels own y: pass x0=None, "
+            "or take solvers.VPBGD instead."
         )
 
 

@@ -1,0 +1,339 @@
+"""Stochastic methods on the problems of benchopt's benchmark_bilevel, alone or against that suite's own solver classes.
+
+    python benchmarks/stochastic.py                                  ours alone
+    python benchmarks/stochastic.py --peer PATH --problem ijcnn1     against a checkout of benchmark_bilevel (needs `pip install benchopt`)
+    python benchmarks/stochastic.py --peer PATH --race               time to accuracy as well, with a figure
+
+Both run in this process, interleaved, on one pinned core, with the same losses, batches and steps. Times are CPU times
+of finished work (block_until_ready before the clock is read), medians over rounds. `agree` is the largest relative
+difference of the iterates after `--agree` steps when the peer is fed our order of blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if hasattr(os, "sched_setaffinity"):  # before JAX starts its threads
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _stochastic_problems as problems
+
+from bilevel.data import StepKey, as_step_key
+from bilevel.solvers.single_loop import FSLA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN
+from bilevel.solvers.stochastic_nested import TTSA, AmIGO, StocBiO
+from bilevel.solvers.tuning_free import STFBO
+
+CASES: dict[str, Callable[[], problems.Case]] = {
+    "simulated": problems.simulated,
+    "simulated-large": lambda: problems.simulated(lower_count=32_768, upper_count=1_024, d=100, p=10),
+    "ijcnn1": problems.logistic,
+    "covtype": problems.covtype,
+    "mnist": problems.cleaning,
+}
+# Steps per timed call, and the published best (step, ratio of the steps) for the race.
+STEPS = {"simulated": 40, "simulated-large": 40, "ijcnn1": 4000, "covtype": 1000, "mnist": 400}
+BEST = {
+    ("simulated", "SABA"): (0.1, 1.0), ("simulated", "SRBA"): (0.1, 1.0), ("simulated", "SOBA"): (0.1, 1.0),
+    ("simulated-large", "SABA"): (0.1, 1.0), ("simulated-large", "SRBA"): (0.1, 1.0),
+    ("ijcnn1", "SABA"): (0.125, 1.0), ("ijcnn1", "SRBA"): (0.25, 1.0), ("ijcnn1", "SOBA"): (0.03125, 0.01),
+    ("mnist", "SABA"): (0.1, 1e-3), ("mnist", "SOBA"): (1.0, 1e-4), ("mnist", "SRBA"): (1e-3, 1e-5),
+}  # fmt: skip
+
+
+def ours(name: str, step: float, outer: float) -> Any:
+    """This library's solver with the peer's steps."""
+    make = {
+        "SOBA": lambda: SOBA(outer, step),
+        "SABA": lambda: SABA(outer, step),
+        "SRBA": lambda: SRBA(outer, step),
+        "SPABA": lambda: SPABA(outer, step),
+        "FSLA": lambda: FSLA(step, outer, step),
+        "SUSTAIN": lambda: SUSTAIN(outer, step, step),
+        "MRBO": lambda: MRBO(outer, step, step),
+        "TTSA": lambda: TTSA(outer, step, step),
+        "StocBiO": lambda: StocBiO(outer, step, hvp_step=step),
+        "AmIGO": lambda: AmIGO(outer, step, hvp_step=step),
+        "STFBO": lambda: STFBO(),
+    }
+    return make[name]()
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def advance(problem: Any, solver: Any, state: Any, base: StepKey, start: Any, steps: int) -> Any:
+    """`steps` steps from `state`; what `bilevel.run` does, from any state."""
+    step = lambda state, k: solver.step(problem, state, StepKey(base.base, k, base.stream))
+    return jax.lax.scan(step, state, start + jnp.arange(steps, dtype=jnp.uint32))
+
+
+class Ours:
+    """A run of this library's solver, in chunks."""
+
+    def __init__(self, case: problems.Case, name: str, step: float, outer: float) -> None:
+        self.case, self.solver, self.base = case, ours(name, step, outer), as_step_key(0)
+        self.restart()
+
+    def restart(self) -> None:
+        self.state, self.done = self.solver.init(self.case.problem, self.case.x0, self.case.y0, self.base), 0
+
+    def run(self, steps: int) -> None:
+        self.state, _ = advance(self.case.problem, self.solver, self.state, self.base, jnp.uint32(self.done), steps)
+        self.done += steps
+        jax.block_until_ready(self.state)
+
+    @property
+    def point(self) -> tuple[Any, Any]:
+        return self.state.x, self.state.y
+
+
+class Peer:
+    """A run of benchmark_bilevel's solver class, in chunks of the one size that it was compiled for."""
+
+    def __init__(self, case: problems.Case, name: str, step: float, ratio: float, orders: Any = None) -> None:
+        module = importlib.import_module(f"solvers.{name.lower()}")
+        base = importlib.import_module("benchmark_utils.stochastic_jax_solver")
+        sampler, self.name = base.init_sampler, name
+        if orders is not None:
+            base.init_sampler = _replaying(iter(orders))
+        try:
+            self.solver = module.Solver.get_instance(step_size=step, outer_ratio=ratio, batch_size=64)
+            self.solver.set_objective(
+                f_inner=case.lower_fn, f_outer=case.upper_fn, n_inner_samples=case.lower_count, n_outer_samples=case.upper_count,
+                inner_var0=case.y0, outer_var0=case.x0,
+            )  # fmt: skip
+        finally:
+            base.init_sampler = sampler
+        self.restart()
+
+    def restart(self) -> None:
+        start = self.solver.init()
+        self.memory, self.carry = start if isinstance(start, tuple) else (None, start)
+        self.done = 0
+
+    def run(self, steps: int) -> None:
+        if self.name == "SABA":
+            self.memory, self.carry = self.solver.one_epoch(self.carry, self.memory, steps)
+        elif self.name in ("SRBA", "VRBO"):
+            self.carry = self.solver.one_epoch(self.carry, steps, self.done)
+        else:
+            self.carry = self.solver.one_epoch(self.carry, steps)
+        self.done += steps
+        jax.block_until_ready((self.memory, self.carry))
+
+    @property
+    def point(self) -> tuple[Any, Any]:
+        return self.carry["outer_var"], self.carry["inner_var"]
+
+
+def _replaying(orders: Any) -> Callable[..., Any]:
+    """A sampler of the peer's that reads given block numbers: first for its inner level, then for its outer one."""
+
+    def init_sampler(n_samples: int, batch_size: int, key: Any) -> Any:
+        order = jnp.asarray(next(orders))
+        weight = batch_size / n_samples
+
+        def sampler(state: Any) -> Any:
+            block = order[state["i_batch"]]
+            return block * batch_size, block, weight, {**state, "i_batch": state["i_batch"] + 1}
+
+        return sampler, {
+            "batch_order": jnp.zeros(-(-n_samples // batch_size), int),
+            "i_batch": jnp.array(0),
+            "key": key,
+        }
+
+    return init_sampler
+
+
+def block_orders(case: problems.Case, name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper blocks that our solver draws in `steps` steps, in the order in which the peer's class draws them."""
+    lower, upper, base = case.problem.lower_data, case.problem.upper_data, as_step_key(0)
+    n = 10
+
+    def at(step: Any) -> tuple[jax.Array, jax.Array]:
+        key = StepKey(base.base, step, base.stream)
+        low, up = key.fold_in(0), key.fold_in(1)
+        if name not in ("StocBiO", "AmIGO"):
+            return lower.block(low)[None], upper.block(up)
+        inner = [lower.block(low.inner(i, n)) for i in range(n)]
+        products = [lower.block(low.fold_in(1).inner(j, n)) for j in range(n)]
+        return jnp.stack([*inner, *products, lower.block(low.fold_in(3))]), upper.block(up)
+
+    numbers = np.arange(steps)
+    if name == "SRBA":  # full steps draw nothing there
+        period = int((case.lower_count + case.upper_count) * 0.5 / lower.size)
+        numbers = numbers[numbers % period != 0]
+    low, up = jax.jit(jax.vmap(at))(jnp.asarray(numbers, jnp.uint32))
+    return np.asarray(low).reshape(-1), np.asarray(up).reshape(-1)
+
+
+def cpu(fn: Callable[[], Any]) -> float:
+    """CPU seconds of `fn`, which waits for its results."""
+    begun = time.process_time()
+    fn()
+    return time.process_time() - begun
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the table; times in microseconds per iteration and in seconds."""
+
+    problem: str
+    solver: str
+    ours: float
+    peer: float | None = None
+    compiled: float = 0.0
+    peer_compiled: float | None = None
+    agree: float | None = None
+
+    def __str__(self) -> str:
+        left = f"{self.problem:<28} {self.solver:<8} {self.ours:>10.1f}"
+        if self.peer is None or self.peer_compiled is None:
+            return f"{left} {'':>10} {'':>6} {self.compiled:>8.2f}"
+        agree = f"{self.agree:.0e}" if self.agree is not None else "-"
+        return f"{left} {self.peer:>10.1f} {self.ours / self.peer:>6.2f} {self.compiled:>8.2f} {self.peer_compiled:>8.2f} {self.compiled / self.peer_compiled:>6.2f} {agree:>8}"
+
+
+def compare(case: problems.Case, key: str, name: str, arguments: argparse.Namespace) -> Row:
+    """CPU time per iteration, compile time and agreement for one solver on one problem."""
+    steps = arguments.steps or STEPS[key]
+    mine = Ours(case, name, 0.1, 0.1)
+    first = cpu(lambda: mine.run(steps))
+    theirs, peer_first = None, 0.0
+    if arguments.peer and (Path(arguments.peer) / "solvers" / f"{name.lower()}.py").exists():
+        made: list[Peer] = []
+        peer_first = cpu(lambda: (made.append(Peer(case, name, 0.1, 1.0)), made[0].run(steps)))
+        theirs = made[0]
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(arguments.rounds):
+        for run, into in ((mine, times[0]), (theirs, times[1])):
+            if run is not None:
+                run.restart()
+                into.append(cpu(lambda run=run: run.run(steps)))
+    row = Row(case.name, name, 1e6 * float(np.median(times[0])) / steps, compiled=first - float(np.median(times[0])))
+    if theirs is not None:
+        row.peer = 1e6 * float(np.median(times[1])) / steps
+        row.peer_compiled = peer_first - float(np.median(times[1]))
+        if arguments.agree and name in ("SOBA", "SABA", "SRBA", "StocBiO", "AmIGO"):
+            row.agree = agreement(case, name, arguments.agree)
+    return row
+
+
+def agreement(case: problems.Case, name: str, steps: int) -> float:
+    """The largest relative difference of x and y after `steps` steps on the same blocks."""
+    mine = Ours(case, name, 0.1, 0.1)
+    theirs = Peer(case, name, 0.1, 1.0, block_orders(case, name, steps))
+    theirs.restart()
+    mine.run(steps)
+    theirs.run(steps)
+    pairs = zip(mine.point, theirs.point, strict=True)
+    return max(float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-30)) for a, b in pairs)
+
+
+def race(case: problems.Case, key: str, arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
+    """The figure of merit against CPU time, evaluated between chunks and off the clock; with the published best steps."""
+    chunk = arguments.steps or STEPS[key]
+    curves = {}
+    for name in ("SABA", "SRBA", "SOBA", "STFBO"):
+        if name == "STFBO":
+            entrants: list[tuple[str, Any]] = [("ours STFBO", lambda: Ours(case, "STFBO", 0.0, 0.0))]
+        elif (key, name) in BEST:
+            step, ratio = BEST[key, name]
+            entrants = [(f"ours {name}", lambda n=name, s=step, r=ratio: Ours(case, n, s, s / r))]
+            if arguments.peer:
+                entrants.append((f"peer {name}", lambda n=name, s=step, r=ratio: Peer(case, n, s, r)))
+        else:
+            continue
+        for label, make in entrants:
+            run = make()
+            run.run(chunk)  # compile
+            run.restart()
+            spent, times, values = 0.0, [0.0], [case.measure(*run.point)]
+            while spent < arguments.budget and values[-1] > 1e-7 * values[0]:
+                spent += cpu(lambda run=run: run.run(chunk))
+                times.append(spent)
+                values.append(case.measure(*run.point))
+                if not np.isfinite(values[-1]):
+                    break
+            curves[label] = times, values
+            target = target_of(case, values[0])
+            when = next((t for t, v in zip(times, values, strict=True) if v <= target), None)
+            reached = f"{when:.2f} CPU s" if when is not None else "not reached"
+            print(
+                f"  {label:<12} {case.measured} {values[0]:.3g} -> {values[-1]:.3g} in {spent:.1f} CPU s, {run.done} steps; to {target:.3g}: {reached}",
+                flush=True,
+            )
+    return curves
+
+
+def target_of(case: problems.Case, start: float) -> float:
+    """1e-6 of the start's squared hypergradient; for errors, what the case says."""
+    return 1e-6 * start if "grad" in case.measured else case.goal
+
+
+def draw(curves: dict[str, Any], case: problems.Case, path: Path) -> None:
+    """Save the curves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label, (times, values) in curves.items():
+        colour = {"SABA": "C0", "SRBA": "C1", "SOBA": "C2", "STFBO": "C3"}[label.split()[1]]
+        axes.plot(times, values, color=colour, linestyle="-" if label.startswith("ours") else "--", label=label)
+    axes.set(xlabel="CPU seconds", ylabel=case.measured, title=case.name)
+    axes.set_yscale("log" if "grad" in case.measured else "linear")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Print the table, and with --race the times to accuracy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="a checkout of benchopt/benchmark_bilevel")
+    parser.add_argument("--problem", nargs="+", choices=sorted(CASES), default=["simulated", "ijcnn1", "mnist"])
+    parser.add_argument("--solver", nargs="+", default=["SOBA", "SABA", "SRBA", "AmIGO", "StocBiO"])
+    parser.add_argument("--steps", type=int, help="steps per timed call (default: by problem)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--agree", type=int, default=30, help="steps after which iterates are compared; 0: not")
+    parser.add_argument("--race", action="store_true", help="time to accuracy instead of the table")
+    parser.add_argument("--budget", type=float, default=20.0, help="CPU seconds per method in the race")
+    parser.add_argument("--out", default="benchmarks/figures", help="where figures are saved")
+    arguments = parser.parse_args()
+    if arguments.peer:
+        sys.path.insert(0, arguments.peer)
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, one core; CPU microseconds per iteration, medians of {arguments.rounds} rounds"
+    )
+    print(
+        f"{'problem':<28} {'solver':<8} {'ours':>10} {'peer':>10} {'ratio':>6} {'compile':>8} {'peer':>8} {'ratio':>6} {'agree':>8}",
+        flush=True,
+    )
+    for key in arguments.problem:
+        case = CASES[key]()
+        if arguments.race:
+            path = Path(arguments.out)
+            path.mkdir(parents=True, exist_ok=True)
+            draw(race(case, key, arguments), case, path / f"stochastic_{key}.png")
+            continue
+        for name in arguments.solver:
+            print(compare(case, key, name, arguments), flush=True)
+
+
+if __name__ == "__main__":
+    main()

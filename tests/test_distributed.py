@@ -1,0 +1,159 @@
+"""One solver code on one device, on a mesh, in several processes; killed and resumed on another number of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import distributed_run
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from distributed_problems import quadratic
+
+from bilevel import Problem, data, distributed, network, solve
+from bilevel.solvers.decentralized import GTDSBO
+
+TESTS = Path(__file__).parent
+METHODS = ["gt", "ed", "simfbo", "fedmbo"]
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu", **more}
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _processes(count: int, devices: int, arguments: Sequence[Any]) -> list[subprocess.Popen[str]]:
+    """The documented command, once per process."""
+    coordinator = f"127.0.0.1:{_free_port()}"
+    return [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "bilevel.distributed", "--coordinator", coordinator, "--processes", str(count),
+                "--process", str(i), "--devices", str(devices), str(TESTS / "distributed_run.py"), *map(str, arguments),
+            ],
+            env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def _ended(started: list[subprocess.Popen[str]], timeout: float = 500) -> None:
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+
+
+def _same(found: Any, expected: dict[str, Any], methods: Sequence[str]) -> None:
+    for name in methods:
+        for quantity in [key for key in expected if key.startswith(f"{name}.")]:
+            np.testing.assert_allclose(found[quantity], expected[quantity], rtol=1e-12, atol=1e-12, err_msg=quantity)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    """The runs on one device of this process."""
+    before = bool(jax.config.jax_enable_x64)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        return distributed_run.results(METHODS, 40, sharded=False)
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.slow
+def test_four_devices_are_one_device(expected: dict[str, Any], tmp_path: Path) -> None:
+    """Equal iterates and histories, copies that lie on all four, and a ring step whose only collectives are
+    permutes."""
+    subprocess.run(
+        [sys.executable, str(TESTS / "distributed_run.py"), str(tmp_path / "out.npz"), "--collectives"],
+        env=_environment(XLA_FLAGS="--xla_force_host_platform_device_count=4"), check=True, timeout=500,
+    )  # fmt: skip
+    found = np.load(tmp_path / "out.npz")
+    assert found["devices"] == 4 and found["gt devices"] == 4
+    _same(found, expected, METHODS)
+    assert found["collectives"].tolist() == ["collective-permute"] * 3
+
+
+@pytest.mark.slow
+def test_two_processes_with_two_devices_are_one_device(expected: dict[str, Any], tmp_path: Path) -> None:
+    _ended(_processes(2, 2, [tmp_path / "out.npz", "--methods", "gt,simfbo"]))
+    found = np.load(tmp_path / "out.npz")
+    assert found["devices"] == 4 and found["processes"] == 2
+    _same(found, expected, ["gt", "simfbo"])
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_on_another_number_of_processes(expected: dict[str, Any], tmp_path: Path, x64: None) -> None:
+    """Two processes, of which one dies at step 25; this process goes on from their checkpoint, and then two again."""
+    runs = tmp_path / "runs"
+    arguments = [tmp_path / "out.npz", "--methods", "gt", "--checkpoint", runs]
+    started = _processes(2, 1, [*arguments, "--kill-at", 25])
+    codes = []
+    try:
+        codes.append(started[1].wait(timeout=500))
+    finally:
+        for process in started:  # the survivor waits for its peer, and gives up after the heartbeat
+            process.kill()
+            process.communicate()
+    assert codes == [9]
+    assert sorted(entry.name for entry in runs.iterdir()) == ["step_10", "step_20"]
+
+    alone = distributed_run.results(["gt"], 30, sharded=False, checkpoint=str(runs))
+    assert len(alone["gt.upper_loss"]) == 30
+    _ended(_processes(2, 2, arguments))
+    _same(np.load(tmp_path / "out.npz"), expected, ["gt"])
+
+
+def test_from_local_and_gather_in_one_process() -> None:
+    mesh = distributed.mesh()
+    rows = np.arange(12.0, dtype=np.float32).reshape(4, 3)
+    agents = distributed.from_local(rows, mesh, size=2)
+    assert len(agents) == 4 and agents.size == 2
+    np.testing.assert_array_equal(distributed.gather({"a": agents.arrays, "b": 1.0})["a"], rows)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: distributed.shard(quadratic(8)[0], _mesh(3)),
+            "'agents' of 3 devices does not divide the 8 agents of upper_data: take a mesh of 2",
+        ),
+        (lambda: distributed.shard(quadratic(8)[0], _mesh(2, "rows")), "no axis 'agents', it has 'rows'"),
+        (lambda: distributed.shard(Problem(jnp.sum, jnp.sum, None, data.Stream([1])), _mesh(2)), "reads from the host"),
+        (lambda: distributed.initialize("host:1", 2, 2), "numbered 0 to 1"),
+        (lambda: distributed.initialize("nowhere", 2, 0), "address and port"),
+        (lambda: distributed.from_local((np.ones(2), np.ones(3)), distributed.mesh()), "have 2, 3 agents"),
+    ],
+)
+def test_errors_by_name(make, words: str) -> None:
+    with pytest.raises(distributed.DistributedError, match=words):
+        make()
+
+
+def _mesh(size: int, axis: str = "agents") -> Any:
+    return jax.sharding.AbstractMesh((size,), (axis,))
+
+
+def test_a_mesh_of_one_device_changes_nothing() -> None:
+    problem, (p, q) = quadratic(4)
+    solver = GTDSBO(network.ring(4), 0.05, 0.2, 0.2)
+    here = solve(problem, jnp.zeros(p), jnp.zeros(q), solver, steps=20)
+    there = solve(distributed.shard(problem, distributed.mesh()), jnp.zeros(p), jnp.zeros(q), solver, steps=20)
+    np.testing.assert_array_equal(here.x, there.x)

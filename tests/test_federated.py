@@ -1,0 +1,329 @@
+"""Federated solvers: variance and bias of the estimators, floors, equalities with centralised methods, sampling,
+splits' edge cases."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from distributed_problems import arrays, hypergradient, lower, quadratic, solution, upper
+
+from bilevel import Problem, ProblemError, data, run, solve
+from bilevel.solvers.federated import (
+    AggITD,
+    FedBiO,
+    FedBiOAcc,
+    FederatedNested,
+    FedMBO,
+    FedNest,
+    LFedNest,
+    LocalHypergradient,
+    ParallelHypergradient,
+    SharedHypergradient,
+    ShroFBO,
+    SimFBO,
+)  # fmt: skip
+
+_run = jax.jit(run, static_argnames="steps")
+
+
+def _end(problem: Problem, solver, steps: int):
+    p, q = problem.upper_data.arrays[1].shape[-1], problem.upper_data.arrays[0].shape[-1]
+    return _run(problem, solver, jnp.zeros(p), jnp.zeros(q), steps)
+
+
+def _error(problem: Problem, solver, steps: int) -> float:
+    return float(jnp.linalg.norm(_end(problem, solver, steps)[0].x - solution(problem)[0]))
+
+
+# ---------------------------------------------------------------- estimators
+
+TERMS, DRAWS = 12, 1500
+
+
+@functools.partial(jax.jit, static_argnames=("clients", "draws"))
+def _moments(problem, estimator, curvature, clients: int, draws: int):
+    """Mean and total variance of `draws` draws at x = 1, y = 1."""
+    x, y = jnp.ones(3), jnp.ones(4)
+    keys = jax.random.split(jax.random.key(clients), draws)
+    found = jax.lax.map(
+        lambda k: estimator(problem, x, y, data.as_step_key(k), curvature, clients)[1], keys, batch_size=250
+    )
+    return found.mean(axis=0), found.var(axis=0).sum()
+
+
+def _curvature(problem: Problem) -> float:
+    return float(np.linalg.eigvalsh(np.asarray(problem.lower_data.arrays[0])[:, 0]).max())
+
+
+def _truncated(problem: Problem, L: float) -> np.ndarray:
+    """The hypergradient at x = 1, y = 1 with the first TERMS terms of the series in place of the inverse: the
+    estimators' mean."""
+    c, d, A, B, _ = (
+        np.asarray(a, np.float64).mean(axis=(0, 1)) for a in (*problem.upper_data.arrays, *problem.lower_data.arrays)
+    )
+    factor = np.eye(4) - A / L
+    inverse = sum(np.linalg.matrix_power(factor, j) for j in range(TERMS)) / L
+    return 0.5 * np.ones(3) + d + B.T @ inverse @ (np.ones(4) - c)
+
+
+@pytest.mark.parametrize(("random", "m"), [(True, 64), (False, 512)], ids=["random length", "sum"])
+def test_parallel_chains_have_a_variance_of_order_one_over_clients(random: bool, m: int) -> None:
+    """n times the variance is constant, and the estimator is unbiased (n close to m would leave less: nobody is drawn
+    twice)."""
+    problem, _ = quadratic(m, het=0.5)
+    L = _curvature(problem)
+    truth = _truncated(problem, L)
+    scaled = {}
+    for n in (1, 4, 16, 64):
+        mean, variance = _moments(problem, ParallelHypergradient(TERMS, random), L, n, DRAWS)
+        scaled[n] = n * float(variance)
+        noise = np.sqrt(float(variance) / DRAWS)
+        assert np.linalg.norm(mean - truth) < 5 * noise + 1e-5
+    centre = np.mean(list(scaled.values()))
+    np.testing.assert_allclose(list(scaled.values()), centre, rtol=0.25)
+
+
+def test_the_sum_has_less_variance_than_random_lengths_and_a_shared_length_has_a_floor() -> None:
+    problem, _ = quadratic(64, het=0.5)
+    L = _curvature(problem)
+
+    def variance(estimator, n):
+        return float(_moments(problem, estimator, L, n, DRAWS)[1])
+
+    assert variance(ParallelHypergradient(TERMS), 4) < variance(ParallelHypergradient(TERMS, random=True), 4) / 2
+    # FedNest's: from 16 to 64 clients nothing is gained; FedMBO's falls by four.
+    assert variance(SharedHypergradient(TERMS), 64) > 0.7 * variance(SharedHypergradient(TERMS), 16)
+    assert variance(ParallelHypergradient(TERMS, random=True), 64) < 0.35 * variance(
+        ParallelHypergradient(TERMS, random=True), 16
+    )
+
+
+def test_local_hypergradients_are_biased_by_what_the_closed_form_says(x64: None) -> None:
+    problem, _ = quadratic(16, het=0.5)
+    x, y = np.ones(3), np.ones(4)
+    key = data.as_step_key(0)
+    L = _curvature(problem)
+    local = LocalHypergradient(400)(problem, jnp.ones(3), jnp.ones(4), key, L, None)[1]
+    shared = SharedHypergradient(400, random=False)(problem, jnp.ones(3), jnp.ones(4), key, L, None)[1]
+    c, d, A, B, _ = (np.asarray(a)[:, 0] for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
+    of_each = 0.5 * x + d + np.einsum("nji,nj->ni", B, np.linalg.solve(A, (y - c)[..., None])[..., 0])
+    np.testing.assert_allclose(local, of_each.mean(axis=0), rtol=1e-8)
+    np.testing.assert_allclose(shared, hypergradient(problem, x, y), rtol=1e-8)
+    assert np.linalg.norm(of_each.mean(axis=0) - hypergradient(problem, x, y)) > 1e-2
+
+
+# ---------------------------------------------------------------- end to end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", ["sum", "random"])
+def test_linear_speedup_end_to_end(chain: str) -> None:
+    """n times the tail of E |x - x*|^2 is constant within 25%, 16 seeds; FedNest saturates, LFedNest stays at its
+    bias."""
+    problem, _ = quadratic(512, het=0.5)
+    x = solution(problem)[0]
+    L = _curvature(problem)
+
+    def tail(solver, steps: int = 1200) -> float:
+        def path(key):
+            base = data.as_step_key(key)
+            state = solver.init(problem, jnp.asarray(x, jnp.float32), jnp.zeros(4), base)
+
+            def body(state, k):
+                state, _ = solver.step(problem, state, data.StepKey(base.base, k, base.stream))
+                return state, jnp.sum((state.x - jnp.asarray(x, jnp.float32)) ** 2)
+
+            return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))[1][steps // 3 :].mean()
+
+        return float(jax.jit(jax.vmap(path))(jax.random.split(jax.random.key(0), 16)).mean())
+
+    make = functools.partial(FedMBO, upper_optimizer=0.03, lower_optimizer=0.02, terms=TERMS, chain=chain, curvature=L)
+    scaled = {n: n * tail(make(n)) for n in (1, 4, 16, 64)}
+    np.testing.assert_allclose(list(scaled.values()), np.mean(list(scaled.values())), rtol=0.25)
+    if chain == "random":
+        nested = {n: tail(FedNest(n, 0.03, 0.02, terms=TERMS, curvature=L)) for n in (16, 64)}
+        assert nested[64] > 0.6 * nested[16]
+        assert nested[64] > 1.5 * scaled[64] / 64
+
+
+def test_full_participation_finds_the_solution_and_lfednest_does_not(x64: None) -> None:
+    problem, _ = quadratic(8, het=0.5)
+    assert (
+        _error(problem, FedNest(None, 0.05, 0.2, terms=150, chain="sum", local_steps=3, local_upper_steps=2), 400)
+        < 1e-6
+    )
+    assert _error(problem, AggITD(None, 0.05, 0.2, 100), 600) < 1e-6
+    assert _error(problem, SimFBO(None, 0.05, 0.2, 0.2), 2000) < 1e-12
+    assert _error(problem, LFedNest(None, 0.05, 0.2, terms=150), 400) > 1e-2
+
+
+def test_local_steps_drift_by_a_bias_that_falls_with_the_step(x64: None) -> None:
+    """FedBiO's local steps: the fixed point moves by O(step), so a quarter of the steps has a quarter of the error."""
+    problem, _ = quadratic(8, het=0.5)
+    coarse = _error(problem, FedBiO(None, 0.008, 0.04, 0.04, local_steps=4), 3000)
+    fine = _error(problem, FedBiO(None, 0.002, 0.01, 0.01, local_steps=4), 12000)
+    assert 2.5 < coarse / fine < 5.5
+
+
+@pytest.mark.parametrize("local_steps", [1, 3])
+def test_one_client_is_the_centralised_single_loop(local_steps: int, x64: None) -> None:
+    """SimFBO with one client and one local step is SOBA; FedBiO with one client takes SOBA's steps, several a round."""
+    problem, (p, q) = quadratic(1)
+    steps = (0.05, 0.1, 0.15)
+    solver = SimFBO(1, *steps) if local_steps == 1 else FedBiO(1, *steps, local_steps=local_steps)
+    state, metrics = _end(problem, solver, 20)
+    c, d, A, B, b = (np.asarray(a)[0, 0] for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
+    x, y, z = np.zeros(p), np.zeros(q), np.zeros(q)
+    for _ in range(20 * local_steps):
+        x, y, z = x - 0.05 * (0.5 * x + d + B.T @ z), y - 0.1 * (A @ y - B @ x - b), z - 0.15 * (A @ z - (y - c))
+    np.testing.assert_allclose(state.x, x, atol=1e-13)
+    np.testing.assert_allclose(state.y, y, atol=1e-13)
+    assert (metrics["communication_rounds"] == 1).all()
+    assert metrics["communication_floats"][0] == 2 * (p + 2 * q)
+
+
+def test_equal_clients_are_one_client(x64: None) -> None:
+    one, _ = quadratic(1)
+    repeat = functools.partial(jax.tree.map, lambda a: np.repeat(a, 6, axis=0))
+    many = Problem(upper, lower, data.Agents(repeat(one.upper_data.arrays)), data.Agents(repeat(one.lower_data.arrays)))
+    for make in (FedMBO, FedNest, FedBiOAcc):
+        options = {"chain": "sum"} if make is FedNest else {}
+        alone, together = _end(one, make(1, **options), 10)[0], _end(many, make(3, **options), 10)[0]
+        np.testing.assert_allclose(together.x, alone.x, atol=1e-12, err_msg=make.__name__)
+
+
+def test_accelerated_fedbio_is_storm(x64: None) -> None:
+    """One client, full batches: the momentum is the exact direction, so the iterates are gradient steps on the
+    schedule."""
+    problem, (p, q) = quadratic(1)
+    state, _ = _end(problem, FedBiOAcc(1, 0.1, 1.0, 1.0, delta=0.2, offset=8.0, local_steps=2), 15)
+    c, d, A, B, b = (np.asarray(a)[0, 0] for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
+    x, y, z = np.zeros(p), np.zeros(q), np.zeros(q)
+    for t in range(1, 30):  # the first step only fills the momentum
+        a = 0.2 / np.cbrt(8.0 + t)
+        x, y, z = x - a * 0.1 * (0.5 * x + d + B.T @ z), y - a * (A @ y - B @ x - b), z - a * (A @ z - (y - c))
+    np.testing.assert_allclose(state.x, x, atol=1e-12)
+
+
+def test_unequal_local_steps(x64: None) -> None:
+    """Clients that take more steps pull harder; normalised, none does."""
+    problem, _ = quadratic(4, het=0.5)
+    counts, steps = (1, 1, 1, 5), (0.002, 0.02, 0.02)
+    biased = _error(problem, SimFBO(None, *steps, local_steps=counts), 8000)
+    fair = _error(problem, ShroFBO(None, *steps, local_steps=counts), 8000)
+    assert fair < biased / 3
+
+
+def _clients(sizes, size: int | None) -> Problem:
+    """Clients of unequal sizes, each with its own samples of a quadratic."""
+    up, low = arrays(len(sizes), 0.5, samples=max(sizes), noise=0.2)
+
+    def cut(tree):
+        return [jax.tree.map(lambda a: a[i, :n], tree) for i, n in enumerate(sizes)]
+
+    return Problem(upper, lower, data.Clients(cut(up), size), data.Clients(cut(low), size))
+
+
+def test_unequal_clients_count_by_their_samples() -> None:
+    """The weighted mean over all clients, averaged over an epoch of batches, is the pooled gradient."""
+    from bilevel.solvers.federated._round import Round
+
+    sizes = (2, 4, 8)
+    problem = _clients(sizes, 2)
+    x, y = jnp.ones(3), jnp.ones(4)
+    pooled = jax.grad(lower, argnums=1)(x, y, jax.tree.map(jnp.asarray, problem.lower_data.arrays))
+
+    def mean_gradient(weighting: str):
+        def one(k):
+            at = Round(problem, data.as_step_key(0, k), None, weighting)
+            return at.mean(jax.grad(at.lower(), argnums=1)(at.copies(x), at.copies(y)), "lower")
+
+        return jax.vmap(one)(jnp.arange(4, dtype=jnp.uint32)).mean(
+            axis=0
+        )  # whole epochs of all three: 1, 2 and 4 batches
+
+    np.testing.assert_allclose(mean_gradient("samples"), pooled, rtol=1e-4)
+    assert np.linalg.norm(mean_gradient("clients") - pooled) > 0.05 * np.linalg.norm(pooled)
+
+
+def test_clients_are_sampled_without_replacement_and_uniformly() -> None:
+    from bilevel.solvers.federated._round import Round
+
+    problem, _ = quadratic(10)
+    who = jax.vmap(lambda k: Round(problem, data.as_step_key(0, k), 4).who())(jnp.arange(2000, dtype=jnp.uint32))
+    assert all(len(set(row.tolist())) == 4 for row in np.asarray(who)[:100])
+    share = np.bincount(np.asarray(who).ravel(), minlength=10) / 2000
+    np.testing.assert_allclose(share, 0.4, atol=0.05)
+
+
+def test_partial_participation_under_solve_counts_its_communication() -> None:
+    problem = _clients((3, 5, 4, 6), 2)
+    found = solve(
+        problem, jnp.zeros(3), jnp.zeros(4), FedMBO(2, optax.adam(1e-2), 0.05, lower_rounds=3, terms=4), steps=30, key=1
+    )
+    again = solve(
+        problem,
+        jnp.zeros(3),
+        jnp.zeros(4),
+        FedMBO(2, optax.adam(1e-2), 0.05, lower_rounds=3, terms=4),
+        steps=30,
+        key=1,
+        chunk=7,
+    )
+    assert (found.x == again.x).all()
+    p, q = 3, 4
+    assert found.history["communication_rounds"].tolist() == [3 + 4 + 1] * 30
+    assert found.history["communication_floats"][0] == 2 * (
+        3 * (p + 2 * q) + (p + 2 * q) + 3 * (p + 3 * q) + (2 * p + 2 * q)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: SimFBO(20), r"FederatedSingleLoop\(clients=20\) samples more clients than the 8 that exist"),
+        (lambda p: FedMBO(9), "samples more clients than the 8"),
+        (lambda p: AggITD(9), "samples more clients than the 8"),
+        (lambda p: FedBiOAcc(9), "samples more clients than the 8"),
+        (lambda p: SimFBO(2, local_steps=(1, 2)), "2 entries for 8 clients"),
+    ],
+)
+def test_errors_before_a_run(make, words: str) -> None:
+    problem, (p, q) = quadratic(8)
+    with pytest.raises((ProblemError, ValueError), match=words):
+        solve(problem, jnp.zeros(p), jnp.zeros(q), make(problem), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: data.Clients([np.zeros((3, 1)), np.zeros((0, 1))]), "client 1's data has zero samples"),
+        (lambda: SimFBO(0), r"clients=0\): a positive integer"),
+        (lambda: FedMBO(chain="long"), "'sum' or 'random'"),
+        (lambda: FedNest(lower_optimizer=optax.adam(0.1)), "must be a step size, not an optax rule"),
+        (lambda: FederatedNested(lower="avg"), "'minibatch', 'svrg', 'local'"),
+        (lambda: SimFBO(weighting="size"), "'samples' or 'clients'"),
+        (lambda: SimFBO(2, optax.adam(0.1), local_steps=2), "local_upper="),
+        (lambda: FedBiOAcc(delta=0.0), r"delta=0.0\): a positive number"),
+        (lambda: ParallelHypergradient(0), "terms=0"),
+        (lambda: SimFBO(radius=0.0), "radius is positive"),
+    ],
+)
+def test_errors_of_constructors(make, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        make()
+
+
+def test_unequal_clients_need_a_batch_size_and_pooled_data_are_refused() -> None:
+    problem = _clients((2, 3), None)
+    with pytest.raises(ProblemError, match="of unequal sizes needs a batch size"):
+        solve(problem, jnp.zeros(3), jnp.zeros(4), SimFBO(1), steps=1)
+    up, low = arrays(1, 0.0)
+    pooled = Problem(upper, lower, jax.tree.map(lambda a: a[0], up), jax.tree.map(lambda a: a[0], low))
+    with pytest.raises(ProblemError, match="whose samples are whose"):
+        solve(pooled, jnp.zeros(3), jnp.zeros(4), SimFBO(1), steps=1)

@@ -1,0 +1,174 @@
+"""The parts of the penalty methods: projections on the coupled set, rows, traces, polish, schedules."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel import Problem, projections
+from bilevel.solvers.penalty import Continuation, Polynomial
+from bilevel.solvers.penalty._base import curvature, operator_norm
+from bilevel.solvers.penalty._constraints import Constraints, depends, is_affine, row_norms
+from bilevel.solvers.penalty._polish import minimise, solve_lower
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+RANDOM = np.random.default_rng(0)
+A, B = RANDOM.normal(size=(2, 3)), RANDOM.normal(size=(2, 4))
+U = (RANDOM.normal(size=3), RANDOM.normal(size=4))
+
+
+def rows(u):
+    return jnp.asarray(A) @ u[0] + jnp.asarray(B) @ u[1] - 1.0
+
+
+def test_affine_projection_is_the_textbook_formula():
+    J = np.hstack([A, B])
+    flat = np.concatenate(U)
+    expected = flat - np.linalg.pinv(J) @ (J @ flat - 1)
+    same = lambda u: u
+    found = projections.affine(rows, same, projections.dual_factor(rows, same, U), U)
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-10)
+
+
+def test_affine_projection_within_a_subspace():
+    P = np.eye(3) - np.ones((3, 3)) / 3
+    within = lambda u: (jnp.asarray(P) @ u[0], u[1])
+    found = projections.affine(rows, within, projections.dual_factor(rows, within, U), U)
+    np.testing.assert_allclose(rows(found), 0, atol=1e-10)
+    np.testing.assert_allclose(jnp.sum(found[0]), 0, atol=1e-10)
+    # Optimality: u - v is orthogonal to every feasible direction.
+    M = np.vstack([np.hstack([A, B]), np.concatenate([np.ones(3), np.zeros(4)])])
+    null = np.linalg.svd(M)[2][3:]
+    np.testing.assert_allclose(null @ (np.concatenate(U) - np.concatenate(found)), 0, atol=1e-9)
+
+
+def test_dual_projection_meets_the_optimality_conditions():
+    inequality = np.array([True, True])
+    box = lambda u: (jnp.clip(u[0], -0.5, 0.5), u[1])
+    shifted = lambda u: 3.0 + rows(u)
+    v, lam = jax.jit(lambda u: projections.dual(shifted, inequality, box, u, jnp.zeros(2), steps=3000, tol=1e-12))(U)
+    assert float(jnp.max(shifted(v))) < 1e-8
+    assert float(jnp.min(lam)) >= 0
+    np.testing.assert_allclose(lam * shifted(v), 0, atol=1e-7)
+    pull = (U[0] - A.T @ lam, U[1] - B.T @ lam)
+    np.testing.assert_allclose(np.concatenate(v), np.concatenate(box(pull)), atol=1e-8)
+
+
+def test_projection_on_a_ball_by_linearised_rows():
+    ball = lambda u: jnp.stack([u[0] @ u[0] - 1.0]) / 2
+    u = (jnp.asarray([3.0, 4.0]),)
+    v, _ = jax.jit(
+        lambda u: projections.dual(ball, np.array([True]), lambda u: u, u, jnp.zeros(1), linearisations=6, tol=1e-12)
+    )(u)
+    np.testing.assert_allclose(v[0], [0.6, 0.8], atol=1e-6)
+
+
+def test_dykstra_and_osqp_agree_with_the_dual_projection():
+    J, flat = np.hstack([A, B]), jnp.concatenate(U)
+    half = [lambda u, i=i: u - jnp.maximum(J[i] @ u + 2, 0) * J[i] / (J[i] @ J[i]) for i in range(2)]
+    found = jax.jit(projections.dykstra(tuple(half), 2000))(flat)
+    dual, _ = projections.dual(
+        lambda u: J @ u + 2, np.array([True, True]), lambda u: u, flat, jnp.zeros(2), steps=3000, tol=1e-12
+    )
+    np.testing.assert_allclose(found, dual, atol=1e-6)
+    np.testing.assert_allclose(projections.osqp(G=J, h=-2 * np.ones(2))(flat), dual, atol=1e-4)
+
+
+def test_dependence_is_read_off_the_trace():
+    x, y = jnp.ones(3), jnp.ones(4)
+    assert depends(lambda x, y: x.sum() * y, x, y, on=0)
+    assert not depends(lambda x, y: jnp.clip(y, 0, 1), x, y, on=0)
+    assert is_affine(lambda x, y: A @ x + B @ y - 1, x, y)
+    assert is_affine(lambda x, y: {"a": jnp.stack([x.sum(), y[0]]), "b": -2 * y}, x, y)
+    assert not is_affine(lambda x, y: x[0] * y, x, y)
+    assert not is_affine(lambda x, y: jnp.sum(y**2), x, y)
+    assert jax.jit(lambda x: x * is_affine(lambda x: 2 * x, x))(x)[0] == 1
+
+
+def test_row_norms_exact_and_estimated(monkeypatch):
+    from bilevel.solvers.penalty import _constraints
+
+    scaled = lambda x, y: jnp.concatenate([100.0 * (A @ x), B @ y])
+    expected = np.concatenate([100 * np.linalg.norm(A, axis=1), np.linalg.norm(B, axis=1)])
+    np.testing.assert_allclose(row_norms(scaled, *U), expected, rtol=1e-12)
+    monkeypatch.setattr(_constraints, "_EXACT_ROWS", 1)
+    np.testing.assert_allclose(row_norms(scaled, *U), expected, rtol=0.4)
+    ball = lambda x, y: jnp.stack([y @ y - 1])
+    assert float(row_norms(ball, U[0], jnp.zeros(4))[0]) > 0.1
+
+
+def test_constraints_of_two_kinds_are_one_vector():
+    problem = Problem(
+        lambda x, y: 0.0 * y[0],
+        lambda x, y: 0.5 * jnp.sum(y**2),
+        constraint=lambda x, y: {"low": -10 * y, "sum": jnp.sum(y) - x},
+        equality=lambda x, y: y[0] - 1,
+    )
+    x, y = jnp.asarray(0.0), jnp.asarray([-1.0, 2.0])
+    c = Constraints(problem, problem.draw_lower(0), x, y).at(x, y)
+    assert c.count == 4 and list(c.inequality) == [True, True, True, False]
+    np.testing.assert_allclose(c(x, y), [1.0, -2.0, 1 / np.sqrt(3), -2.0])
+    np.testing.assert_allclose(c.violation(x, y), 2.0)
+    np.testing.assert_allclose(c.clip(jnp.asarray([-1.0, 5.0, 1.0, -7.0]), 3.0), [0, 3, 1, -3])
+    units = c.multipliers(jnp.ones(4))
+    np.testing.assert_allclose(units["constraint"]["low"], [0.1, 0.1])
+    np.testing.assert_allclose(units["equality"], 1.0)
+
+
+def test_curvatures_are_spectral_norms():
+    M = RANDOM.normal(size=(4, 4))
+    np.testing.assert_allclose(
+        curvature(lambda y: 0.5 * jnp.sum((M @ y) ** 2), jnp.zeros(4)), np.linalg.norm(M, 2) ** 2, rtol=1e-2
+    )
+    np.testing.assert_allclose(operator_norm(lambda u: (M @ u[0],), (jnp.zeros(4),)), np.linalg.norm(M, 2), rtol=1e-2)
+
+
+def test_minimise_with_and_without_a_set():
+    d = jnp.logspace(0, 3, 5)
+    f = lambda y: 0.5 * jnp.sum(d * (y - 1) ** 2)
+    np.testing.assert_allclose(minimise(f, jnp.zeros(5)), 1, atol=1e-6)
+    np.testing.assert_allclose(minimise(f, jnp.zeros(5), lambda y: jnp.clip(y, 0, 0.5), None, 500), 0.5, atol=1e-6)
+    soft = lambda y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
+    np.testing.assert_allclose(minimise(f, jnp.zeros(5), None, soft, 2000), 1 - 1 / d, atol=1e-6)
+
+
+def test_the_polish_finds_multipliers():
+    """min |y - (2, 0)|^2/2 with y1 <= 1, y1 + y2 = 0: y = (1, -1), equality multiplier 1, inequality multiplier 0...
+    by KKT."""
+    problem = Problem(
+        lambda x, y: 0.0 * y[0],
+        lambda x, y: 0.5 * jnp.sum((y - jnp.asarray([4.0, 0.0])) ** 2),
+        constraint=lambda x, y: y[0] - 1,
+        equality=lambda x, y: y[0] + y[1],
+    )
+    c = Constraints(problem, problem.draw_lower(0), jnp.zeros(1), jnp.zeros(2))
+    found = jax.jit(lambda: solve_lower(problem.draw_lower(0), c, jnp.zeros(1), jnp.zeros(2)))()
+    np.testing.assert_allclose(found.y, [1, -1], atol=1e-7)
+    # Stationarity: (y - (4, 0)) + lam (1, 0) + mu (1, 1) = 0.
+    np.testing.assert_allclose(found.multipliers, [2, 1], atol=1e-5)
+
+
+def test_schedules():
+    point = (jnp.zeros(2), jnp.zeros(3))
+    path = Polynomial(10.0, 0.5).init(point)
+    np.testing.assert_allclose(Polynomial(10.0, 0.5).advance(path, 2, point, 1.0).penalty, 20.0)
+    schedule = Continuation()
+    solution = lambda c: (jnp.asarray([1 + 3 / c + 2 / c**2, 2.0]), jnp.full(3, 1 / c))
+    path, k = schedule.init(solution(20.0)), 0
+    for _ in range(4):
+        k += 100
+        path = schedule.advance(path, k, solution(path.penalty), 0.0)
+    assert float(path.penalty) == 320
+    # 1/c and 1/c^2 cancel exactly.
+    np.testing.assert_allclose(path.reported[0], [1.0, 2.0], atol=1e-12)
+    np.testing.assert_allclose(path.change, 0, atol=1e-10)
+    # A series in a root of 1/c is not extrapolated: the last point is reported.
+    path, k = schedule.init(point), 0
+    for _ in range(4):
+        k += 100
+        rough = (jnp.full(2, float(path.penalty) ** (-1 / 3)), jnp.zeros(3))
+        path = schedule.advance(path, k, rough, 0.0)
+    np.testing.assert_allclose(path.reported[0], rough[0])
