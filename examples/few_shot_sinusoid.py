@@ -1,8 +1,8 @@
 """Few-shot regression of sinusoids: MAML and implicit MAML, each of them one call.
 
 A task is a sine wave of unknown amplitude and phase, given at a handful of points. The upper variable x is the initial
-point of a small network, from which each task i adapts its own copy y_i by a few gradient steps; x is good if the copies
-then predict *other* points of their tasks well:
+point of a small network, from which each task i adapts its own copy y_i by a few gradient steps; x is good if the
+copies then predict *other* points of their tasks well:
 
     min over x   F(x, y*(x)) = mean over tasks of  loss_i(y*_i(x); query points)
     MAML         y*_i(x) = five gradient steps on loss_i(y; support points), from y = x
