@@ -52,8 +52,7 @@ def multistart(
     """Run the solver from many starts at once (`vmap`) and return the best feasible end.
 
     Bilevel methods are local: where either level has several solutions the start decides. An end counts where it is
-      finite, its
-    `violation` (of methods that measure it) is at most `feasible` and its `hypergradient_norm` at most `settled`;
+    finite, its `violation` (of methods that measure it) is at most `feasible` and its `hypergradient_norm` at most `settled`;
     among those the lowest `upper_loss` wins, with `bias` (how far a penalty holds F below its true value) added.
 
     Args:

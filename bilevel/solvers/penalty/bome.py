@@ -47,8 +47,7 @@ class BOME(Diagnosed):
     The accuracy is limited by the vanishing gradient of q: 1e-2 to 1e-3 relative is what to expect.
 
     Reference: Liu, Ye, Wright, Stone, Liu, "BOME! Bilevel Optimization Made Easy: A Simple First-Order Approach",
-      NeurIPS 2022;
-    for simple bilevel problems Gong, Liu, Liu, "Bi-objective Trade-off with Dynamic Barrier Gradient Descent",
+    NeurIPS 2022; for simple bilevel problems Gong, Liu, Liu, "Bi-objective Trade-off with Dynamic Barrier Gradient Descent",
     NeurIPS 2021.
     """
 

@@ -50,8 +50,7 @@ class F2SA(Diagnosed):
     The reference implementations take steps of y with f's gradient at z in one place; here it is at y.
 
     References: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bilevel Optimization", ICML 2023
-      (F2SA);
-    Chen, Ma, Zhang, "Near-Optimal Nonconvex-Strongly-Convex Bilevel Optimization with Fully First-Order Oracles",
+    (F2SA); Chen, Ma, Zhang, "Near-Optimal Nonconvex-Strongly-Convex Bilevel Optimization with Fully First-Order Oracles",
     JMLR 2025 (F2BA); for differences of higher order arXiv 2509.02937 (F2SA-p).
     """
 

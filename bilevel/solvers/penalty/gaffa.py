@@ -31,11 +31,10 @@ class BiCGAFFA(Diagnosed):
 
         theta <- Proj_Y(theta - eta (L_y(x, theta, z) + (theta - y) / gamma1)),      lam = Proj(z + gamma2 c(x, y))
         (x, y) <- Proj_{X x Y}((x, y) - alpha (F / c + G)_{x, y}),      z <- Proj(z - beta G_z),
-            G_z = (lam - z) / gamma2 - c(x, theta)
+        G_z = (lam - z) / gamma2 - c(x, theta)
 
     Problem class: f convex in y, c convex in y (not jointly: the coupled set may be nonconvex), X and Y simple.
-    Iterates break
-    the constraints until the end. Oracle calls a step: 1 L_y, 1 gradient of F, 2 of L in (x, y). No projection on the
+    Iterates break the constraints until the end. Oracle calls a step: 1 L_y, 1 gradient of F, 2 of L in (x, y). No projection on the
     coupled set.
 
     Attributes:

@@ -38,8 +38,7 @@ class GALET(Diagnosed):
       upper_optimizer: None: `optimizers.spectral()` on full batches, Adam(0.01) on minibatches.
 
     Reference: Xiao, Lu, Chen, "An Alternating Optimization Method for Bilevel Problems under the Polyak-Lojasiewicz
-      Condition",
-    NeurIPS 2023.
+    Condition", NeurIPS 2023.
     """
 
     lower_steps: int = 20
