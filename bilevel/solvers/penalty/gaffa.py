@@ -34,12 +34,12 @@ class BiCGAFFA(Diagnosed):
         G_z = (lam - z) / gamma2 - c(x, theta)
 
     Problem class: f convex in y, c convex in y (not jointly: the coupled set may be nonconvex), X and Y simple.
-    Iterates break the constraints until the end. Oracle calls a step: 1 L_y, 1 gradient of F, 2 of L in (x, y). No projection on the
-    coupled set.
+    Iterates break the constraints until the end. Oracle calls a step: 1 L_y, 1 gradient of F, 2 of L in (x, y).
+    No projection on the coupled set.
 
     Attributes:
-      alpha, beta, eta: steps; None: alpha = 1 / (2 L + gamma2 |J|^2 + L_F / c), beta = min(gamma2, 1 / (gamma1
-        |J|^2)) / 2, eta = 1 / (L + 1 / gamma1).
+      alpha, beta, eta: steps; None: alpha = 1 / (2 L + gamma2 |J|^2 + L_F / c), beta =
+        min(gamma2, 1 / (gamma1 |J|^2)) / 2, eta = 1 / (L + 1 / gamma1).
       gamma1, gamma2: None: 3 / L and L / |J|^2 with L the curvature of f in y and J the scaled rows' Jacobian.
       penalty: a schedule or a number.
       cap: r, for scaled rows; `multiplier_at_cap` tells where it binds.
