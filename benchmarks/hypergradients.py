@@ -10,7 +10,8 @@ Two problems (synthetic data of the named shapes):
 Every method runs the same outer loop: `INNER` gradient steps from the last y, `CG` steps of conjugate gradients from zero, one
 gradient step on x. The iterates are compared first; then the loops are timed in turn (A B C ... A B C ...) in this one process, by
 process CPU time per outer step, compilation excluded and printed apart. Ratios are ours over theirs, the median over rounds with the
-smallest and largest. Optional peers: torch (hand-written), torchopt, higher, boat-torch are timed where they can be imported.
+smallest and largest. Optional peers: torch (hand-written), torchopt and higher are timed where they can be
+imported, hypertorch from a checkout that `--hypertorch` names.
 """
 
 from __future__ import annotations
@@ -292,6 +293,29 @@ def with_higher(b):
     return torch_loop(b, step)
 
 
+def with_hypertorch(b, path):
+    import sys
+
+    sys.path.insert(0, path)
+    import torch
+    from hypergrad import CG as hypertorch_cg
+
+    f, upper = torch_losses(b)
+
+    def descent(params, hparams):
+        """One gradient step, as the fixed-point map that hypertorch differentiates."""
+        (y,), (x,) = params, hparams
+        return [y - b.lr * torch.autograd.grad(f(x, y), y, create_graph=True)[0]]
+
+    def step(x, y):
+        for _ in range(INNER):
+            y = (y - b.lr * torch.autograd.grad(f(x.detach(), y), y)[0]).detach().requires_grad_()
+        (g,) = hypertorch_cg([y], [x], CG, descent, lambda p, h: upper(h[0], p[0]), tol=0.0, set_grad=False)
+        return y, g.detach()
+
+    return torch_loop(b, step)
+
+
 def relative(a, b):
     return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
 
@@ -305,13 +329,15 @@ def hypergradient_error(b, x, y):
     return relative(estimate.gradient, b.exact(np.asarray(x)))
 
 
-def bench(b, rounds):
+def bench(b, rounds, hypertorch):
     print(
         f"\n{b.name}: {b.x0.size} upper and {b.y0.size} lower variables, {INNER} gradient steps and {CG} CG steps, {OUTER} outer steps a run"
     )
     args = tuple(jax.tree.map(jnp.asarray, v) for v in (b.x0, b.y0, b.train, b.val))
     makers = {"bilevel": ours, "JAX by hand": by_hand, "jaxopt (solve_cg)": with_jaxopt, "jaxopt (default)": functools.partial(with_jaxopt, default=True), "optimistix": with_optimistix}  # fmt: skip
     torch_makers = {"torch by hand": torch_by_hand, "TorchOpt": with_torchopt, "higher (unrolled)": with_higher}
+    if hypertorch:
+        torch_makers["hypertorch"] = functools.partial(with_hypertorch, path=hypertorch)
     runs, compile_seconds, results = {}, {}, {}
     for name, maker in {**makers, **torch_makers}.items():
         try:
@@ -361,10 +387,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=("ridge", "cleaning"), default=None)
+    parser.add_argument("--hypertorch", default=None, help="a checkout of hypertorch, which no registry has")
     args = parser.parse_args()
     for make in (ridge, cleaning):
         if args.only in (None, make.__name__):
-            bench(make(), args.rounds)
+            bench(make(), args.rounds, args.hypertorch)
 
 
 if __name__ == "__main__":

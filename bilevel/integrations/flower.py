@@ -3,8 +3,7 @@
 The extra `flower` installs it (`pip install 'bilevel[flower]'`; best into an environment of its own: it pins widely
 used packages). Two sides:
 
-    app = flower.client_app(setup)                       # on each client; setup(context) -> (problem, x, y) with its
-    own data
+    app = flower.client_app(setup)          # on each client: setup(context) -> (problem on its own data, x, y)
 
     app = ServerApp()
     @app.main()

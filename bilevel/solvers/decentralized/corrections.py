@@ -3,15 +3,14 @@
 With s the stacked copies, g the local directions, W the mixing matrix, Wb = (I + W) / 2, a the step (any optax rule:
 "- a g" below is its update) one step of each form is
 
-    none      s+ = W (s - a g)                                             diffusion (adapt, then combine)
-    none-cta  s+ = W s - a g                                               decentralised gradient descent (combine,
-    then adapt)
-    gt        v+ = W (v + g - g_before),   s+ = W (s - a v+)               gradient tracking, adapt then combine
-    gt-cta    v+ = W v + g - g_before,     s+ = W s - a v+                 gradient tracking, combine then adapt
-    ed        s+ = Wb (2 s - s_before - a (g - g_before))                  exact diffusion
-    extra     s+ = Wb (2 s - s_before) - a (g - g_before)                  EXTRA
+    none      s+ = W (s - a g)                                     diffusion: adapt, then combine
+    none-cta  s+ = W s - a g                                       decentralised gradient descent: combine, then adapt
+    gt        v+ = W (v + g - g_before),   s+ = W (s - a v+)       gradient tracking: adapt, then combine
+    gt-cta    v+ = W v + g - g_before,     s+ = W s - a v+         gradient tracking: combine, then adapt
+    ed        s+ = Wb (2 s - s_before - a (g - g_before))          exact diffusion
+    extra     s+ = Wb (2 s - s_before) - a (g - g_before)          EXTRA
 
-"none" converges to a point that is off by O(a) times the heterogeneity; the others have no such bias. Where the
+"none" and "none-cta" converge to a point that is off by O(a) times the heterogeneity; the others have no such bias. Where the
 agents' Hessians are alike with largest eigenvalue L, the linear recursions are stable (Jury's test) while a L is below
 
     none, gt, ed: 2         none-cta: 1 + w         gt-cta: (1 + w)^2 / 2         extra: (5 + 3 w) / 4

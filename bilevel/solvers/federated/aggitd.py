@@ -28,12 +28,10 @@ class AggITDState:
 
 @hyperparameters
 class AggITD:
-    """Aggregated iterative differentiation: one exchange per lower step carries the gradient and a Hessian-vector
-    product.
+    """Aggregated iterative differentiation: one exchange per lower step carries a gradient and a Hessian-vector product.
 
         z = 0;   `rounds` times, clients sampled afresh each time:
-            y <- y - b mean_i G_i(x, y),     z <- z - b mean_i (H_i z - F_y,i)       both products at the y before the
-            step
+            y <- y - b mean_i G_i(x, y),     z <- z - b mean_i (H_i z - F_y,i)       both at the y before the step
         h = mean_i (F_x - J z),   x <- x + upper_optimizer(h)
 
     z is the sum over the lower steps t of prod_{s > t} (I - b H(y_s)) b F_y(y_t): the matrix products of unrolled

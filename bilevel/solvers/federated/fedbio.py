@@ -1,5 +1,4 @@
-"""FedBiO: local steps on three coupled problems, everything averaged at the end of a round; and its accelerated
-form."""
+"""FedBiO: local steps on three coupled problems, all averaged at the end of a round; and its accelerated form."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Hypergradients across clients: chains of Hessian factors of the *global* lower level.
 
-    h = F_x - J H^-1 F_y,     H^-1 = lim (1/L) sum_{j < N} (I - H/L)^j,     H = mean_i H_i, J = mean_i J_i, L >= the
-    largest eigenvalue
+    h = F_x - J H^-1 F_y,     H^-1 = lim (1/L) sum_{j < N} (I - H/L)^j,     H = mean_i H_i,   J = mean_i J_i
+
+with L at least the largest eigenvalue of any H_i.
 
 No client knows H; a product of factors, each of another freshly sampled client, has the right expectation.
 """
@@ -106,8 +107,9 @@ class ParallelHypergradient:
 class SharedHypergradient:
     """FedNest's FedIHGP: one chain, each factor the average over freshly sampled clients.
 
-        p = (terms/L) mean F_y;   N' ~ U{0, ..., terms - 1};   N' times  p <- p - (1/L) mean_i H_i p;   h = mean_i (F_x
-        - J p)
+        p = (terms/L) mean F_y,    N' ~ U{0, ..., terms - 1}
+        N' times:  p <- p - (1/L) mean_i H_i p
+        h = mean_i (F_x - J p)
 
     The common random length leaves a variance that more clients do not lower; `random=False` sums the series instead.
 

@@ -22,8 +22,7 @@ LOWER = ("minibatch", "svrg", "local")
 
 @state
 class FederatedState:
-    """The server's x and y, the memories of its step rules, and the bound L on the curvature of the clients' lower
-    levels."""
+    """The server's x and y, the memories of its step rules, and the bound L on the clients' lower curvature."""
 
     x: PyTree
     y: PyTree
@@ -34,8 +33,7 @@ class FederatedState:
 
 @hyperparameters
 class FederatedNested:
-    """A server solves min_x F(x, y*(x)), y*(x) = argmin_y f(x, y), F and f averages over clients whose data it never
-    sees.
+    """A server solves min_x F(x, y*(x)), y*(x) = argmin_y f(x, y) for averages F, f over clients whose data it never sees.
 
         y <- lower_rounds of `lower` at x
         h =  hypergradient(x, y),  rounds of its own

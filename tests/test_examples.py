@@ -1,0 +1,126 @@
+"""The examples' claims, at sizes that take seconds: closed forms, accuracies against baselines, error curves."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up the names in annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ridge_hypergradients_are_the_closed_form_and_ten_penalties_beat_one(x64, tmp_path, capsys):
+    ridge = load("ridge_per_feature")
+    out = tmp_path / "pictures" / "ridge.png"
+    errors, solution = ridge.main(["--splits", "3", "--steps", "100", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert errors["Implicit(CG), lower level by L-BFGS"] < 1e-8
+    assert errors["Implicit(Dense), closed-form lower level"] < 1e-11
+    assert errors["Unrolled, 1000 gradient steps"] < 0.2 * errors["Unrolled, 100 gradient steps"]
+    train, valid, _ = ridge.load((150, 150, -1), 0)
+    best_single = float(ridge.single_penalty(train, valid)[2].min())
+    assert float(ridge.mean_square(None, ridge.ridge(solution.x, train), valid)) < 0.99 * best_single
+    assert "over 3 other splits" in printed
+    assert out.stat().st_size > 10_000
+
+
+def test_ridge_formula_is_the_derivative_of_the_validation_loss(x64):
+    ridge = load("ridge_per_feature")
+    train, valid, _ = ridge.load((60, 60, -1), 4)
+    x = jnp.linspace(-4.0, 1.0, 10)
+    through_the_solve = jax.grad(lambda x: ridge.mean_square(x, ridge.ridge(x, train), valid))(x)
+    np.testing.assert_allclose(ridge.hypergradient_on_paper(x, train, valid), through_the_solve, rtol=1e-10)
+
+
+def test_distilled_images_teach_more_than_class_means_and_random_images(tmp_path, capsys):
+    distillation = load("dataset_distillation")
+    out = tmp_path / "distillation.png"
+    rows = distillation.main(["--steps", "40", "--lower-steps", "50", "--draws", "20", "--out", str(out)])
+    by_chance, best, means, distilled, everything = rows.values()
+    assert by_chance + 0.1 < means < distilled < everything
+    assert best < distilled
+    assert f"{distilled:.3f}" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000
+
+
+@pytest.fixture
+def sinusoid():
+    few_shot = load("few_shot_sinusoid")
+    ranges = {"amplitude": np.array([0.1, 5.0], np.float32), "phase": np.array([0, np.pi], np.float32)}
+    return few_shot, lambda tasks: {**ranges, "tasks": np.zeros(tasks, np.float32)}
+
+
+def test_maml_adapts_in_a_few_steps(sinusoid):
+    few_shot, ranges = sinusoid
+    sampler = few_shot.data.Sampler(few_shot.draw_tasks, ranges(10))
+    solution = few_shot.meta_train(few_shot.maml(600), few_shot.support_loss, sampler, 10, 600, 0)
+    fresh = few_shot.draw_tasks(jax.random.key(1), ranges(200))
+    random, learnt = (
+        np.asarray(few_shot.errors(x, fresh)).mean(1) for x in (few_shot.init_network(jax.random.key(0)), solution.x)
+    )
+    assert learnt[10] < 0.5 * random[10]
+    assert learnt[10] < 0.5 * learnt[0]
+
+
+def test_both_levels_of_a_step_see_the_same_tasks(sinusoid):
+    few_shot, ranges = sinusoid
+    sampler = few_shot.data.Sampler(few_shot.draw_tasks, ranges(3))
+    problem = few_shot.Problem(few_shot.query_loss, few_shot.support_loss, sampler, sampler)
+    solver = few_shot.SameTasks(few_shot.maml(10))
+    key = few_shot.data.as_step_key(0)
+    drawn = solver.with_tasks(problem, key)
+    upper, lower = drawn.draw_upper(key), drawn.draw_lower(key)
+    jax.tree.map(np.testing.assert_array_equal, upper.batch, lower.redraw(3, 5).batch)
+    other = solver.with_tasks(problem, few_shot.data.as_step_key(0, step=1))
+    assert not np.allclose(other.lower_data["phase"], drawn.lower_data["phase"])
+
+
+def test_particle_sensitivity_is_that_of_the_minimised_system(x64, tmp_path, capsys):
+    particles = load("particle_sensitivity")
+    out = tmp_path / "particles.png"
+    found = particles.main(["--particles", "12", "--steps", "600", "--out", str(out)])
+    against_dense, against_difference = found["direction error"]
+    assert against_dense < 1e-9
+    assert against_difference < 1e-5
+    assert found["drift"] < 1e-12
+    assert np.sum(found["spectrum"] < 1e-9 * found["spectrum"][-1]) == 2  # no rattlers: translations alone
+    for name, tolerance in (("dE/dx", 1e-6), ("d2E/dx2", 1e-4)):
+        np.testing.assert_allclose(*found[name], rtol=tolerance)
+    for name in ("FIRE from y*", "gradient descent from y*"):
+        curve = found["curves"][name]
+        early = curve["steps"] < 30
+        assert curve["unrolled"][early].min() > 1e-2
+        assert curve["implicit"].max() < 1e-5
+    assert "relative error of dy*/dx after k steps of FIRE from a random start" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000
+
+
+def test_data_cleaning_finds_most_flips(tmp_path, capsys, monkeypatch):
+    cleaning = load("data_cleaning")
+    out = tmp_path / "cleaning.png"
+    monkeypatch.setattr(sys, "argv", ["data_cleaning.py", "--steps", "15", "--out", str(out)])
+    cleaning.main()
+    printed = capsys.readouterr().out
+    accuracy = {line.rsplit(maxsplit=1)[0].strip(): float(line.split()[-1]) for line in printed.splitlines() if "test accuracy, " in line}  # fmt: skip  # noqa: E501
+    assert accuracy["test accuracy, learnt weights"] > accuracy["test accuracy, trained on the noisy labels"] + 0.1
+    (found,) = [line for line in printed.splitlines() if "precision" in line]
+    precision, recall = (float(part.split()[-1]) for part in found.split(","))
+    assert precision > 0.7
+    assert recall > 0.7
+    assert out.stat().st_size > 10_000
