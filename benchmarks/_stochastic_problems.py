@@ -209,6 +209,8 @@ def _logistic_measure(train: Any, validation: Any) -> Callable[[Any, Any], float
 
     def measure(x: Any, y: Any) -> float:
         weight = np.exp(np.asarray(x, np.float64))
+        if not np.isfinite(weight).all():
+            return float("nan")
         y = last[0]
         for _ in range(50):
             s = 1 / (1 + np.exp(labels * (features @ y)))

@@ -23,6 +23,8 @@ from bilevel.problems import datasets
 from bilevel.solvers.penalty import BiCGAFFA
 
 CLASSES = 10
+# w is kept in units in which its curvature (a 1/n per sample) is about that of W, and one step size serves both.
+SCALE = 30.0
 
 
 def cross_entropy(y, images, labels):
@@ -34,7 +36,7 @@ def clean_loss(x, y, batch):
 
 
 def weighted_loss(x, y, batch):
-    return (jax.nn.sigmoid(x["weights"]) * cross_entropy(y, *batch)).mean()
+    return (jax.nn.sigmoid(SCALE * x["weights"]) * cross_entropy(y, *batch)).mean()
 
 
 def within(x, y):
@@ -42,7 +44,7 @@ def within(x, y):
 
 
 def bounded(x):
-    return {"weights": jnp.clip(x["weights"], -6, 6), "log_bound": jnp.clip(x["log_bound"], 0.0, 6.0)}
+    return {"weights": jnp.clip(x["weights"], -6 / SCALE, 6 / SCALE), "log_bound": jnp.clip(x["log_bound"], 0.0, 6.0)}
 
 
 def accuracy(x, y, batch):
@@ -83,7 +85,7 @@ def main():
     solution = solve(problem, x0, y0, BiCGAFFA(), steps=args.steps, metrics={"test accuracy": (accuracy, test)})
     print(solution)
 
-    weights = np.asarray(jax.nn.sigmoid(solution.x["weights"]))
+    weights = np.asarray(jax.nn.sigmoid(SCALE * solution.x["weights"]))
     dropped = weights < 0.5
     found = (dropped & flipped).sum()
     size, allowed = float(jnp.sum(solution.y**2)), float(jnp.exp(solution.x["log_bound"]))

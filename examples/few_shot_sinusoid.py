@@ -164,7 +164,7 @@ def errors(x, tasks):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5000, help="outer steps")
+    parser.add_argument("--steps", type=int, default=2000, help="outer steps")
     parser.add_argument("--tasks", type=int, default=25, help="tasks per outer step")
     parser.add_argument("--lam", type=float, default=0.5, help="strength of iMAML's proximal term")
     parser.add_argument("--seed", type=int, default=0)

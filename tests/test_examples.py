@@ -117,7 +117,8 @@ def test_data_cleaning_finds_most_flips(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data_cleaning.py", "--steps", "15", "--out", str(out)])
     cleaning.main()
     printed = capsys.readouterr().out
-    accuracy = {line.rsplit(maxsplit=1)[0].strip(): float(line.split()[-1]) for line in printed.splitlines() if "test accuracy, " in line}  # fmt: skip  # noqa: E501
+    lines = [line.strip().rsplit(maxsplit=1) for line in printed.splitlines() if line.startswith("  test accuracy, ")]
+    accuracy = {name.strip(): float(value) for name, value in lines}
     assert accuracy["test accuracy, learnt weights"] > accuracy["test accuracy, trained on the noisy labels"] + 0.1
     (found,) = [line for line in printed.splitlines() if "precision" in line]
     precision, recall = (float(part.split()[-1]) for part in found.split(","))

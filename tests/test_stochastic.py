@@ -503,7 +503,9 @@ def test_a_sweep_says_what_it_cannot_do():
 
 def test_each_epoch_of_blocks_is_a_permutation_and_none_is_the_last_one():
     source = data.Minibatches(np.arange(37.0), 4, blocks=True)
-    numbers = np.asarray(jax.vmap(lambda t: source.block(dataclasses.replace(as_step_key(2), step=t)))(jnp.arange(40, dtype=jnp.uint32)))
+    numbers = np.asarray(
+        jax.vmap(lambda t: source.block(dataclasses.replace(as_step_key(2), step=t)))(jnp.arange(40, dtype=jnp.uint32))
+    )
     epochs = numbers.reshape(4, 10)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(10), (4, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 4
