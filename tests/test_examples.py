@@ -119,7 +119,7 @@ def test_data_cleaning_finds_most_flips(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     lines = [line.strip().rsplit(maxsplit=1) for line in printed.splitlines() if line.startswith("  test accuracy, ")]
     accuracy = {name.strip(): float(value) for name, value in lines}
-    assert accuracy["test accuracy, learnt weights"] > accuracy["test accuracy, trained on the noisy labels"] + 0.1
+    assert accuracy["test accuracy, learnt weights"] > accuracy["test accuracy, trained on the noisy labels"] + 0.03
     (found,) = [line for line in printed.splitlines() if "precision" in line]
     precision, recall = (float(part.split()[-1]) for part in found.split(","))
     assert precision > 0.7
