@@ -36,7 +36,7 @@ def hyperparameters(cls: type[T]) -> type[T]:
     an estimator) are sub-trees. Values are validated in `__post_init__`, which runs where a person
     writes the constructor and not when JAX rebuilds the object from its leaves.
     """
-    check = cls.__dict__.get("__post_init__")
+    check = getattr(cls, "__post_init__", None)
     float_fields: list[str] = []
 
     def __post_init__(self: Any) -> None:

@@ -17,7 +17,7 @@ from bilevel import derivatives, hypergradients, linear
 from bilevel.data import Stream
 from bilevel.hypergradients import Implicit, value_and_hypergradient
 from bilevel.lower import LBFGS, GradientDescent
-from bilevel.problem import Problem, ProblemError, as_variable
+from bilevel.problem import Problem, ProblemError, as_variable, full_batch
 from bilevel.solvers.default import default_solver
 
 PyTree = Any
@@ -225,12 +225,7 @@ def _full(problem: Problem) -> Problem:
     found = {}
     for name in ("upper_data", "lower_data"):
         data = getattr(problem, name)
-        if isinstance(data, Stream):
-            data = next(data.items())
-        elif hasattr(data, "full"):
-            data = data.full()
-        elif hasattr(data, "draw"):
-            data = data.draw(problem.full_lower().key)
+        data = next(data.items()) if isinstance(data, Stream) else full_batch(data)
         found[name] = jax.tree.map(jnp.asarray, data)
     return dataclasses.replace(problem, **found)
 

@@ -51,7 +51,7 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
     """
 
     def init(params: PyTree) -> SpectralState:
-        dtype = jnp.result_type(float, *jax.tree.leaves(params)) if jax.tree.leaves(params) else jnp.result_type(float)
+        dtype = jnp.result_type(float, *jax.tree.leaves(params))
         infinite = jnp.full((memory,), jnp.inf, dtype)
         zero = optax.tree.zeros_like(params)
         return SpectralState(
@@ -83,8 +83,7 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         bb = jnp.where(curvature > 0, length / jnp.where(curvature > 0, curvature, 1), 2 * s.step)
         x = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), params, s.x)
         g = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), gradient, s.gradient)
-        size = max(optax.tree.size(params), 1)
-        rms = lambda tree: jnp.asarray(optax.tree.norm(tree), dtype) / size**0.5  # noqa: E731
+        rms = functools.partial(_root_mean_square, dtype=dtype)
         limit = largest * (1 + rms(x)) / jnp.maximum(rms(g), jnp.finfo(dtype).tiny ** 0.5)
         step = jnp.where(first, 0.1 * limit, jnp.where(accepted, jnp.minimum(bb, limit), 0.25 * s.step))
         values = jnp.where(accepted, jnp.roll(s.values, 1).at[0].set(value), s.values)
@@ -92,6 +91,10 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         return updates, SpectralState(x, g, step, values, s.count + 1, accepted)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
+    return jnp.asarray(optax.tree.norm(tree), dtype) / max(optax.tree.size(tree), 1) ** 0.5
 
 
 def withdraws(memory: PyTree) -> bool:
@@ -133,7 +136,7 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
     """
 
     def init(params: PyTree) -> QuasiNewtonState:
-        dtype = jnp.result_type(float, *jax.tree.leaves(params)) if jax.tree.leaves(params) else jnp.result_type(float)
+        dtype = jnp.result_type(float, *jax.tree.leaves(params))
         zero = optax.tree.zeros_like(params)
         pairs = jax.tree.map(lambda leaf: jnp.zeros((memory, *jnp.shape(leaf)), jnp.result_type(leaf)), params)
         nothing = jnp.zeros((), dtype)
@@ -172,8 +175,7 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         rho = jnp.where(useful, jnp.roll(old.rho, 1).at[0].set(1 / jnp.where(useful, curvature, 1)), old.rho)
         rho = jnp.where(stuck, 0, rho)
 
-        size = max(optax.tree.size(params), 1)
-        rms = lambda tree: jnp.asarray(optax.tree.norm(tree), dtype) / size**0.5  # noqa: E731
+        rms = functools.partial(_root_mean_square, dtype=dtype)
         limit = largest * (1 + rms(x))
         fallback = 0.1 * limit / jnp.maximum(rms(g), jnp.finfo(dtype).tiny ** 0.5)
         d = _two_loop(g, s_all, z_all, rho, fallback, dot)

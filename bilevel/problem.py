@@ -148,11 +148,11 @@ class Problem:
 
     def full_upper(self) -> Level:
         """The upper loss on all its samples (one draw where the data are a sampler's)."""
-        return Level(self.upper, _full(self.upper_data), as_step_key(0), self.project_upper)
+        return Level(self.upper, full_batch(self.upper_data), as_step_key(0), self.project_upper)
 
     def full_lower(self) -> Level:
         """The lower loss on all its samples (one draw where the data are a sampler's)."""
-        return Level(self.lower, _full(self.lower_data), as_step_key(0), self.project_lower, self.prox_lower)
+        return Level(self.lower, full_batch(self.lower_data), as_step_key(0), self.project_lower, self.prox_lower)
 
     def constraints(self, lower: Level) -> tuple[Any, Any]:
         """`constraint` and `equality` as functions of (x, y), on the batch of `lower` where they take one; None where absent."""
@@ -349,7 +349,8 @@ def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree)
             )
 
 
-def _full(data: Any) -> Any:
+def full_batch(data: Any) -> Any:
+    """All of a level's samples, or one draw of a sampler."""
     if isinstance(data, Sampler):
         return data.draw(as_step_key(0))
     if isinstance(data, Stream):

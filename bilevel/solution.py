@@ -85,7 +85,12 @@ class History(Mapping[str, np.ndarray]):
 
     def last(self) -> dict[str, Any]:
         """The newest entry of each."""
-        return {name: self[name][-1] for name in self if len(self[name])}
+        return {name: parts[-1][-1] for name, parts in self._values.items() if len(parts[-1])}
+
+    def last_step(self, name: str) -> int:
+        """The step of an array's newest entry, -1 where there is none."""
+        parts = self._steps.get(name)
+        return int(parts[-1][-1]) if parts and len(parts[-1]) else -1
 
     def to_frame(self) -> Any:
         """A pandas data frame, one row a step, empty where a quantity was not recorded (needs pandas)."""

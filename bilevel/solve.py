@@ -39,7 +39,8 @@ def run(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """`steps` outer iterations as a pure function, to be put under `jit`, `vmap` or `grad`.
 
-    The iterates are those of `solve` with the same key. Nothing is checked: `problem.validate(x0, y0)` does that.
+    The iterates are those of `solve` with the same key, up to rounding (it is another compiled program). Nothing is
+    checked: `problem.validate(x0, y0)` does that.
 
     Args:
       problem: the problem; `vmap` over its data for many problems.
@@ -123,7 +124,7 @@ def _advance(
     """Steps start, ..., stop - 1 in one compiled loop with dynamic bounds, ended early by a status or a non-finite metric.
 
     The iterates themselves are looked at after the last step, or with `careful` after each: a NaN in them shows in the
-    metrics one step later, and looking costs a tenth of a small step.
+    metrics one step later, and a small step has few operations besides.
 
     Returns the state, the steps taken, the status, and the metrics in buffers of `capacity` rows.
     """
@@ -220,7 +221,8 @@ def solve(
       solver: one of `bilevel.solvers`, or any object with `init` and `step`. None: one is chosen from the problem and named, with
         the reason, in the log (logger "bilevel") and in the solution.
       steps: outer steps, those before a resume included.
-      key: a seed or a PRNG key. Step k uses `fold_in(key, k)`: the same key gives the same run, whatever the chunk size.
+      key: a seed or a PRNG key. What step k draws is a function of the key and of k (`data.StepKey`): the same key gives
+        the same run, whatever the chunk size.
       tol: stop as soon as the solver's own measure of stationarity (see its docstring) is at most this.
       metrics: functions of (x, y) by name, or pairs `(function, data)` called as `function(x, y, data)` (data of any size
         then stay out of the compiled program). Evaluated before the first step, every `metrics_every` steps, and at the end.
@@ -310,11 +312,8 @@ def solve(
                 f"solve(steps={steps}): the checkpoint is already at step {done}. Ask for more steps, or for another directory."
             )
         if tol is not None:
-            last = {
-                name: jnp.asarray(history[name][-1])
-                for name in history
-                if len(history[name]) and history.steps[name][-1] == done - 1
-            }
+            newest = history.last().items()
+            last = {name: jnp.asarray(value) for name, value in newest if history.last_step(name) == done - 1}
             result = Result(int(solver.status(state, last, tol)))
 
     from bilevel.progress import reporter
@@ -494,7 +493,7 @@ class _Metrics:
         return bool(self.functions)
 
     def __call__(self, history: History, step: int, state: Any) -> None:
-        if not self.functions or (self.functions[0][0] in history and history.steps[self.functions[0][0]][-1] == step):
+        if not self.functions or history.last_step(self.functions[0][0]) == step:
             return
         for name, value in _measure(self.functions, state.x, state.y, self.data).items():
             history.extend(name, np.asarray([step]), np.asarray(value)[None])

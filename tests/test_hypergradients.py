@@ -255,12 +255,17 @@ def test_proximal_lower_level_lasso(x64):
     np.testing.assert_allclose(estimate.gradient["l"], np.sum(-2 * y * t * np.sign(y)), atol=1e-10)
 
 
-def test_symmetric_solver_with_a_projection_is_refused(x64):
+@pytest.mark.parametrize(
+    "solver", [linear.CG(), linear.MINRES(), linear.Dense(), linear.Nystrom(rank=1)], ids=lambda s: type(s).__name__
+)
+def test_symmetric_solvers_with_a_projection_are_refused(solver, x64):
     problem = Problem(
         upper=lambda x, y: jnp.sum(y**2), lower=lambda x, y: jnp.sum((y - x) ** 2), project_lower=lambda y: y
     )
-    with pytest.raises(ValueError, match=r"CG\(\.\.\.\)\) assumes a symmetric system.*take linear\.GMRES"):
-        value_and_hypergradient(problem, Implicit(linear.CG()), 0.1)(np.ones(2), np.zeros(2))
+    with pytest.raises(
+        ValueError, match=rf"{type(solver).__name__}\(\.\.\.\)\) assumes a symmetric system.*take linear\.GMRES"
+    ):
+        value_and_hypergradient(problem, Implicit(solver), 0.1)(np.ones(2), np.zeros(2))
 
 
 def test_refusals_name_the_cure():

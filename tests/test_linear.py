@@ -121,7 +121,8 @@ EXACT = [
 def name(solver) -> str:
     inner = getattr(solver, "preconditioner", None)
     fixed = "" if getattr(solver, "tol", 1) is not None else "-fixed"
-    details = "".join(f"-{k}{getattr(solver, k)}" for k in ("restart", "symmetric", "sketch") if hasattr(solver, k))
+    fields = {field.name for field in dataclasses.fields(solver)}
+    details = "".join(f"-{k}{getattr(solver, k)}" for k in ("restart", "symmetric", "sketch") if k in fields)
     return type(solver).__name__ + fixed + details + ("" if inner is None else f"+{name(inner)}") + probes(solver)
 
 

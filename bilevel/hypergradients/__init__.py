@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from bilevel.data import as_step_key
 from bilevel.hypergradients._base import Estimate, Estimator
 from bilevel.hypergradients.finite_difference import FiniteDifference
-from bilevel.hypergradients.implicit import Implicit
-from bilevel.hypergradients.unrolled import JacobianFree, OneStep, Unrolled
+from bilevel.hypergradients.implicit import Implicit, JacobianFree
+from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
 from bilevel.lower import LBFGS, Inner, LowerState, as_lower_solver
 

@@ -49,10 +49,10 @@ class Implicit:
         if self.linear_solver is None:
             tol = float(max(jnp.finfo(jnp.result_type(leaf)).eps for leaf in jax.tree.leaves(y))) ** 0.75
             return linear.GMRES(tol=tol) if nonsmooth else linear.CG(tol=tol)
-        if nonsmooth and isinstance(self.linear_solver, (linear.CG, linear.MINRES)):
+        if nonsmooth and getattr(self.linear_solver, "symmetric", False):
             raise ValueError(
                 f"Implicit(linear_solver={type(self.linear_solver).__name__}(...)) assumes a symmetric system, but with a projection or prox on "
-                "the lower level it is not: take linear.GMRES(), linear.BiCGStab() or linear.NormalCG()."
+                "the lower level it is not: take linear.GMRES(), linear.BiCGStab(), linear.NormalCG() or linear.Dense(symmetric=False)."
             )
         return self.linear_solver
 
@@ -79,6 +79,18 @@ class Implicit:
             residual = derivatives.norm(lin.gradient_y)
         metrics = {"lower_residual": residual, "linear_residual": info.residual, "linear_iterations": info.iterations}
         return Estimate(value, gradient, found, carry, metrics)
+
+
+def JacobianFree(step: float = 1.0) -> Implicit:
+    """The inverse of the fixed-point system replaced by the identity, with one gradient step as the fixed-point map.
+
+        dF/dx ~ F_x - step f_xy F_y
+
+    A descent direction where the lower level is well conditioned; `Implicit(linear.Neumann(...))` adds terms to it.
+
+    Reference: Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022.
+    """
+    return Implicit(linear.Identity(step))
 
 
 def _forward_backward(lower: Any, x: PyTree, y: PyTree, step: Any) -> PyTree:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters
@@ -100,29 +99,3 @@ def _forward_gradient(objective: Any, x: PyTree) -> Any:
 
     values, slopes, found = jax.vmap(directional, out_axes=(None, 0, None))(jnp.eye(flat.size, dtype=flat.dtype))
     return (values, found), unravel(slopes)
-
-
-@hyperparameters
-class JacobianFree:
-    """The fixed-point system's inverse replaced by the identity: F_x + (d_x Phi)' F_y at the solution, with one gradient step as Phi.
-
-        dF/dx ~ F_x - step f_xy F_y
-
-    A descent direction where the lower level is well conditioned; `Implicit(linear.Neumann(...))` adds terms to it.
-
-    Reference: Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022.
-    """
-
-    step: float = 1.0
-
-    def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
-        """Nothing is kept."""
-        return ()
-
-    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
-        """The estimate at x."""
-        found = inner(x, start)
-        value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, found.y)
-        lin = derivatives.linearised(lower, x, found.y)
-        gradient = optax.tree.add_scale(upper_x, -self.step, lin.cross(upper_y))
-        return Estimate(value, gradient, found, carry, {"lower_residual": derivatives.norm(lin.gradient_y)})

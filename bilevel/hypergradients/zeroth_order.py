@@ -21,7 +21,18 @@ def _directions(lower: Any, x: PyTree, carry: jax.Array, number: int) -> PyTree:
     return jax.vmap(lambda key: optax.tree.random_like(key, x, jax.random.normal))(jax.random.split(key, number))
 
 
+@hyperparameters
 class _Perturbing:
+    directions: int = 10
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        if not isinstance(self.directions, int) or self.directions < 1:
+            raise ValueError(f"{owner}(directions={self.directions!r}): at least one direction is needed.")
+        if isinstance(self.mu, float) and not self.mu > 0:
+            raise ValueError(f"{owner}(mu={self.mu!r}): the perturbation's size is positive.")
+
     def init(self, lower: Any, x: PyTree, y: PyTree) -> jax.Array:
         """The number of estimates taken, which makes the directions fresh each time."""
         return jnp.zeros((), jnp.uint32)
@@ -43,12 +54,6 @@ class PZOBO(_Perturbing):
 
     Reference: Sow, Ji, Liang, "On the Convergence Theory for Hessian-Free Bilevel Algorithms", NeurIPS 2022.
     """
-
-    directions: int = 10
-    mu: float = 0.01
-
-    def __post_init__(self) -> None:
-        _check_directions("PZOBO", self.directions, self.mu)
 
     def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
         """The estimate at x."""
@@ -81,12 +86,6 @@ class HOZOG(_Perturbing):
     Reference: Gu et al., "Optimizing Large-Scale Hyperparameters via Automated Learning Algorithm" (HOZOG), 2021.
     """
 
-    directions: int = 10
-    mu: float = 0.01
-
-    def __post_init__(self) -> None:
-        _check_directions("HOZOG", self.directions, self.mu)
-
     def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
         """The estimate at x."""
         found = inner(x, start)
@@ -100,10 +99,3 @@ class HOZOG(_Perturbing):
         slopes = jax.vmap(slope)(u)
         gradient = jax.tree.map(lambda u: jnp.tensordot(slopes, u, axes=1) / self.directions, u)
         return Estimate(value, gradient, found, carry + 1, {})
-
-
-def _check_directions(owner: str, directions: Any, mu: Any) -> None:
-    if not isinstance(directions, int) or directions < 1:
-        raise ValueError(f"{owner}(directions={directions!r}): at least one direction is needed.")
-    if isinstance(mu, float) and not mu > 0:
-        raise ValueError(f"{owner}(mu={mu!r}): the perturbation's size is positive.")

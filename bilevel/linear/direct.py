@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
@@ -139,6 +141,8 @@ class Nystrom:
 
     Reference: Hataya and Yamada (2023), "Nystrom method for accurate and scalable implicit differentiation", AISTATS.
     """
+
+    symmetric: ClassVar[bool] = True  # and positive semidefinite, which the approximation takes H to be
 
     rank: int = 10
     rho: float = 0.01

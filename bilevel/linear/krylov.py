@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,55 +38,66 @@ from bilevel.linear._common import (
 from bilevel.linear.preconditioners import Preconditioner
 
 
-def check_krylov(solver: Any) -> None:
-    """The hyperparameters that all Krylov solvers share."""
-    owner = type(solver).__name__
-    check_positive(owner, tol=solver.tol, max_steps=solver.max_steps)
-    check_not_negative(owner, damping=solver.damping)
-
-
-def init_krylov(solver: Any, b: PyTree) -> LinearCarry:
-    """Start at zero; an unbuilt preconditioner."""
-    b = as_vector(b)
-    preconditioner = getattr(solver, "preconditioner", None)
-    return LinearCarry(
-        v=optax.tree.zeros_like(b) if solver.warm_start else None,
-        preconditioner=None if preconditioner is None or size(b) == 0 else preconditioner.init(b),
-    )
-
-
-def solve_krylov(
-    solver: Any, algorithm: Any, matvec: Matvec, b: PyTree, carry: LinearCarry | None, symmetric: bool
-) -> tuple[PyTree, LinearCarry, LinearInfo]:
+class Krylov:
     """The frame around every Krylov algorithm: checks, damping, preconditioner, warm start, derivative.
 
-    `algorithm(matvec, b, v, precondition)` does the iterations; v=None is a cold start. The solves for derivatives
-    run the same algorithm; the transposed one starts cold, since it has another right-hand side.
+    A solver adds its hyperparameters and `_iterations(matvec, b, v, precondition)`, which does the iterations from v
+    (None for a cold start). The solves for derivatives run the same algorithm; the transposed one starts cold, since it
+    has another right-hand side.
     """
-    b = as_vector(b)
-    cold = carry is None or not solver.warm_start
-    carry = jax.lax.stop_gradient(solver.init(b) if carry is None else carry)
-    if size(b) == 0:
-        return nothing_to_solve(b, carry)
-    if not cold:
-        check_carry(type(solver).__name__, carry, b)
-    h = damped(checked(matvec, b), solver.damping)
 
-    memory, precondition = None, None
-    preconditioner: Preconditioner | None = getattr(solver, "preconditioner", None)
-    if preconditioner is not None:
-        memory = preconditioner.update(h, b, carry.preconditioner)
-        precondition = lambda r: preconditioner.apply(memory, r)  # noqa: E731
+    symmetric: ClassVar[bool] = True  # whether H has to be
 
-    inner: Algorithm = lambda h, b, v: algorithm(h, b, v, precondition)  # noqa: E731
-    v, info = implicit_solve(
-        h,
-        b,
-        lambda h, b: solve_normalised(inner, h, b, None if cold else carry.v),
-        lambda h, b: solve_normalised(inner, h, b, None),
-        symmetric,
-    )
-    return v, LinearCarry(jax.lax.stop_gradient(v) if solver.warm_start else None, memory), info
+    tol: Any
+    max_steps: int
+    warm_start: bool
+    damping: Any
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        check_positive(owner, tol=self.tol, max_steps=self.max_steps)
+        check_not_negative(owner, damping=self.damping)
+
+    def init(self, b: PyTree) -> LinearCarry:
+        """Start at zero; an unbuilt preconditioner."""
+        b = as_vector(b)
+        preconditioner = getattr(self, "preconditioner", None)
+        return LinearCarry(
+            v=optax.tree.zeros_like(b) if self.warm_start else None,
+            preconditioner=None if preconditioner is None or size(b) == 0 else preconditioner.init(b),
+        )
+
+    def __call__(
+        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
+    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
+        """Solve; returns v, the carry of the next solve, and the report."""
+        b = as_vector(b)
+        cold = carry is None or not self.warm_start
+        carry = jax.lax.stop_gradient(self.init(b) if carry is None else carry)
+        if size(b) == 0:
+            return nothing_to_solve(b, carry)
+        if not cold:
+            check_carry(type(self).__name__, carry, b)
+        h = damped(checked(matvec, b), self.damping)
+
+        memory, precondition = None, None
+        preconditioner: Preconditioner | None = getattr(self, "preconditioner", None)
+        if preconditioner is not None:
+            memory = preconditioner.update(h, b, carry.preconditioner)
+            precondition = lambda r: preconditioner.apply(memory, r)  # noqa: E731
+
+        inner: Algorithm = lambda h, b, v: self._iterations(h, b, v, precondition)  # noqa: E731
+        v, info = implicit_solve(
+            h,
+            b,
+            lambda h, b: solve_normalised(inner, h, b, None if cold else carry.v),
+            lambda h, b: solve_normalised(inner, h, b, None),
+            self.symmetric,
+        )
+        return v, LinearCarry(jax.lax.stop_gradient(v) if self.warm_start else None, memory), info
+
+    def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: Any) -> tuple[PyTree, LinearInfo]:
+        raise NotImplementedError
 
 
 def residual_target(tol: Any, b: PyTree) -> jax.Array:
@@ -96,7 +107,7 @@ def residual_target(tol: Any, b: PyTree) -> jax.Array:
 
 
 @hyperparameters
-class CG:
+class CG(Krylov):
     """Conjugate gradients, for H symmetric positive definite: one product per iteration.
 
         p = z = P^-1 r;   a = r'z / p'Hp;   v += a p;   r -= a H p;   z = P^-1 r;   p = z + (r'z)_new / (r'z)_old p
@@ -130,19 +141,6 @@ class CG:
     warm_start: bool = True
     damping: float = 0.0
     preconditioner: Preconditioner | None = None
-
-    def __post_init__(self) -> None:
-        check_krylov(self)
-
-    def init(self, b: PyTree) -> LinearCarry:
-        """Start at zero; an unbuilt preconditioner."""
-        return init_krylov(self, b)
-
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Solve; returns v, the carry of the next solve, and the report."""
-        return solve_krylov(self, self._iterations, matvec, b, carry, symmetric=True)
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: Any) -> tuple[PyTree, LinearInfo]:
         target = residual_target(self.tol, b)
@@ -181,7 +179,7 @@ class CG:
 
 
 @hyperparameters
-class MINRES:
+class MINRES(Krylov):
     """Minimal residuals, for H symmetric, indefinite or singular as it may be: one product per iteration.
 
     The Lanczos process beta_{k+1} v_{k+1} = H v_k - alpha_k v_k - beta_k v_{k-1}, and a QR factorisation of its
@@ -211,19 +209,6 @@ class MINRES:
     warm_start: bool = True
     damping: float = 0.0
     preconditioner: Preconditioner | None = None
-
-    def __post_init__(self) -> None:
-        check_krylov(self)
-
-    def init(self, b: PyTree) -> LinearCarry:
-        """Start at zero; an unbuilt preconditioner."""
-        return init_krylov(self, b)
-
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Solve; returns v, the carry of the next solve, and the report."""
-        return solve_krylov(self, self._iterations, matvec, b, carry, symmetric=True)
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: Any) -> tuple[PyTree, LinearInfo]:
         target = residual_target(self.tol, b)

@@ -6,14 +6,13 @@ operations that JAX can transpose (a `jvp` or a linearised function is).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bilevel._module import hyperparameters
 from bilevel.linear._common import (
-    LinearCarry,
     LinearInfo,
     Matvec,
     PyTree,
@@ -31,11 +30,11 @@ from bilevel.linear._common import (
     start,
     working_dtype,
 )
-from bilevel.linear.krylov import check_krylov, init_krylov, residual_target, solve_krylov
+from bilevel.linear.krylov import Krylov, residual_target
 
 
 @hyperparameters
-class GMRES:
+class GMRES(Krylov):
     """Restarted GMRES: the v that minimises ||b - H v|| over a Krylov space of at most `restart` dimensions, repeated.
 
     One product per iteration and one per restart, for the true residual (so `info.residual` is exact); memory restart
@@ -50,6 +49,8 @@ class GMRES:
     linear systems", SIAM J. Sci. Stat. Comput. 7.
     """
 
+    symmetric: ClassVar[bool] = False
+
     tol: float | None = 1e-6
     max_steps: int = 100
     restart: int = 20
@@ -57,18 +58,8 @@ class GMRES:
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        check_krylov(self)
+        super().__post_init__()
         check_positive("GMRES", restart=self.restart)
-
-    def init(self, b: PyTree) -> LinearCarry:
-        """Start at zero."""
-        return init_krylov(self, b)
-
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Solve; returns v, the carry of the next solve, and the report."""
-        return solve_krylov(self, self._iterations, matvec, b, carry, symmetric=False)
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> tuple[PyTree, LinearInfo]:
         target, eps, dtype = residual_target(self.tol, b), epsilon(b), working_dtype(b)
@@ -148,7 +139,7 @@ class GMRES:
 
 
 @hyperparameters
-class BiCGStab:
+class BiCGStab(Krylov):
     """Stabilised bi-conjugate gradients: two products per iteration and a memory of a few vectors.
 
         a = rho / r0'Hp;   s = r - a H p;   w = s'Hs / ||Hs||^2;   v += a p + w s;   r = s - w H s
@@ -164,23 +155,12 @@ class BiCGStab:
     nonsymmetric linear systems", SIAM J. Sci. Stat. Comput. 13.
     """
 
+    symmetric: ClassVar[bool] = False
+
     tol: float | None = 1e-6
     max_steps: int = 100
     warm_start: bool = True
     damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_krylov(self)
-
-    def init(self, b: PyTree) -> LinearCarry:
-        """Start at zero."""
-        return init_krylov(self, b)
-
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Solve; returns v, the carry of the next solve, and the report."""
-        return solve_krylov(self, self._iterations, matvec, b, carry, symmetric=False)
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> tuple[PyTree, LinearInfo]:
         target, eps = residual_target(self.tol, b), epsilon(b)
@@ -231,7 +211,7 @@ class BiCGStab:
 
 
 @hyperparameters
-class NormalCG:
+class NormalCG(Krylov):
     """Conjugate gradients on H'H v = H'b, for any H: two products per iteration, one of them with the transpose.
 
         q = H p;   a = ||s||^2 / ||q||^2;   v += a p;   r -= a q;   s = H'r;   p = s + (||s_new||^2 / ||s||^2) p
@@ -247,23 +227,12 @@ class NormalCG:
     7.4.
     """
 
+    symmetric: ClassVar[bool] = False
+
     tol: float | None = 1e-6
     max_steps: int = 100
     warm_start: bool = True
     damping: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_krylov(self)
-
-    def init(self, b: PyTree) -> LinearCarry:
-        """Start at zero."""
-        return init_krylov(self, b)
-
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Solve; returns v, the carry of the next solve, and the report."""
-        return solve_krylov(self, self._iterations, matvec, b, carry, symmetric=False)
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> tuple[PyTree, LinearInfo]:
         target, eps = residual_target(self.tol, b), epsilon(b)

@@ -34,8 +34,26 @@ def _less(p: PyTree, hp: PyTree, L: Any) -> PyTree:
     return jax.tree.map(lambda p, hp: (p - hp / L).astype(p.dtype), p, hp)
 
 
+class _Series:
+    """What the estimators with a truncated series share; the counts are those of one factor a round."""
+
+    terms: int
+
+    def __post_init__(self) -> None:
+        check_count(type(self).__name__, terms=self.terms)
+
+    def rounds(self) -> int:
+        """Rounds of one estimate."""
+        return self.terms + 1
+
+    def floats(self, p: int, q: int) -> int:
+        """Numbers to and from one client in one estimate: each chain round takes (x, y) and its own vector to another
+        client."""
+        return (p + 2 * q) + (self.terms - 1) * (p + 3 * q) + (2 * p + 2 * q)
+
+
 @hyperparameters
-class ParallelHypergradient:
+class ParallelHypergradient(_Series):
     """FedMBO's estimator: as many chains as clients in a round, each passed on to another client at every factor.
 
         round 0:      fresh clients S_0;  chain i:  p_i = F_y of client s_0(i)
@@ -58,9 +76,6 @@ class ParallelHypergradient:
 
     terms: int = 10
     random: bool = False
-
-    def __post_init__(self) -> None:
-        check_count(type(self).__name__, terms=self.terms)
 
     def __call__(
         self,
@@ -93,18 +108,9 @@ class ParallelHypergradient:
         last = Round(problem, key.fold_in(23), clients, weighting)
         return _last_round(last, xs, ys, last.pass_on(q))
 
-    def rounds(self) -> int:
-        """Rounds of one estimate."""
-        return self.terms + 1
-
-    def floats(self, p: int, q: int) -> int:
-        """Numbers to and from one client in one estimate: each chain round takes (x, y) and its own vector to another
-        client."""
-        return (p + 2 * q) + (self.terms - 1) * (p + 3 * q) + (2 * p + 2 * q)
-
 
 @hyperparameters
-class SharedHypergradient:
+class SharedHypergradient(_Series):
     """FedNest's FedIHGP: one chain, each factor the average over freshly sampled clients.
 
         p = (terms/L) mean F_y,    N' ~ U{0, ..., terms - 1}
@@ -123,9 +129,6 @@ class SharedHypergradient:
 
     terms: int = 10
     random: bool = True
-
-    def __post_init__(self) -> None:
-        check_count(type(self).__name__, terms=self.terms)
 
     def __call__(
         self,
@@ -161,17 +164,9 @@ class SharedHypergradient:
         last = Round(problem, key.fold_in(23), clients, weighting)
         return _last_round(last, xs, ys, last.copies(q))
 
-    def rounds(self) -> int:
-        """Rounds of one estimate."""
-        return self.terms + 1
-
-    def floats(self, p: int, q: int) -> int:
-        """Numbers to and from one client in one estimate."""
-        return (p + 2 * q) + (self.terms - 1) * (p + 3 * q) + (2 * p + 2 * q)
-
 
 @hyperparameters
-class LocalHypergradient:
+class LocalHypergradient(_Series):
     """LFedNest's: every client inverts its own Hessian. One round, and biased: the mean of local hypergradients is
     another direction.
 
@@ -182,9 +177,6 @@ class LocalHypergradient:
     """
 
     terms: int = 10
-
-    def __post_init__(self) -> None:
-        check_count(type(self).__name__, terms=self.terms)
 
     def __call__(
         self,

@@ -14,13 +14,13 @@ from bilevel.problem import Problem
 from bilevel.solvers.penalty import _base
 from bilevel.solvers.penalty._base import norm
 from bilevel.solvers.penalty._constraints import Constraints
-from bilevel.solvers.penalty._schedule import Path, as_schedule
+from bilevel.solvers.penalty._schedule import Path, Reported, as_schedule
 
 PyTree = Any
 
 
 @state
-class JointState:
+class JointState(Reported):
     """The iterate of a joint method, its auxiliary variables and what sets its steps.
 
     Attributes:
@@ -44,16 +44,6 @@ class JointState:
     direction: PyTree
     moved: jax.Array
     probe: PyTree
-
-    @property
-    def x(self) -> PyTree:
-        """The upper variable to report."""
-        return self.path.reported[0]
-
-    @property
-    def y(self) -> PyTree:
-        """The lower variable to report."""
-        return self.path.reported[1]
 
     @property
     def lam(self) -> jax.Array:

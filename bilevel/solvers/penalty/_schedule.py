@@ -37,6 +37,22 @@ class Path:
     unit: jax.Array
 
 
+class Reported:
+    """A state whose `path` holds the point to report, the extrapolated one where there is one."""
+
+    path: Path
+
+    @property
+    def x(self) -> PyTree:
+        """The upper variable to report."""
+        return self.path.reported[0]
+
+    @property
+    def y(self) -> PyTree:
+        """The lower variable to report."""
+        return self.path.reported[1]
+
+
 @hyperparameters
 class Polynomial:
     """c_k = min(start (k + 1)^power, maximum): the schedule of the published single-loop methods, power in [0, 1/2)."""

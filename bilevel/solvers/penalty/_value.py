@@ -15,7 +15,7 @@ from bilevel.lower import LBFGS, GradientDescent, as_optimizer
 from bilevel.problem import Level, Problem
 from bilevel.solvers.penalty import _base
 from bilevel.solvers.penalty._constraints import Constraints
-from bilevel.solvers.penalty._schedule import Path, as_schedule
+from bilevel.solvers.penalty._schedule import Path, Reported, as_schedule
 
 PyTree = Any
 
@@ -33,7 +33,7 @@ class Tilted(Level):
 
 
 @state
-class ValueState:
+class ValueState(Reported):
     """The state of a method with inner solves.
 
     Attributes:
@@ -52,16 +52,6 @@ class ValueState:
     scale: jax.Array
     lam: jax.Array
     curvatures: dict[str, jax.Array]
-
-    @property
-    def x(self) -> PyTree:
-        """The upper variable to report."""
-        return self.path.reported[0]
-
-    @property
-    def y(self) -> PyTree:
-        """The lower variable to report."""
-        return self.path.reported[1]
 
 
 @functools.cache

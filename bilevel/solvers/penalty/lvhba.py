@@ -16,13 +16,13 @@ from bilevel.solvers._base import refuse
 from bilevel.solvers.penalty import _base
 from bilevel.solvers.penalty._base import Diagnosed, norm, project_pair
 from bilevel.solvers.penalty._constraints import Constraints, is_affine
-from bilevel.solvers.penalty._schedule import Continuation, Path, as_schedule
+from bilevel.solvers.penalty._schedule import Continuation, Path, Reported, as_schedule
 
 PyTree = Any
 
 
 @state
-class LVHBAState:
+class LVHBAState(Reported):
     """The variables of LV-HBA and what sets its steps.
 
     Attributes:
@@ -49,16 +49,6 @@ class LVHBAState:
     direction: PyTree
     moved: jax.Array
     probe: PyTree
-
-    @property
-    def x(self) -> PyTree:
-        """The upper variable to report."""
-        return self.path.reported[0]
-
-    @property
-    def y(self) -> PyTree:
-        """The lower variable to report."""
-        return self.path.reported[1]
 
 
 @hyperparameters
