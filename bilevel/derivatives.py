@@ -14,10 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilevel._products import merge_products
+
 PyTree = Any
 Loss = Callable[[PyTree, PyTree], jax.Array]
 
-__all__ = ["Linearised", "cross_product", "gauss_newton_product", "hvp", "linearised", "mixed_mode_gradient"]
+__all__ = [
+    "Linearised",
+    "cross_product",
+    "gauss_newton_product",
+    "gradient_and_cross",
+    "gradient_and_products",
+    "hvp",
+    "linearised",
+    "mixed_mode_gradient",
+]
 
 
 class Linearised(NamedTuple):
@@ -55,12 +66,32 @@ def linearised(f: Loss, x: PyTree, y: PyTree) -> Linearised:
 
 def hvp(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
     """f_yy(x, y) v, forward over reverse."""
-    return jax.jvp(lambda y: jax.grad(f, argnums=1)(x, y), (y,), (v,))[1]
+    return merge_products(lambda x, y, v: jax.jvp(lambda y: jax.grad(f, argnums=1)(x, y), (y,), (v,))[1])(x, y, v)
 
 
 def cross_product(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
     """f_xy(x, y) v = d/dx <f_y(x, y), v>, shaped like x."""
-    return jax.jvp(lambda y: jax.grad(f, argnums=0)(x, y), (y,), (v,))[1]
+    return merge_products(lambda x, y, v: jax.jvp(lambda y: jax.grad(f, argnums=0)(x, y), (y,), (v,))[1])(x, y, v)
+
+
+def gradient_and_cross(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree]:
+    """f_y(x, y) and f_xy(x, y) v from one joint linearisation."""
+
+    def both(x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree]:
+        (_, gradient), (cross, _) = jax.jvp(lambda y: jax.grad(f, argnums=(0, 1))(x, y), (y,), (v,))
+        return gradient, cross
+
+    return merge_products(both)(x, y, v)
+
+
+def gradient_and_products(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    """f_y(x, y), f_xy(x, y) v and f_yy(x, y) v from one joint linearisation along a single v; see `linearised` for many."""
+
+    def all_three(x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        (_, gradient), products = jax.jvp(lambda y: jax.grad(f, argnums=(0, 1))(x, y), (y,), (v,))
+        return gradient, *products
+
+    return merge_products(all_three)(x, y, v)
 
 
 def gauss_newton_product(

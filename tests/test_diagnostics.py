@@ -62,8 +62,10 @@ def test_the_report_has_the_true_curvature_and_ranks_the_estimators(x64):
     assert errors["Implicit(CG)"] < 1e-6
     assert errors["Unrolled"] < 0.1
     assert errors["Implicit(CG)"] < errors["Unrolled"] < errors["OneStep"]
+    assert report.table_bytes == 5 * (5 + 5 + 5) * 8  # per block f_y, f_yy v and f_xy v
     text = str(report)
     for words in (
+        "Tables of solvers.SABA on these data: 0.0 MiB",
         "strongly convex",
         "Minibatches(40 samples, size=8",
         "Implicit(CG)",

@@ -95,7 +95,7 @@ class StochasticImplicit:
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         v = self.solve(lower, x, y, upper_y, carry)
         last = lower.stream(3)
-        (_, lower_y), (cross, _) = jax.jvp(lambda y: jax.grad(last, argnums=(0, 1))(x, y), (y,), (v,))
+        lower_y, cross = derivatives.gradient_and_cross(last, x, y, v)
         metrics = {"lower_residual": derivatives.norm(lower_y)}
         return Estimate(value, optax.tree.sub(upper_x, cross), found, v if self.warm_start else None, metrics)
 

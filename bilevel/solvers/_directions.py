@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel import derivatives
 from bilevel._module import hyperparameters, state
 from bilevel.data import as_step_key
 from bilevel.problem import Level
@@ -64,8 +65,7 @@ class Joint:
 
     def lower(self, lower: Level, at: Point) -> Point:
         """The lower level's terms."""
-        joint = lambda y: jax.grad(lower, argnums=(0, 1))(at.x, y)  # noqa: E731
-        (_, lower_y), (cross, hvp) = jax.jvp(joint, (at.y,), (at.v,))
+        lower_y, cross, hvp = derivatives.gradient_and_products(lower, at.x, at.y, at.v)
         return Point(cross, lower_y, hvp)
 
     def upper(self, upper: Level, at: Point) -> tuple[jax.Array, Point]:
@@ -125,8 +125,7 @@ class Series:
 
         def apply(j: Any, p: PyTree) -> PyTree:
             level = batches.redraw(j, self.steps)
-            hvp = jax.jvp(lambda y: jax.grad(level, argnums=1)(x, y), (y,), (p,))[1]
-            return optax.tree.add_scale(p, -self.step_size, hvp)
+            return optax.tree.add_scale(p, -self.step_size, derivatives.hvp(level, x, y, p))
 
         if self.randomised:
             length = jax.random.randint(
@@ -146,14 +145,8 @@ class Series:
         x, y = at.x, at.y
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         w = self.solve(lower, x, y, upper_y)
-        lower_y, cross = cross_at(lower, x, y, w)
+        lower_y, cross = derivatives.gradient_and_cross(lower, x, y, w)
         return value, Point(optax.tree.sub(upper_x, cross), lower_y, None)
-
-
-def cross_at(lower: Level, x: PyTree, y: PyTree, w: PyTree) -> tuple[PyTree, PyTree]:
-    """f_y and f_xy w at (x, y), from one joint linearisation (what is not used is not computed)."""
-    (_, lower_y), (cross, _) = jax.jvp(lambda y: jax.grad(lower, argnums=(0, 1))(x, y), (y,), (w,))
-    return lower_y, cross
 
 
 def norm(tree: PyTree) -> jax.Array:

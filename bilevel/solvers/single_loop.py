@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel import derivatives
 from bilevel._module import hyperparameters, state
 from bilevel.lower import as_optimizer, check_optimizer
 from bilevel.problem import Problem
 from bilevel.solution import Result
 from bilevel.solvers._base import PyTree, refuse
-from bilevel.solvers._directions import Joint, Point, Series, cross_at, norm
+from bilevel.solvers._directions import Joint, Point, Series, norm
 from bilevel.solvers._variance_reduction import PAGE, SAGA, SARAH, STORM, Momentum, Plain, decayed, storm
 
 __all__ = [
@@ -331,7 +332,7 @@ class FSLA:
         y, y_memory = moved(lower_rule, lower_y, state.steps.y, state.y, scale)
 
         second = lower.redraw(1, 3)
-        hvp = jax.jvp(lambda y: jax.grad(second, argnums=1)(x, y), (y,), (state.v,))[1]
+        hvp = derivatives.hvp(second, x, y, state.v)
         linear = optax.tree.add(hvp, jax.grad(upper.redraw(0, 2), argnums=1)(x, y))
         v, v_memory = moved(lower_rule, linear, state.steps.v, state.v, scale)
 
@@ -339,7 +340,7 @@ class FSLA:
 
         def upper_direction(at: Point) -> tuple[jax.Array, PyTree]:
             value, upper_x = jax.value_and_grad(other)(at.x, at.y)
-            return value, optax.tree.add(upper_x, cross_at(third, at.x, at.y, at.v)[1])
+            return value, optax.tree.add(upper_x, derivatives.cross_product(third, at.x, at.y, at.v))
 
         at = Point(x, y, v)
         value, now = upper_direction(at)

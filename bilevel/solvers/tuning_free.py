@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel import derivatives
 from bilevel._module import hyperparameters, state
 from bilevel.problem import Problem
 from bilevel.solvers._base import PyTree, refuse
@@ -149,14 +150,13 @@ class DTFBO:
 
         def linear(v: PyTree, i: Any) -> PyTree:
             level = others.redraw(i, self.linear_steps)
-            hvp = jax.jvp(lambda y: jax.grad(level, argnums=1)(x, y), (y,), (v,))[1]
-            return optax.tree.add(hvp, upper_y)
+            return optax.tree.add(derivatives.hvp(level, x, y, v), upper_y)
 
         (v, gamma2, linear_norm), _ = jax.lax.scan(
             descent(linear), (state.v, state.gamma2, zero), jnp.arange(self.linear_steps)
         )
 
-        cross = Joint().lower(lower.stream(2), Point(x, y, v)).x
+        cross = derivatives.cross_product(lower.stream(2), x, y, v)
         direction = optax.tree.add(upper_x, cross)
         alpha2 = state.alpha2 + norm(direction) ** 2
         new = _stepped(problem, x, 1 / jnp.sqrt(alpha2), direction)
