@@ -92,10 +92,11 @@ def _product(equations: list[Any], side: int, read: Callable[[Any], Any]) -> lis
     shared = read(equations[0].invars[side])
     axis = equations[0].params["dimension_numbers"][0][side][0]
     table = jnp.concatenate(columns, 1)
-    factors, axes = ((shared, table), (axis, 0)) if side == 0 else ((table, shared), (0, axis))
+    left, right, *axes = (shared, table, axis, 0) if side == 0 else (table, shared, 0, axis)
     params = equations[0].params
     dimensions: Any = (((axes[0],), (axes[1],)), ((), ()))
-    result = jax.lax.dot_general(*factors, dimensions, params["precision"], params["preferred_element_type"])
+    options = {name: params[name] for name in ("precision", "preferred_element_type")}
+    result = jax.lax.dot_general(left, right, dimensions, **options)
     stops = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
     return jnp.split(result, stops, axis=result.ndim - 1 if side == 0 else 0)
 
