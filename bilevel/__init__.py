@@ -18,6 +18,7 @@ from bilevel import (
     optimality,
     optimizers,
     projections,
+    regularizers,
     solvers,
 )
 from bilevel._module import hyperparameters, state
@@ -52,6 +53,7 @@ __all__ = [
     "optimality",
     "optimizers",
     "projections",
+    "regularizers",
     "run",
     "solve",
     "solvers",

@@ -334,19 +334,20 @@ class Checkpoints:
                 f"checkpoint={str(self.path)!r} cannot be written ({error.strerror or error}). {cure}"
             ) from error
 
-    def restore(self, template: Any) -> tuple[int, Any, History] | None:
-        """The newest good checkpoint.
+    def restore(self, template: Any, step: int | None = None) -> tuple[int, Any, History] | None:
+        """The newest good checkpoint, or that of a step.
 
         Args:
           template: a state of the run's solver; gives the structure, and the devices that each array is put on.
+          step: which one; None: the newest good one.
 
         Returns:
-          `(step, state, history)`, or None where the directory holds no checkpoint.
+          `(step, state, history)`, or None where the directory holds no (such) checkpoint.
 
         Raises:
           CheckpointError: the newest readable one is another run's, or all are torn.
         """
-        found = self._found()
+        found = [s for s in self._found() if step is None or s == step]
         for step in reversed(found):
             path = self.path / f"step_{step}"
             try:

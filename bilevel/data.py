@@ -20,7 +20,7 @@ from bilevel._module import state
 
 PyTree = Any
 
-__all__ = ["Agents", "Clients", "Minibatches", "Sampler", "StepKey", "Stream", "as_step_key", "permute"]
+__all__ = ["Agents", "Clients", "Keyed", "Minibatches", "Sampler", "StepKey", "Stream", "as_step_key", "permute"]
 
 
 @state
@@ -281,6 +281,55 @@ class Sampler:
 
     def __repr__(self) -> str:
         return f"Sampler({getattr(self.fn, '__name__', self.fn)!s})"
+
+
+@jax.tree_util.register_pytree_node_class
+class Keyed(Sampler):
+    """Batches with the key they were drawn with: a loss is given `(batch, StepKey)` and can follow a schedule or draw noise.
+
+        def upper(x, y, batch):
+            (features, targets), key = batch
+            strength = 0.1 * key.step          # a schedule
+            noise = jax.random.normal(key.random, features.shape)
+
+    In the upper level `key.step` is the outer step; in the lower level it counts draws, outer steps times the lower
+    solver's steps. `key.random` is independent of the draw of the batch itself.
+
+    Args:
+      source: arrays (a full batch), `Minibatches`, `Sampler`, `Clients` or `Agents`; None: a level without data, whose batch is
+        `(None, key)`.
+    """
+
+    def __init__(self, source: Any = None) -> None:
+        if isinstance(source, (Stream, Keyed)):
+            raise TypeError(
+                f"Keyed wraps arrays or a source that is drawn from in the compiled loop, not a {type(source).__name__}."
+            )
+        self.arrays = source
+
+    @property
+    def fn(self) -> str:  # type: ignore[override]
+        """What is drawn from, in words."""
+        return repr(self.arrays) if hasattr(self.arrays, "draw") else "arrays"
+
+    def tree_flatten(self) -> tuple[Any, Any]:
+        """The source's leaves are leaves."""
+        return (self.arrays,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: Any, children: Any) -> Keyed:
+        """Rebuild without validation."""
+        self = object.__new__(cls)
+        (self.arrays,) = children
+        return self
+
+    def draw(self, key: StepKey) -> PyTree:
+        """The batch of this step, and its key."""
+        batch = self.arrays.draw(key) if hasattr(self.arrays, "draw") else self.arrays
+        return batch, key.fold_in(0x4B)
+
+    def __repr__(self) -> str:
+        return f"Keyed({self.fn})"
 
 
 @jax.tree_util.register_pytree_node_class

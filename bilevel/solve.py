@@ -210,6 +210,7 @@ def solve(
     callback_every: int | None = None,
     checkpoint: Any = None,
     checkpoint_every: int | None = None,
+    checkpoint_keep: int = 3,
     progress: bool | None = None,
     chunk: int | None = None,
 ) -> Solution:
@@ -231,6 +232,7 @@ def solve(
       checkpoint: a directory. The run is saved there every `checkpoint_every` steps (default: twenty times in the run, but not
         twice within five seconds) and at its end, and goes on from the newest good checkpoint that it finds there, bit for
         bit as if it had not been interrupted.
+      checkpoint_keep: how many of the newest checkpoints stay in the directory.
       progress: show a progress bar; None: on a terminal only.
       chunk: the most steps to compile into one call; default: as many as fit a quarter of a second.
 
@@ -247,6 +249,7 @@ def solve(
         ("metrics_every", metrics_every),
         ("callback_every", callback_every),
         ("checkpoint_every", checkpoint_every),
+        ("checkpoint_keep", checkpoint_keep),
         ("chunk", chunk),
     ):
         if count is not None and (isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1):
@@ -294,7 +297,7 @@ def solve(
     if checkpoint is not None:
         from bilevel.checkpoint import Checkpoints, fingerprint
 
-        saver = Checkpoints(checkpoint, fingerprint(problem, solver, x, y, base))
+        saver = Checkpoints(checkpoint, fingerprint(problem, solver, x, y, base), checkpoint_keep)
 
     state = solver.init(peeked() if streams else problem, x, y, _step_key(base, 0))
     for name in ("x", "y"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bilevel.data import as_step_key
 from bilevel.hypergradients._base import Estimate, Estimator
-from bilevel.hypergradients.finite_difference import FiniteDifference
+from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
 from bilevel.hypergradients.implicit import Implicit, JacobianFree
 from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
@@ -22,6 +22,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "FiniteDifference",
+    "FirstOrder",
     "Implicit",
     "JacobianFree",
     "OneStep",

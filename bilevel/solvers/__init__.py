@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bilevel.solvers._base import Solver, refuse
+from bilevel.solvers.darts import DARTS, MomentumSGD, coupled_adam
 from bilevel.solvers.default import default_solver
 from bilevel.solvers.nested import AID, IMAML, ITD, T1T2, HypergradientDescent, OneStep, TruncatedITD
 from bilevel.solvers.single_loop import FSLA, MASOBA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN, AdamSOBA, SingleLoop
@@ -14,7 +15,18 @@ from bilevel.solvers.tuning_free import DTFBO, STFBO
 
 if TYPE_CHECKING:
     from bilevel.solvers.decentralized import DSOBA, GTDSBO, MADSBO, SLDBO, SPARKLE, Decentralized
-    from bilevel.solvers.federated import AggITD, FedBiO, FedBiOAcc, FedMBO, FedNest, LFedNest, SimFBO
+    from bilevel.solvers.federated import (
+        AggITD,
+        FedBiO,
+        FedBiOAcc,
+        FederatedNested,
+        FederatedSingleLoop,
+        FedMBO,
+        FedNest,
+        LFedNest,
+        ShroFBO,
+        SimFBO,
+    )
     from bilevel.solvers.penalty import (
         BLOCC,
         BOME,
@@ -42,7 +54,18 @@ if TYPE_CHECKING:
 # Families that a run may never touch are imported where a name of theirs is first used.
 _LAZY = {
     "decentralized": ("DSOBA", "GTDSBO", "MADSBO", "SLDBO", "SPARKLE", "Decentralized"),
-    "federated": ("AggITD", "FedBiO", "FedBiOAcc", "FedMBO", "FedNest", "LFedNest", "SimFBO"),
+    "federated": (
+        "AggITD",
+        "FedBiO",
+        "FedBiOAcc",
+        "FedMBO",
+        "FedNest",
+        "FederatedNested",
+        "FederatedSingleLoop",
+        "LFedNest",
+        "ShroFBO",
+        "SimFBO",
+    ),
     "penalty": (
         "BLOCC",
         "BOME",
@@ -74,6 +97,7 @@ __all__ = [
     "BOME",
     "BSA",
     "BVFSM",
+    "DARTS",
     "DSOBA",
     "DTFBO",
     "F2BA",
@@ -117,18 +141,23 @@ __all__ = [
     "FedBiOAcc",
     "FedMBO",
     "FedNest",
+    "FederatedNested",
+    "FederatedSingleLoop",
     "HypergradientDescent",
     "IterativeRegularization",
     "LFedNest",
+    "MomentumSGD",
     "OneStep",
     "Path",
     "Polynomial",
+    "ShroFBO",
     "SimFBO",
     "SingleLoop",
     "SingleLoopF2SA",
     "Solver",
     "StocBiO",
     "TruncatedITD",
+    "coupled_adam",
     "default_solver",
     "refuse",
 ]

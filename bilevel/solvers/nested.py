@@ -47,6 +47,15 @@ class HypergradientDescent:
         `optimizers.spectral()`, which need no step size and full batches.
       warm_start: start each lower solve at the last y (and its optimiser's moments); False: at y0 every time, as in
         meta-learning.
+      upper_first: take the upper step first, with the estimate at the incoming y, and solve the lower level at the new x:
+
+            x_{k+1} = project_upper(x_k + upper_optimizer(hypergradient(x_k, y_k)))
+            y_{k+1} = lower_solver(x_{k+1}, y_k)
+
+        as in architecture search. Needs an `upper_optimizer`; one that withdraws steps is refused.
+      virtual_solver: with `upper_first`, the lower solver that the estimate is taken through, started from where the lower solver
+        stands (it shares its memory); its result is discarded. None: `lower_solver.virtual()` where there is such a method,
+        else the lower solver itself.
 
     Metrics: `upper_loss`, `hypergradient_norm` (with a projection |x - project(x - gradient)|), and the estimator's
     (`lower_residual` = |f_y|, `linear_residual`, `linear_iterations`). With a tolerance a run has converged when both
@@ -57,10 +66,20 @@ class HypergradientDescent:
     lower_solver: Any = GradientDescent()
     upper_optimizer: float | optax.GradientTransformation | None = None
     warm_start: bool = True
+    upper_first: bool = False
+    virtual_solver: Any = None
 
     def __post_init__(self) -> None:
         if self.upper_optimizer is not None:
             check_optimizer("HypergradientDescent", "upper_optimizer", self.upper_optimizer)
+        elif self.upper_first:
+            raise ValueError(
+                "HypergradientDescent(upper_first=True) has no default step rule: give upper_optimizer a step size or an optax rule."
+            )
+        if self.virtual_solver is not None and not self.upper_first:
+            raise ValueError(
+                "HypergradientDescent(virtual_solver=...) is for upper_first=True, and is ignored otherwise."
+            )
         as_lower_solver(self.lower_solver)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> NestedState:
@@ -68,9 +87,13 @@ class HypergradientDescent:
         refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower"))
         lower_state = as_lower_solver(self.lower_solver).init(y)
         carry = self.hypergradient.init(problem.draw_lower(key), x, y)
-        return NestedState(
-            x, y, x, lower_state.memory, carry, self._optimizer(problem).init(x), None if self.warm_start else y
-        )
+        memory = self._optimizer(problem).init(x)
+        if self.upper_first and withdraws(memory):
+            raise ProblemError(
+                "HypergradientDescent(upper_first=True) cannot withdraw an upper step, since the lower level has moved with it: "
+                "take a step size or an optax rule such as optax.adam(1e-2) as upper_optimizer."
+            )
+        return NestedState(x, y, x, lower_state.memory, carry, memory, None if self.warm_start else y)
 
     def _optimizer(self, problem: Problem) -> optax.GradientTransformationExtraArgs:
         if self.upper_optimizer is not None:
@@ -86,7 +109,7 @@ class HypergradientDescent:
         """One outer iteration."""
         upper, lower = problem.draw_upper(key), problem.draw_lower(key)
         solver = as_lower_solver(self.lower_solver)
-        inner = Inner(solver, lower)
+        inner = Inner(self._virtual(solver) if self.upper_first else solver, lower)
         start = LowerState(state.y, state.memory) if self.warm_start else solver.init(state.start)
 
         estimate = self.hypergradient(upper, lower, inner, state.trial, start, state.carry)
@@ -101,6 +124,8 @@ class HypergradientDescent:
         trial = optax.apply_updates(state.trial, updates)
         if problem.project_upper is not None:
             trial = problem.project_upper(trial)
+        if self.upper_first:
+            found = solver(lower, trial, start)
         x, y = trial, found.y
         if withdraws(memory):
             x = memory.x
@@ -112,8 +137,18 @@ class HypergradientDescent:
         }
         return NestedState(x, y, trial, found.memory, estimate.carry, memory, state.start), metrics
 
+    def _virtual(self, solver: Any) -> Any:
+        if self.virtual_solver is not None:
+            return as_lower_solver(self.virtual_solver)
+        return solver.virtual() if hasattr(solver, "virtual") else solver
+
     def status(self, state: NestedState, metrics: dict[str, jax.Array], tol: Any) -> jax.Array:
         """CONVERGED where the hypergradient and the lower level's residual are within the tolerance."""
+        if self.upper_first and "lower_residual" not in metrics:
+            raise ValueError(
+                f"{type(self.hypergradient).__name__} does not measure the lower level's residual, so a tolerance cannot be "
+                "met: leave tol out and give the number of steps."
+            )
         worst = jnp.maximum(metrics["hypergradient_norm"], metrics.get("lower_residual", jnp.zeros(())))
         return jnp.where(worst <= tol, Result.CONVERGED.value, 0)
 

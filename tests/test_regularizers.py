@@ -1,0 +1,708 @@
+"""Early stopping, adaptive regularisation, perturbation and penalties."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilevel import Problem, data, diagnostics, run, solve
+from bilevel import regularizers as reg
+from bilevel.checkpoint import CheckpointError
+from bilevel.data import as_step_key
+from bilevel.regularizers import EarlyStopping
+from bilevel.solution import History, Result
+from bilevel.solve import Event
+from bilevel.solvers.darts import DARTS, MomentumSGD
+
+# Dominant eigenvalues of the authors' search logs, recomputed from the Hessians in experiments/search_logs of the repository
+# automl/RobustDARTS (one after epochs 0, 2, ..., 48, 49 of 50; space/data, drop-path, weight decay), to four digits, with the (epoch gone
+# back to, epoch of the decision) of their rule.
+PUBLISHED = {
+    "s1/cifar10/0.0_0.0003 seed 1": (
+        (10, 22),
+        [
+            0.1788,
+            0.1482,
+            0.1703,
+            0.1464,
+            0.1211,
+            0.2488,
+            0.2311,
+            0.3595,
+            0.2246,
+            0.3859,
+            0.2085,
+            0.4298,
+            0.5083,
+            0.2287,
+            0.4098,
+            0.5024,
+            0.4997,
+            0.25,
+            0.4574,
+            0.5168,
+            0.6438,
+            0.4592,
+            0.7071,
+            1.319,
+            0.5272,
+            0.5212,
+        ],
+    ),
+    "s1/cifar10/0.0_0.0003 seed 3": (
+        (18, 30),
+        [
+            0.146,
+            0.2083,
+            0.3164,
+            0.1967,
+            0.2134,
+            0.1834,
+            0.3465,
+            0.2029,
+            0.25,
+            0.1714,
+            0.31,
+            0.3055,
+            0.2532,
+            0.2609,
+            0.4074,
+            0.5918,
+            0.5956,
+            0.7893,
+            0.7326,
+            0.4814,
+            0.3652,
+            0.7857,
+            0.913,
+            0.3125,
+            0.8798,
+            1.064,
+        ],
+    ),
+    "s1/cifar10/0.0_0.0009 seed 2": (
+        (20, 32),
+        [
+            0.1113,
+            0.1168,
+            0.178,
+            0.1172,
+            0.1647,
+            0.1949,
+            0.2116,
+            0.1804,
+            0.2533,
+            0.1604,
+            0.2484,
+            0.1982,
+            0.1433,
+            0.3524,
+            0.4155,
+            0.2257,
+            0.5612,
+            0.5303,
+            0.3264,
+            0.3085,
+            0.4273,
+            0.526,
+            0.4018,
+            0.9379,
+            0.4761,
+            0.9327,
+        ],
+    ),
+    "s1/cifar10/0.0_0.0027 seed 1": (
+        (30, 42),
+        [
+            0.1437,
+            0.1032,
+            0.1397,
+            0.1363,
+            0.1172,
+            0.2384,
+            0.1898,
+            0.1708,
+            0.1537,
+            0.149,
+            0.1214,
+            0.1941,
+            0.1877,
+            0.08451,
+            0.1989,
+            0.2216,
+            0.1539,
+            0.1224,
+            0.164,
+            0.3208,
+            0.2613,
+            0.281,
+            0.4405,
+            0.614,
+            0.5054,
+            0.4391,
+        ],
+    ),
+    "s1/cifar10/0.0_0.0081 seed 3": (
+        (36, 48),
+        [
+            0.06569,
+            0.1731,
+            0.1837,
+            0.1252,
+            0.1395,
+            0.1565,
+            0.1836,
+            0.1774,
+            0.155,
+            0.1687,
+            0.1185,
+            0.1072,
+            0.09571,
+            0.1519,
+            0.1066,
+            0.1134,
+            0.1223,
+            0.1719,
+            0.1044,
+            0.1151,
+            0.09153,
+            0.1542,
+            0.1453,
+            0.2384,
+            0.1823,
+            0.1946,
+        ],
+    ),
+    "s1/cifar10/0.0_0.0081 seed 1": (
+        None,
+        [
+            0.1229,
+            0.1415,
+            0.08971,
+            0.1615,
+            0.115,
+            0.1684,
+            0.1719,
+            0.1445,
+            0.1287,
+            0.1296,
+            0.204,
+            0.1826,
+            0.1801,
+            0.1649,
+            0.2674,
+            0.193,
+            0.204,
+            0.1251,
+            0.1313,
+            0.2019,
+            0.1926,
+            0.1718,
+            0.141,
+            0.2293,
+            0.1982,
+            0.2203,
+        ],
+    ),
+    "s1/cifar10/0.0_0.0243 seed 2": (
+        None,
+        [
+            0.1127,
+            0.1373,
+            0.1228,
+            0.07598,
+            0.1651,
+            0.14,
+            0.1678,
+            0.1324,
+            0.1578,
+            0.1971,
+            0.1462,
+            0.1694,
+            0.1461,
+            0.1398,
+            0.1617,
+            0.2492,
+            0.2397,
+            0.1723,
+            0.1486,
+            0.1507,
+            0.1626,
+            0.163,
+            0.1635,
+            0.2037,
+            0.2287,
+            0.3359,
+        ],
+    ),
+    "s1/cifar10/0.2_0.0003 seed 2": (
+        None,
+        [
+            0.1204,
+            0.1777,
+            0.1712,
+            0.1705,
+            0.3074,
+            0.218,
+            0.1555,
+            0.1611,
+            0.1872,
+            0.2169,
+            0.1656,
+            0.1847,
+            0.1704,
+            0.1796,
+            0.2071,
+            0.1996,
+            0.2689,
+            0.2229,
+            0.1571,
+            0.2096,
+            0.2354,
+            0.2405,
+            0.1609,
+            0.2936,
+            0.312,
+            0.3091,
+        ],
+    ),
+    "s3/svhn/0.0_0.0003 seed 3": (
+        (12, 24),
+        [
+            0.1009,
+            0.09954,
+            0.07339,
+            0.09003,
+            0.08183,
+            0.07856,
+            0.0989,
+            0.06792,
+            0.1267,
+            0.09607,
+            0.08399,
+            0.09698,
+            0.1928,
+            0.1541,
+            0.1434,
+            0.2306,
+            0.1094,
+            0.2112,
+            0.193,
+            0.1619,
+            0.4227,
+            0.1528,
+            0.1212,
+            0.2025,
+            0.3081,
+            0.1465,
+        ],
+    ),
+    "s3/svhn/0.0_0.0729 seed 1": (
+        None,
+        [
+            0.006097,
+            0.001692,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+            0.001,
+        ],
+    ),
+}
+EPOCHS = [*range(0, 50, 2), 49]
+
+
+@pytest.mark.parametrize("run", PUBLISHED)
+def test_the_codes_rule_decides_as_published(run):
+    expected, eigenvalues = PUBLISHED[run]
+    rule = EarlyStopping.code()
+    for decision in (rule.decide(eigenvalues, total=50), rule.decide(eigenvalues, EPOCHS, 50)):
+        assert (decision and (decision.epoch, decision.decided_at)) == expected
+    fed = [rule.decide(eigenvalues[:n], total=50) for n in range(27)]  # one at a time, as in a run
+    if expected is None:
+        assert fed == [None] * 27
+    else:
+        first = EPOCHS.index(expected[1]) + 1
+        assert fed[:first] == [None] * first and fed[first:] == [decision] * (27 - first)
+        assert EPOCHS[decision.index] == expected[0]
+
+
+def test_the_rule_abstains_in_the_last_epoch():
+    eigenvalues = PUBLISHED["s1/cifar10/0.0_0.0243 seed 2"][1]
+    assert EarlyStopping.code().decide(eigenvalues, EPOCHS, 50) is None
+    assert EarlyStopping.code().decide(eigenvalues, EPOCHS).decided_at == 49
+
+
+def test_the_local_averages_are_centred_windows():
+    values = np.array([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0])
+    expected = [values[max(0, c - 2) : c + 3].mean() for c in range(5)]
+    found = EarlyStopping(window=5).averages(values)
+    assert np.isnan(found[:2]).all()
+    np.testing.assert_allclose(found[2:], expected)
+    np.testing.assert_allclose(EarlyStopping(window=4).averages(values)[1:], [2, 8 / 3, 2.25, 2.75, 4.75, 4.25])
+
+
+def test_presets_differ_in_when_they_compare():
+    steady = 1.06 ** np.arange(60)
+    # The paper: 1.06^5 > 1/0.75, from the second full window on; the code: 1.06^4 < 1.3.
+    assert EarlyStopping.paper().decide(1.05 ** np.arange(60)) is None
+    decision = EarlyStopping.paper().decide(steady)
+    # Window averages cut at the start grow more slowly: c = 5 is the first centre with a predecessor, c - 5 = 0.
+    growth = steady[3:8].mean() / steady[:3].mean()
+    if growth > 4 / 3:
+        assert (decision.epoch, decision.decided_at) == (0, 7)
+    assert EarlyStopping.code().decide(steady) is None
+    decision = EarlyStopping.code().decide(1.08 ** np.arange(60))
+    assert (decision.epoch, decision.decided_at) == (10, 22)
+    np.testing.assert_allclose(decision.growth, 1.08**4)
+    assert EarlyStopping.code(start=14).decide(1.08 ** np.arange(60)).epoch == 14
+
+
+def test_floor_and_patience():
+    rule = dict(window=1, lag=1, ratio=1.5, start=0)
+    tiny = [1e-3, 2e-3, 4e-3]
+    assert EarlyStopping(**rule).decide(tiny).index == 0
+    assert EarlyStopping(**rule, floor=0.01).decide(tiny) is None
+    spike = [1.0, 2.0, 1.0, 2.0, 4.0, 8.0]
+    decision = EarlyStopping(**rule, patience=3).decide(spike)
+    assert (decision.epoch, decision.decided_at) == (2, 5)
+    assert EarlyStopping(**rule).decide([-1.0, -2.0, -4.0]) is None  # a fall further below zero is no growth
+    assert EarlyStopping(**rule).decide([]) is None
+
+
+def test_errors_of_the_rule():
+    with pytest.raises(ValueError, match="ratio is new over old, above 1"):
+        EarlyStopping(ratio=0.75)
+    with pytest.raises(ValueError, match="positive number of evaluations"):
+        EarlyStopping(window=0)
+    with pytest.raises(ValueError, match="3 eigenvalues and 2 epochs"):
+        EarlyStopping().decide([1, 2, 3], [0, 1])
+    with pytest.raises(ValueError, match="a list of numbers"):
+        EarlyStopping().decide(np.ones((2, 2)))
+
+
+# ---------------------------------------------------------------- inside solve
+
+
+def lower(x, y, batch):
+    return 0.5 * jnp.sum((y - 3.0) ** 2) + 0.0 * jnp.sum(x) + 0.1 * y * jnp.mean(batch)
+
+
+def upper(x, y):
+    return 0.5 * (1 + y**6 / 8) * jnp.sum((x - 1) ** 2)  # the Hessian in x is 1 + y^6 / 8 times the identity
+
+
+PROBLEM = Problem(upper, lower, lower_data=data.Minibatches(np.random.default_rng(0).normal(size=16), 2))
+EIGENVALUE = diagnostics.dominant_eigenvalue(upper)
+X, Y = jnp.zeros(2), jnp.asarray(1.0)
+RULE = EarlyStopping(window=3, lag=2, ratio=1.2, start=4)
+
+
+ADAM = optax.adam(0.1)  # one rule for all, and so one compiled program
+
+
+def darts(weight_decay, learning_rate=0.01):
+    return DARTS(1, MomentumSGD(learning_rate, momentum=0.5, weight_decay=weight_decay), ADAM)
+
+
+def test_monitor_stops_a_run_and_has_its_stop_point():
+    monitor = reg.Monitor(RULE, steps_per_epoch=2)
+    seen = {}
+    solution = solve(
+        PROBLEM,
+        X,
+        Y,
+        darts(0.0),
+        steps=60,
+        metrics={"eigenvalue": EIGENVALUE},
+        metrics_every=2,
+        callback=lambda event: seen.update({event.step: event.state}) or monitor(event),
+    )
+    assert solution.result is Result.STOPPED and solution.steps == 2 * monitor.decision.decided_at < 60
+    assert monitor.decision == RULE.decide(solution.history["eigenvalue"])  # an evaluation per epoch
+    stopped = monitor.stopped
+    assert (stopped.step, stopped.epoch) == (8, 4) and monitor.decision.epoch == 4
+    for found, expected in zip(jax.tree.leaves(stopped.state), jax.tree.leaves(seen[8]), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(stopped.x, seen[8].x)
+    unwatched = reg.Monitor(RULE)
+    with pytest.raises(ValueError, match="looks at the metric 'eigenvalue'"):
+        solve(PROBLEM, X, Y, darts(0.0), steps=2, callback=unwatched)
+    assert unwatched.stopped is None
+
+
+def test_monitor_without_its_snapshots_says_so():
+    monitor = reg.Monitor(dataclasses.replace(RULE, start=0), steps_per_epoch=2)
+    eigenvalues = {"eigenvalue": 1.5 ** np.arange(6)}
+    history = History(eigenvalues, {"eigenvalue": 2 * np.arange(6)})
+    assert monitor(Event(10, X, Y, None, history))  # the first that this process sees, as after an interruption
+    assert monitor.decision.epoch == 0
+    with pytest.raises(ValueError, match="goes back to step 0, which this process has not seen"):
+        monitor.stopped  # noqa: B018
+
+
+def test_adaptive_rolls_back_to_exactly_the_saved_state(tmp_path, x64):
+    states = []
+
+    def watch(event):
+        states.append((event.step, event.state))
+
+    call = dict(
+        eigenvalue=EIGENVALUE, largest=2.0, steps=30, every=2, rule=RULE, steps_per_epoch=2, callback=watch, key=3
+    )
+    x, y = np.zeros(2), np.asarray(1.0)
+    found = reg.adaptive(PROBLEM, x, y, darts, 0.03, checkpoint=tmp_path, **call)
+    assert found.strengths == (0.03, 0.3, 2.0)  # times ten, capped
+    assert found.solution.steps == 30 and found.solution.result is Result.MAX_STEPS
+    np.testing.assert_array_equal(found.solution.history.steps["eigenvalue"], np.arange(0, 31, 2))
+    np.testing.assert_array_equal(found.solution.history.steps["upper_loss"], np.arange(30))
+
+    # Where a run begins the callback's step falls back: before it is the run that was left.
+    cuts = [i for i in range(1, len(states)) if states[i][0] <= states[i - 1][0]]
+    assert len(cuts) == 2
+    runs = [dict(part) for part in (states[: cuts[0]], states[cuts[0] : cuts[1]], states[cuts[1] :])]
+    step_once = jax.jit(lambda solver, state, key: solver.step(PROBLEM, state, key)[0])
+    path = {}
+    for number, (visited, strength) in enumerate(zip(runs, found.strengths, strict=True)):
+        if number:
+            back, decision = found.rolled_back_to[number - 1], found.decisions[number - 1]
+            assert back == 2 * decision.epoch and max(runs[number - 1]) == 2 * decision.decided_at
+            path = {step: state for step, state in path.items() if step <= back}
+            state = path[back]
+            for k in (back, back + 1):
+                state = step_once(darts(strength), state, as_step_key(3, k))
+            for ours, theirs in zip(jax.tree.leaves(visited[back + 2]), jax.tree.leaves(state), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-13)
+        path |= visited
+    for step, state in path.items():
+        recorded = found.solution.history["eigenvalue"][step // 2]
+        np.testing.assert_allclose(recorded, 1 + state.y**6 / 8, rtol=1e-12)
+    assert "back to step" in repr(found)
+
+    # The directory knows the run: called again, nothing is left to do, and the answer is the same.
+    again = reg.adaptive(PROBLEM, x, y, darts, 0.03, checkpoint=tmp_path, **call)
+    assert (again.strengths, again.rolled_back_to) == (found.strengths, found.rolled_back_to)
+    np.testing.assert_array_equal(again.y, found.y)
+    with pytest.raises(CheckpointError, match="another run"):
+        reg.adaptive(PROBLEM, x, y, darts, 0.05, checkpoint=tmp_path, **call)
+
+
+def test_adaptive_goes_back_beyond_an_earlier_roll_back():
+    # A strength that makes the eigenvalue grow faster: the second decision names an evaluation of the first run.
+    found = reg.adaptive(
+        PROBLEM,
+        X,
+        Y,
+        lambda rate: darts(3e-4, rate),
+        0.006,
+        eigenvalue=EIGENVALUE,
+        largest=0.054,
+        factor=3.0,
+        steps=30,
+        every=2,
+        rule=dataclasses.replace(RULE, ratio=1.15, start=1),
+        steps_per_epoch=2,
+    )
+    assert found.rolled_back_to[0] > found.rolled_back_to[1] > 0
+    np.testing.assert_array_equal(found.solution.history.steps["eigenvalue"], np.arange(0, 31, 2))
+    y, back = found.solution.history["eigenvalue"], found.rolled_back_to[1] // 2
+    rates = np.diff(((y - 1) * 8) ** (1 / 6))  # of y itself: the rate of the path is the first one's up to there
+    assert rates[back] > 4 * rates[back - 1]
+
+
+def test_adaptive_without_growth_and_its_errors():
+    call = dict(eigenvalue=EIGENVALUE, largest=20.0, steps=20, every=2, rule=RULE)
+    calm = reg.adaptive(PROBLEM, X, Y, darts, 2.0, **call)
+    assert calm.strengths == (2.0,) and calm.decisions == () and calm.solution.steps == 20
+    with pytest.raises(TypeError, match="a function strength -> solver"):
+        reg.adaptive(PROBLEM, X, Y, darts(0.1), 0.1, **call)
+    with pytest.raises(ValueError, match="0 < strength <= largest"):
+        reg.adaptive(PROBLEM, X, Y, darts, 30.0, **call)
+    with pytest.raises(ValueError, match="a factor above 1"):
+        reg.adaptive(PROBLEM, X, Y, darts, 0.1, factor=1.0, **call)
+    with pytest.raises(TypeError, match="sets solve's metrics_every itself"):
+        reg.adaptive(PROBLEM, X, Y, darts, 0.1, metrics_every=3, **call)
+
+
+def test_keep_best_is_by_the_users_score():
+    runs = []
+
+    def run(strength):
+        runs.append(strength)
+        return solve(PROBLEM, X, Y, darts(strength), steps=20)
+
+    best = reg.keep_best(run, (0.0, 1.0, 5.0), lambda x, y: abs(y - 1.0))
+    scores = [abs(float(s.y) - 1.0) for s in best.solutions]
+    assert runs == [0.0, 1.0, 5.0] and best.scores == tuple(scores)
+    assert best.strength == (0.0, 1.0, 5.0)[int(np.argmin(scores))] and best.score == min(scores)
+    np.testing.assert_array_equal(best.y, best.solution.y)
+    # NaN is the worst.
+    assert reg.keep_best(run, (0.0, 1.0), lambda x, y: np.nan if y > best.solutions[1].y else 1.0).strength == 1.0
+    with pytest.raises(ValueError, match="at least one strength"):
+        reg.keep_best(run, (), lambda x, y: 0.0)
+    with pytest.raises(ValueError, match="none of the 1 strengths"):
+        reg.keep_best(run, (0.0,), lambda x, y: np.nan)
+
+
+# ---------------------------------------------------------------- the lower loss, perturbed
+
+
+def identity(x):
+    return x
+
+
+def test_random_perturbation_adds_a_third_of_half_the_trace(x64):
+    h = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, -0.3], [0.0, -0.3, 4.0]])
+    smoothed = reg.perturbed(lambda a, y: 0.5 * a @ h @ a + y @ a, 0.3, transform=identity, project=None)
+    x, y = np.array([0.2, -0.1, 0.4]), np.array([1.0, 0.0, -1.0])
+    level = Problem(lambda x, y: 0.0, smoothed, lower_data=data.Keyed())
+    n = 20_000
+    values = jax.jit(jax.vmap(lambda k: level.draw_lower(as_step_key(0, k))(x, y)))(jnp.arange(n))
+    added = values - (0.5 * x @ h @ x + y @ x)
+    np.testing.assert_allclose(added.mean(), 0.3**2 / 6 * np.trace(h), atol=4 * added.std() / np.sqrt(n))
+
+
+def test_adversarial_perturbation_of_a_linear_loss_is_the_worst(x64):
+    g = {"a": np.array([[1.0, -2.0, 0.5]]), "b": np.array([3.0, -0.1])}
+    x = {"a": np.zeros((1, 3)), "b": np.array([0.3, 0.1])}
+
+    def loss(a, y, batch):
+        return sum(jnp.vdot(g[k] * batch, a[k]) for k in a) + y
+
+    smoothed = reg.perturbed(loss, 0.2, adversarial=True, transform=identity, project=None)
+    batch = data.Keyed(np.asarray(2.0)[None]).draw(as_step_key(1))
+    batch = (batch[0][0], batch[1])
+    one_norm = sum(np.abs(v).sum() for v in g.values())
+    value, gradient = jax.jit(jax.value_and_grad(smoothed))(x, 0.5, batch)
+    # A random start within the ball and steps of 2/7 of its radius times seven: every coordinate reaches its end.
+    np.testing.assert_allclose(value, loss(x, 0.5, 2.0) + 0.2 * 2 * one_norm, rtol=1e-12)
+    for k in g:
+        np.testing.assert_allclose(gradient[k], 2 * g[k], rtol=1e-12)  # the perturbation is a constant
+
+
+def test_adversarial_perturbation_is_kept_only_where_the_loss_rose(x64):
+    # A peak at A = (1/2, 1/2): nothing rises from there.
+    smoothed = reg.perturbed(lambda a, y: -jnp.sum((a - 0.5) ** 2) + y, 0.3, adversarial=True)
+    value = jax.jit(smoothed)(np.zeros(2), 1.0, data.Keyed().draw(as_step_key(0)))
+    np.testing.assert_allclose(value, 1.0, rtol=1e-15)
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_perturbed_choices_stay_on_the_simplex(adversarial, x64):
+    x = {"normal": np.random.default_rng(0).normal(size=(4, 3)), "reduce": np.zeros((2, 5))}
+    seen = lambda a, y: jnp.sum(a["normal"] ** 3) + jnp.sum(a["reduce"] * jnp.arange(5.0))
+    keep = {}
+
+    def loss(a, y):
+        keep["a"] = a
+        return seen(a, y)
+
+    smoothed = reg.perturbed(loss, lambda step: 0.3 * (step + 1), adversarial=adversarial)
+
+    def last(key):
+        value = smoothed(x, 0.0, (None, key))
+        return value, keep["a"]  # what the loss was evaluated at in the end
+
+    value, a = jax.jit(last)(as_step_key(2, 4))
+    for leaf, before in zip(jax.tree.leaves(a), jax.tree.leaves(reg.softmax(x)), strict=True):
+        np.testing.assert_allclose(leaf.sum(-1), 1, rtol=1e-12)
+        assert jnp.all(leaf >= 0) and jnp.max(jnp.abs(leaf - before)) > 0.01
+    assert not adversarial or value > seen(reg.softmax(x), 0.0)
+    np.testing.assert_allclose(reg.renormalise(jnp.array([[-1.0, -2.0], [3.0, 1.0]])), [[0.5, 0.5], [0.75, 0.25]])
+
+
+@pytest.mark.parametrize("order", [2, "exact"])
+def test_perturbed_search_runs_and_reproduces(order):
+    train = data.Keyed(data.Minibatches(np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32), 4))
+    problem = Problem(
+        lambda x, y: jnp.sum((jax.nn.softmax(x) * y - 0.2) ** 2),
+        reg.perturbed(lambda a, y, batch: jnp.mean((batch @ (a * y) - 1) ** 2), 0.2),
+        lower_data=train,
+    )
+    keys = jax.vmap(jax.random.key)(jnp.array([0, 0, 1]))
+    once = lambda key: run(problem, DARTS(order), jnp.zeros(3), jnp.ones(3), 4, key)[0]
+    state = jax.jit(jax.vmap(once))(keys)
+    np.testing.assert_array_equal(state.y[0], state.y[1])
+    assert jnp.any(state.y[0] != state.y[2]) and jnp.all(jnp.isfinite(state.x))
+
+
+def test_keyed_batches():
+    source = data.Minibatches(np.arange(10.0), 2, replace=True)
+    key = as_step_key(0, 7)
+    batch, drawn = data.Keyed(source).draw(key)
+    np.testing.assert_array_equal(batch, source.draw(key))
+    assert drawn.step == 7
+    assert np.any(jax.random.key_data(drawn.random) != jax.random.key_data(key.random))
+    assert repr(data.Keyed(source)) == "Keyed(Minibatches(10 samples, size=2, with replacement))"
+    with pytest.raises(TypeError, match="not a Stream"):
+        data.Keyed(data.Stream([np.ones(2)]))
+    with pytest.raises(ValueError, match="needs the step's key with each batch"):
+        reg.perturbed(lambda a, y: 0.0)(jnp.zeros(2), 0.0)
+    with pytest.raises(ValueError, match="radius is positive"):
+        reg.perturbed(lambda a, y: 0.0, 0.0)
+
+
+# ---------------------------------------------------------------- the upper loss, penalised
+
+
+def test_penalties_in_closed_form(x64):
+    rng = np.random.default_rng(0)
+    x = {"normal": rng.normal(size=(4, 3)), "reduce": rng.normal(size=(2, 5))}
+    p = {k: np.exp(v) / np.exp(v).sum(-1, keepdims=True) for k, v in x.items()}
+    edges = np.concatenate([np.log(np.exp(v).sum(-1)) for v in x.values()])
+    value, gradient = jax.jit(jax.value_and_grad(reg.beta_decay))(x)
+    np.testing.assert_allclose(value, edges.mean(), rtol=1e-12)
+    for k, g in gradient.items():
+        np.testing.assert_allclose(g, p[k] / 6, rtol=1e-12)
+    s = np.concatenate([(1 / (1 + np.exp(-v)) - 0.5).ravel() for v in x.values()])
+    np.testing.assert_allclose(jax.jit(reg.zero_one)(x), -np.mean(s**2), rtol=1e-12)
+    np.testing.assert_allclose(reg.zero_one(x, norm=1), -np.mean(np.abs(s)), rtol=1e-12)
+    entropies = np.concatenate([-(q * np.log(q)).sum(-1) for q in p.values()])
+    np.testing.assert_allclose(jax.jit(reg.entropy)(x), entropies.mean(), rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(reg.entropy)(jnp.zeros((3, 8))), np.log(8), rtol=1e-12)
+    with pytest.raises(ValueError, match="the norm is 1 or 2"):
+        reg.zero_one(x, norm=3)
+    with pytest.raises(ValueError, match="a leaf is a scalar"):
+        reg.beta_decay(jnp.zeros(()))
+
+
+def test_penalised_follows_the_outer_step(x64):
+    loss = reg.penalised(lambda x, y: jnp.sum(y), (reg.beta_decay, 2.0), (jnp.sum, lambda step: 0.5 * step))
+    problem = Problem(loss, lambda x, y: jnp.sum((y - x) ** 2), upper_data=data.Keyed())
+    x, y = np.array([0.3, -0.2]), np.array([1.0, 2.0])
+    found = [problem.draw_upper(as_step_key(0, k))(x, y) for k in (0, 3)]
+    base = 3 + 2 * np.log(np.exp(x).sum())
+    np.testing.assert_allclose(found, [base, base + 1.5 * x.sum()], rtol=1e-12)
+    history = solve(problem, x, y, DARTS(1), steps=3).history
+    np.testing.assert_allclose(history["upper_loss"][0], base, rtol=1e-12)
+    plain = reg.penalised(lambda x, y, batch: batch * y, (reg.entropy, 1.0))  # numbers alone need no key
+    np.testing.assert_allclose(plain(jnp.zeros(4), 3.0, 2.0), 6 + np.log(4), rtol=1e-12)
+    with pytest.raises(TypeError, match="takes pairs"):
+        reg.penalised(lambda x, y: 0.0, reg.entropy)
+    with pytest.raises(ValueError, match="penalised needs the step's key"):
+        loss(x, y)
