@@ -19,10 +19,11 @@ from bilevel.hypergradients import Implicit, value_and_hypergradient
 from bilevel.lower import LBFGS, GradientDescent
 from bilevel.problem import Problem, ProblemError, as_variable, full_batch
 from bilevel.solvers.default import default_solver
+from bilevel.solvers.single_loop import SABA
 
 PyTree = Any
 
-__all__ = ["Check", "EstimatorCheck", "check", "extreme_eigenvalues"]
+__all__ = ["Check", "EstimatorCheck", "check", "dominant_eigenvalue", "extreme_eigenvalues"]
 
 
 def extreme_eigenvalues(
@@ -74,6 +75,63 @@ def extreme_eigenvalues(
     return values[0], values[-1]
 
 
+def dominant_eigenvalue(
+    loss: Callable[..., jax.Array],
+    *,
+    weight_decay: float = 0.0,
+    dense: int = 256,
+    chunk: int = 8,
+    steps: int = 64,
+    key: int = 0,
+) -> Callable[..., jax.Array]:
+    """A metric: the algebraically largest eigenvalue of the Hessian of `loss` in x, at the current y.
+
+        solve(..., metrics={"eigenvalue": (dominant_eigenvalue(validation_loss), batch)}, metrics_every=100)
+
+    It is the direct second derivative F_xx(x, y), in all leaves of x together, and not the curvature of x -> F(x, y*(x)):
+    the sharpness that RobustDARTS tracks, whose growth announces that an architecture search degenerates. The Hessian
+    may be indefinite; a negative eigenvalue of larger modulus is not mistaken for it.
+
+    Args:
+      loss: the upper loss, `F(x, y)` or `F(x, y, batch)`.
+      weight_decay: of the upper variable; the Hessian of (weight_decay / 2) |x|^2 adds it to every eigenvalue, as in the authors' logs (1e-3).
+      dense: up to so many unknowns the Hessian is formed, and the answer is exact; above, it is a lower bound by Lanczos
+        (`extreme_eigenvalues`).
+      chunk: the Hessian's columns that are computed at once: memory grows with it, and time falls.
+      steps, key: Lanczos steps, and the seed of their random start.
+
+    Returns:
+      A function of (x, y) or (x, y, batch), for `solve(metrics=...)`. Equal arguments give equal functions, so that a
+      program compiled for one serves the other. Cost: one gradient, and one Hessian-vector product per unknown or Lanczos step.
+
+    Reference: Zela et al., "Understanding and Robustifying Differentiable Architecture Search", ICLR 2020.
+    """
+    if not callable(loss):
+        raise TypeError(f"dominant_eigenvalue takes a loss, a function F(x, y[, batch]), not {type(loss).__name__}.")
+    return _DominantEigenvalue(loss, weight_decay, dense, chunk, steps, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DominantEigenvalue:
+    loss: Callable[..., jax.Array]
+    weight_decay: float
+    dense: int
+    chunk: int
+    steps: int
+    key: int
+
+    def __call__(self, x: PyTree, y: PyTree, *batch: Any) -> jax.Array:
+        flat, unravel = ravel_pytree(x)
+        gradient = jax.grad(lambda flat: self.loss(unravel(flat), y, *batch))
+        _, product = jax.linearize(gradient, flat)
+        if flat.size <= self.dense:
+            hessian = jax.lax.map(product, jnp.eye(flat.size, dtype=flat.dtype), batch_size=self.chunk)
+            largest = jnp.linalg.eigvalsh((hessian + hessian.T) / 2)[-1]
+        else:
+            largest = extreme_eigenvalues(product, flat, self.key, self.steps)[1]
+        return largest + self.weight_decay
+
+
 @dataclasses.dataclass(frozen=True)
 class EstimatorCheck:
     """One estimator at the point.
@@ -108,6 +166,7 @@ class Check:
       estimators: one `EstimatorCheck` each.
       solver: what `solve` would choose.
       reason: why.
+      table_bytes: what the tables of a method with memory (`solvers.SABA`) would take on these data; 0 for full batches.
       warnings: sentences.
     """
 
@@ -122,6 +181,7 @@ class Check:
     estimators: list[EstimatorCheck]
     solver: Any
     reason: str
+    table_bytes: int
     warnings: list[str]
 
     def __str__(self) -> str:
@@ -149,6 +209,10 @@ class Check:
                 + (f"  {e.note}" if e.note else "")
             )
         lines.append(f"Solver: {self.reason}")
+        if self.table_bytes:
+            lines.append(
+                f"Tables of solvers.SABA on these data: {self.table_bytes / 2**20:,.1f} MiB (solvers.SRBA needs none)"
+            )
         lines += [f"Warning: {w}" for w in self.warnings]
         return "\n".join(lines)
 
@@ -217,6 +281,7 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
         estimators,
         solver,
         reason,
+        SABA().table_bytes(problem, x, y) if problem.stochastic else 0,
         warnings,
     )
 
