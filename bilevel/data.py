@@ -460,8 +460,8 @@ class Stream:
                 raise ValueError(f"{what} Give a list, a loader object, or a function start -> iterator.")
             first = False
 
-    def prefetched(self, start: int = 0, depth: int = 64) -> Prefetched:
-        """The same items, read ahead by a thread."""
+    def prefetched(self, start: int = 0, depth: int | None = None) -> Prefetched:
+        """The same items, read ahead by a thread: at most `depth` of them; None: as many as 256 MiB hold, 2 to 8192."""
         return Prefetched(self.items(start), depth)
 
     def __repr__(self) -> str:
@@ -469,10 +469,14 @@ class Stream:
 
 
 class Prefetched:
-    """An iterator that a thread keeps `depth` items ahead; errors of the source are raised where they are consumed."""
+    """An iterator that a thread keeps `depth` items ahead; errors of the source are raised where they are consumed.
 
-    def __init__(self, items: Iterator[PyTree], depth: int) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    `depth=None`: as many as 256 MiB hold, 2 to 8192, so that all batches of a chunk of steps can be read while the last one runs.
+    """
+
+    def __init__(self, items: Iterator[PyTree], depth: int | None) -> None:
+        self._sized = depth is not None
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth or 2)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(items,), daemon=True)
         self._thread.start()
@@ -487,7 +491,11 @@ class Prefetched:
     def _work(self, items: Iterator[PyTree]) -> None:
         try:
             for item in items:
-                self._put((jax.tree.map(np.asarray, item), None))
+                item = jax.tree.map(np.asarray, item)
+                if not self._sized:
+                    size = sum(leaf.nbytes for leaf in jax.tree.leaves(item))
+                    self._queue.maxsize, self._sized = min(max(2**28 // max(size, 1), 2), 8192), True
+                self._put((item, None))
                 if self._stop.is_set():
                     return
         except BaseException as error:
