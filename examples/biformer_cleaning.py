@@ -99,7 +99,7 @@ def run(args, seed):
             steps=args.steps,
             key=seed,
             metrics={"test accuracy": (ours.accuracy, test)},
-            metrics_every=max(args.steps // 10, 1),
+            metrics_every=max(args.steps // 5, 1),
         )
         weights = np.asarray(ours.weights(solution.x))
         accuracies[name] = float(solution.history["test accuracy"][-1])
@@ -116,13 +116,13 @@ def run(args, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=4000, help="training samples")
-    parser.add_argument("--clean", type=int, default=500, help="clean samples")
-    parser.add_argument("--test", type=int, default=2000, help="test samples")
+    parser.add_argument("--train", type=int, default=2000, help="training samples")
+    parser.add_argument("--clean", type=int, default=300, help="clean samples")
+    parser.add_argument("--test", type=int, default=1000, help="test samples")
     parser.add_argument("--rate", type=float, default=0.5, help="share of wrong labels")
     parser.add_argument("--weigh", choices=("samples", "classes"), default="samples")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("biformer_cleaning.png"))
     args = parser.parse_args()

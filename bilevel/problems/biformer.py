@@ -46,7 +46,7 @@ def small_biformer(num_classes: int = CLASSES, *, seed: int = 0, **changes: Any)
     """
     config = {
         "depth": (1, 1, 1, 1),
-        "embed_dim": (16, 32, 64, 64),
+        "embed_dim": (8, 16, 32, 32),
         "in_chans": 1,
         "head_dim": 8,
         "topks": (4, 8, -2, -2),
@@ -127,7 +127,7 @@ def cleaning(
         loss = (jax.nn.sigmoid(x[group]) * _cross_entropy(apply, y, images, labels)).mean()
         return loss + 0.5 * decay * optax.tree.norm(y, squared=True)
 
-    reference = np.asarray(images[:1000])
+    reference = np.asarray(images[:500])
 
     def accuracy(x: Array, y: PyTree, batch: Any) -> Array:
         images, labels = batch
