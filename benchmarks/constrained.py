@@ -8,21 +8,24 @@
 toys     LV-HBA on its two toy problems (n = 100) from their official starts, no step size set by hand; beside it a
          re-implementation of the published method and settings (raw rows, one saddle step, c_k = c0 (k+1)^p).
 members  every member of the family on one strongly convex, one non-singleton and two constrained problems with known
-         solutions.
-price    the time of one LV-HBA step against the gradients that it is made of.
+         solutions, and beside it the same member with the steps and penalties of its public code ("published").
+price    the time of one LV-HBA step against its six gradient evaluations (f_y at theta and at y, f_x at theta and at y, F_x,
+         F_y), on a problem where they dominate and on toy LLC.
 
-All in float64. Times include no compilation (the second of two runs is timed).
+All in float64. Times are CPU seconds of the process (all threads) without compilation: medians of interleaved rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bilevel import Problem, run
 from bilevel.solvers.penalty import (
@@ -45,6 +48,10 @@ from bilevel.solvers.penalty import (
 )
 
 jax.config.update("jax_enable_x64", True)
+
+
+# Steps of the public code of LV-HBA on toy LLC.
+OFFICIAL = {"alpha": 0.008, "beta": 0.02, "eta": 0.01, "gamma": (10.0, 10.0), "c0": 0.025, "p": 0.3, "r": 1000.0}
 
 
 # The two toy problems ------------------------------------------------------------------------------------------------
@@ -81,14 +88,21 @@ def toy_llsc(n=100, seed=0):
 
 
 def published(problem, x, y, theta, steps, *, alpha, beta, eta, gamma, c0, p, r, lam0=1.0, z0=-1.0):
-    """LV-HBA as published, for toy LLC: raw rows, one simultaneous saddle step. Returns x after every step."""
-    rows = lambda x, y: jnp.atleast_1d(problem.equality(x, y))
+    """LV-HBA as published, for affine rows: raw, one simultaneous saddle step. Returns (x, y) after every step."""
+    inequality = problem.equality is None
+    coupled = problem.constraint if inequality else problem.equality
+    rows = lambda x, y: jnp.atleast_1d(coupled(x, y))
     lower, upper = problem.lower, problem.upper
+    low = 0.0 if inequality else -r
 
     def onto(u):
+        """The projection on affine rows; on an inequality where there is one of them."""
         value, pull = jax.vjp(lambda u: rows(*u), u)
-        norm = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(pull(jnp.ones(1))[0]))
-        return jax.tree.map(lambda a, b: a - b, u, pull(value / norm)[0])
+        adjoint = lambda w: pull(w)[0]
+        push = lambda w: jax.jvp(lambda u: rows(*u), (u,), (adjoint(w),))[1]
+        gram = jax.vmap(push)(jnp.eye(value.shape[0]))
+        broken = jnp.maximum(value, 0) if inequality else value
+        return jax.tree.map(lambda a, b: a - b, u, adjoint(jnp.linalg.solve(gram, broken)))
 
     def step(state, k):
         x, y, z, theta, lam = state
@@ -97,19 +111,20 @@ def published(problem, x, y, theta, steps, *, alpha, beta, eta, gamma, c0, p, r,
         d_theta = jax.tree.map(lambda d, t, y: d + (t - y) / gamma[0], d_theta, theta, y)
         d_lam = -rows(x, theta) + (lam - z) / gamma[1]
         theta = jax.tree.map(lambda t, d: t - eta * d, theta, d_theta)
-        lam = jnp.clip(lam - eta * d_lam, -r, r)
+        lam = jnp.clip(lam - eta * d_lam, low, r)
 
         def psi(x, y):
-            prox = sum(jnp.sum((t - y) ** 2) for t, y in zip(theta, y, strict=True)) / (2 * gamma[0])
+            prox = optax.tree.norm(optax.tree.sub(theta, y), squared=True) / (2 * gamma[0])
             return upper(x, y) / c + lower(x, y) - lower(x, theta) - lam @ rows(x, theta) - prox
 
         d_x, d_y = jax.grad(psi, argnums=(0, 1))(x, y)
         x, y = onto(jax.tree.map(lambda a, d: a - alpha * d, (x, y), (d_x, d_y)))
-        z = jnp.clip(z + beta * (lam - z) / gamma[1], -r, r)
-        return (x, y, z, theta, lam), x
+        z = jnp.clip(z + beta * (lam - z) / gamma[1], low, r)
+        return (x, y, z, theta, lam), (x, y)
 
     x, y = onto((x, y))
-    start = (x, y, jnp.full(1, z0), theta, jnp.full(1, lam0))
+    count = rows(x, y).shape[0]
+    start = (x, y, jnp.full(count, z0), theta, jnp.full(count, lam0))
     return jax.lax.scan(step, start, jnp.arange(steps))[1]
 
 
@@ -123,11 +138,11 @@ def below(errors, level):
 def toys(steps, out):
     problem, x0, y0 = toy_llc()
     error = lambda x: jnp.linalg.norm(x + 0.3, axis=-1) / jnp.linalg.norm(jnp.full(x0.shape, 0.3))
-    official = dict(alpha=0.008, beta=0.02, eta=0.01, gamma=(10.0, 10.0), c0=0.025, p=0.3, r=1000.0)
+    official = OFFICIAL
     theta0 = tuple(jnp.full(100, 1.0) for _ in range(2))
     curves = {
         "published settings": np.asarray(
-            error(jax.jit(lambda: published(problem, x0, y0, theta0, steps, **official))())
+            error(jax.jit(lambda: published(problem, x0, y0, theta0, steps, **official)[0])())
         ),
         "published method, stable steps": np.asarray(
             error(
@@ -147,7 +162,7 @@ def toys(steps, out):
                             "c0": 1.0,
                             "p": 0.49,
                         },
-                    )
+                    )[0]
                 )()
             )
         ),
@@ -295,110 +310,177 @@ def equality(seed=3):
 
 
 FREE = (
-    (MEHA(), 5000),
-    (VPBGD(), 5000),
-    (GPBGD(), 5000),
-    (BOME(), 5000),
-    (F2SA(), 300),
-    (F2BA(), 200),
-    (CentralF2SA(), 200),
-    (BVFSM(), 200),
-    (GALET(), 200),
+    ("MEHA", MEHA(), 5000),
+    ("  published", MEHA(alpha=1e-3, eta=1e-3, gamma=1.0, penalty=Polynomial(1.0, 0.49)), 5000),
+    ("VPBGD", VPBGD(), 5000),
+    ("  published", VPBGD(alpha=0.1, penalty=10.0), 5000),
+    ("GPBGD", GPBGD(), 5000),
+    ("BOME", BOME(), 5000),
+    ("F2SA", F2SA(), 300),
+    ("  published", F2SA(lower_solver=0.1, upper_optimizer=0.1, penalty=10.0), 300),
+    ("F2BA", F2BA(), 200),
+    ("CentralF2SA", CentralF2SA(), 200),
+    ("BVFSM", BVFSM(), 200),
+    ("GALET", GALET(), 200),
 )
-BOUND = ((LVHBA(), 5000), (BiCGAFFA(), 5000), (SFLCB(), 5000), (BLOCC(), 100), (GAM(), 100))
+BOUND = (
+    ("LVHBA", LVHBA(), 5000),
+    ("  published", None, 5000),
+    ("BiCGAFFA", BiCGAFFA(), 5000),
+    (
+        "  published",
+        BiCGAFFA(alpha=1e-3, beta=1e-3, eta=0.01, gamma1=10.0, gamma2=1.0, penalty=Polynomial(1.0, 0.3, 10.0)),
+        5000,
+    ),
+    ("SFLCB", SFLCB(), 5000),
+    ("  published", SFLCB(step_size=1e-3, rho=0.1, penalty=10.0), 5000),
+    ("BLOCC", BLOCC(), 100),
+    ("  published", BLOCC(penalty=5.0, upper_optimizer=0.01), 100),
+    ("GAM", GAM(), 100),
+)
 CASES = (
     ("strongly convex quadratic", quadratic, FREE),
     ("lower solution not unique", nonsingleton, FREE),
     ("active coupled inequality", active, BOUND),
-    ("coupled equalities", equality, (*BOUND, (AiPOD(), 100))),
+    ("coupled equalities", equality, (*BOUND, ("AiPOD", AiPOD(), 100))),
 )
 
 
-def name_of(solver):
-    if isinstance(solver, F2SA):
-        return "CentralF2SA" if solver.central else "F2SA" if isinstance(solver.penalty, Polynomial) else "F2BA"
-    return type(solver).__name__
+def flat(u):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(u)])
 
 
-def members():
+def members(rounds=5):
     for title, make, solvers in CASES:
         problem, solution, start = make()
-        flat = lambda u: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(u)])
         scale = max(1.0, float(np.linalg.norm(flat(solution))))
+        calls = []
+        for _, solver, steps in solvers:
+            if solver is None:
+                call = jax.jit(
+                    lambda problem=problem, start=start, steps=steps: published(
+                        problem, *start, start[1], steps, **OFFICIAL, lam0=0.0, z0=0.0
+                    )
+                )
+            else:
+                go = jax.jit(lambda solver, start, problem=problem, steps=steps: run(problem, solver, *start, steps))
+                call = functools.partial(go, solver, start)
+            calls.append((call, jax.block_until_ready(call())))
+        seconds = [[] for _ in calls]
+        for _ in range(rounds):
+            for taken, (call, _) in zip(seconds, calls, strict=True):
+                taken.append(_seconds(call))
         print(f"\n{title}")
         print(
-            f"  {'':<12} {'steps':>6} {'rel. error':>11} {'residual':>9} {'gap':>9} "
-            f"{'violation':>10} {'penalty':>8} {'ms/step':>8}"
+            f"  {'':<12} {'steps':>6} {'to 1e-2':>8} {'rel. error':>11} {'residual':>9} {'gap':>9} "
+            f"{'violation':>10} {'penalty':>8} {'us/step':>8}"
         )
-        for solver, steps in solvers:
-            go = jax.jit(lambda solver, start: run(problem, solver, *start, steps))
-            jax.block_until_ready(go(solver, start))
-            began = time.perf_counter()
-            state, metrics = jax.block_until_ready(go(solver, start))
-            each = 1000 * (time.perf_counter() - began) / steps
-            error = np.linalg.norm(flat((state.x, state.y)) - flat(solution)) / scale
-            last = {name: float(value[-1]) for name, value in metrics.items()}
-            print(
-                f"  {name_of(solver):<12} {steps:>6} {error:>11.1e} "
-                f"{last['hypergradient_norm']:>9.1e} {last['gap']:>9.1e} "
-                f"{last['violation']:>10.1e} {last['penalty']:>8.0f} {each:>8.3f}"
+        for (name, solver, steps), (_, found), taken in zip(solvers, calls, seconds, strict=True):
+            each = 1e6 * np.median(taken) / steps
+            if solver is None:
+                end, last = jax.tree.map(lambda path: path[-1], found), {}
+            else:
+                state, metrics = found
+                end, last = (state.x, state.y), {name: float(value[-1]) for name, value in metrics.items()}
+            error = np.linalg.norm(flat(end) - flat(solution)) / scale
+            shown = "".join(
+                f"{last[key]:>{width}.1e} " if key in last else f"{'':>{width}} "
+                for key, width in (("hypergradient_norm", 9), ("gap", 9), ("violation", 10))
             )
+            c = f"{last['penalty']:.0f}" if last else f"{OFFICIAL['c0'] * steps ** OFFICIAL['p']:.1f}"
+            reached = _first_within(problem, solver, start, steps, solution, scale, found)
+            print(f"  {name:<12} {steps:>6} {reached:>8} {error:>11.1e} {shown}{c:>8} {each:>8.1f}")
+
+
+def _first_within(problem, solver, start, steps, solution, scale, found, level=1e-2):
+    """The first step from which (x, y) stays within `level` of the solution."""
+    if solver is None:
+        points = found
+    else:
+        key = _Key()
+
+        def body(state, k):
+            state = solver.step(problem, state, key._replace_step(k))[0]
+            return state, (state.x, state.y)
+
+        def follow():
+            state = solver.init(problem, *start, key._replace_step(0))
+            return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))[1]
+
+        points = jax.jit(follow)()
+    points = np.concatenate([np.reshape(leaf, (steps, -1)) for leaf in jax.tree.leaves(points)], axis=1)
+    return below(np.linalg.norm(points - flat(solution), axis=1) / scale, level)
 
 
 # The price of a step ------------------------------------------------------------------------------------------------
 
 
-def price(samples=4000, width=512, repeats=30):
-    """A regression whose gradients dominate: lower level with an l2 weight, one coupled equality."""
+def weighted_regression(samples=4000, width=512):
+    """One weight per sample and one coupled equality: every gradient is a pass over the data."""
     random = np.random.default_rng(0)
     data = (jnp.asarray(random.normal(size=(samples, width))), jnp.asarray(random.normal(size=samples)))
-    loss = lambda y, batch: 0.5 * jnp.mean((jnp.tanh(batch[0] @ y) - batch[1]) ** 2)
+    losses = lambda y, batch: 0.5 * (jnp.tanh(batch[0] @ y) - batch[1]) ** 2
     problem = Problem(
-        lambda x, y, batch: loss(y, batch),
-        lambda x, y, batch: loss(y, batch) + 0.5 * jnp.sum(jnp.exp(x) * y**2),
+        lambda x, y, batch: jnp.mean(losses(y, batch)),
+        lambda x, y, batch: jnp.mean(jax.nn.sigmoid(x) * losses(y, batch)) + 0.5 * jnp.sum(y**2),
         upper_data=data,
         lower_data=data,
-        equality=lambda x, y: jnp.sum(y) + 0.1 * jnp.sum(x),
+        equality=lambda x, y: jnp.sum(y) + 0.1 * jnp.mean(x),
     )
-    x, y = jnp.zeros(width), jnp.zeros(width)
-    solver = LVHBA(alpha=1e-3)
-    state = solver.init(problem, x, y, _Key()._replace_step(0))
-    steps = jax.jit(
-        lambda problem, state: jax.lax.scan(
-            lambda s, k: solver.step(problem, s, _Key()._replace_step(k)),
-            state,
-            jnp.arange(1, 1 + repeats, dtype=jnp.uint32),
+    return problem, jnp.zeros(samples), jnp.zeros(width)
+
+
+def six_gradients(problem, x, y, theta):
+    """f_y at theta and at y, f_x at theta and at y, F_x and F_y, each at a point of its own so that none is shared."""
+    lower, upper = problem.draw_lower(0), problem.draw_upper(0)
+    small = lambda u, d: jax.tree.map(lambda a, b: a - 1e-9 * b, u, d)
+    theta = small(theta, jax.grad(lower, argnums=1)(x, theta))
+    y = small(y, jax.grad(lower, argnums=1)(x, y))
+    x = small(x, jax.grad(lower)(x, theta))
+    x = small(x, jax.grad(lower)(x, y))
+    x = small(x, jax.grad(upper)(x, y))
+    return x, small(y, jax.grad(upper, argnums=1)(x, y)), theta
+
+
+def price(rounds=11):
+    key = _Key()
+    for title, (problem, x, y), repeats in (
+        ("4,000 samples of 512 features, a weight each", weighted_regression(), 20),
+        ("toy LLC, n = 100", toy_llc(), 2000),
+    ):
+        calls = {}
+        for name, solver in (("LVHBA()", LVHBA()), ("LVHBA(extragradient=False)", LVHBA(extragradient=False))):
+            state = solver.init(problem, x, y, key._replace_step(0))
+            go = jax.jit(
+                lambda problem, state, solver=solver, repeats=repeats: jax.lax.scan(
+                    lambda s, k: solver.step(problem, s, key._replace_step(k)),
+                    state,
+                    jnp.arange(1, 1 + repeats, dtype=jnp.uint32),
+                )
+            )
+            calls[name] = functools.partial(go, problem, state)
+        six = jax.jit(
+            lambda problem, x, y, theta, repeats=repeats: jax.lax.scan(
+                lambda u, _: (six_gradients(problem, *u), None), (x, y, theta), None, length=repeats
+            )[0]
         )
-    )
-
-    def gradients(problem, y):
-        """The six: f_y twice in the saddle step, F, f twice in the joint step (at y and theta), and one more."""
-        lower, upper = problem.draw_lower(0), problem.draw_upper(0)
-
-        def body(y, k):
-            total = y
-            for i in range(6):
-                level = upper if i == 2 else lower
-                total = total - 1e-6 * jax.grad(lambda y, level=level: level(x, y))(total)
-            return total, None
-
-        return jax.lax.scan(body, y, jnp.arange(repeats))[0]
-
-    six = jax.jit(gradients)
-    times = {}
-    for name, call in (("LV-HBA step", lambda: steps(problem, state)), ("six gradients", lambda: six(problem, y))):
-        jax.block_until_ready(call())
-        times[name] = min(_seconds(call) for _ in range(5)) / repeats
-    print(f"\nOne step on {samples} samples of {width} features, best of 5 times {repeats}")
-    for name, seconds in times.items():
-        print(f"  {name:<14} {1000 * seconds:8.3f} ms")
-    print(f"  ratio          {times['LV-HBA step'] / times['six gradients']:8.2f}")
+        calls["six gradients"] = functools.partial(six, problem, x, y, jax.tree.map(lambda leaf: leaf + 0.01, y))
+        for call in calls.values():
+            jax.block_until_ready(call())
+        seconds = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                seconds[name].append(_seconds(call) / repeats)
+        base = np.median(seconds["six gradients"])
+        print(f"\nOne step, {title}: medians of {rounds} rounds of {repeats}")
+        for name, taken in seconds.items():
+            print(f"  {name:<28} {1e6 * np.median(taken):10.1f} us   {np.median(taken) / base:5.2f}")
 
 
 def _seconds(call):
-    began = time.perf_counter()
+    began = time.process_time()
     jax.block_until_ready(call())
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def main():

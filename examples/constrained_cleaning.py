@@ -20,11 +20,11 @@ import optax
 
 from bilevel import Problem, lower, solve
 from bilevel.problems import datasets
-from bilevel.solvers.penalty import BiCGAFFA
+from bilevel.solvers.penalty import BiCGAFFA, Continuation
 
 CLASSES = 10
 # w is kept in units in which its curvature (a 1/n per sample) is about that of W, and one step size serves both.
-SCALE = 30.0
+SCALE = 60.0
 
 
 def cross_entropy(y, images, labels):
@@ -66,7 +66,7 @@ def fit(batch, bound, weights=1.0, steps=2000):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rate", type=float, default=0.5, help="share of the training labels that are flipped")
     parser.add_argument("--clean", type=int, default=150, help="size of the clean set")
     parser.add_argument("--seed", type=int, default=0)
@@ -82,14 +82,15 @@ def main():
     bound = 30.0
     x0 = {"weights": jnp.zeros(len(noisy)), "log_bound": jnp.log(jnp.asarray(bound))}
     y0 = fit((train[0], noisy), bound)
-    solution = solve(problem, x0, y0, BiCGAFFA(), steps=args.steps, metrics={"test accuracy": (accuracy, test)})
+    solver = BiCGAFFA(penalty=Continuation(start=5.0))
+    solution = solve(problem, x0, y0, solver, steps=args.steps, metrics={"test accuracy": (accuracy, test)})
     print(solution)
 
     weights = np.asarray(jax.nn.sigmoid(SCALE * solution.x["weights"]))
     dropped = weights < 0.5
     found = (dropped & flipped).sum()
     size, allowed = float(jnp.sum(solution.y**2)), float(jnp.exp(solution.x["log_bound"]))
-    multiplier = float(BiCGAFFA().multipliers(problem, solution.state)["constraint"])
+    multiplier = float(solver.multipliers(problem, solution.state)["constraint"])
     before = {
         what: float(accuracy(None, fit(batch, bound), test))
         for what, batch in (("noisy labels", (train[0], noisy)), ("true labels", train), ("clean set alone", clean))
@@ -103,6 +104,11 @@ def main():
     solved = fit((train[0], noisy), allowed, weights)
     learnt = float(accuracy(None, solved, test))
     print(f"  test accuracy, learnt weights and bound        {learnt:.3f}   (|W|^2 <= {allowed:.0f})")
+    losses = [float(clean_loss(None, y, clean)) for y in (y0, solution.y, solved)]
+    print(
+        f"  loss on the clean set: {losses[0]:.3f} at the start, {losses[1]:.3f} at the end of the run, "
+        f"{losses[2]:.3f} for the lower level solved at the weights and bound found"
+    )
     print(f"  |W|^2 = {size:.2f} within {allowed:.2f}, multiplier {multiplier:.2e}")
     precision, recall = found / max(dropped.sum(), 1), found / flipped.sum()
     print(f"  flips found (weight < 0.5): precision {precision:.3f}, recall {recall:.3f}")
@@ -124,7 +130,13 @@ def draw(path, solution, weights, flipped, before):
     acc.set(title="test accuracy", xlabel="step")
     acc.legend(fontsize=7)
     gap.plot(history.steps["gap"], np.abs(history["gap"]) + 1e-12, lw=0.8, label="gap")
-    gap.plot(history.steps["violation"], np.maximum(history["violation"], 1e-12), lw=0.8, label="violation")
+    gap.plot(
+        history.steps["violation"],
+        np.where(history["violation"] > 0, history["violation"], np.nan),
+        ".",
+        ms=1,
+        label="violation",
+    )
     gap.set(title="gap and violation", xlabel="step", yscale="log")
     gap.legend(fontsize=8)
     hist.hist(

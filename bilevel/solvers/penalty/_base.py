@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from bilevel import derivatives
-from bilevel.problem import Problem
+from bilevel.problem import Level, Problem
 from bilevel.solution import Result
 from bilevel.solvers.penalty._constraints import Constraints
 from bilevel.solvers.penalty._polish import solve_lower
@@ -150,7 +150,7 @@ class Diagnosed:
 
     def status(self, state: Any, metrics: dict[str, jax.Array], tol: Any) -> jax.Array:
         """CONVERGED, PENALTY_LIMITED or 0 to go on; see the class."""
-        scale = 1 + jnp.abs(metrics["upper_loss"])
+        scale = 1 + jnp.minimum(jnp.abs(metrics["upper_loss"]), _LARGE)
         settled = (metrics["hypergradient_norm"] <= tol * scale) & (metrics["violation"] <= tol)
         unbiased = metrics["bias"] <= tol * scale
         stuck = settled & ~unbiased & ~self._can_grow(state)
@@ -166,19 +166,27 @@ class Diagnosed:
 
         Returns measures, the result and a sentence. `polished_gap` = f(x, y) - v(x) with v from an augmented Lagrangian
         with line searches, nothing of it shared with the method; `polished_violation`: what that solve could not
-        repair. A CONVERGED run becomes LOWER_LEVEL where another y is lower, INFEASIBLE where no y satisfies the
-        constraints at this x. A run out of steps whose residual is small but whose bias is not becomes PENALTY_LIMITED.
+        repair; `polished_change`: F at the y that minimises F / c' + f from y, less F at y, for a c' a million times
+        larger. A CONVERGED run becomes LOWER_LEVEL where another y is lower (or as low with a smaller F), INFEASIBLE
+        where no y satisfies the constraints at this x, and PENALTY_LIMITED where F grows with c'. A run out of steps
+        whose residual is small but whose bias is not becomes PENALTY_LIMITED.
         """
         asked = 1e-3 if tol is None else tol
-        checked = {
-            name: float(value)
-            for name, value in _check(
-                problem, state.x, state.y, starts=_STARTS if _size(state.y) <= _MANY else 1
-            ).items()
-        }
-        scale, lower_scale = 1 + abs(metrics.get("upper_loss", 0.0)), 1 + abs(checked["lower_loss"])
-        noise = 100 * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(state.y))).eps) * lower_scale
+        scale = 1 + min(abs(metrics.get("upper_loss", 0.0)), _LARGE)
+        eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(state.y))).eps)
+        c = max(float(metrics.get("penalty", 1.0)), 1.0)
+        heavy = min(1e6 * c, asked * scale / (1e3 * eps))
+        heavy = heavy if heavy > 10 * c and problem.prox_lower is None else 0.0
+        starts = _STARTS if _size(state.y) <= _MANY else 1
+        found = _check(problem, state.x, state.y, 1 / heavy if heavy else 0.0, starts=starts)
+        checked = {name: float(value) for name, value in found.items()}
+        if not heavy:
+            checked.pop("polished_change")
+        here = checked["lower_loss"]
+        lower_scale = 1 + min(abs(here), abs(here - checked["polished_gap"]))
+        noise = 100 * eps * lower_scale
         room = max(10 * asked, 1e-3) if tol is None else max(10 * asked, noise)
+        change = checked.get("polished_change", 0.0)
         said = []
         wrong = not np.isfinite(checked["polished_gap"]) or checked["polished_gap"] > room * lower_scale
         if checked["polished_violation"] > max(1e-3, asked):
@@ -194,6 +202,15 @@ class Diagnosed:
             if result in (Result.CONVERGED, Result.PENALTY_LIMITED):
                 result = Result.LOWER_LEVEL
             said.append(f"An independent solve of the lower level reaches {checked['polished_gap']:.3g} below f(x, y).")
+        elif result is Result.CONVERGED and not abs(change) <= (10 * asked + 1e3 * eps * heavy * abs(here)) * scale:
+            result = Result.PENALTY_LIMITED if change > 0 else Result.LOWER_LEVEL
+            said.append(
+                f"With the lower level weighted {heavy / c:.0e} times more the upper loss at this x grows by {change:.2g}: "
+                "the lower level is too flat for this penalty. Raise it, or tighten the tolerance."
+                if change > 0
+                else f"Another y, as low in the lower loss, has an upper loss smaller by {-change:.2g}: the lower-level "
+                "solution is not unique, and this method does not choose among solutions. Take F2BA, MEHA or LVHBA."
+            )
         elif result is Result.MAX_STEPS and metrics.get("hypergradient_norm", np.inf) <= asked * scale < metrics.get(
             "bias", 0.0
         ):
@@ -222,6 +239,8 @@ class Diagnosed:
 
 
 _STARTS = 8
+# Beyond this an upper loss is no scale for tolerances: a run that explodes would meet them all.
+_LARGE = 1e6
 _MANY = 10_000
 
 
@@ -230,15 +249,18 @@ def _size(tree: PyTree) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="starts")
-def _check(problem: Problem, x: PyTree, y: PyTree, starts: int) -> dict[str, jax.Array]:
-    """f - v from the best of several lower solves: from y itself, and from points around it at three distances."""
-    lower = problem.full_lower()
+def _check(problem: Problem, x: PyTree, y: PyTree, nu: Any, starts: int) -> dict[str, jax.Array]:
+    """f - v from the best of several lower solves: from y itself, and from points around it at three distances.
+
+    One more solve, of f + nu F from y, says what F is where it can no longer buy anything from f.
+    """
+    lower, upper = problem.full_lower(), problem.full_upper()
     rows = Constraints(problem, lower, x, y)
     rows = rows.at(x, y)
 
     def start(i: Any) -> PyTree:
         leaves, structure = jax.tree.flatten(y)
-        spread = jnp.where(i == 0, 0.0, 0.3 * 3.0 ** (i % 3))
+        spread = jnp.where((i == 0) | (i == starts), 0.0, 0.3 * 3.0 ** (i % 3))
         moved = [
             leaf
             + spread
@@ -248,22 +270,36 @@ def _check(problem: Problem, x: PyTree, y: PyTree, starts: int) -> dict[str, jax
         ]
         return jax.tree.unflatten(structure, moved)
 
-    solved = jax.lax.map(lambda i: solve_lower(lower, rows, x, start(i)), jnp.arange(starts))
+    def solve_from(i: Any) -> Any:
+        # F is not evaluated where it has no weight: the starts may lie outside its domain.
+        def value(x: PyTree, y: PyTree) -> jax.Array:
+            plain = lambda y: lower(x, y)  # noqa: E731
+            return jax.lax.cond(i == starts, lambda y: lower(x, y) + (nu * upper(x, y)).astype(rows.dtype), plain, y)
+
+        level = Level(value, key=lower.key, project=lower.project, prox=lower.prox)
+        return solve_lower(level, rows, x, start(i), tol=jnp.where(i == starts, jnp.minimum(1e-3 * nu, 1e-9), 1e-9))
+
+    # The last one is tilted.
+    solved = jax.lax.map(solve_from, jnp.arange(starts + 1))
+    tilted, solved = (jax.tree.map(lambda leaf, at=at: leaf[at], solved) for at in (starts, slice(0, starts)))
     value = jnp.where(jnp.isfinite(solved.value), solved.value, jnp.inf)
     feasible = solved.violation <= jnp.minimum(jnp.min(solved.violation) * 1.01 + 1e-6, 1.0)
     best = jnp.argmin(jnp.where(feasible, value, jnp.inf))
     # A point that breaks its constraints gains at most multiplier times excess by it; the gap is that of the
     # Lagrangian.
     multiplied = jnp.vdot(solved.multipliers[best], rows(x, y)) if rows.count else 0.0
-    here = lower(x, y)
+    here, loss = lower(x, y), upper(x, y)
     gap = here + multiplied - value[best]
     if lower.prox is not None:
         # The nonsmooth term's value is not known, only its prox: half the squared proximal gradient stands for the gap.
         moved = lower.prox(optax.tree.sub(y, lower.gradient(x, y)), x, 1.0)
         moved = moved if lower.project is None else lower.project(moved)
         gap = optax.tree.norm(optax.tree.sub(y, moved), squared=True) / 2
+    # Where y breaks constraints the other solve has to pay for them in F, too: no comparison then.
+    fair = (tilted.violation < 1e-6) & (tilted.value <= here + nu * loss) & (rows.violation(x, y) < 1e-4)
     return {
         "lower_loss": here,
         "polished_gap": gap,
         "polished_violation": solved.violation[best],
+        "polished_change": jnp.where(fair, upper(x, tilted.y) - loss, 0.0),
     }

@@ -56,9 +56,8 @@ def begin(
 ) -> JointState:
     """A start at (x, y): scaled rows, zero multipliers, curvatures by power iteration.
 
-    The curvatures: `f` and `F` in (x, y) jointly, `f_yy`, `negative` (minus the least eigenvalue of f_yy, at least
-      0), `rows`
-    (the spectral norm of the scaled rows' Jacobian).
+    The curvatures: `f` and `F` in (x, y) jointly, `f_yy`, `negative` (minus the least eigenvalue of f_yy, at least 0),
+    `rows` (the spectral norm of the scaled rows' Jacobian).
     """
     upper, lower = problem.draw_upper(key), problem.draw_lower(key)
     rows = Constraints(problem, lower, x, y).at(x, y)

@@ -29,7 +29,7 @@ def minimise(
     project: Any = None,
     prox: Any = None,
     steps: int = 200,
-    tol: float = 1e-9,
+    tol: Any = 1e-9,
 ) -> PyTree:
     """The minimum of a smooth function, over a simple set or with a proximal term, from y.
 
@@ -40,7 +40,7 @@ def minimise(
     return _fista(fn, y, project, prox, steps, tol)
 
 
-def _lbfgs(fn: Callable[[PyTree], jax.Array], y: PyTree, steps: int, tol: float) -> PyTree:
+def _lbfgs(fn: Callable[[PyTree], jax.Array], y: PyTree, steps: int, tol: Any) -> PyTree:
     rule = optax.lbfgs()
     evaluate = optax.value_and_grad_from_state(fn)
 
@@ -66,7 +66,7 @@ def _lbfgs(fn: Callable[[PyTree], jax.Array], y: PyTree, steps: int, tol: float)
     return jax.tree.map(lambda a, b: jnp.where(final < lowest, a, b), last, best)
 
 
-def _fista(fn: Callable[[PyTree], jax.Array], y: PyTree, project: Any, prox: Any, steps: int, tol: float) -> PyTree:
+def _fista(fn: Callable[[PyTree], jax.Array], y: PyTree, project: Any, prox: Any, steps: int, tol: Any) -> PyTree:
     def move(y: PyTree, gradient: PyTree, size: Any) -> PyTree:
         y = optax.tree.add_scale(y, -size, gradient)
         y = y if project is None else project(y)
@@ -113,7 +113,7 @@ def solve_lower(
     multipliers: Any = None,
     steps: int = 200,
     rounds: int = 15,
-    tol: float = 1e-9,
+    tol: Any = 1e-9,
 ) -> Solved:
     """A minimum of f(x, .) under the (scaled) constraints `rows`, by the augmented Lagrangian.
 

@@ -13,6 +13,9 @@ from bilevel._module import hyperparameters, state
 
 PyTree = Any
 
+# Below this F has no curvature to speak of.
+_FLAT = 1e-5
+
 
 @state
 class Path:
@@ -95,11 +98,13 @@ class Continuation:
     iterate is.
 
     Attributes:
-      start, factor, maximum: c = unit start factor^stage, at most unit maximum. The unit is half the curvature of F
-        over that of f at the start where that exceeds one (a sum over samples as F, a mean as f), else one.
+      start, factor, maximum: c = unit start factor^stage, as long as that is at most maximum (times the unit where it
+        exceeds one). The unit is half the curvature of F over that of f at the start, so that a run does not depend on
+        the scale of either loss (one where F has no curvature, and at least `least`).
       power, patience: the slowest growth allowed; the power is that of the published schedules.
       settle: a stage has converged when the residual is below `settle` |grad F| / c (all in units of grad F).
-      extrapolate: Richardson.
+      extrapolate: Richardson. Its weights (8/3, -2, 1/3) add up what the stages lack, so that the error is up to
+        5 settle |F_y| / c over the upper curvature: smaller in proportion to `settle`, for a few steps more a stage.
     """
 
     start: float = 20.0
@@ -109,10 +114,11 @@ class Continuation:
     patience: float = 500.0
     settle: float = 0.5
     extrapolate: bool = True
+    least: float = 1e-3
 
-    def init(self, point: PyTree, unit: Any = 1.0) -> Path:
+    def init(self, point: PyTree, unit: Any = 2.0) -> Path:
         """The path before the first step; `unit`: the upper loss's curvature over the lower one's."""
-        return _begin(point, self.start, jnp.maximum(unit / 2, 1.0))
+        return _begin(point, self.start, jnp.where(unit > _FLAT, jnp.maximum(unit / 2, self.least), 1.0))
 
     def advance(self, path: Path, k: Any, point: PyTree, settled: Any) -> Path:
         """The path after step k; `settled`: the residual relative to the upper gradient."""
@@ -132,7 +138,8 @@ class Continuation:
                 lambda f, p, old: jnp.where(regular, jnp.where(done, f, old), p), found, point, path.reported
             )
             change = jnp.where(regular, jnp.where(done, held, path.change), jnp.inf)
-        grown = jnp.minimum(c * self.factor, path.unit * self.maximum)
+        # The last step is a whole one too: extrapolation needs stages in proportion.
+        grown = jnp.where(self.grows(path), c * self.factor, c)
         return Path(
             jnp.where(done | overdue, grown, c).astype(dtype),
             jnp.where(done | overdue, k, path.begun).astype(dtype),
@@ -145,7 +152,7 @@ class Continuation:
 
     def grows(self, path: Path) -> jax.Array:
         """Whether c can still grow."""
-        return path.penalty < path.unit * self.maximum
+        return path.penalty * self.factor <= jnp.maximum(path.unit, 1.0) * self.maximum * (1 + 1e-5)
 
 
 def as_schedule(value: Any) -> Any:

@@ -16,6 +16,7 @@ from bilevel.solvers._base import refuse
 from bilevel.solvers.penalty import _base
 from bilevel.solvers.penalty._base import Diagnosed, norm, project_pair
 from bilevel.solvers.penalty._constraints import Constraints, is_affine
+from bilevel.solvers.penalty._joint import lower_scale
 from bilevel.solvers.penalty._schedule import Continuation, Path, Reported, as_schedule
 
 PyTree = Any
@@ -28,7 +29,8 @@ class LVHBAState(Reported):
     Attributes:
       point: the iterate (x, y).
       theta, lam: the approximate saddle point of the proximal Lagrangian; z: the multiplier variable. lam and z,
-        shape (p,), belong to the scaled rows (`LVHBA.multipliers` gives the user's).
+        shape (p,), belong to the scaled rows: norm one together, times f's curvature (`LVHBA.multipliers` gives the
+        user's).
       path: the penalty and what is extrapolated along it.
       scale: (p,), the rows' scale.
       curvatures: estimates for f, for F and for the saddle operator.
@@ -80,7 +82,8 @@ class LVHBA(Diagnosed):
         for full batches.
       gamma1, gamma2: proximal parameters; None: 3 / L and 30 L with L the curvature of f in y.
       penalty: a schedule (`Continuation`, `Polynomial(c0, p)` as published) or a number.
-      cap: r. Rows are scaled, so that it is a slope of f over a distance. `multiplier_at_cap` tells where it binds.
+      cap: r, for rows of norm one and in units of f's curvature in y: a distance. `multiplier_at_cap` tells where it
+        binds.
       extragradient: False: one simultaneous step, as published; stable only for small eta.
       project: the projection on C, `(x, y) -> (x, y)`. None: exact by a cached factor where C is affine, else through
         the dual (`projections.dual`), with linearised rows where they are nonlinear (C must be convex).
@@ -132,9 +135,13 @@ class LVHBA(Diagnosed):
             "rows": together,
         }
         gamma1, gamma2 = self._gammas(curvatures)
-        saddle = lambda p: _saddle(lower, rows, x, y, zeros, gamma1, gamma2, *p)  # noqa: E731
+        # In the saddle problem rows are in units of f's curvature: a multiplier as large as that times a distance is
+        # then as many steps away as theta is.
+        unit = lower_scale(curvatures)
+        heavy = Constraints(problem, lower, x, y, rows.scale * unit)
+        saddle = lambda p: _saddle(lower, heavy, x, y, zeros, gamma1, gamma2 / unit**2, *p)  # noqa: E731
         curvatures["B"] = _base.operator_norm(saddle, (y, zeros))
-        curvatures |= {"f0": curvatures["f"], "B0": curvatures["B"]}
+        curvatures |= {"f0": curvatures["f"], "B0": curvatures["B"], "unit": unit}
         nought = optax.tree.zeros_like((x, y))
         path = as_schedule(self.penalty).init((x, y), _base.ratio(curvatures["F"], curvatures["f"]))
         return LVHBAState(
@@ -143,7 +150,7 @@ class LVHBA(Diagnosed):
             zeros,
             zeros,
             path,
-            rows.scale,
+            heavy.scale,
             curvatures,
             dual,
             factor,
@@ -156,8 +163,10 @@ class LVHBA(Diagnosed):
         """One iteration."""
         upper, lower = problem.draw_upper(key), problem.draw_lower(key)
         (x, y), z, curvatures, probe = state.point, state.z, dict(state.curvatures), state.probe
+        unit = curvatures["unit"]
         rows = Constraints(problem, lower, x, y, state.scale)
         gamma1, gamma2 = self._gammas(curvatures)
+        gamma2 = gamma2 / unit**2
         c = state.path.penalty
         adapts = not problem.stochastic
 
@@ -207,14 +216,16 @@ class LVHBA(Diagnosed):
         )
         descent = optax.tree.scale(-alpha, optax.tree.add_scale(apart, 1 / c, upward))
         target = optax.tree.add((x, y), _base.limited((x, y), descent))
-        point, dual = self._project(problem, rows, target, state.dual, state.factor)
+        normal = Constraints(problem, lower, x, y, state.scale / unit)
+        point, dual = self._project(problem, normal, target, state.dual, state.factor)
 
         # 3. The multiplier variable.
-        beta = 0.3 * gamma2 if self.beta is None else self.beta
+        beta = 0.3 * gamma2 if self.beta is None else self.beta / unit**2
         new_z = rows.clip(z + beta * (lam - z) / gamma2, self.cap)
 
         steps = optax.tree.sub(point, (x, y))
-        z_residual = norm(new_z - z) / beta
+        # Multipliers' errors are gradient errors (rows have norm one), while psi itself is flat in z: |lam - z| / gamma2.
+        z_residual = unit * norm(new_z - z) * gamma2 / beta
         residual = c * jnp.sqrt((norm(steps) / alpha) ** 2 + z_residual**2 + saddle_residual**2)
         slope = norm(upward)
         moved = norm((steps, optax.tree.sub((theta, lam), start), new_z - z))
@@ -228,7 +239,7 @@ class LVHBA(Diagnosed):
             "hypergradient_norm": residual,
             "lower_residual": saddle_residual,
             "gap": value,
-            "violation": rows.violation(*point) * curvatures["rows"],
+            "violation": normal.violation(*point) * curvatures["rows"],
             "penalty": c,
             "bias": bias,
             "multiplier_at_cap": _share_at_cap(lam, self.cap),
@@ -242,8 +253,7 @@ class LVHBA(Diagnosed):
         return as_schedule(self.penalty).grows(state.path)
 
     def _gammas(self, curvatures: dict[str, jax.Array]) -> tuple[Any, Any]:
-        scale = jnp.where(curvatures["f_yy"] > 1e-3 * curvatures["f"], curvatures["f_yy"], curvatures["f"])
-        scale = jnp.where(scale > 1e-12, scale, 1.0)
+        scale = lower_scale(curvatures)
         return 3 / scale if self.gamma1 is None else self.gamma1, 30 * scale if self.gamma2 is None else self.gamma2
 
     def _exact(self, problem: Problem, rows: Constraints, x: PyTree, y: PyTree) -> bool:

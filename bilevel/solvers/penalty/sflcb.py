@@ -53,7 +53,7 @@ class SFLCB(Diagnosed):
     step_size: float | None = None
     dual_step: float = 0.3
     rho: float | None = None
-    penalty: Any = Continuation()
+    penalty: Any = Continuation(least=1.0)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> JointState:
         """Scale the rows and estimate the curvatures."""
