@@ -2,7 +2,7 @@
 
 A supernet applies many small kernels to one feature map. With the batch innermost every shift of the map by a pixel is
 a contiguous run of memory, whatever the stride, and the k^2 multiply-adds of a depthwise kernel are one vectorised
-loop; XLA's own grouped convolution is tens of times slower on CPU, and so is the transpose that automatic
+loop; XLA's own grouped convolution is slow on CPU, and so is the transpose that automatic
 differentiation makes of the shifts. The convolution is therefore stated as what it is, one of the three gradients of
 
     phi(x, k, g) = sum over t, c, i, j, a, b, n of  g[t, c, i, j, n] k[t, c, a, b] x[t // m, c, s i + d a - p, s j + d b - p, n]
