@@ -98,7 +98,6 @@ def test_two_processes_with_two_devices_are_one_device(expected: dict[str, Any],
     _same(found, expected, ["gt", "simfbo"])
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_on_another_number_of_processes(expected: dict[str, Any], tmp_path: Path, x64: None) -> None:
     """Two processes, of which one dies at step 25; this process goes on from their checkpoint, and then two again."""
     runs = tmp_path / "runs"

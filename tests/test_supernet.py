@@ -218,6 +218,7 @@ def batch(n=4, seed=0, side=4):
     return jnp.asarray(random.standard_normal((n, side, side, 1)), float), jnp.asarray(random.integers(0, 10, n))
 
 
+@pytest.mark.slow
 def test_scanned_cells_equal_unrolled_ones_with_gradients(x64):
     images, labels = batch()
     space = darts_space("S2", ("skip_connect", "sep_conv_3x3"), nodes=1)
@@ -307,6 +308,7 @@ def test_drop_path_keeps_the_expectation_and_spares_identities():
     assert np.all(factor[0] == 1) and not np.all(factor[1] == 1)
 
 
+@pytest.mark.slow
 def test_finite_difference_is_the_exact_virtual_step_gradient_to_first_order_in_its_radius(x64):
     from bilevel.solvers.darts import DARTS, MomentumSGD
 
