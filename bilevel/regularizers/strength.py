@@ -24,8 +24,24 @@ PyTree = Any
 logger = logging.getLogger("bilevel")
 
 
+class _OfSolution:
+    """x and y of what holds a `solution`."""
+
+    solution: Any
+
+    @property
+    def x(self) -> PyTree:
+        """The solution's upper variable."""
+        return self.solution.x
+
+    @property
+    def y(self) -> PyTree:
+        """The solution's lower variable."""
+        return self.solution.y
+
+
 @dataclasses.dataclass(frozen=True)
-class Adaptive:
+class Adaptive(_OfSolution):
     """What `adaptive` did.
 
     Attributes:
@@ -39,16 +55,6 @@ class Adaptive:
     strengths: tuple[float, ...]
     decisions: tuple[Decision, ...]
     rolled_back_to: tuple[int, ...]
-
-    @property
-    def x(self) -> PyTree:
-        """The upper variable at the end."""
-        return self.solution.x
-
-    @property
-    def y(self) -> PyTree:
-        """The lower variable at the end."""
-        return self.solution.y
 
     def __repr__(self) -> str:
         path = f"strength {self.strengths[0]:g}"
@@ -198,7 +204,7 @@ def _adaptive(
 
 
 @dataclasses.dataclass(frozen=True)
-class Best:
+class Best(_OfSolution):
     """What `keep_best` kept.
 
     Attributes:
@@ -214,16 +220,6 @@ class Best:
     strengths: tuple[Any, ...]
     scores: tuple[float, ...]
     solutions: tuple[Any, ...]
-
-    @property
-    def x(self) -> PyTree:
-        """The upper variable of the best."""
-        return self.solution.x
-
-    @property
-    def y(self) -> PyTree:
-        """The lower variable of the best."""
-        return self.solution.y
 
     def __repr__(self) -> str:
         listed = ", ".join(f"{s}: {score:.6g}" for s, score in zip(self.strengths, self.scores, strict=True))

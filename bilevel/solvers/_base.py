@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from bilevel.problem import Problem, ProblemError
 
@@ -35,6 +36,20 @@ class Solver(Protocol):
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> Any: ...
 
     def step(self, problem: Problem, state: Any, key: Any) -> tuple[Any, dict[str, jax.Array]]: ...
+
+
+def scattered(y: PyTree, i: Any) -> PyTree:
+    """Start number i = 1, 2, ... around y for an independent lower solve: noise of three sizes in turn, on y's scale. 0: y itself."""
+    leaves, structure = jax.tree.flatten(y)
+    spread = jnp.where(i == 0, 0.0, 0.3 * 3.0 ** (i % 3))
+    moved = [
+        leaf
+        + spread
+        * (1 + jnp.sqrt(jnp.mean(leaf**2)))
+        * jax.random.normal(jax.random.fold_in(jax.random.key(i), j), leaf.shape, leaf.dtype)
+        for j, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, moved)
 
 
 def refuse(

@@ -15,7 +15,7 @@ from bilevel.lower import LBFGS, GradientDescent, Inner, LowerState, as_lower_so
 from bilevel.optimizers import quasi_newton, spectral, withdraws
 from bilevel.problem import Level, Problem, ProblemError
 from bilevel.solution import Result
-from bilevel.solvers._base import PyTree, refuse
+from bilevel.solvers._base import PyTree, refuse, scattered
 
 
 @state
@@ -162,8 +162,8 @@ class HypergradientDescent:
         """
         if result is not Result.CONVERGED or problem.stochastic:
             return {}, result, ""
-        size = sum(leaf.size for leaf in jax.tree.leaves(state.y))
-        if problem.project_lower is not None or problem.prox_lower is not None or size > _MANY:
+        simple = problem.project_lower is None and problem.prox_lower is None
+        if not simple or optax.tree.size(state.y) > _MANY:
             return {}, result, ""
         here, lowest = (float(value) for value in _lowest(problem, state.x, state.y))
         gap = here - lowest
@@ -182,13 +182,10 @@ def _lowest(problem: Problem, x: PyTree, y: PyTree) -> tuple[jax.Array, jax.Arra
     lower, solver = problem.full_lower(), LBFGS(100)
 
     def reached(i: jax.Array) -> jax.Array:
-        noise = optax.tree.random_like(jax.random.fold_in(jax.random.key(0), i), y, jax.random.normal)
-        spread = 0.3 * 3.0 ** (i % 3)
-        start = jax.tree.map(lambda a, e: (a + spread * (1 + jnp.abs(a)) * e).astype(a.dtype), y, noise)
-        value = lower(x, solver(lower, x, solver.init(start)).y)
+        value = lower(x, solver(lower, x, solver.init(scattered(y, i))).y)
         return jnp.where(jnp.isfinite(value), value, jnp.inf)
 
-    return lower(x, y), jnp.min(jax.lax.map(reached, jnp.arange(_STARTS)))
+    return lower(x, y), jnp.min(jax.lax.map(reached, jnp.arange(1, _STARTS + 1)))
 
 
 def stationarity(level: Level, x: PyTree, gradient: PyTree) -> jax.Array:

@@ -15,6 +15,7 @@ import optax
 from bilevel import derivatives
 from bilevel.problem import Level, Problem
 from bilevel.solution import Result
+from bilevel.solvers._base import scattered
 from bilevel.solvers.penalty._constraints import Constraints
 from bilevel.solvers.penalty._polish import solve_lower
 
@@ -113,7 +114,7 @@ def probed(
 
 def limited(u: PyTree, step: PyTree) -> PyTree:
     """A step no longer than the variables' own size plus one (root mean square)."""
-    size = max(_size(u), 1) ** 0.5
+    size = max(optax.tree.size(u), 1) ** 0.5
     longest = size + norm(u)
     length = norm(step)
     return optax.tree.scale(jnp.where(length > longest, longest / jnp.where(length > 0, length, 1.0), 1.0), step)
@@ -177,7 +178,7 @@ class Diagnosed:
         c = max(float(metrics.get("penalty", 1.0)), 1.0)
         heavy = min(1e6 * c, asked * scale / (1e3 * eps))
         heavy = heavy if heavy > 10 * c and problem.prox_lower is None else 0.0
-        starts = _STARTS if _size(state.y) <= _MANY else 1
+        starts = _STARTS if optax.tree.size(state.y) <= _MANY else 1
         found = _check(problem, state.x, state.y, 1 / heavy if heavy else 0.0, starts=starts)
         checked = {name: float(value) for name, value in found.items()}
         if not heavy:
@@ -244,10 +245,6 @@ _LARGE = 1e6
 _MANY = 10_000
 
 
-def _size(tree: PyTree) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-
-
 @functools.partial(jax.jit, static_argnames="starts")
 def _check(problem: Problem, x: PyTree, y: PyTree, nu: Any, starts: int) -> dict[str, jax.Array]:
     """f - v from the best of several lower solves: from y itself, and from points around it at three distances.
@@ -258,18 +255,6 @@ def _check(problem: Problem, x: PyTree, y: PyTree, nu: Any, starts: int) -> dict
     rows = Constraints(problem, lower, x, y)
     rows = rows.at(x, y)
 
-    def start(i: Any) -> PyTree:
-        leaves, structure = jax.tree.flatten(y)
-        spread = jnp.where((i == 0) | (i == starts), 0.0, 0.3 * 3.0 ** (i % 3))
-        moved = [
-            leaf
-            + spread
-            * (1 + jnp.sqrt(jnp.mean(leaf**2)))
-            * jax.random.normal(jax.random.fold_in(jax.random.key(i), j), leaf.shape, leaf.dtype)
-            for j, leaf in enumerate(leaves)
-        ]
-        return jax.tree.unflatten(structure, moved)
-
     def solve_from(i: Any) -> Any:
         # F is not evaluated where it has no weight: the starts may lie outside its domain.
         def value(x: PyTree, y: PyTree) -> jax.Array:
@@ -277,7 +262,13 @@ def _check(problem: Problem, x: PyTree, y: PyTree, nu: Any, starts: int) -> dict
             return jax.lax.cond(i == starts, lambda y: lower(x, y) + (nu * upper(x, y)).astype(rows.dtype), plain, y)
 
         level = Level(value, key=lower.key, project=lower.project, prox=lower.prox)
-        return solve_lower(level, rows, x, start(i), tol=jnp.where(i == starts, jnp.minimum(1e-3 * nu, 1e-9), 1e-9))
+        return solve_lower(
+            level,
+            rows,
+            x,
+            scattered(y, jnp.where(i == starts, 0, i)),
+            tol=jnp.where(i == starts, jnp.minimum(1e-3 * nu, 1e-9), 1e-9),
+        )
 
     # The last one is tilted.
     solved = jax.lax.map(solve_from, jnp.arange(starts + 1))
