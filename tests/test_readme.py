@@ -32,7 +32,7 @@ def test_code_runs_as_printed(page, tmp_path, monkeypatch):
 def test_commands_of_the_readme_are_the_ones_that_ci_runs():
     """`.ci/run` finds its two lines in the README by these words."""
     lines = (ROOT / "README.md").read_text().splitlines()
-    for extra, last in (("examples", "examples/data_cleaning.py"), ("dev", "-m pytest -n 2")):
+    for extra, last in (("examples", "examples/data_cleaning.py"), ("dev", '-m pytest -n 2 -m "not slow"')):
         (line,) = [line for line in lines if f"'.[{extra}]'" in line]
         install = f"python3 -m venv .venv && .venv/bin/pip install -e '.[{extra}]'"
         assert line == f"{install} && .venv/bin/python {last}"
