@@ -122,7 +122,7 @@ def main():
     parser.add_argument("--rate", type=float, default=0.5, help="share of wrong labels")
     parser.add_argument("--weigh", choices=("samples", "classes"), default="samples")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("biformer_cleaning.png"))
     args = parser.parse_args()
@@ -133,6 +133,7 @@ def main():
     rows = []
     for seed in range(args.seeds):
         accuracies, found, samples, test = run(args, seed)
+        print(f"  seed {seed}: {time.perf_counter() - began:.0f} s since the start", flush=True)
         rows.append(accuracies)
     print("test accuracy" + (", mean over seeds and largest difference between seeds" if args.seeds > 1 else ""))
     for name in rows[0]:

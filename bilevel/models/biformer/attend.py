@@ -33,13 +33,13 @@ def choose_backend(regions: int, chosen: int, tokens: int, *, soft: bool = False
     """The back-end for a shape: R regions of U key tokens, of which K are chosen per query region.
 
     Everything chosen is full attention; a tiny map of which a quarter or more is chosen is done densely; many chosen
-    tokens are scanned; the rest is gathered. `benchmarks/biformer.py` prints the times behind the thresholds.
+    regions or tokens are scanned; the rest is gathered. `benchmarks/biformer.py` prints the times behind the thresholds.
     """
     if chosen == regions and not soft:
         return "full"
     if 4 * chosen >= regions and regions * tokens <= 256:
         return "dense"
-    if chosen >= 8:
+    if chosen >= 8 or chosen * tokens >= 1024:
         return "online"
     return "gathered"
 
