@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _stochastic_problems as problems
 
 from bilevel.data import StepKey, as_step_key
+from bilevel.solvers.nested import AID
 from bilevel.solvers.single_loop import FSLA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN
 from bilevel.solvers.stochastic_nested import TTSA, AmIGO, StocBiO
 from bilevel.solvers.tuning_free import STFBO
@@ -97,6 +98,16 @@ class Ours:
     @property
     def point(self) -> tuple[Any, Any]:
         return self.state.x, self.state.y
+
+
+class FullBatch(Ours):
+    """A run of AID, which takes all samples at every step and has no step size to choose."""
+
+    def __init__(self, case: problems.Case) -> None:
+        every = {name: getattr(case.problem, name).arrays for name in ("upper_data", "lower_data")}
+        self.case = dataclasses.replace(case, problem=dataclasses.replace(case.problem, **every))
+        self.solver, self.base = AID(), as_step_key(0)
+        self.restart()
 
 
 class Peer:
@@ -245,11 +256,12 @@ def agreement(case: problems.Case, name: str, steps: int) -> float:
 
 def race(case: problems.Case, key: str, arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
     """The figure of merit against CPU time, evaluated between chunks and off the clock; with the published best steps."""
-    chunk = arguments.steps or STEPS[key]
     curves = {}
-    for name in ("SABA", "SRBA", "SOBA", "STFBO"):
-        if name == "STFBO" and name in arguments.solver:
-            entrants: list[tuple[str, Any]] = [("ours STFBO", lambda: Ours(case, "STFBO", 0.0, 0.0))]
+    for name in ("SABA", "SRBA", "SOBA", "STFBO", "AID"):
+        chunk = 1 if name == "AID" else arguments.steps or STEPS[key]
+        if name in ("STFBO", "AID") and name in arguments.solver:
+            make = (lambda: FullBatch(case)) if name == "AID" else (lambda: Ours(case, "STFBO", 0.0, 0.0))
+            entrants: list[tuple[str, Any]] = [(f"ours {name}", make)]
         elif name in arguments.solver and (arguments.rate or (key, name) in BEST):
             step, ratio = arguments.rate or BEST[key, name]
             entrants = [(f"ours {name}", lambda n=name, s=step, r=ratio: Ours(case, n, s, s / r))]
@@ -293,7 +305,7 @@ def draw(curves: dict[str, Any], case: problems.Case, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for label, (times, values) in curves.items():
-        colour = {"SABA": "C0", "SRBA": "C1", "SOBA": "C2", "STFBO": "C3"}[label.split()[1]]
+        colour = {"SABA": "C0", "SRBA": "C1", "SOBA": "C2", "STFBO": "C3", "AID": "C4"}[label.split()[1]]
         axes.plot(times, values, color=colour, linestyle="-" if label.startswith("ours") else "--", label=label)
     axes.set(xlabel="CPU seconds", ylabel=case.measured, title=case.name)
     axes.set_yscale("log" if "grad" in case.measured else "linear")
@@ -311,7 +323,7 @@ def main() -> None:
         "--solver",
         nargs="+",
         default=["SOBA", "SABA", "SRBA", "AmIGO", "StocBiO"],
-        help="also STFBO, SPABA, FSLA, SUSTAIN, MRBO, TTSA",
+        help="also STFBO, SPABA, FSLA, SUSTAIN, MRBO, TTSA; in the race STFBO, and AID on full batches",
     )
     parser.add_argument("--steps", type=int, help="steps per timed call (default: by problem)")
     parser.add_argument("--rounds", type=int, default=7)

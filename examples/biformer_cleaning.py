@@ -170,9 +170,13 @@ def draw(path, accuracies, found, samples, test):
         axis.axis("off")
 
     # The first stage's routing: 7 x 7 regions of 4 x 4 pixels, each looking at 4 of them.
-    network = calibrated(ours.apply, solution.y, jnp.asarray(images[:1000]))
     image = test[0][0]
-    _, routings = jax.jit(lambda x: network(x, return_routing=True))(prepare(jnp.asarray(image[None])))
+
+    @jax.jit
+    def route(y, some, one):
+        return calibrated(ours.apply, y, some)(prepare(one), return_routing=True)[1]
+
+    routings = route(solution.y, jnp.asarray(images[:500]), jnp.asarray(image[None]))
     chosen, logits = np.asarray(routings[0].index[0, 0]), np.asarray(routings[0].logits[0, 0])
     bottom.suptitle(
         "stage 1: the regions (red) that a query region (blue) looks at, over its affinity to all", fontsize=10
