@@ -153,6 +153,7 @@ def draw(path, solution):
     decays.barh(layers, [float(jnp.exp(solution.x["decay"][name])) for name in layers], color="C1")
     decays.set(title="weight decay", xscale="log", yticklabels=[])
     decays.invert_yaxis()
+    decays.xaxis.set_minor_formatter("")  # on a short range its labels run into each other
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
