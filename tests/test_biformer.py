@@ -380,7 +380,13 @@ def test_all_regions_chosen_is_full_attention(x64):
 
 @pytest.mark.parametrize(
     ("shape", "backend"),
-    [((49, 49, 4), "full"), ((49, 16, 4), "dense"), ((49, 16, 64), "online"), ((49, 4, 256), "online"), ((49, 1, 64), "gathered")],
+    [
+        ((49, 49, 4), "full"),
+        ((49, 16, 4), "dense"),
+        ((49, 16, 64), "online"),
+        ((49, 4, 256), "online"),
+        ((49, 1, 64), "gathered"),
+    ],
 )
 def test_the_back_end_follows_the_shape(shape, backend):
     assert choose_backend(*shape) == backend
