@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import Problem, data
+from bilevel.problems import datasets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +290,15 @@ def covtype(lower_count: int = 371_840, upper_count: int = 92_928, batch: int = 
     )
 
 
+def fashion_mnist() -> tuple[np.ndarray, np.ndarray] | None:
+    """Fashion-MNIST as rows of pixels and labels, where the loader finds it (it has MNIST's shape)."""
+    try:
+        images, labels = datasets.fashion_mnist("train")
+    except datasets.DatasetNotFoundError:
+        return None
+    return images.reshape(len(images), -1).astype(np.float32) / 255, labels
+
+
 def cleaning(
     images: Any = None,
     lower_count: int = 20_032,
@@ -310,7 +320,7 @@ def cleaning(
         )
     else:
         order = rng.permutation(len(images[1]))[: lower_count + upper_count]
-        images, name = (images[0][order], images[1][order]), "cleaning on real images"
+        images, name = (images[0][order], images[1][order]), "cleaning, Fashion-MNIST"
     features, labels = images
     mean, scale = features[:lower_count].mean(0), features[:lower_count].std(0) + 1e-3
     features = ((features - mean) / scale).astype(np.float32)

@@ -91,6 +91,7 @@ def test_both_levels_of_a_step_see_the_same_tasks(sinusoid):
     assert not np.allclose(other.lower_data["phase"], drawn.lower_data["phase"])
 
 
+@pytest.mark.slow
 def test_particle_sensitivity_is_that_of_the_minimised_system(x64, tmp_path, capsys):
     particles = load("particle_sensitivity")
     out = tmp_path / "particles.png"

@@ -551,6 +551,7 @@ def test_argmin_over_a_box(x64: None) -> None:
     np.testing.assert_allclose(jax.jacrev(lambda x: y_star(x, jnp.zeros(3)))(x)[1], 0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_three_levels_are_an_argmin_in_the_lower_objective_of_another(x64: None) -> None:
     A, B, C = RNG.normal(size=(3, 3)), RNG.normal(size=(2, 2)), RNG.normal(size=(2, 3))
 
@@ -632,6 +633,7 @@ def simplex(y: Any, scale: Any = 1.0) -> Any:
     return optax.projections.projection_simplex(y, scale)
 
 
+@pytest.mark.slow
 def test_projected_gradient_on_a_simplex(x64: None, jaxopt: ModuleType) -> None:
     def solution(c: Any, scale: Any) -> Any:
         return repeat(lambda y: simplex(y - STEP * jax.grad(quadratic)(y, c), scale), jnp.full(4, 0.25))
@@ -730,7 +732,13 @@ def qp_solution(c: Any, b: Any, h: Any) -> Any:
     return y, nu, jnp.zeros(5).at[active].set(active_lam)
 
 
-@pytest.mark.parametrize("matvecs", [(), (jnp.dot, jnp.dot, lambda G, y: G @ y)], ids=["matrices", "products"])
+@pytest.mark.parametrize(
+    "matvecs",
+    [
+        pytest.param((), id="matrices", marks=pytest.mark.slow),
+        pytest.param((jnp.dot, jnp.dot, lambda G, y: G @ y), id="products"),
+    ],
+)
 def test_kkt_of_a_quadratic_programme(x64: None, jaxopt: ModuleType, matvecs: Any) -> None:
     y, _, lam = qp_solution(C0, B_EQ, H_IN)
     assert (G_IN @ y - H_IN < 1e-12).all() and (lam >= 0).all() and (lam[np.array([1, 4])] > 0.01).all()

@@ -189,7 +189,9 @@ def test_the_tables_are_not_copied_inside_the_compiled_loop():
     assert not re.findall(rf"= f32\[{count},{dim}\]\S* copy\(", body)
 
 
-@pytest.mark.parametrize("name", ["SRBA", "MASOBA", "SPABA", "FSLA"])
+@pytest.mark.parametrize(
+    "name", ["SRBA", "MASOBA", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SPABA", "FSLA"))]
+)
 def test_each_rule_is_its_equations(x64, name):
     q = make()
     problem, (x, y) = problem_of(q), start()
