@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from bilevel.data import as_step_key
 from bilevel.hypergradients.stochastic import SAMA as AdaptiveIdentity
 from bilevel.hypergradients.stochastic import StochasticImplicit
 from bilevel.lower import GradientDescent, Inner, LowerState
+from bilevel.solvers import _variance_reduction
 from bilevel.solvers._directions import Joint, Point, Series
 from bilevel.solvers._variance_reduction import PAGE, SAGA, SARAH, STORM, Momentum, local
 from bilevel.solvers.single_loop import FSLA, MASOBA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN, AdamSOBA, SingleLoop
@@ -733,3 +735,21 @@ def test_batches_larger_than_the_data_and_empty_levels_are_errors_by_name():
 def test_hyperparameters_are_checked_where_they_are_written(make_solver, words):
     with pytest.raises((ValueError, TypeError), match=words):
         make_solver()
+
+
+def test_a_pass_over_all_samples_in_pieces_is_the_pass_over_all_at_once(x64, monkeypatch):
+    """And a series, whose products of Hessians are no mean over pieces, is not cut."""
+    random = np.random.default_rng(0)
+    problem = Problem(
+        lambda x, y, b: jnp.mean((b @ y - jnp.sum(x)) ** 2),
+        lambda x, y, b: jnp.mean(jnp.log1p((b @ y) ** 2)) + jnp.mean((y - x) ** 2),
+        data.Minibatches(random.normal(size=(12, 3)), 3),
+        data.Minibatches(random.normal(size=(20, 3)), 5),
+    )
+    at = Point(*(jnp.asarray(random.normal(size=3)) for _ in range(3)))
+    whole, series = (_variance_reduction.full(problem, oracle, at) for oracle in (Joint(), Series(0.1, 3)))
+    assert _variance_reduction._pieces(problem.lower_data) == 1
+    monkeypatch.setattr(_variance_reduction, "PIECE_BYTES", 80)
+    assert _variance_reduction._pieces(problem.lower_data) == (5 if jax.device_count() == 1 else 1)
+    chex.assert_trees_all_close(_variance_reduction.full(problem, Joint(), at), whole, atol=1e-13)
+    chex.assert_trees_all_equal(_variance_reduction.full(problem, Series(0.1, 3), at), series)

@@ -12,6 +12,7 @@ where `oracle(upper, lower, at) -> (value, direction)` gives the local direction
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ from bilevel.solvers._directions import Joint, Point, combined
 
 PyTree = Any
 
+PIECE_BYTES = 2**21  # of samples, in a pass over all of them on a CPU: about its second-level cache
+
 
 def local(problem: Problem, oracle: Any, at: Point, key: Any) -> tuple[jax.Array, Point]:
     """The direction on this step's batches."""
@@ -41,8 +44,47 @@ def at_both(problem: Problem, oracle: Any, at: Point, last: Point, key: Any) -> 
 
 
 def full(problem: Problem, oracle: Any, at: Point) -> tuple[jax.Array, Point]:
-    """The direction on all samples of both levels."""
-    return oracle(problem.full_upper(), problem.full_lower(), at)
+    """The direction on all samples of both levels.
+
+    On one CPU device a level whose samples are larger than the cache is passed over in contiguous pieces, and its terms are
+    averaged: the same (losses are means over samples), from values that stay in cache.
+    """
+    upper, lower = problem.full_upper(), problem.full_lower()
+    if not isinstance(oracle, Joint):  # a series multiplies Hessians: it is not the mean over pieces
+        return oracle(upper, lower, at)
+    value, terms = _mean_over_pieces(lambda level: oracle.upper(level, at), upper, _pieces(problem.upper_data))
+    return value, combined(
+        _mean_over_pieces(lambda level: oracle.lower(level, at), lower, _pieces(problem.lower_data)), terms
+    )
+
+
+def _mean_over_pieces(fn: Callable[[Level], PyTree], level: Level, pieces: int) -> PyTree:
+    """The mean of fn(level on a piece of its batch) over equal contiguous pieces."""
+    if pieces == 1:
+        return fn(level)
+
+    def on(i: jax.Array) -> PyTree:
+        def cut(a: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(a, i * (len(a) // pieces), len(a) // pieces)
+
+        return fn(Level(level.fn, jax.tree.map(cut, level.batch), level.key, level.project, level.prox))
+
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(on, jnp.int32(0)))
+    total, _ = jax.lax.scan(lambda total, i: (jax.tree.map(jnp.add, total, on(i)), None), zero, jnp.arange(pieces))
+    return jax.tree.map(lambda a: a / pieces, total)
+
+
+def _pieces(source: Any) -> int:
+    """The number of equal pieces, of `PIECE_BYTES` or little more, to pass over the samples in; 1 where it does not pay."""
+    if not isinstance(source, Minibatches):
+        return 1
+    if (
+        jax.default_backend() != "cpu" or jax.device_count() > 1
+    ):  # launches would cost more; slices of shards would travel
+        return 1
+    leaves = jax.tree.leaves(source.arrays)
+    wanted = min(sum(leaf.nbytes for leaf in leaves) // PIECE_BYTES, len(leaves[0]))
+    return max((k for k in range(1, wanted + 1) if len(leaves[0]) % k == 0), default=1)
 
 
 def decayed(scale: Any, exponent: Any, step: jax.Array) -> jax.Array:
