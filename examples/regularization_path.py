@@ -111,10 +111,17 @@ def main():
         print(f"{name}: {sizes} of {len(steps)} pairs; {time.perf_counter() - began:.1f} s with the sweep")
 
     print(f"\n{'':<20}{'validation loss':>16}{'test loss':>12}{'test accuracy':>15}")
+    scores = {}
     for name, x in rows.items():
         y = fitted(x)
+        fit, unseen = scores[name] = float(logistic(y, validation)), float(logistic(y, test))
+        print(f"{name:<20}{fit:>16.4f}{unseen:>12.4f}{float(accuracy(y, test)):>15.3f}")
+    fit, unseen = scores.pop("grid, one penalty")
+    overfit = [name for name, score in scores.items() if score[0] < fit and score[1] > unseen]
+    if overfit:
         print(
-            f"{name:<20}{float(logistic(y, validation)):>16.4f}{float(logistic(y, test)):>12.4f}{float(accuracy(y, test)):>15.3f}"
+            f"{' and '.join(overfit)}: {dim} penalties fit the {len(validation[1])} validation samples better than the grid's one, and the "
+            "test samples worse. They overfit: take more validation data, or fewer penalties."
         )
     plot(grid, losses, curves, rows, Path(args.out))
     print(f"saved {args.out}")
