@@ -21,7 +21,18 @@ GRAPHS = {
     "star": network.star(6),
     "erdos": network.erdos_renyi(9, 0.4, seed=1),
     "lazy": network.ring(5).lazy(),
+    "sparse2": network.matrix(network.ring(24).matrix()),
+    "sparse": network.erdos_renyi(120, 0.05, seed=0),
 }
+
+
+def test_a_matrix_of_few_neighbours_is_not_multiplied_out() -> None:
+    """Two neighbours each, unequal numbers of them (more than are written out), and too many to pay."""
+    assert GRAPHS["sparse2"].links[0].shape == (24, 2)
+    index, weights = GRAPHS["sparse"].links
+    assert network.UNROLLED < index.shape[1] <= 15
+    assert (weights == 0).any()
+    assert GRAPHS["erdos"].links is None
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -64,7 +75,7 @@ def test_metropolis_weights() -> None:
     np.testing.assert_allclose(network.metropolis(path), [[2 / 3, 1 / 3, 0], [1 / 3, 1 / 3, 1 / 3], [0, 1 / 3, 2 / 3]])
 
 
-@pytest.mark.parametrize("name", ["ring8", "torus", "exponential", "complete", "star", "erdos"])
+@pytest.mark.parametrize("name", ["ring8", "torus", "exponential", "complete", "star", "erdos", "sparse"])
 def test_float32_does_not_drift_over_100_000_mixings(name: str) -> None:
     graph = GRAPHS[name]
     start = jnp.asarray(np.random.default_rng(0).normal(1.0, 1.0, size=(graph.n, 5)), jnp.float32)
