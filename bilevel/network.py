@@ -278,7 +278,7 @@ def _links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Each agent's neighbours and their weights, (n, largest degree); None where a matrix product is the cheaper way."""
     others = weights - np.diag(np.diag(weights))
     degree = int((others != 0).sum(axis=1).max())
-    if 8 * degree > len(weights):
+    if degree == 0 or 8 * degree > len(weights):
         return None
     index = np.argsort(others == 0, axis=1, kind="stable")[:, :degree]  # the neighbours first, then any others
     return index.astype(np.int32), np.take_along_axis(others, index, axis=1)

@@ -21,6 +21,7 @@ GRAPHS = {
     "star": network.star(6),
     "erdos": network.erdos_renyi(9, 0.4, seed=1),
     "lazy": network.ring(5).lazy(),
+    "matrix1": network.matrix([[1.0]]),
     "sparse2": network.matrix(network.ring(24).matrix()),
     "sparse": network.erdos_renyi(120, 0.05, seed=0),
 }
