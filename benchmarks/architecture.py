@@ -14,16 +14,12 @@ sides are compared once, from equal weights, before anything is timed.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
 import time
 
-# One core for both sides by the operating system's own means: XLA's flags for one thread leave a second one that spins.
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
+import _one_core  # noqa: F401 - before JAX and torch start their threads
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -11,15 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import time
 
-# One core for both sides, by the operating system's own means: with XLA's flags for one thread, its runtime still keeps
-# a second thread that spins while it waits, which is counted as CPU time (152 ms instead of 97 for T at batch 1).
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
+import _one_core  # noqa: F401 - before JAX and torch start their threads
 import jax
 import jax.numpy as jnp
 import numpy as np

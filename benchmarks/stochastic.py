@@ -16,22 +16,17 @@ import argparse
 import dataclasses
 import functools
 import importlib
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if hasattr(os, "sched_setaffinity"):  # before JAX starts its threads
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
+import _one_core  # noqa: F401 - before JAX and torch start their threads
+import _stochastic_problems as problems
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent))
-import _stochastic_problems as problems
 
 from bilevel.data import StepKey, as_step_key
 from bilevel.solvers.nested import AID
@@ -258,11 +253,11 @@ def agreement(case: problems.Case, name: str, steps: int) -> float:
 def race(case: problems.Case, key: str, arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
     """The figure of merit against CPU time, evaluated between chunks and off the clock; with the published best steps."""
     curves = {}
-    for name in ("SABA", "SRBA", "SOBA", "STFBO", "AID"):
+    untuned = {"STFBO": lambda: Ours(case, "STFBO", 0.0, 0.0), "AID": lambda: FullBatch(case)}
+    for name in ("SABA", "SRBA", "SOBA", *untuned):
         chunk = 1 if name == "AID" else arguments.steps or STEPS[key]
-        if name in ("STFBO", "AID") and name in arguments.solver:
-            make = (lambda: FullBatch(case)) if name == "AID" else (lambda: Ours(case, "STFBO", 0.0, 0.0))
-            entrants: list[tuple[str, Any]] = [(f"ours {name}", make)]
+        if name in untuned and name in arguments.solver:
+            entrants: list[tuple[str, Any]] = [(f"ours {name}", untuned[name])]
         elif name in arguments.solver and (arguments.rate or (key, name) in BEST):
             step, ratio = arguments.rate or BEST[key, name]
             entrants = [(f"ours {name}", lambda n=name, s=step, r=ratio: Ours(case, n, s, s / r))]

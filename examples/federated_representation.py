@@ -92,7 +92,7 @@ def main() -> None:
 
     runs = {f"SimFBO, n = {n}": (SimFBO(n, 0.15, 0.2, 0.2, radius=10.0), given.rounds) for n in (1, 5, 10, 50)}
     per_step = 3 + 5 + 1
-    # FedMBO has no bound on v (SimFBO's radius): on 784 pixels steps of 0.15 saturate the features, and x never recovers.
+    # On 784 pixels FedMBO ends at chance with an upper step of 0.15.
     mbo = FedMBO(10, 0.15 if given.data == "digits" else 0.01, 0.1, lower_rounds=3, terms=5)
     runs["FedMBO, n = 10"] = (mbo, max(1, given.rounds // per_step))
     curves = {}

@@ -78,9 +78,8 @@ def _pieces(source: Any) -> int:
     """The number of equal pieces, of `PIECE_BYTES` or little more, to pass over the samples in; 1 where it does not pay."""
     if not isinstance(source, Minibatches):
         return 1
-    if (
-        jax.default_backend() != "cpu" or jax.device_count() > 1
-    ):  # launches would cost more; slices of shards would travel
+    # Elsewhere launches would cost more than a cache saves, and slices of shards would travel.
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return 1
     leaves = jax.tree.leaves(source.arrays)
     wanted = min(sum(leaf.nbytes for leaf in leaves) // PIECE_BYTES, len(leaves[0]))
