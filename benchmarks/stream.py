@@ -3,14 +3,16 @@
     python benchmarks/stream.py [--wait 0 1 4] [--steps 2000] [--rounds 5]
 
 A synthetic softmax regression at MNIST's shape, SOBA on batches of 256. The reader copies each batch out of an array and
-then sleeps for `--wait` milliseconds, as a disk or a network would make it wait. With perfect overlap a step takes the longer of
-the two, max(wait, device); without any it takes their sum. Wall-clock time per step: medians of rounds in which the
-kinds of run take turns.
+then sleeps for `--wait` milliseconds, as a disk or a network would make it wait. "Reader alone" is the same reader with nothing
+computed. With perfect overlap a step takes the longer of the two, max(reader, device), or where the cores are all busy
+their processor time over the number of cores; without any overlap it takes the sum. Per step: medians of rounds in which
+the kinds of run take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -52,6 +54,17 @@ def reader(arrays: Any, wait: float) -> Any:
     return items
 
 
+def read(source: Any, steps: int) -> float:
+    """Milliseconds per item of the reader alone."""
+    if not isinstance(source, data.Stream):
+        return 0.0
+    items = source.items()
+    begun = time.perf_counter()
+    for _ in range(steps):
+        next(items)
+    return 1e3 * (time.perf_counter() - begun) / steps
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,20 +79,32 @@ def main() -> None:
     sources = {"device": data.Minibatches(arrays, BATCH, blocks=True)}
     sources |= {f"host, {wait:g} ms": data.Stream(reader(arrays, wait / 1e3)) for wait in arguments.wait}
     problems = {name: Problem(validation, loss, held, source) for name, source in sources.items()}
-    times: dict[str, list[float]] = {name: [] for name in sources}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sources}
+    alone: dict[str, list[float]] = {name: [] for name in sources}
     for number in range(arguments.rounds + 1):
         for name, problem in problems.items():
-            begun = time.perf_counter()
+            begun, spent = time.perf_counter(), time.process_time()
             solve(problem, x0, y0, solvers.SOBA(0.01, 0.05), steps=arguments.steps, progress=False)
             if number:  # the first round compiles
-                times[name].append(1e3 * (time.perf_counter() - begun) / arguments.steps)
-    device = float(np.median(times["device"]))
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; ms per step, medians of {arguments.rounds} rounds")
-    print(f"{'batches from':<14}{'ms':>8}{'spread':>16}{'overlap would be':>18}{'sum would be':>14}")
+                passed = time.perf_counter() - begun, time.process_time() - spent
+                times[name].append(tuple(1e3 * t / arguments.steps for t in passed))  # type: ignore[arg-type]
+                alone[name].append(read(problem.lower_data, arguments.steps // 4))
+    cores = len(os.sched_getaffinity(0))
+    print(
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {cores} cores; ms per step, medians of {arguments.rounds} rounds"
+    )
+    print(
+        f"{'batches from':<14}{'wall':>8}{'spread':>16}{'cpu':>8}{'cpu/cores':>11}{'reader alone':>14}{'longer':>8}{'sum':>8}"
+    )
+    device = float(np.median([wall for wall, _ in times["device"]]))
     for name, found in times.items():
-        wait = float(name.split()[1]) if name != "device" else 0.0
-        spread = f"{min(found):.2f} to {max(found):.2f}"
-        print(f"{name:<14}{np.median(found):>8.2f}{spread:>16}{max(wait, device):>18.2f}{wait + device:>14.2f}")
+        wall, cpu = np.median(found, 0)
+        reading = float(np.median(alone[name]))
+        spread = f"{min(found)[0]:.2f} to {max(found)[0]:.2f}"
+        print(
+            f"{name:<14}{wall:>8.2f}{spread:>16}{cpu:>8.2f}{cpu / cores:>11.2f}{reading:>14.2f}"
+            f"{max(reading, device):>8.2f}{reading + device:>8.2f}"
+        )
 
 
 if __name__ == "__main__":

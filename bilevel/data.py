@@ -7,7 +7,6 @@ how many steps are compiled together nor on where a run was interrupted.
 from __future__ import annotations
 
 import collections
-import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -460,61 +459,175 @@ class Stream:
                 raise ValueError(f"{what} Give a list, a loader object, or a function start -> iterator.")
             first = False
 
-    def prefetched(self, start: int = 0, depth: int | None = None) -> Prefetched:
-        """The same items, read ahead by a thread: at most `depth` of them; None: as many as 256 MiB hold, 2 to 8192."""
-        return Prefetched(self.items(start), depth)
+    def prefetched(self, start: int = 0) -> Prefetched:
+        """The same items, read ahead by a thread."""
+        return Prefetched(self.items(start), self.draws)
 
     def __repr__(self) -> str:
         return f"Stream({type(self.iterable).__name__}, draws={self.draws})"
 
 
-class Prefetched:
-    """An iterator that a thread keeps `depth` items ahead; errors of the source are raised where they are consumed.
+_SEGMENT_BYTES, _SEGMENT_STEPS, _SEGMENTS_AHEAD = 2**24, 4096, 4
+_PATIENCE = 0.05  # seconds that a loop with a step's items at hand waits for a fuller segment
 
-    `depth=None`: as many as 256 MiB hold, 2 to 8192, so that all batches of a chunk of steps can be read while the last one runs.
+
+class Prefetched:
+    """The items of a stream, which a thread copies into segments ahead of the loop.
+
+    A segment is an array per leaf, with rows for as many steps as 16 MiB hold (1 to 4096): one shape, hence one compiled loop,
+    and one transfer for many steps. Four full ones are kept ahead. Where the source is the slower side the loop is handed a
+    segment with the steps that there are; rows beyond them are not initialised. Errors of the source are raised
+    where its items would have been consumed.
+
+    Args:
+      items: an endless iterator of pytrees of equal shapes and dtypes.
+      draws: items per step.
+
+    Attributes:
+      steps: the steps that a segment holds, known once some are ready.
     """
 
-    def __init__(self, items: Iterator[PyTree], depth: int | None) -> None:
-        self._sized = depth is not None
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth or 2)
-        self._stop = threading.Event()
+    def __init__(self, items: Iterator[PyTree], draws: int = 1) -> None:
+        self._draws = draws
+        self._changed = threading.Condition()
+        self._full: collections.deque[_Segment] = collections.deque()  # handed over by the thread
+        self._spare: list[_Segment] = []  # consumed, to be written again: fresh memory costs more than the copy
+        self._filling: _Segment | None = None  # being written by the thread, `_filled` whole steps of it readable
+        self._filled = 0
+        self.steps = 0
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._current: _Segment | None = None
+        self._first, self._end = 0, 0
+        # Processes of one program must cut their steps alike, which partly filled segments would not be.
+        self._patience = _PATIENCE if jax.process_count() == 1 else None
         self._thread = threading.Thread(target=self._work, args=(items,), daemon=True)
         self._thread.start()
 
-    def _put(self, entry: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-
     def _work(self, items: Iterator[PyTree]) -> None:
         try:
-            for item in items:
+            segment: _Segment | None = None
+            row, first = 0, None
+            for number, item in enumerate(items):
                 item = jax.tree.map(np.asarray, item)
-                if not self._sized:
-                    size = sum(leaf.nbytes for leaf in jax.tree.leaves(item))
-                    self._queue.maxsize, self._sized = min(max(2**28 // max(size, 1), 2), 8192), True
-                self._put((item, None))
-                if self._stop.is_set():
-                    return
+                shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), item)
+                if first is None:
+                    first = shapes
+                    size = self._draws * sum(leaf.nbytes for leaf in jax.tree.leaves(item))
+                    self.steps = min(max(_SEGMENT_BYTES // max(size, 1), 1), _SEGMENT_STEPS)
+                if shapes != first:
+                    raise ValueError(
+                        f"Item {number} of the stream has the shapes and dtypes {shapes}, the first had {first}: give items of "
+                        "equal shapes (drop or pad a last batch that is smaller)."
+                    )
+                if segment is None:
+                    segment, row = self._fresh(item), 0
+                segment.write(row, item)
+                row += 1
+                with self._changed:
+                    if self._filling is not segment and row > 1:  # it was taken meanwhile, with `_filled` steps
+                        taken, segment = segment, self._fresh(item)
+                        rest = range(self._filled * self._draws, row)
+                        row = len(rest)
+                        for to, i in enumerate(rest):
+                            segment.write(to, taken.row(i))
+                    self._filling, self._filled = segment, row // self._draws
+                    if self._filled == self.steps:
+                        self._full.append(segment)
+                        segment = self._filling = None
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._stopped or len(self._full) < _SEGMENTS_AHEAD)
+                    if self._stopped:
+                        return
         except BaseException as error:
-            self._put((None, error))
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
 
-    def take(self, n: int) -> PyTree:
-        """The next n items, stacked along a new leading axis."""
-        items = []
-        for _ in range(n):
-            item, error = self._queue.get()
-            if error is not None:
-                raise error
-            items.append(item)
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+    def _fresh(self, item: PyTree) -> _Segment:
+        return self._spare.pop() if self._spare else _Segment(item, self.steps * self._draws)
+
+    def _at_hand(self, steps: int) -> bool:
+        return bool(self._full) or self._error is not None or (self._filling is not None and self._filled >= steps)
+
+    def ready(self, steps: int) -> tuple[PyTree, int, int]:
+        """Up to `steps` steps, without consuming them: `(segment, first, count)`, with the items of step i in rows (first + i) draws, ..."""
+        if self._first == self._end:
+            self._next(steps)
+        assert self._current is not None
+        return self._current.placed(), self._first, min(steps, self._end - self._first)
+
+    def _next(self, steps: int) -> None:
+        with self._changed:
+            if self._current is not None:
+                self._spare.append(self._current.released())
+            if self._patience is not None:
+                self._changed.wait_for(lambda: self._at_hand(steps), self._patience)
+                self._changed.wait_for(lambda: self._at_hand(1))
+            else:
+                self._changed.wait_for(lambda: bool(self._full) or self._error is not None)
+            if self._full:
+                self._current, self._end = self._full.popleft(), self.steps
+            elif self._filling is not None and self._filled:
+                self._current, self._end = self._filling, self._filled
+                self._filling = None
+            elif self._error is not None:
+                raise self._error
+            self._first = 0
+            self._changed.notify_all()
+            ahead = list(self._full)
+        # Here and not in the thread, whose jax settings may be others; what lies ahead is transferred during the step.
+        for segment in ahead:
+            segment.placed()
+
+    def consume(self, steps: int) -> None:
+        """The first `steps` of the steps that are ready have been used."""
+        self._first += steps
 
     def close(self) -> None:
         """Stop the thread."""
-        self._stop.set()
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
         self._thread.join(timeout=5)
+
+
+class _Segment:
+    """Rows in host memory, and the device's arrays of them.
+
+    The memory begins on a boundary of 64 bytes, so that on a CPU the device's array is this memory and not a copy. It may be
+    written again only after `released`, and that only when nothing that was computed from the array is pending.
+    """
+
+    def __init__(self, item: PyTree, rows: int) -> None:
+        def empty(leaf: np.ndarray) -> np.ndarray:
+            memory = np.empty(rows * leaf.nbytes + 64, np.uint8)
+            begin = -memory.ctypes.data % 64
+            return memory[begin : begin + rows * leaf.nbytes].view(leaf.dtype).reshape(rows, *leaf.shape)
+
+        self._rows = jax.tree.map(empty, item)
+        self._placed: PyTree = None
+
+    def write(self, row: int, item: PyTree) -> None:
+        """Put an item in its row."""
+        for rows, leaf in zip(jax.tree.leaves(self._rows), jax.tree.leaves(item), strict=True):
+            rows[row] = leaf
+
+    def row(self, row: int) -> PyTree:
+        """The item in a row."""
+        return jax.tree.map(lambda rows: rows[row], self._rows)
+
+    def placed(self) -> PyTree:
+        """On the device."""
+        if self._placed is None:
+            self._placed = jax.tree.map(jax.device_put, self._rows)
+        return self._placed
+
+    def released(self) -> _Segment:
+        """With the device's arrays deleted."""
+        jax.tree.map(lambda leaf: leaf.delete(), self._placed)
+        self._placed = None
+        return self
 
 
 @jax.tree_util.register_pytree_node_class

@@ -132,10 +132,9 @@ def _advance(
 
     def step(k: Any, state: Any) -> Any:
         now = problem
-        for name, (items, draws) in streamed.items():
-            mine = jax.tree.map(
-                lambda a: jax.lax.dynamic_slice_in_dim(a, (k - start) * draws.value, draws.value), items
-            )
+        for name, (items, first, draws) in streamed.items():
+            row = (first + k - start) * draws.value
+            mine = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, draws.value), items)
             now = dataclasses.replace(now, **{name: Streamed(mine, draws.value)})  # type: ignore[arg-type]
         return solver.step(now, state, _step_key(base, k))
 
@@ -341,19 +340,21 @@ def solve(
                 ):
                     if active:
                         stop = min(stop, done - done % every + every)
-                clock = time.perf_counter()
+                ready = {name: source.ready(stop - done) for name, source in prefetched.items()}
+                stop = min([stop, *(done + count for _, _, count in ready.values())])
                 streamed = {
-                    name: (source.take((stop - done) * streams[name].draws), _Draws(streams[name].draws))
-                    for name, source in prefetched.items()
+                    name: (segment, np.uint32(first), _Draws(streams[name].draws))
+                    for name, (segment, first, _) in ready.items()
                 }
-                bounds = jnp.uint32(done), jnp.uint32(stop)
+                clock = time.perf_counter()
+                bounds = np.uint32(done), np.uint32(stop)  # numpy's: to make the device's takes as long as a small step
                 advance = functools.partial(
                     _advance,
                     compiled_problem,
                     argument,
                     tol=tol if tol is not None else 0.0,
                     streamed=streamed,
-                    capacity=capacity,
+                    capacity=min([capacity, *(source.steps for source in prefetched.values())]),
                     use_tol=tol is not None,
                 )
                 new, taken, status, buffers = advance(state, base, *bounds)
@@ -363,11 +364,13 @@ def solve(
                     taken = int(steps_taken)
                     why = _blame(new, buffers, done, taken)
                     if taken > 1:
-                        new = advance(state, base, bounds[0], jnp.uint32(done + taken - 1))[0]
+                        new = advance(state, base, bounds[0], np.uint32(done + taken - 1))[0]
                     else:
                         new = state
                 _record(history, buffers, done, taken)
                 done += taken - (status is Result.DIVERGED)
+                for source in prefetched.values():
+                    source.consume(taken)
                 state, result = new, status
                 elapsed = _agreed(time.perf_counter() - clock)
                 if chunk is None and stop - done <= 0:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -123,23 +125,82 @@ def test_clients_keep_to_their_samples():
     np.testing.assert_array_equal(np.sort(clients.draw(as_step_key(0))["v"]), np.sort(clients.arrays["v"]))
 
 
+def read(reader, steps, at_once=3):
+    """The next items of `steps` steps, in the portions that the reader hands out."""
+    found = []
+    while steps:
+        segment, first, count = reader.ready(min(steps, at_once))
+        draws = jax.tree.leaves(segment)[0].shape[0] // reader.steps
+        found.append(jax.tree.map(lambda a: np.array(a[first * draws : (first + count) * draws]), segment))
+        reader.consume(count)
+        steps -= count
+    return np.concatenate(found)
+
+
 def test_stream_skips_and_repeats():
     stream = data.Stream([np.asarray([i]) for i in range(3)])
     items = stream.items(4)  # 0 1 2 | 0 [1] 2 | 0
     assert [int(next(items)[0]) for _ in range(3)] == [1, 2, 0]
     reader = stream.prefetched(1)
-    np.testing.assert_array_equal(reader.take(4)[:, 0], [1, 2, 0, 1])
+    np.testing.assert_array_equal(read(reader, 4)[:, 0], [1, 2, 0, 1])
+    reader.close()
+
+
+@pytest.mark.parametrize("patience", [0.0, 10.0])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_stream_keeps_its_order_whoever_is_the_slower(monkeypatch, patience, draws):
+    monkeypatch.setattr(
+        data, "_SEGMENT_BYTES", 7 * draws * 16
+    )  # seven steps of items of 16 bytes, and several segments reused
+    monkeypatch.setattr(data, "_PATIENCE", patience)
+    slow = np.random.default_rng(0).random(200 * draws) < 0.05
+
+    def items(start):
+        for i in range(start, 10**6):
+            if i < len(slow) and slow[i]:
+                time.sleep(0.002)
+            yield np.full(4, i, np.float32)
+
+    reader = data.Stream(items, draws).prefetched()
+    found = read(reader, 200, at_once=4)
+    reader.close()
+    assert reader.steps == 7
+    np.testing.assert_array_equal(found, np.repeat(np.arange(200 * draws), 4).reshape(-1, 4))
+
+
+def test_a_slow_stream_hands_out_what_there_is():
+    gate = threading.Event()
+
+    def items(start):
+        for i in range(start, 10):
+            if i == 3:
+                gate.wait()
+            yield np.full(1, i)
+
+    reader = data.Stream(items).prefetched()
+    assert read(reader, 3).ravel().tolist() == [0, 1, 2]  # the fourth may take for ever
+    gate.set()
+    assert read(reader, 7).ravel().tolist() == [3, 4, 5, 6, 7, 8, 9]
     reader.close()
 
 
 def test_stream_raises_the_sources_error_where_it_is_consumed():
     def broken(start):
-        yield np.zeros(1)
+        yield from (np.full(1, i) for i in range(2))
         raise OSError("disk gone")
 
     reader = data.Stream(broken).prefetched()
+    assert read(reader, 2).ravel().tolist() == [0, 1]
     with pytest.raises(OSError, match="disk gone"):
-        reader.take(2)
+        reader.ready(1)
+    reader.close()
+
+
+def test_a_stream_of_unequal_items_is_named():
+    reader = data.Stream([np.zeros(4), np.zeros(3)]).prefetched()
+    read(reader, 1)
+    with pytest.raises(ValueError, match=r"Item 1 of the stream .*\(3,\).*the first had .*\(4,\).*drop or pad"):
+        reader.ready(1)
     reader.close()
 
 
