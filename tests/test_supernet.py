@@ -29,6 +29,7 @@ from bilevel.models.supernet import (
     derive,
     discrete,
     extract,
+    maps,
     mask,
     nasbench201_key,
     parameter_free,
@@ -112,6 +113,49 @@ def test_depthwise_differentiates_to_second_order_both_ways_and_maps_over_an_axi
                 np.testing.assert_allclose(mine[i], alone, atol=1e-12)
 
 
+@pytest.mark.parametrize("grid,stride", [((4, 6), 1), ((4, 6), 2), ((3, 5), 2), ((7, 4), 3)])
+def test_planes_are_the_strided_pixels_and_unite_to_the_map(grid, stride):
+    x = draw(2, *grid, 3)
+    parts = maps.planes(jnp.asarray(x).reshape(2, -1), grid, stride)
+    np.testing.assert_array_equal(maps.unite(parts, grid, stride), x.reshape(2, -1).astype(np.float32))
+    for number, part in enumerate(parts):
+        seen = x[:, number // stride :: stride, number % stride :: stride]
+        cut = np.asarray(part).reshape(2, *maps.halved(grid, stride), 3)[:, : seen.shape[1], : seen.shape[2]]
+        np.testing.assert_array_equal(cut, seen.astype(np.float32))
+
+
+@pytest.mark.parametrize("down,right", [(0, 0), (1, 0), (-2, 0), (0, 1), (0, -1), (1, -1), (-1, 2)])
+def test_a_shifted_map_is_filled_from_outside(down, right):
+    x = draw(2, 4, 3, 2).astype(np.float32)
+    expected = np.full_like(x, 7.0)
+    for i, j in itertools.product(range(4), range(3)):
+        if 0 <= i + down < 4 and 0 <= j + right < 3:
+            expected[:, i, j] = x[:, i + down, j + right]
+    found = maps.shifted(jnp.asarray(x).reshape(2, -1), (4, 3), down, right, 7.0)
+    np.testing.assert_array_equal(np.asarray(found).reshape(x.shape), expected)
+
+
+def test_sums_over_maps_are_the_sums_with_derivatives_of_second_order_and_under_vmap(x64):
+    x, y, a = draw(3, 5), draw(3, 5), draw(3)
+
+    def ours(x, y, a):
+        return jnp.sum(jnp.sin(maps.inner(maps.scale(a, x) + maps.spread(a, 5), y)) * maps.total(x * y))
+
+    def plain(x, y, a):
+        return jnp.sum(jnp.sin(((a[:, None] * x + a[:, None]) * y).sum(-1)) * (x * y).sum(-1))
+
+    np.testing.assert_allclose(ours(x, y, a), plain(x, y, a), rtol=1e-12)
+    for order in (jax.grad, lambda f, argnums: jax.jacfwd(jax.grad(f, argnums), argnums), jax.hessian):
+        both = [jax.tree.leaves(jax.jit(order(f, argnums=(0, 1, 2)))(x, y, a)) for f in (ours, plain)]
+        for mine, theirs in zip(*both, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-11)
+    many = draw(4, 3)
+    together = jax.jit(jax.vmap(jax.grad(ours, argnums=(0, 2)), in_axes=(None, None, 0)))(x, y, many)
+    for i in range(4):
+        for mine, alone in zip(together, jax.grad(plain, argnums=(0, 2))(x, y, many[i]), strict=True):
+            np.testing.assert_allclose(mine[i], alone, atol=1e-11)
+
+
 def norm_by_hand(x):
     mean, var = (f(x, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
     return (x - mean) / np.sqrt(var + 1e-5)
@@ -130,9 +174,12 @@ def pool_by_hand(x, stride, reduce):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_operations_against_sums_written_out(x64, stride):
     x = draw(4, 6, 4, 3)
-    context = ops.Context(stride, pool_norm=False)
+    context = ops.Context((6, 4), stride, pool_norm=False)
     p = {"depth1": draw(4, 3, 3), "point1": draw(4, 4), "depth2": draw(4, 3, 3), "point2": draw(4, 4)}
-    apply = lambda name, p: jax.jit(lambda x, p: ops.OPERATIONS[name].apply(x, p, context))(x, p)
+
+    def apply(name, p):
+        out = jax.jit(lambda x, p: ops.OPERATIONS[name].apply(x, p, context))(x.reshape(4, -1), p)
+        return out.reshape(4, 6 // stride, 4 // stride, 3)
 
     def half(x, i, stride, dilation=1):
         seen = depthwise_by_hand(np.maximum(x, 0)[None], p[f"depth{i}"][None], stride, dilation)[0]
@@ -143,6 +190,11 @@ def test_operations_against_sums_written_out(x64, stride):
     np.testing.assert_allclose(apply("avg_pool_3x3", {}), pool_by_hand(x, stride, np.mean), atol=1e-12)
     np.testing.assert_allclose(apply("max_pool_3x3", {}), pool_by_hand(x, stride, np.max), atol=1e-12)
     assert np.all(apply("none", {}) == np.zeros((4, 6 // stride, 4 // stride, 3)))
+    weighed = context.__class__((6, 4), stride, pool_norm=True, weight=jnp.asarray(0.3))
+    for name, q in (("sep_conv_3x3", p), ("avg_pool_3x3", {})):
+        mine = jax.jit(lambda x, q, name=name: ops.OPERATIONS[name].apply(x, q, weighed))(x.reshape(4, -1), q)
+        whole = apply(name, q) if q else norm_by_hand(pool_by_hand(x, stride, np.mean))
+        np.testing.assert_allclose(mine, 0.3 * np.asarray(whole).reshape(4, -1), atol=1e-9)
     if stride == 1:
         assert np.all(apply("skip_connect", {}) == x)
         return
@@ -163,9 +215,20 @@ def test_operations_against_sums_written_out(x64, stride):
 
 
 def run(space, x, weights, params, reduction=False, keep=None, beta=None, remat=False):
+    """A cell on maps of four axes."""
     cell = space.reduce if reduction else space.normal
-    options = {"reduction": reduction, "pool_norm": True, "keep": keep, "key": None, "beta": beta, "remat": remat}
-    return run_cell(cell, params, x, weights, **options)
+    grid, x = x[0].shape[1:3], tuple(a.reshape(len(a), -1) for a in x)
+    options = {
+        "grid": grid,
+        "reduction": reduction,
+        "pool_norm": True,
+        "keep": keep,
+        "key": None,
+        "beta": beta,
+        "remat": remat,
+    }
+    out = run_cell(cell, params, x, weights, **options)
+    return out.reshape(len(out), *(side // (1 + reduction) for side in grid), -1)
 
 
 def test_a_cell_is_the_sum_over_edges_of_the_mixed_operations(x64, monkeypatch):
@@ -173,7 +236,9 @@ def test_a_cell_is_the_sum_over_edges_of_the_mixed_operations(x64, monkeypatch):
     weights, keep = RNG.random((5, 3)), RNG.random((5, 3))
     p = {"depth1": draw(5, 2, 3, 3), "point1": draw(5, 2, 2), "depth2": draw(5, 2, 3, 3), "point2": draw(5, 2, 2)}
     sep = ops.OPERATIONS["sep_conv_3x3"]
-    alone = jax.jit(lambda x, e: sep.apply(x, jax.tree.map(lambda a: jnp.asarray(a)[e], p), ops.Context(1, True)))
+    mine = lambda e: jax.tree.map(lambda a: jnp.asarray(a)[e], p)
+    flat = lambda x, e: sep.apply(x.reshape(2, -1), mine(e), ops.Context((4, 4), 1, True))
+    alone = jax.jit(lambda x, e: flat(x, e).reshape(x.shape))
     beta = 0.7
     states = list(x)
     for edges in ((0, 1), (2, 3, 4)):
@@ -296,15 +361,14 @@ def test_a_masked_supernet_is_the_discrete_network():
 
 
 def test_drop_path_keeps_the_expectation_and_spares_identities():
-    x = (jnp.ones((1, 2, 2, 4000)),) * 2
     from bilevel.models.supernet.network import _Run
 
     net = Supernet(SMALL, channels=4, cells=1, reductions=(), image=(8, 8, 1), rngs=nnx.Rngs(0))
-    factor = _Run(net, {}, 0.4, None, None)._keep(SMALL.normal, False, jax.random.key(0), x[0])
+    factor = _Run(net, {}, 0.4, None, None, 4000)._keep(SMALL.normal, False, jax.random.key(0), jnp.float32)
     assert set(np.unique(np.round(np.asarray(factor), 4))) == {0.0, np.float32(1.6667)}
     np.testing.assert_allclose(factor.mean(1), 1.0, atol=0.06)
     lone = CellSpec(1, ((0, 0), (1, 0)), (("skip_connect",), ("sep_conv_3x3",)), (2,))
-    factor = _Run(net, {}, 0.4, None, None)._keep(lone, False, jax.random.key(0), x[0])
+    factor = _Run(net, {}, 0.4, None, None, 4000)._keep(lone, False, jax.random.key(0), jnp.float32)
     assert np.all(factor[0] == 1) and not np.all(factor[1] == 1)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.models.supernet.maps import Grid, halved
 from bilevel.models.supernet.operations import (
     OPERATIONS,
     Context,
@@ -22,6 +23,7 @@ from bilevel.models.supernet.operations import (
     factorized_reduce,
     normalise,
     parameter_shapes,
+    weighed,
 )
 from bilevel.models.supernet.spaces import CellSpec
 
@@ -82,6 +84,7 @@ def run_cell(
     inputs: tuple[Array, ...],
     weights: Array,
     *,
+    grid: Grid,
     reduction: bool,
     pool_norm: bool,
     keep: Array | None,
@@ -96,8 +99,9 @@ def run_cell(
     Args:
         cell: the graph.
         params: as `cell_shapes` describes them.
-        inputs: maps (channels, rows, columns, batch).
+        inputs: flat maps (channels, rows x columns x batch).
         weights: (edges, operations).
+        grid: (rows, columns) of the inputs.
         reduction: whether edges from the inputs have stride 2.
         pool_norm: see `SearchSpace`.
         keep: (edges, batch), what drop-path multiplies each edge's output by; None: nothing.
@@ -106,34 +110,36 @@ def run_cell(
         remat: recompute an edge's maps in the backward pass.
 
     Returns:
-        (channels x concatenated states, rows', columns', batch).
+        (channels x concatenated states, rows' x columns' x batch).
     """
     tables = edge_tables(cell, reduction)
     strided = [e for e in range(len(cell.edges)) if cell.stride(e, reduction) == 2]
     states: list[Any] = [*inputs, *[None] * cell.nodes]
-    # One number per sample, so that the gradient in a weight is a sum of vectors and not of numbers one by one.
-    ones = jnp.ones(inputs[0].shape[-1], inputs[0].dtype)
+    inner_grid = halved(grid) if reduction else grid
+    if keep is not None:  # a sample's factor at each of its pixels
+        keep = jnp.tile(keep, (1, inner_grid[0] * inner_grid[1]))
     keys = None if key is None else jax.random.split(key, len(cell.edges))
 
     def body_of(edges: np.ndarray) -> Any:
         """(the mixed operation of edges with equal operations, their parameters and the like, stacked)."""
         first = int(edges[0])
         names, stride = cell.operations[first], cell.stride(first, reduction)
+        here = grid if cell.edges[first][0] < cell.inputs else inner_grid
         own = {n: _rows(params.get(label(n, stride), {}), tables[label(n, stride)][2], edges) for n in names}
         if beta is not None:
             own["auxiliary"] = _rows(params.get("auxiliary", {}) if stride == 2 else {}, strided, edges)
 
         def mixed(x: Array, mine: Any) -> Array:
             p, w, kept, k = mine
-            context = Context(stride, pool_norm, k)
             total: Any = 0
             for o, name in enumerate(names):
                 if name != "none":
-                    total = total + OPERATIONS[name].apply(x, p[name], context) * (w[o] * ones)
+                    context = Context(here, stride, pool_norm, k, w[o])
+                    total = total + OPERATIONS[name].apply(x, p[name], context)
             if beta is not None:
-                total = total + _auxiliary(x, p["auxiliary"], stride) * (beta * ones)
+                total = total + _auxiliary(x, p["auxiliary"], here, stride, beta)
             if isinstance(total, int):  # `none` alone
-                total = OPERATIONS["none"].apply(x, {}, context)
+                total = OPERATIONS["none"].apply(x, {}, Context(here, stride, pool_norm))
             return total if kept is None else total * kept
 
         each = (own, weights[edges], None if keep is None else keep[edges], None if keys is None else keys[edges])
@@ -172,5 +178,7 @@ def _rows(params: Params, held: Any, edges: Any) -> dict[str, Array]:
     return {name: value[at] for name, value in params.items()}
 
 
-def _auxiliary(x: Array, p: Params, stride: int) -> Array:
-    return x if stride == 1 else normalise(factorized_reduce(jax.nn.relu(x), p["even"], p["odd"]))
+def _auxiliary(x: Array, p: Params, grid: Grid, stride: int, beta: Array) -> Array:
+    if stride == 1:
+        return weighed(x, beta)
+    return normalise(factorized_reduce(jax.nn.relu(x), p["even"], p["odd"], grid), weight=beta)

@@ -1,9 +1,12 @@
-"""Depthwise convolution with the batch as the last axis, many kernels for one input, closed under differentiation.
+"""Depthwise convolution of flat maps, many kernels for one input, closed under differentiation.
 
-A supernet applies many small kernels to one feature map. With the batch innermost every shift of the map by a pixel is
-a contiguous run of memory, whatever the stride, and the k^2 multiply-adds of a depthwise kernel are one vectorised
-loop; XLA's own grouped convolution is slow on CPU, and so is the transpose that automatic
-differentiation makes of the shifts. The convolution is therefore stated as what it is, one of the three gradients of
+A map is an array (channels, pixels x batch), rows of pixels one after the other and the batch innermost. A shift of the map
+by rows and columns is then an offset into one axis: the k^2 multiply-adds of a depthwise kernel are one loop over
+contiguous memory, and what runs over the left or right border is masked, once for each column of the kernel. (On four axes
+the same sums are several times slower on CPU as soon as a matrix product follows: XLA merges the product's two axes into the
+loop and takes every index apart again.) A stride of 2 reads the four planes of pixels with even and odd rows and
+columns. XLA's own grouped convolution is slow on CPU, and so is the transpose that automatic differentiation
+makes of the shifts. The convolution is therefore stated as what it is, one of the three gradients of
 
     phi(x, k, g) = sum over t, c, i, j, a, b, n of  g[t, c, i, j, n] k[t, c, a, b] x[t // m, c, s i + d a - p, s j + d b - p, n]
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -26,10 +29,22 @@ import numpy as np
 from jax import Array, lax
 from jax.interpreters import ad, batching, mlir
 
+from bilevel.models.supernet.maps import planes, same_row, unite
+
+
+class Tap(NamedTuple):
+    """A position (a, b) of the kernel: it reads that plane of the input, so many pixels down and to the right."""
+
+    a: int
+    b: int
+    plane: int
+    down: int
+    right: int
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The static part: map size (rows, columns), kernel size, stride, dilation, padding."""
+    """The static part: map size (rows, columns), kernel size, stride, dilation."""
 
     rows: int
     columns: int
@@ -38,22 +53,23 @@ class Geometry:
     dilation: int
 
     @property
-    def padding(self) -> int:
-        """Zeros on each side: the map keeps its size at stride 1."""
-        return self.dilation * (self.size - 1) // 2
+    def out(self) -> tuple[int, int]:
+        """Rows and columns of the result, and of each of the input's stride^2 planes."""
+        return -(-self.rows // self.stride), -(-self.columns // self.stride)
+
+    def taps(self) -> Iterator[Tap]:
+        """The positions of the kernel; zeros around the map, so that it keeps its size at stride 1."""
+        padding = self.dilation * (self.size - 1) // 2
+        for a in range(self.size):
+            down, row = divmod(self.dilation * a - padding, self.stride)
+            for b in range(self.size):
+                right, column = divmod(self.dilation * b - padding, self.stride)
+                yield Tap(a, b, row * self.stride + column, down, right)
 
     @property
-    def out(self) -> tuple[int, int]:
-        """Rows and columns of the result."""
-        span = self.dilation * (self.size - 1) + 1
-        rows, columns = ((side + 2 * self.padding - span) // self.stride + 1 for side in (self.rows, self.columns))
-        return rows, columns
-
-    def taps(self) -> Iterator[tuple[int, int]]:
-        """The positions of the kernel."""
-        for a in range(self.size):
-            for b in range(self.size):
-                yield a, b
+    def margin(self) -> int:
+        """Pixels before and behind a flat plane that a shift can reach."""
+        return max(abs(t.down) for t in self.taps()) * self.out[1] + max(abs(t.right) for t in self.taps())
 
 
 def depthwise(x: Array, kernel: Array, *, stride: int = 1, dilation: int = 1) -> Array:
@@ -83,123 +99,133 @@ def depthwise(x: Array, kernel: Array, *, stride: int = 1, dilation: int = 1) ->
             f"depthwise was given x of shape {x.shape} and a kernel of shape {kernel.shape}; it expects (inputs, "
             "channels, rows, columns, batch) and (a multiple of inputs, channels, k, k) with k odd."
         )
-    geometry = Geometry(x.shape[2], x.shape[3], kernel.shape[2], stride, dilation)
+    grid = x.shape[2], x.shape[3]
+    out = depthwise_flat(x.reshape(*x.shape[:2], -1), kernel, grid, stride=stride, dilation=dilation)
+    return out.reshape(*out.shape[:2], *(-(-side // stride) for side in grid), x.shape[-1])
+
+
+def depthwise_flat(x: Array, kernel: Array, grid: tuple[int, int], *, stride: int = 1, dilation: int = 1) -> Array:
+    """`depthwise` of flat maps: x (inputs, channels, rows x columns x batch) with grid = (rows, columns)."""
+    geometry = Geometry(*grid, kernel.shape[-1], stride, dilation)
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     return _out_p.bind(x.astype(dtype), kernel.astype(dtype), inputs=x.shape[0], geometry=geometry)
 
 
-def _pad(x: Array, low: int, high: tuple[int, int], spread: int = 0) -> Array:
-    zero = jnp.zeros((), x.dtype)
-    return lax.pad(x, zero, [(0, 0, 0)] * (x.ndim - 3) + [(low, high[0], spread), (low, high[1], spread), (0, 0, 0)])
+def _padded(plane: Array, pixels: int) -> Array:
+    """Zeros before and behind; made once, where without the barrier XLA would test each of the k^2 reads for the border."""
+    widths = [(0, 0)] * (plane.ndim - 1) + [(pixels, pixels)]
+    return lax.optimization_barrier(jnp.pad(plane, widths))
 
 
-def _window(x: Array, top: int, left: int, out: tuple[int, int], stride: int) -> Array:
-    """Rows and columns top, left, ... of a padded map, as many as `out`, every `stride`."""
-    lead = x.ndim - 3
-    start = (*[0] * lead, top, left, 0)
-    stop = (*x.shape[:lead], top + (out[0] - 1) * stride + 1, left + (out[1] - 1) * stride + 1, x.shape[-1])
-    return lax.slice(x, start, stop, (*[1] * lead, stride, stride, 1))
+def _sum_of_shifts(terms: list[tuple[Array, int, int, Array]], columns: int, batch: int, margin: int) -> Array:
+    """The sum of `coefficient * plane`, each plane shifted so that a pixel sees the one `down` rows and `right` columns from it.
+
+    terms: (padded plane, down, right, coefficient).
+    """
+    by_right: dict[int, Any] = {}
+    length = terms[0][0].shape[-1] - 2 * margin * batch
+    for plane, down, right, coefficient in terms:
+        start = (margin + down * columns + right) * batch
+        seen = lax.slice_in_dim(plane, start, start + length, axis=-1) * coefficient
+        by_right[right] = by_right[right] + seen if right in by_right else seen
+    total: Any = 0
+    for right, column in by_right.items():
+        total = total + (jnp.where(same_row(right, columns, batch, length), column, 0) if right else column)
+    return total
 
 
 def _out(x: Array, kernel: Array, *, inputs: int, geometry: Geometry) -> Array:
     g = geometry
-    # The copy with its border is made once; without the barrier XLA tests each of the k^2 reads for the border.
-    padded = lax.optimization_barrier(_pad(x, g.padding, (g.padding, g.padding)))[:, None]
+    batch = x.shape[-1] // (g.rows * g.columns)
+    seen = [_padded(p, g.margin * batch)[:, None] for p in planes(x, (g.rows, g.columns), g.stride)]
     kernel = kernel.reshape(inputs, -1, *kernel.shape[1:])
-    total: Any = 0
-    for a, b in g.taps():
-        seen = _window(padded, a * g.dilation, b * g.dilation, g.out, g.stride)
-        total = total + seen * kernel[..., a, b, None, None, None]
+    terms = [(seen[t.plane], t.down, t.right, kernel[..., t.a, t.b, None]) for t in g.taps()]
+    total = _sum_of_shifts(terms, g.out[1], batch, g.margin)
     return total.reshape(-1, *total.shape[2:])
 
 
 def _input(out: Array, kernel: Array, *, inputs: int, geometry: Geometry) -> Array:
-    """Spread out to the input's grid, convolve with the turned kernels, and add over the edges of each input."""
+    """Plane by plane: each tap shifts back what it read, with its coefficient; added over the edges of each input."""
     g = geometry
-    reach = g.dilation * (g.size - 1)
-    low = reach - g.padding
-    high = tuple(
-        side + reach - low - ((n - 1) * g.stride + 1) for side, n in zip((g.rows, g.columns), g.out, strict=True)
-    )
-    padded = lax.optimization_barrier(_pad(out, low, high, g.stride - 1))  # type: ignore[arg-type]
-    padded = padded.reshape(inputs, -1, *padded.shape[1:])
+    batch = out.shape[-1] // (g.out[0] * g.out[1])
+    padded = _padded(out, g.margin * batch).reshape(inputs, -1, out.shape[1], out.shape[2] + 2 * g.margin * batch)
     kernel = kernel.reshape(inputs, -1, *kernel.shape[1:])
-    total: Any = 0
-    for t in range(padded.shape[1]):
-        for a, b in g.taps():
-            seen = _window(padded[:, t], reach - a * g.dilation, reach - b * g.dilation, (g.rows, g.columns), 1)
-            total = total + seen * kernel[:, t, :, a, b, None, None, None]
-    return total
+    found = []
+    for plane in range(g.stride**2):
+        terms = [
+            (padded[:, t], -tap.down, -tap.right, kernel[:, t, :, tap.a, tap.b, None])
+            for t in range(padded.shape[1])
+            for tap in g.taps()
+            if tap.plane == plane
+        ]
+        zeros = jnp.zeros((inputs, *out.shape[1:]), out.dtype)
+        found.append(_sum_of_shifts(terms, g.out[1], batch, g.margin) if terms else zeros)
+    return unite(found, (g.rows, g.columns), g.stride)
 
 
-# Up to so many columns the kernel's gradient is matrix products, of which most is thrown away; above it is written out.
-_NARROW = 8
+# Results of more bytes are worked on channel by channel, so that a channel's maps stay in a core's cache for all taps.
+_TOGETHER = 2**21
 
-# Maps of so many bytes are worked on at a time when it is written out, so that they stay in a core's cache.
-_CACHE = 2**18
+# So many rows are written out as one sum (of more rows, as many as divide them): few are sooner compiled, and channel by
+# channel, where the maps are large, a sum of many is one pass instead of several.
+_ROWS, _ROWS_OF_A_CHANNEL = 8, 32
 
 
 def _kernel(x: Array, out: Array, *, inputs: int, geometry: Geometry) -> Array:
+    """Products with the shifted input, rows added to rows as vectors: sums over an inner axis are not vectorised by XLA."""
     g = geometry
-    edges, channels = out.shape[:2]
-    padded = _pad(x, g.padding, (g.padding, g.padding))
-    planes = padded.reshape(-1, *padded.shape[2:])
-    t = np.arange(edges * channels)
-    source = (t // channels) // (edges // inputs) * channels + t % channels
-    way = _kernel_products if g.out[1] <= _NARROW else _kernel_sums
-    result = way(planes, out.reshape(-1, *out.shape[2:]), source, channels, g)
-    return result.reshape(edges, channels, g.size, g.size)
+    rows, columns = g.out
+    batch = out.shape[-1] // (rows * columns)
+    width = columns * batch
+    seen = [_padded(p, g.margin * batch)[:, None] for p in planes(x, (g.rows, g.columns), g.stride)]
+    out = out.reshape(inputs, -1, *out.shape[1:])
+    together = out.size * out.dtype.itemsize <= _TOGETHER or out.shape[2] == 1
+    limit = _ROWS if together else _ROWS_OF_A_CHANNEL
+    at_once = max(n for n in range(1, limit + 1) if rows % n == 0)
 
-
-def _kernel_products(x: Array, out: Array, source: Any, channels: int, g: Geometry) -> Array:
-    """For each row of the kernel all products of a column of the padded map with one of the result, of which a band is
-    wanted: one matrix product per row of the kernel, and little to compile."""
-    planes, rows, columns, _ = out.shape
-    ours = out.swapaxes(1, 2).reshape(planes, columns, -1)
-    theirs = (x if len(x) == planes else x[source]).swapaxes(1, 2)
-    j, b = np.arange(columns), np.arange(g.size)[:, None]
-    band = np.zeros((g.size, x.shape[2], columns), out.dtype)
-    band[b, j * g.stride + b * g.dilation, j] = 1
-    sums = []
-    for a in range(g.size):
-        top = a * g.dilation
-        seen = theirs[:, :, top : top + (rows - 1) * g.stride + 1 : g.stride]
-        products = jnp.einsum("pik,pjk->pij", seen.reshape(planes, x.shape[2], -1), ours)
-        sums.append(jnp.einsum("pij,bij->pb", products, band))
-    return jnp.stack(sums, axis=1)
-
-
-def _kernel_sums(x: Array, out: Array, source: Any, channels: int, g: Geometry) -> Array:
-    """A few planes (edge and channel) at a time, which stay in cache for all taps; columns are added as vectors, a sum
-    that XLA would not vectorise if it were stated as one."""
-
-    def sums(theirs: Array, ours: Array) -> Any:
+    def sums(planes: list[Array], out: Array) -> tuple[Array, ...]:
         found = []
-        for a, b in g.taps():
-            seen = _window(theirs, a * g.dilation, b * g.dilation, g.out, g.stride)
-            found.append(functools.reduce(jnp.add, [seen[..., w, :] * ours[..., w, :] for w in range(g.out[1])]))
+        for tap in g.taps():
+            start = (g.margin + tap.down * columns + tap.right) * batch
+            rest = []
+            for first in range(0, rows, at_once):
+                cut = [
+                    lax.slice_in_dim(planes[tap.plane], start + i * width, start + (i + 1) * width, axis=-1)
+                    * lax.slice_in_dim(out, i * width, (i + 1) * width, axis=-1)
+                    for i in range(first, first + at_once)
+                ]
+                rest.append(functools.reduce(jnp.add, cut))
+            found.append(rest[0] if len(rest) == 1 else functools.reduce(jnp.add, lax.optimization_barrier(rest)))
         return tuple(found)
 
-    at_once = max(1, _CACHE // (out[0].size * out.dtype.itemsize))
-    size = max(n for n in range(1, channels + 1) if channels % n == 0 and n <= at_once)
-    starts = jnp.asarray(source[::size])
-    found = lax.map(
-        lambda at: sums(lax.dynamic_slice_in_dim(x, at[0], size), at[1]),
-        (starts, out.reshape(-1, size, *out.shape[1:])),
-    )
-    ones = jnp.ones(found[0].shape[-1] * found[0].shape[-2], out.dtype)
-    return jnp.stack([s.reshape(len(out), -1) @ ones for s in found], axis=-1)
+    if together:
+        found = sums(seen, out)
+    else:
+        at = lambda a, c: lax.dynamic_slice_in_dim(a, c, 1, axis=2)  # noqa: E731
+        each = lax.map(lambda c: sums([at(p, c) for p in seen], at(out, c)), jnp.arange(out.shape[2]))
+        found = tuple(jnp.moveaxis(a[..., 0, :], 0, 2) for a in each)
+    masks = {t.right: np.repeat(_inside_row(t.right, columns), batch).astype(out.dtype) for t in g.taps()}
+    summed = [jnp.matmul(a, masks[t.right]) for a, t in zip(found, g.taps(), strict=True)]
+    return jnp.stack(summed, axis=-1).reshape(-1, out.shape[2], g.size, g.size)
+
+
+def _inside_row(right: int, columns: int) -> np.ndarray:
+    column = np.arange(columns) + right
+    return (column >= 0) & (column < columns)
 
 
 def _kernel_plain(x: Array, out: Array, *, inputs: int, geometry: Geometry) -> Array:
     g = geometry
-    padded = _pad(x, g.padding, (g.padding, g.padding))
+    batch = out.shape[-1] // (g.out[0] * g.out[1])
+    seen = [_padded(p, g.margin * batch) for p in planes(x, (g.rows, g.columns), g.stride)]
     out = out.reshape(inputs, -1, *out.shape[1:])
-    sums = [
-        jnp.einsum("schwn,stchwn->stc", _window(padded, a * g.dilation, b * g.dilation, g.out, g.stride), out)
-        for a, b in g.taps()
-    ]
-    return jnp.stack(sums, axis=-1).reshape(-1, out.shape[2], g.size, g.size)
+    found = []
+    for tap in g.taps():
+        start = (g.margin + tap.down * g.out[1] + tap.right) * batch
+        shifted = lax.slice_in_dim(seen[tap.plane], start, start + out.shape[-1], axis=-1)
+        inside = jnp.where(same_row(tap.right, g.out[1], batch, out.shape[-1]), shifted, 0)
+        found.append(jnp.einsum("scl,stcl->stc", inside, out))
+    return jnp.stack(found, axis=-1).reshape(-1, out.shape[2], g.size, g.size)
 
 
 _out_p = jax.extend.core.Primitive("supernet_depthwise")
@@ -209,12 +235,15 @@ _kernel_p = jax.extend.core.Primitive("supernet_depthwise_kernel")
 
 @_out_p.def_abstract_eval
 def _(x: Any, kernel: Any, *, inputs: int, geometry: Geometry) -> Any:
-    return x.update(shape=(kernel.shape[0], x.shape[1], *geometry.out, x.shape[4]), weak_type=False)
+    batch = x.shape[-1] // (geometry.rows * geometry.columns)
+    shape = (kernel.shape[0], x.shape[1], geometry.out[0] * geometry.out[1] * batch)
+    return x.update(shape=shape, weak_type=False)
 
 
 @_input_p.def_abstract_eval
 def _(out: Any, kernel: Any, *, inputs: int, geometry: Geometry) -> Any:
-    shape = (inputs, out.shape[1], geometry.rows, geometry.columns, out.shape[4])
+    batch = out.shape[-1] // (geometry.out[0] * geometry.out[1])
+    shape = (inputs, out.shape[1], geometry.rows * geometry.columns * batch)
     return out.update(shape=shape, weak_type=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax import Array, lax
 
 from bilevel.models.biformer.layers import uniform_fan_in
 from bilevel.models.supernet.cell import cell_shapes, run_cell
+from bilevel.models.supernet.maps import Grid, halved, planes
 from bilevel.models.supernet.operations import dense, factorized_reduce, normalise, pointwise
 from bilevel.models.supernet.spaces import S2, CellSpec, SearchSpace
 
@@ -55,7 +57,7 @@ def _reduce_norm(channels_in: int, channels: int, affine: bool) -> dict[str, Any
     return {"even": half, "odd": half, **_norm_shapes(channels, affine)}
 
 
-def _preprocess(x: Array, p: Mapping[str, Array]) -> Array:
+def _preprocess(x: Array, p: Mapping[str, Array], grid: Grid) -> Array:
     """ReLU, 1x1 convolution or factorized reduction, norm."""
     x = jax.nn.relu(x)
     if "kernel" in p:
@@ -64,7 +66,7 @@ def _preprocess(x: Array, p: Mapping[str, Array]) -> Array:
             kernel = jnp.pad(kernel, ((0, 0), (0, x.shape[0] - kernel.shape[1])))
         x = pointwise(x, kernel)
     else:
-        x = factorized_reduce(x, p["even"], p["odd"])
+        x = factorized_reduce(x, p["even"], p["odd"], grid)
     return normalise(x, p.get("scale"), p.get("bias"))
 
 
@@ -221,12 +223,13 @@ class Supernet(nnx.Module):
         groups = [getattr(self, f"cell{k}").tree() for k in range(self.cells)]
         x = self._stem(images)
         keys = None if key is None else jax.random.split(key, self.cells)
-        run = _Run(self, weights, drop_path, keys, beta)
+        run = _Run(self, weights, drop_path, keys, beta, images.shape[0])
         out = run.residual(x, groups) if self.residual else run.cells(x, groups)
         if self.residual:
             last = self.last.tree()
             out = jax.nn.relu(normalise(out, last.get("scale"), last.get("bias")))
-        features = out.mean((1, 2)).T
+        pixels = out.shape[-1] // images.shape[0]
+        features = out.reshape(out.shape[0], pixels, -1).mean(1).T
         head = self.head.tree()
         return features @ head["kernel"] + head["bias"]
 
@@ -242,7 +245,7 @@ class Supernet(nnx.Module):
             ((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return normalise(x.transpose(3, 1, 2, 0), p.get("scale"), p.get("bias"))
+        return normalise(x.transpose(3, 1, 2, 0).reshape(x.shape[-1], -1), p.get("scale"), p.get("bias"))
 
     def _weights(self, weights: Mapping[str, Array] | None, dtype: Any) -> dict[str, Array]:
         found = {}
@@ -277,8 +280,16 @@ class Supernet(nnx.Module):
 class _Run:
     """One forward pass: what all cells share."""
 
-    def __init__(self, net: Supernet, weights: dict[str, Array], drop_path: Any, keys: Any, beta: Any):
+    def __init__(self, net: Supernet, weights: dict[str, Array], drop_path: Any, keys: Any, beta: Any, batch: int):
         self.net, self.weights, self.drop_path, self.keys, self.beta = net, weights, drop_path, keys, beta
+        self.batch = batch
+
+    def grid(self, k: int) -> Grid:
+        """Rows and columns of the maps that cell k reads."""
+        grid = halved((self.net.image[0], self.net.image[1]), self.net.stem_stride)
+        for _ in range(sum(r < k for r in self.net.reductions)):
+            grid = halved(grid)
+        return grid
 
     def cell(self, k: int, params: Any, inputs: tuple[Array, ...], key: Any) -> Array:
         """Cell k (or its equals) with these parameters on these maps."""
@@ -287,13 +298,14 @@ class _Run:
         keep = None
         if self.drop_path is not None:
             key, drop_key = jax.random.split(key)
-            keep = self._keep(spec, reduction, drop_key, inputs[0])
+            keep = self._keep(spec, reduction, drop_key, inputs[0].dtype)
         name = "reduce" if reduction and net.space.reduce is not None else "normal"
         return run_cell(
             spec,
             params,
             inputs,
             self.weights[name],
+            grid=self.grid(k),
             reduction=reduction,
             pool_norm=net.space.pool_norm,
             keep=keep,
@@ -302,17 +314,22 @@ class _Run:
             remat=net.remat,
         )
 
-    def _keep(self, spec: CellSpec, reduction: bool, key: Array, x: Array) -> Array:
-        kept = 1.0 - jnp.asarray(self.drop_path, x.dtype)
-        draw = jax.random.uniform(key, (len(spec.edges), x.shape[-1]), x.dtype) < kept
-        factor = jnp.where(draw, 1.0 / jnp.maximum(kept, jnp.finfo(x.dtype).tiny), 0.0).astype(x.dtype)
+    def _keep(self, spec: CellSpec, reduction: bool, key: Array, dtype: Any) -> Array:
+        kept = 1.0 - jnp.asarray(self.drop_path, dtype)
+        draw = jax.random.uniform(key, (len(spec.edges), self.batch), dtype) < kept
+        factor = jnp.where(draw, 1.0 / jnp.maximum(kept, jnp.finfo(dtype).tiny), 0.0).astype(dtype)
         identity = [
             names == ("skip_connect",) and spec.stride(e, reduction) == 1 for e, names in enumerate(spec.operations)
         ]
-        return jnp.where(jnp.asarray(identity)[:, None], jnp.ones((), x.dtype), factor)
+        return jnp.where(jnp.asarray(identity)[:, None], jnp.ones((), dtype), factor)
 
     def key(self, k: int) -> Any:
         return None if self.keys is None else self.keys[k]
+
+    def inputs(self, k: int, before: Array, last: Array, params: Any) -> tuple[Array, Array]:
+        """What cell k works on."""
+        older = _preprocess(before, params["preprocess0"], self.grid(max(k - 1, 0)))
+        return older, _preprocess(last, params["preprocess1"], self.grid(k))
 
     def cells(self, stem: Array, groups: list[dict[str, Any]]) -> Array:
         """DARTS' stack. Consecutive normal cells are one scan where there are enough."""
@@ -328,7 +345,7 @@ class _Run:
                 before, last = self._scanned(k, end, before, last, groups)
                 k = end
                 continue
-            inputs = _preprocess(before, groups[k]["preprocess0"]), _preprocess(last, groups[k]["preprocess1"])
+            inputs = self.inputs(k, before, last, groups[k])
             before, last = last, self.cell(k, groups[k], inputs, self.key(k))
             k += 1
         return last
@@ -344,13 +361,14 @@ class _Run:
         spec = self.net.spec(k)
         width = groups[k]["preprocess1"]["kernel"].shape[0] * len(spec.concat)
         if last.shape[0] < width:  # the stem: zeros that its cells' kernels meet with zeros
-            last = jnp.pad(last, ((0, width - last.shape[0]), (0, 0), (0, 0), (0, 0)))
+            last = jnp.pad(last, ((0, width - last.shape[0]), (0, 0)))
 
         def padded(p: dict[str, Array]) -> dict[str, Array]:
             kernel = p["kernel"]
             return p | {"kernel": jnp.pad(kernel, ((0, 0), (0, width - kernel.shape[1])))}
 
-        older = _preprocess(before, groups[k]["preprocess0"])
+        grid = self.grid(k)
+        older = _preprocess(before, groups[k]["preprocess0"], self.grid(max(k - 1, 0)))
         own = [{n: v for n, v in groups[i].items() if not n.startswith("preprocess")} for i in range(k, end)]
         newer = [padded(groups[i]["preprocess1"]) for i in range(k, end)]
         following = [padded(groups[i]["preprocess0"]) for i in range(k + 1, end)]
@@ -361,8 +379,8 @@ class _Run:
         def body(carry: Any, step: Any) -> Any:
             older, last, _ = carry
             params, newer, following, key = step
-            out = self.cell(k, params, (older, _preprocess(last, newer)), key)
-            return (_preprocess(last, following), out, last), None
+            out = self.cell(k, params, (older, _preprocess(last, newer, grid)), key)
+            return (_preprocess(last, following, grid), out, last), None
 
         (_, last, before), _ = lax.scan(body, (older, last, last), (*stacked, keys))
         return before, last
@@ -372,7 +390,7 @@ class _Run:
         net, k = self.net, 0
         while k < net.cells:
             if k in net.reductions:
-                x = _residual_block(x, groups[k])
+                x = _residual_block(x, groups[k], self.grid(k))
                 k += 1
                 continue
             end = k
@@ -393,10 +411,11 @@ class _Run:
         return x
 
 
-def _residual_block(x: Array, p: Mapping[str, Any]) -> Array:
+def _residual_block(x: Array, p: Mapping[str, Any], grid: Grid) -> Array:
     """NAS-Bench-201's reduction: x -> norm(conv relu-conv of stride 2) + 1x1 of the 2x2 mean."""
-    y = x
+    y, at = x, grid
     for name, stride in (("conv1", 2), ("conv2", 1)):
-        y = normalise(dense(jax.nn.relu(y), p[name]["kernel"], stride), p[name].get("scale"), p[name].get("bias"))
-    mean = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+        y = dense(jax.nn.relu(y), p[name]["kernel"], at, stride)
+        y, at = normalise(y, p[name].get("scale"), p[name].get("bias")), halved(at, stride)
+    mean = functools.reduce(jnp.add, planes(x, grid, 2)) / 4
     return y + pointwise(mean, p["shortcut"]["kernel"])

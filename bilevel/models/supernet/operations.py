@@ -1,4 +1,4 @@
-"""The candidate operations, on one feature map with the batch as its last axis: (channels, rows, columns, batch).
+"""The candidate operations, on one flat map (channels, rows x columns x batch); see `maps`.
 
 An operation is a row of `OPERATIONS`: the parameters that it has, and the function. Normalisation is by the statistics
 of the batch at hand, always, so that the network is a function of its parameters and the batch alone.
@@ -7,13 +7,15 @@ of the batch at hand, always, so that the network is a function of its parameter
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bilevel.models.supernet.depthwise import depthwise
+from bilevel.models.supernet.depthwise import depthwise_flat
+from bilevel.models.supernet.maps import Grid, halved, inner, planes, scale, shifted, spread, total
 
 EPSILON = 1e-5
 
@@ -21,80 +23,84 @@ Shapes = dict[str, tuple[tuple[int, ...], int]]
 Params = Mapping[str, Array]
 
 
-def normalise(x: Array, scale: Array | None = None, bias: Array | None = None) -> Array:
-    """Batch normalisation over rows, columns and samples, (x - mean) / sqrt(var + 1e-5), by this batch's statistics.
+def normalise(x: Array, gain: Array | None = None, bias: Array | None = None, weight: Array | None = None) -> Array:
+    """Batch normalisation over pixels and samples, weight ((x - mean) / sqrt(var + 1e-5) gain + bias), by this batch's statistics.
 
-    The variance is E[x^2] - E[x]^2, one pass over the map. The sums run over rows and columns first and over samples by
-    a product with a constant vector, the form that XLA vectorises on CPU.
+    The variance is E[x^2] - E[x]^2, one pass over the map.
     """
-    average = jnp.full(x.shape[-1], 1.0 / (x.shape[-1] * x.shape[-2] * x.shape[-3]), x.dtype)
-
-    def mean(a: Array) -> Array:
-        return jnp.matmul(a.sum((-3, -2)), average, precision=lax.Precision.HIGHEST)
-
-    centre = mean(x)
-    variance = jnp.maximum(mean(jnp.square(x)) - jnp.square(centre), 0)
+    count = x.shape[-1]
+    centre = total(x) / count
+    variance = jnp.maximum(inner(x, x) / count - jnp.square(centre), 0)
     factor = lax.rsqrt(variance + EPSILON)
-    if scale is not None:
-        factor = factor * scale
+    if gain is not None:
+        factor = factor * gain
     shift = -centre * factor if bias is None else bias - centre * factor
-    return x * factor[:, None, None, None] + shift[:, None, None, None]
+    if weight is not None:
+        factor, shift = factor * weight, shift * weight
+    return scale(factor, x) + spread(shift, count)
+
+
+def weighed(x: Array, weight: Array | None) -> Array:
+    """weight x; None: x."""
+    return x if weight is None else scale(jnp.broadcast_to(weight, x.shape[:1]).astype(x.dtype), x)
 
 
 def pointwise(x: Array, kernel: Array) -> Array:
     """A 1x1 convolution, one matrix product; kernel (out, in)."""
-    return jnp.matmul(kernel, x.reshape(x.shape[0], -1)).reshape(-1, *x.shape[1:])
+    return jnp.matmul(kernel, x)
 
 
-def dense(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """A k x k convolution of all channels, zeros around the map; kernel (out, in, k, k)."""
-    pad = kernel.shape[-1] // 2
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=("CHWN", "OIHW", "CHWN")
-    )
+def dense(x: Array, kernel: Array, grid: Grid, stride: int = 1) -> Array:
+    """A k x k convolution of all channels, zeros around the map; kernel (out, in, k, k).
+
+    One matrix product with the map's k shifts along a row, for all rows of the kernel; then the k rows' sum.
+    """
+    size = kernel.shape[-1]
+    reach = size // 2
+    columns = jnp.concatenate([shifted(x, grid, 0, b - reach) for b in range(size)])
+    by_row = kernel.transpose(2, 0, 3, 1).reshape(size * kernel.shape[0], -1)
+    rows = jnp.split(jnp.matmul(by_row, columns), size)
+    out = functools.reduce(jnp.add, [shifted(r, grid, a - reach, 0) for a, r in enumerate(rows)])
+    return planes(out, grid, stride)[0]
 
 
-def factorized_reduce(x: Array, even: Array, odd: Array) -> Array:
+def factorized_reduce(x: Array, even: Array, odd: Array, grid: Grid) -> Array:
     """Half the side without losing pixels: two 1x1 convolutions of stride 2, one of them a pixel further; no norm.
 
     out = concat(even x[:, ::2, ::2], odd x[:, 1::2, 1::2]); kernels (out / 2, in).
     """
-    return jnp.concatenate([pointwise(x[:, ::2, ::2], even), pointwise(x[:, 1::2, 1::2], odd)])
+    four = planes(x, grid, 2)
+    return jnp.concatenate([pointwise(four[0], even), pointwise(four[3], odd)])
 
 
-def _windows(x: Array, stride: int, fill: float) -> tuple[Array, Array, Array]:
-    """The three rows that a 3x3 window of each output row sees, out of the map; then columns likewise."""
-    padded = lax.pad(x, jnp.asarray(fill, x.dtype), [(0, 0, 0), (1, 1, 0), (0, 0, 0), (0, 0, 0)])
-    count = (x.shape[1] - 1) // stride + 1
-    first, second, third = (lax.slice_in_dim(padded, a, a + (count - 1) * stride + 1, stride, axis=1) for a in range(3))
-    return first, second, third
-
-
-def max_pool(x: Array, stride: int = 1) -> Array:
+def max_pool(x: Array, grid: Grid, stride: int = 1) -> Array:
     """3x3 maximum, one pixel of padding that never wins; rows, then columns."""
-    for _ in range(2):
-        first, second, third = _windows(x, stride, -jnp.inf)
-        x = jnp.maximum(jnp.maximum(first, second), third).swapaxes(1, 2)
-    return x
+    for down, right in ((1, 0), (0, 1)):
+        sides = [shifted(x, grid, sign * down, sign * right, -jnp.inf) for sign in (-1, 1)]
+        x = jnp.maximum(jnp.maximum(sides[0], x), sides[1])
+    return planes(x, grid, stride)[0]
 
 
-def average_pool(x: Array, stride: int = 1) -> Array:
+def average_pool(x: Array, grid: Grid, stride: int = 1) -> Array:
     """3x3 mean of the pixels that exist: padding is not counted (`count_include_pad=False`)."""
-    for _ in range(2):
-        first, second, third = _windows(x, stride, 0.0)
-        rows = (jnp.arange(first.shape[1]) * stride)[:, None, None]
-        count = 3 - (rows == 0).astype(x.dtype) - (rows == x.shape[1] - 1).astype(x.dtype)
-        x = ((first + second + third) / count).swapaxes(1, 2)
-    return x
+    batch = x.shape[-1] // (grid[0] * grid[1])
+    place = lax.iota(jnp.int32, x.shape[-1]) // batch
+    for at, side, down, right in ((place // grid[1], grid[0], 1, 0), (place % grid[1], grid[1], 0, 1)):
+        there = 3 - (at == 0).astype(x.dtype) - (at == side - 1).astype(x.dtype)
+        x = (shifted(x, grid, -down, -right) + x + shifted(x, grid, down, right)) / there
+    return planes(x, grid, stride)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What an operation knows besides its input: stride, whether pooling is normalised, and a key for noise."""
+    """What an operation knows besides its input: the map's rows and columns, the stride, whether pooling is normalised, a key
+    for noise, and the weight that its result has in a mixture (None: 1)."""
 
+    grid: Grid
     stride: int
     pool_norm: bool
     key: Array | None = None
+    weight: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Operation:
 
     shapes: `(channels, stride) -> {name: (shape, fan in)}`, what is trained; fan in 0 for one of a norm.
     norms: `stride -> ` how many normalisations it has, for scales and biases where the network has them.
-    apply: `(x, params, context) -> out`.
+    apply: `(x, params, context) -> out`, times the weight.
     parameter_free: counted as such in the degenerate architectures that DARTS drifts to.
     """
 
@@ -113,8 +119,8 @@ class Operation:
     parameter_free: bool = False
 
 
-def _norm(y: Array, p: Params, i: int) -> Array:
-    return normalise(y, p.get(f"scale{i}"), p.get(f"bias{i}"))
+def _norm(y: Array, p: Params, i: int, weight: Array | None = None) -> Array:
+    return normalise(y, p.get(f"scale{i}"), p.get(f"bias{i}"), weight)
 
 
 def _sep_conv(size: int) -> Operation:
@@ -125,9 +131,10 @@ def _sep_conv(size: int) -> Operation:
         return {"depth1": depth, "point1": point, "depth2": depth, "point2": point}
 
     def apply(x: Array, p: Params, context: Context) -> Array:
-        for i, stride in ((1, context.stride), (2, 1)):
-            seen = depthwise(jax.nn.relu(x)[None], p[f"depth{i}"][None], stride=stride)[0]
-            x = _norm(pointwise(seen, p[f"point{i}"]), p, i)
+        grid = context.grid
+        for i, stride, weight in ((1, context.stride, None), (2, 1, context.weight)):
+            seen = depthwise_flat(jax.nn.relu(x)[None], p[f"depth{i}"][None], grid, stride=stride)[0]
+            x, grid = _norm(pointwise(seen, p[f"point{i}"]), p, i, weight), halved(grid, stride)
         return x
 
     return Operation(shapes, lambda stride: 2, apply)
@@ -140,8 +147,9 @@ def _dil_conv(size: int) -> Operation:
         return {"depth1": ((channels, size, size), size * size), "point1": ((channels, channels), channels)}
 
     def apply(x: Array, p: Params, context: Context) -> Array:
-        seen = depthwise(jax.nn.relu(x)[None], p["depth1"][None], stride=context.stride, dilation=2)[0]
-        return _norm(pointwise(seen, p["point1"]), p, 1)
+        x, kernel = jax.nn.relu(x)[None], p["depth1"][None]
+        seen = depthwise_flat(x, kernel, context.grid, stride=context.stride, dilation=2)[0]
+        return _norm(pointwise(seen, p["point1"]), p, 1, context.weight)
 
     return Operation(shapes, lambda stride: 1, apply)
 
@@ -156,10 +164,10 @@ def _nor_conv(size: int) -> Operation:
     def apply(x: Array, p: Params, context: Context) -> Array:
         x = jax.nn.relu(x)
         if size == 1:
-            x = pointwise(x[:, :: context.stride, :: context.stride], p["kernel1"])
+            x = pointwise(planes(x, context.grid, context.stride)[0], p["kernel1"])
         else:
-            x = dense(x, p["kernel1"], context.stride)
-        return _norm(x, p, 1)
+            x = dense(x, p["kernel1"], context.grid, context.stride)
+        return _norm(x, p, 1, context.weight)
 
     return Operation(shapes, lambda stride: 1, apply)
 
@@ -171,32 +179,39 @@ def _skip_shapes(channels: int, stride: int) -> Shapes:
 
 def _skip(x: Array, p: Params, context: Context) -> Array:
     """The identity; at stride 2 ReLU, factorized reduction, norm."""
-    return x if context.stride == 1 else _norm(factorized_reduce(jax.nn.relu(x), p["even"], p["odd"]), p, 1)
+    if context.stride == 1:
+        return weighed(x, context.weight)
+    return _norm(factorized_reduce(jax.nn.relu(x), p["even"], p["odd"], context.grid), p, 1, context.weight)
 
 
-def _pool(pool: Callable[[Array, int], Array]) -> Operation:
+def _pool(pool: Callable[[Array, Grid, int], Array]) -> Operation:
     def apply(x: Array, p: Params, context: Context) -> Array:
-        out = pool(x, context.stride)
-        return normalise(out) if context.pool_norm else out
+        out = pool(x, context.grid, context.stride)
+        return normalise(out, weight=context.weight) if context.pool_norm else weighed(out, context.weight)
 
     return Operation(lambda channels, stride: {}, lambda stride: 0, apply, parameter_free=True)
 
 
-def _strided(x: Array, stride: int) -> Array:
-    return x[:, ::stride, ::stride]
+def _shape(x: Array, context: Context) -> tuple[int, int]:
+    rows, columns = halved(context.grid, context.stride)
+    return x.shape[0], x.shape[1] // (context.grid[0] * context.grid[1]) * rows * columns
+
+
+def _none(x: Array, p: Params, context: Context) -> Array:
+    return jnp.zeros(_shape(x, context), x.dtype)
 
 
 def _noise(x: Array, p: Params, context: Context) -> Array:
     """Standard normal numbers in the shape of the (strided) map, whatever the input."""
     assert context.key is not None
-    return jax.random.normal(context.key, _strided(x, context.stride).shape, x.dtype)
+    return weighed(jax.random.normal(context.key, _shape(x, context), x.dtype), context.weight)
 
 
 OPERATIONS: dict[str, Operation] = {
     "none": Operation(
         lambda channels, stride: {},
         lambda stride: 0,
-        lambda x, p, context: jnp.zeros_like(_strided(x, context.stride)),
+        _none,
         parameter_free=True,
     ),
     "noise": Operation(lambda channels, stride: {}, lambda stride: 0, _noise, parameter_free=True),
