@@ -409,7 +409,7 @@ class Clients:
 class Stream:
     """Batches from the host, for data that do not fit on the device.
 
-    `solve` reads ahead in a thread, stacks the batches of a whole chunk of steps and hands them to the compiled loop;
+    `solve` reads ahead in a thread, which copies the items into segments of up to 16 MiB that the compiled loop takes whole;
     step k consumes items `k * draws, ..., k * draws + draws - 1`. All items must have equal shapes and dtypes. The
     iterable is iterated afresh at the start of each run, again from its beginning whenever it ends, and on resume
     the items already consumed are skipped: for an exact resume iterating must give the same items every time.
