@@ -476,7 +476,7 @@ class Prefetched:
 
     A segment is an array per leaf, with rows for as many steps as 16 MiB hold (1 to 4096): one shape, hence one compiled loop,
     and one transfer for many steps. Four full ones are kept ahead. Where the source is the slower side the loop is handed a
-    segment with the steps that there are; rows beyond them are not initialised. Errors of the source are raised
+    segment with the steps that there are; rows beyond them hold zeros or older items. Errors of the source are raised
     where its items would have been consumed.
 
     Args:
@@ -491,7 +491,7 @@ class Prefetched:
         self._draws = draws
         self._changed = threading.Condition()
         self._full: collections.deque[_Segment] = collections.deque()  # handed over by the thread
-        self._spare: list[_Segment] = []  # consumed, to be written again: fresh memory costs more than the copy
+        self._spare: list[_Segment] = []  # consumed, to be written again
         self._filling: _Segment | None = None  # being written by the thread, `_filled` whole steps of it readable
         self._filled = 0
         self.steps = 0
@@ -600,12 +600,12 @@ class _Segment:
     """
 
     def __init__(self, item: PyTree, rows: int) -> None:
-        def empty(leaf: np.ndarray) -> np.ndarray:
-            memory = np.empty(rows * leaf.nbytes + 64, np.uint8)
+        def zeros(leaf: np.ndarray) -> np.ndarray:
+            memory = np.zeros(rows * leaf.nbytes + 64, np.uint8)  # what is not written yet may still be cast
             begin = -memory.ctypes.data % 64
             return memory[begin : begin + rows * leaf.nbytes].view(leaf.dtype).reshape(rows, *leaf.shape)
 
-        self._rows = jax.tree.map(empty, item)
+        self._rows = jax.tree.map(zeros, item)
         self._placed: PyTree = None
 
     def write(self, row: int, item: PyTree) -> None:

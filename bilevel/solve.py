@@ -347,7 +347,7 @@ def solve(
                     for name, (segment, first, _) in ready.items()
                 }
                 clock = time.perf_counter()
-                bounds = np.uint32(done), np.uint32(stop)  # numpy's: to make the device's takes as long as a small step
+                bounds = np.uint32(done), np.uint32(stop)  # numpy's, which need no dispatch of their own
                 advance = functools.partial(
                     _advance,
                     compiled_problem,

@@ -20,10 +20,7 @@ from bilevel.models.supernet.operations import (
     OPERATIONS,
     Context,
     Params,
-    factorized_reduce,
-    normalise,
     parameter_shapes,
-    weighed,
 )
 from bilevel.models.supernet.spaces import CellSpec
 
@@ -137,7 +134,8 @@ def run_cell(
                     context = Context(here, stride, pool_norm, k, w[o])
                     total = total + OPERATIONS[name].apply(x, p[name], context)
             if beta is not None:
-                total = total + _auxiliary(x, p["auxiliary"], here, stride, beta)
+                context = Context(here, stride, pool_norm, weight=beta)
+                total = total + OPERATIONS["skip_connect"].apply(x, p["auxiliary"], context)
             if isinstance(total, int):  # `none` alone
                 total = OPERATIONS["none"].apply(x, {}, Context(here, stride, pool_norm))
             return total if kept is None else total * kept
@@ -176,9 +174,3 @@ def _rows(params: Params, held: Any, edges: Any) -> dict[str, Array]:
     """The parameters of these edges, of those stacked over the edges `held`."""
     at = np.asarray([list(held).index(e) for e in edges]) if params else None
     return {name: value[at] for name, value in params.items()}
-
-
-def _auxiliary(x: Array, p: Params, grid: Grid, stride: int, beta: Array) -> Array:
-    if stride == 1:
-        return weighed(x, beta)
-    return normalise(factorized_reduce(jax.nn.relu(x), p["even"], p["odd"], grid), weight=beta)

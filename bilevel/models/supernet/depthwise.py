@@ -3,8 +3,8 @@
 A map is an array (channels, pixels x batch), rows of pixels one after the other and the batch innermost. A shift of the map
 by rows and columns is then an offset into one axis: the k^2 multiply-adds of a depthwise kernel are one loop over
 contiguous memory, and what runs over the left or right border is masked, once for each column of the kernel. (On four axes
-the same sums are several times slower on CPU as soon as a matrix product follows: XLA merges the product's two axes into the
-loop and takes every index apart again.) A stride of 2 reads the four planes of pixels with even and odd rows and
+the same sums are slow on CPU as soon as a matrix product follows: XLA merges the product's two axes into the loop and takes
+every index apart again.) A stride of 2 reads the four planes of pixels with even and odd rows and
 columns. XLA's own grouped convolution is slow on CPU, and so is the transpose that automatic differentiation
 makes of the shifts. The convolution is therefore stated as what it is, one of the three gradients of
 
@@ -25,11 +25,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.interpreters import ad, batching, mlir
 
-from bilevel.models.supernet.maps import planes, same_row, unite
+from bilevel.models.supernet.maps import halved, mapped_first, mapped_size, planes, same_row, unite
 
 
 class Tap(NamedTuple):
@@ -55,7 +54,7 @@ class Geometry:
     @property
     def out(self) -> tuple[int, int]:
         """Rows and columns of the result, and of each of the input's stride^2 planes."""
-        return -(-self.rows // self.stride), -(-self.columns // self.stride)
+        return halved((self.rows, self.columns), self.stride)
 
     def taps(self) -> Iterator[Tap]:
         """The positions of the kernel; zeros around the map, so that it keeps its size at stride 1."""
@@ -101,7 +100,7 @@ def depthwise(x: Array, kernel: Array, *, stride: int = 1, dilation: int = 1) ->
         )
     grid = x.shape[2], x.shape[3]
     out = depthwise_flat(x.reshape(*x.shape[:2], -1), kernel, grid, stride=stride, dilation=dilation)
-    return out.reshape(*out.shape[:2], *(-(-side // stride) for side in grid), x.shape[-1])
+    return out.reshape(*out.shape[:2], *halved(grid, stride), x.shape[-1])
 
 
 def depthwise_flat(x: Array, kernel: Array, grid: tuple[int, int], *, stride: int = 1, dilation: int = 1) -> Array:
@@ -204,14 +203,9 @@ def _kernel(x: Array, out: Array, *, inputs: int, geometry: Geometry) -> Array:
         at = lambda a, c: lax.dynamic_slice_in_dim(a, c, 1, axis=2)  # noqa: E731
         each = lax.map(lambda c: sums([at(p, c) for p in seen], at(out, c)), jnp.arange(out.shape[2]))
         found = tuple(jnp.moveaxis(a[..., 0, :], 0, 2) for a in each)
-    masks = {t.right: np.repeat(_inside_row(t.right, columns), batch).astype(out.dtype) for t in g.taps()}
+    masks = {t.right: same_row(t.right, columns, batch, width).astype(out.dtype) for t in g.taps()}
     summed = [jnp.matmul(a, masks[t.right]) for a, t in zip(found, g.taps(), strict=True)]
     return jnp.stack(summed, axis=-1).reshape(-1, out.shape[2], g.size, g.size)
-
-
-def _inside_row(right: int, columns: int) -> np.ndarray:
-    column = np.arange(columns) + right
-    return (column >= 0) & (column < columns)
 
 
 def _kernel_plain(x: Array, out: Array, *, inputs: int, geometry: Geometry) -> Array:
@@ -267,16 +261,12 @@ _bilinear(_kernel_p, lambda ct, o, **s: _input_p.bind(o, ct, **s), lambda ct, x,
 
 def _batch(primitive: Any, args: Any, axes: Any, *, inputs: int, geometry: Geometry) -> Any:
     """A mapped axis is more inputs, each with its own edges."""
-    n = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
+    n = mapped_size(args, axes)
     if inputs == 1 and primitive is not _input_p and axes[0] is None:  # more kernels for the one input
         second = jnp.moveaxis(args[1], axes[1], 0)
         result = primitive.bind(args[0], second.reshape(-1, *second.shape[2:]), inputs=1, geometry=geometry)
         return result.reshape(n, -1, *result.shape[1:]), 0
-    moved = [
-        jnp.broadcast_to(a, (n, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
-        for a, axis in zip(args, axes, strict=True)
-    ]
-    folded = [a.reshape(-1, *a.shape[2:]) for a in moved]
+    folded = [a.reshape(-1, *a.shape[2:]) for a in mapped_first(args, axes)]
     result = primitive.bind(*folded, inputs=n * inputs, geometry=geometry)
     return result.reshape(n, -1, *result.shape[1:]), 0
 

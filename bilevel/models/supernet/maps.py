@@ -120,14 +120,23 @@ ad.deflinear2(_total_p, lambda ct, x: [_spread_p.bind(ct, length=x.aval.shape[-1
 ad.deflinear2(_spread_p, lambda ct, b, length: [_total_p.bind(ct)])
 
 
-def _batch(primitive: Any, args: Any, axes: Any, **static: Any) -> Any:
-    """A mapped axis is one more in front."""
-    n = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
-    moved = [
+def mapped_size(args: Any, axes: Any) -> int:
+    """The length of the axis that `vmap` maps."""
+    return next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
+
+
+def mapped_first(args: Any, axes: Any) -> list[Array]:
+    """The operands with the mapped axis in front, repeated where one has none."""
+    n = mapped_size(args, axes)
+    return [
         jnp.broadcast_to(a, (n, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
         for a, axis in zip(args, axes, strict=True)
     ]
-    return primitive.bind(*moved, **static), 0
+
+
+def _batch(primitive: Any, args: Any, axes: Any, **static: Any) -> Any:
+    """A mapped axis is one more in front."""
+    return primitive.bind(*mapped_first(args, axes), **static), 0
 
 
 def _register(primitive: Any, lowering: Any) -> None:

@@ -326,10 +326,9 @@ class _Run:
     def key(self, k: int) -> Any:
         return None if self.keys is None else self.keys[k]
 
-    def inputs(self, k: int, before: Array, last: Array, params: Any) -> tuple[Array, Array]:
-        """What cell k works on."""
-        older = _preprocess(before, params["preprocess0"], self.grid(max(k - 1, 0)))
-        return older, _preprocess(last, params["preprocess1"], self.grid(k))
+    def older(self, k: int, before: Array, params: Any) -> Array:
+        """Cell k's older input, preprocessed: the output of cell k - 2, of the side that cell k - 1 reads."""
+        return _preprocess(before, params["preprocess0"], self.grid(max(k - 1, 0)))
 
     def cells(self, stem: Array, groups: list[dict[str, Any]]) -> Array:
         """DARTS' stack. Consecutive normal cells are one scan where there are enough."""
@@ -345,7 +344,8 @@ class _Run:
                 before, last = self._scanned(k, end, before, last, groups)
                 k = end
                 continue
-            inputs = self.inputs(k, before, last, groups[k])
+            newer = _preprocess(last, groups[k]["preprocess1"], self.grid(k))
+            inputs = self.older(k, before, groups[k]), newer
             before, last = last, self.cell(k, groups[k], inputs, self.key(k))
             k += 1
         return last
@@ -368,7 +368,7 @@ class _Run:
             return p | {"kernel": jnp.pad(kernel, ((0, 0), (0, width - kernel.shape[1])))}
 
         grid = self.grid(k)
-        older = _preprocess(before, groups[k]["preprocess0"], self.grid(max(k - 1, 0)))
+        older = self.older(k, before, groups[k])
         own = [{n: v for n, v in groups[i].items() if not n.startswith("preprocess")} for i in range(k, end)]
         newer = [padded(groups[i]["preprocess1"]) for i in range(k, end)]
         following = [padded(groups[i]["preprocess0"]) for i in range(k + 1, end)]
