@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bilevel.solvers.federated import oracles
 from bilevel.solvers.federated.aggitd import AggITD
+from bilevel.solvers.federated.engine import Engine, Federated, InProcess
 from bilevel.solvers.federated.fedbio import FedBiO, FedBiOAcc
 from bilevel.solvers.federated.hypergradients import (
     LocalHypergradient,
@@ -14,16 +16,20 @@ from bilevel.solvers.federated.simfbo import FederatedSingleLoop, ShroFBO, SimFB
 
 __all__ = [
     "AggITD",
+    "Engine",
     "FedBiO",
     "FedBiOAcc",
     "FedMBO",
     "FedNest",
+    "Federated",
     "FederatedNested",
     "FederatedSingleLoop",
+    "InProcess",
     "LFedNest",
     "LocalHypergradient",
     "ParallelHypergradient",
     "SharedHypergradient",
     "ShroFBO",
     "SimFBO",
+    "oracles",
 ]
