@@ -110,6 +110,7 @@ class Source:
       size: the samples of one batch; None: all of them.
       host: whether it is read on the host, and `solve` puts a step's items in its place (`Stream`).
       parties, owners: how many own the samples, None being nobody in particular; and what one of them is called.
+      even: all parties own equally many samples.
       stacked: the leading axis of the arrays is the parties', and may be spread over devices.
       blocks: the number of numbered batches, where `numbered` gives the number of each; None: they have none.
       unnumbered: why not, in words.
@@ -120,6 +121,7 @@ class Source:
     host: ClassVar[bool] = False
     owners: str = ""
     stacked: bool = False
+    even: bool = True
     unnumbered: ClassVar[str] = "have no numbers"
     size: int | None = None
 
@@ -410,9 +412,9 @@ class Keyed(Source, leaves=("source",)):
             )
         self.source = as_source(source)
 
-    arrays, size, count, random, parties, owners, stacked, shares, check = (  # type: ignore[assignment]
+    arrays, size, count, random, parties, owners, even, stacked, shares, check = (  # type: ignore[assignment]
         property(operator.attrgetter(f"source.{name}"))
-        for name in ("arrays", "size", "count", "random", "parties", "owners", "stacked", "shares", "check")
+        for name in ("arrays", "size", "count", "random", "parties", "owners", "even", "stacked", "shares", "check")
     )
 
     @property
@@ -488,6 +490,11 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
     def random(self) -> bool:
         """Whether there is a batch size."""
         return self.size is not None
+
+    @property
+    def even(self) -> bool:  # type: ignore[override]
+        """Whether all clients have equally many samples."""
+        return len(set(np.asarray(self.counts).tolist())) == 1
 
     def shares(self) -> jax.Array:
         """Each client's share of the samples, times the number of clients."""
