@@ -110,8 +110,10 @@ class Source:
       size: the samples of one batch; None: all of them.
       host: whether it is read on the host, and `solve` puts a step's items in its place (`Stream`).
       parties, owners: how many own the samples, None being nobody in particular; and what one of them is called.
+      even: all parties own equally many samples.
       stacked: the leading axis of the arrays is the parties', and may be spread over devices.
       blocks: the number of numbered batches, where `numbered` gives the number of each; None: they have none.
+      unnumbered: why not, in words.
     """
 
     arrays: PyTree = None
@@ -119,6 +121,8 @@ class Source:
     host: ClassVar[bool] = False
     owners: str = ""
     stacked: bool = False
+    even: bool = True
+    unnumbered: ClassVar[str] = "have no numbers"
     size: int | None = None
 
     def __init_subclass__(cls, leaves: tuple[str, ...] | None = ("arrays",), **options: Any) -> None:
@@ -287,6 +291,7 @@ class Minibatches(Source):
     """
 
     size: int
+    unnumbered = "are drawn afresh from the samples"
 
     def __init__(self, arrays: PyTree, size: int, *, replace: bool = False, blocks: bool = False) -> None:
         n = sample_count(arrays, "Minibatches' arrays")
@@ -407,9 +412,9 @@ class Keyed(Source, leaves=("source",)):
             )
         self.source = as_source(source)
 
-    arrays, size, count, random, parties, owners, stacked, shares, check = (  # type: ignore[assignment]
+    arrays, size, count, random, parties, owners, even, stacked, shares, check = (  # type: ignore[assignment]
         property(operator.attrgetter(f"source.{name}"))
-        for name in ("arrays", "size", "count", "random", "parties", "owners", "stacked", "shares", "check")
+        for name in ("arrays", "size", "count", "random", "parties", "owners", "even", "stacked", "shares", "check")
     )
 
     @property
@@ -485,6 +490,11 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
     def random(self) -> bool:
         """Whether there is a batch size."""
         return self.size is not None
+
+    @property
+    def even(self) -> bool:  # type: ignore[override]
+        """Whether all clients have equally many samples."""
+        return len(set(np.asarray(self.counts).tolist())) == 1
 
     def shares(self) -> jax.Array:
         """Each client's share of the samples, times the number of clients."""
