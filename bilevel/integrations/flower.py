@@ -38,9 +38,8 @@ from bilevel.data import Agents, as_source
 from bilevel.keys import StepKey
 from bilevel.problem import Problem
 from bilevel.solution import History, Result, Solution
-from bilevel.solvers.federated import oracles
-from bilevel.solvers.federated.engine import Answers, Federated, Oracle
-from bilevel.solvers.federated.oracles import Components, Point
+from bilevel.solvers.federated import Answers, Federated, Point, oracles
+from bilevel.solvers.federated.oracles import Terms
 from bilevel.typing import PyTree
 
 try:
@@ -55,12 +54,8 @@ __all__ = ["FlowerError", "FlowerState", "InProcessGrid", "Missing", "client_app
 logger = logging.getLogger("bilevel")
 
 _PREFIX = "train."
-_ORACLES: dict[str, Oracle] = {
-    oracle.__name__: oracle
-    for oracle in (
-        oracles.grad_y, oracles.f_y, oracles.hvp, oracles.hyper, oracles.simfbo, oracles.aggitd, oracles.curvature,
-    )
-}  # fmt: skip
+_KINDS = ("grad_y", "f_y", "hvp", "hyper", "simfbo", "aggitd", "curvature")
+_ORACLES: dict[str, Callable[..., Terms]] = {kind: getattr(oracles, kind) for kind in _KINDS}
 
 
 class FlowerError(RuntimeError):
@@ -74,43 +69,32 @@ class _NobodyAnsweredError(Exception):
 # ---------------------------------------------------------------- what travels
 
 
-def _pack(trees: dict[str, PyTree], config: dict[str, Any]) -> RecordDict:
-    """Trees as one record of arrays, `name/number of the leaf`; the other side knows the structures."""
-    arrays = {
-        f"{name}/{i}": Array(np.asarray(leaf))
-        for name, tree in trees.items()
-        for i, leaf in enumerate(jax.tree.leaves(tree))
-    }
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def _pack(tree: PyTree, config: dict[str, Any]) -> RecordDict:
+    """A `Point` or `Terms` as one record of arrays by name; the other side knows the structure."""
+    arrays = {name: Array(np.asarray(leaf)) for name, leaf in _named(tree)}
     return RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord(config)})
 
 
-def _unpack(content: RecordDict, templates: dict[str, PyTree]) -> dict[str, PyTree]:
-    """The trees with the structures of the templates, None where one is not there; an error where a shape is another."""
-    found: dict[str, PyTree] = {}
-    arrays = {name: array.numpy() for name, array in content["arrays"].items()}
-    for name, template in templates.items():
-        leaves, structure = jax.tree.flatten(template)
-        mine = [arrays.get(f"{name}/{i}") for i in range(len(leaves))]
-        for leaf, like in zip(mine, leaves, strict=True):
-            if leaf is not None and leaf.shape != np.shape(like):
-                raise FlowerError(
-                    f"{name} came with the shape {leaf.shape}, expected {np.shape(like)}: server and clients must be "
-                    "given equal models."
-                )
-        found[name] = None if any(leaf is None for leaf in mine) else jax.tree.unflatten(structure, mine)
-    return found
-
-
-def _packed_point(name: str, point: Point | None) -> dict[str, PyTree]:
-    return {} if point is None else {f"{name}.{part}": getattr(point, part) for part in ("x", "y", "v")}
-
-
-def _unpacked_point(name: str, trees: dict[str, PyTree]) -> Point:
-    return Point(*(trees[f"{name}.{part}"] for part in ("x", "y", "v")))
+def _unpack(content: RecordDict, like: PyTree) -> Any:
+    """What was packed, with the structure of `like`, None for leaves that are not there."""
+    arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
+    found = [arrays.get(name) for name, _ in _named(like)]
+    for (name, expected), leaf in zip(_named(like), found, strict=True):
+        if leaf is not None and leaf.shape != np.shape(expected):
+            raise FlowerError(
+                f"{name} came with the shape {leaf.shape}, expected {np.shape(expected)}: server and clients must be "
+                "given equal models."
+            )
+    return jax.tree.unflatten(jax.tree.structure(like), found)
 
 
 def _numbers(content: RecordDict) -> int:
-    return sum(int(np.prod(array.shape)) for array in content["arrays"].values())
+    return sum(int(np.prod(array.shape)) for array in content.array_records["arrays"].values())
 
 
 # ---------------------------------------------------------------- the client
@@ -136,15 +120,12 @@ def client_app(setup: Callable[[Context], tuple[Problem, PyTree, PyTree]]) -> Cl
                 counts = {"upper_samples": upper.count or 1, "lower_samples": lower.count or 1}
                 ready[context.node_id] = dataclasses.replace(problem, **alone), counts, Point(x, y, y)
             problem, counts, like = ready[context.node_id]
-            sent = _unpacked_point("at", _unpack(message.content, _packed_point("at", like)))
-            config = dict(message.content["config"])
+            sent, config = _unpack(message.content, like), dict[str, Any](message.content.config_records["config"])
             base = jax.random.fold_in(jax.random.key(int(config.pop("seed"))), context.node_id % 2**32)
             key = StepKey(base, jnp.uint32(config.pop("step")), jnp.uint32(config.pop("stream")))
             numbers = {name: tuple(value) for name, value in config.items() if isinstance(value, list)}
             sizes = tuple(sorted((name, value) for name, value in config.items() if name not in numbers))
-            found = _computed(kind, problem, sent, key, numbers, sizes)
-            trees = {"value": found.value, **_packed_point("upper", found.upper), **_packed_point("lower", found.lower)}
-            return Message(_pack(trees, counts), reply_to=message)
+            return Message(_pack(_computed(kind, problem, sent, key, numbers, sizes), counts), reply_to=message)
 
         return respond
 
@@ -162,11 +143,11 @@ def _alone(data: Any) -> Any:
 @functools.partial(jax.jit, static_argnames=("kind", "sizes"))
 def _computed(
     kind: str, problem: Problem, sent: Point, key: StepKey, numbers: dict[str, Any], sizes: tuple[tuple[str, int], ...]
-) -> Components:
+) -> Terms:
     """A round of this one client."""
     here = jax.tree.map(lambda a: jnp.asarray(a)[None], sent)
     found = _ORACLES[kind](problem.levels(key, "all"), here, **numbers, **dict(sizes))
-    return Components(found.value, *jax.tree.map(lambda a: a[0], (found.lower, found.upper)))
+    return Terms(found.value, *jax.tree.map(lambda a: a[0], (found.lower, found.upper)))
 
 
 # ---------------------------------------------------------------- the server
@@ -200,8 +181,7 @@ class _Server:
         self, grid: Grid, solver: Federated, x: PyTree, y: PyTree, seed: int, timeout: float | None, wait: float
     ) -> None:
         self.grid, self.solver, self.seed, self.timeout = grid, solver, seed, timeout
-        like = Point(x, y, y)
-        self.templates = {"value": 0.0, **_packed_point("upper", like), **_packed_point("lower", like)}
+        self.like = Terms(jnp.zeros(()), Point(x, y, y), Point(x, y, y))
         self.missing: list[Missing] = []
         self.samples: dict[str, dict[int, int]] = {"upper": {}, "lower": {}}
         self.rounds, self.floats, self.step, self.stream = 0, 0, 0, 0
@@ -253,12 +233,12 @@ class _Server:
             raise _NobodyAnsweredError
         return max(float(answer.value) for answer in answers.values())
 
-    def ask(self, oracle: Oracle, sent: Point, own: PyTree = None, only: Any = None, **options: Any) -> Answers:
-        """One exchange, see `engine.Asked.ask`; a row of `own` whose node did not answer is dropped."""
+    def ask(self, oracle: Any, sent: Point, own: PyTree = None, only: Any = None, **options: Any) -> Answers:
+        """One exchange, see `InProcess`'s; a row of `own` whose node did not answer is dropped."""
         kind = oracle.__name__
         if own is None:
             answers = self.exchange(kind, dict.fromkeys(self.sample(), sent), **options)
-            rows, kept = list(answers), None
+            rows: list[int | None] = [*answers]
         else:
             count = jax.tree.leaves(own)[0].shape[0]
             moving = range(count) if only is None else np.flatnonzero(only).tolist()
@@ -267,20 +247,21 @@ class _Server:
             answers = self.exchange(kind, {node: Point(sent.x, sent.y, v[node]) for node in v}, **options) if v else {}
             kept = [i for i in range(count) if place.get(i) in answers or i not in moving]
             rows = [place.get(i) for i in kept]
+            own = jax.tree.map(lambda a: a[np.asarray(kept, int)], own)
         if not rows:
             raise _NobodyAnsweredError
-        weighed = {node: self._weighed(node, answer) for node, answer in answers.items()}
-        each = [weighed.get(node) for node in rows]
-        if None in each:  # rows that needed no answer have zeros in its place, shaped as what they would have sent
-            like = Point(None, None, jax.tree.map(lambda a: a[0], sent.v))
-            each = [jax.tree.map(np.zeros_like, like) if answer is None else answer for answer in each]
+        weighed: dict[int | None, Point] = {node: self._weighed(node, answer) for node, answer in answers.items()}
+        if only is not None:  # rows that needed no answer have zeros in its place
+            like = next(iter(weighed.values()), Point(None, None, jax.tree.map(lambda a: a[0], sent.v)))
+            weighed[None] = jax.tree.map(np.zeros_like, like)
+        each = jax.tree.map(
+            lambda *leaves: jnp.stack(list(map(jnp.asarray, leaves))), *(weighed[node] for node in rows)
+        )
         values = [answer.value for answer in answers.values() if answer.value is not None]
         value = jnp.mean(jnp.asarray(values)) if values else None
-        return Answers(
-            value, _stacked(each), None if kept is None else jax.tree.map(lambda a: a[jnp.asarray(kept)], own)
-        )
+        return Answers(value, each, own)
 
-    def _weighed(self, node: int, answer: Components) -> Point:
+    def _weighed(self, node: int, answer: Terms) -> Point:
         def part(terms: Point, level: str) -> Point:
             return jax.tree.map(lambda a: np.asarray(self.weight(node, level) * a, a.dtype), terms)
 
@@ -295,19 +276,14 @@ class _Server:
 
     # ------------------------------------------------------------ the transport
 
-    def exchange(self, kind: str, payloads: dict[int, Point], **options: Any) -> dict[int, Components]:
+    def exchange(self, kind: str, payloads: dict[int, Point], **options: Any) -> dict[int, Terms]:
         """The answers by node, without those that failed, were late or are not finite."""
         self.stream += 1
         self.rounds += 1
         options = {name: [float(n) for n in o] if isinstance(o, tuple) else o for name, o in options.items()}
-        config = {"seed": self.seed, "step": self.step, "stream": self.stream, **options}
+        options |= {"seed": self.seed, "step": self.step, "stream": self.stream}
         messages = [
-            Message(
-                _pack(_packed_point("at", point), config),
-                dst_node_id=node,
-                message_type=_PREFIX + kind,
-                group_id=str(self.step),
-            )
+            Message(_pack(point, options), dst_node_id=node, message_type=_PREFIX + kind, group_id=str(self.step))
             for node, point in payloads.items()
         ]
         self.floats += sum(_numbers(message.content) for message in messages)
@@ -318,15 +294,15 @@ class _Server:
                 reasons[node] = (reply.error.reason or f"error {reply.error.code}").strip().splitlines()[-1]
                 continue
             self.floats += _numbers(reply.content)
+            config = dict[str, Any](reply.content.config_records["config"])
             for level, counts in self.samples.items():
-                counts[node] = int(reply.content["config"][f"{level}_samples"])
-            trees = _unpack(reply.content, self.templates)
-            broken = [name for name, t in trees.items() if not all(np.isfinite(a).all() for a in jax.tree.leaves(t))]
+                counts[node] = int(config[f"{level}_samples"])
+            answer = _unpack(reply.content, self.like)
+            broken = [name for name, leaf in _named(answer) if not np.isfinite(leaf).all()]
             if broken:
                 reasons[node] = f"its {broken[0]} is not finite"
             else:
-                lower, upper = (_unpacked_point(level, trees) for level in ("lower", "upper"))
-                answers[node] = Components(trees["value"], lower, upper)
+                answers[node] = answer
         silence = f"no answer within {self.timeout} seconds" if self.timeout else "no answer"
         for node in payloads:
             if node not in answers:
@@ -334,10 +310,6 @@ class _Server:
                 self.missing.append(lost)
                 logger.warning("left out of the averages: %s", lost)
         return answers
-
-
-def _stacked(points: Sequence[Point]) -> Point:
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *points)
 
 
 def run(

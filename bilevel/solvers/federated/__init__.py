@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
 from bilevel.solvers.federated.aggitd import AggITD
-from bilevel.solvers.federated.engine import Engine, Federated, InProcess
+from bilevel.solvers.federated.engine import Answers, Engine, Federated, InProcess
 from bilevel.solvers.federated.fedbio import FedBiO, FedBiOAcc
 from bilevel.solvers.federated.hypergradients import (
     LocalHypergradient,
@@ -16,6 +17,7 @@ from bilevel.solvers.federated.simfbo import FederatedSingleLoop, ShroFBO, SimFB
 
 __all__ = [
     "AggITD",
+    "Answers",
     "Engine",
     "FedBiO",
     "FedBiOAcc",
@@ -28,6 +30,7 @@ __all__ = [
     "LFedNest",
     "LocalHypergradient",
     "ParallelHypergradient",
+    "Point",
     "SharedHypergradient",
     "ShroFBO",
     "SimFBO",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
@@ -10,7 +12,7 @@ from bilevel.keys import Draw
 from bilevel.optimizers import Move, check_optimizer
 from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
-from bilevel.solvers.federated.engine import Asked, Engine, Federated, Oracle, measures
+from bilevel.solvers.federated.engine import Engine, Federated, Oracle, measures
 from bilevel.typing import Metrics, PyTree
 
 
@@ -57,7 +59,7 @@ class AggITD(Federated):
     weighting: str = "samples"
 
     def __post_init__(self) -> None:
-        self._check(rounds=self.rounds)
+        self._check("rounds")
         check_optimizer("AggITD", "upper_optimizer", self.upper_optimizer)
         check_optimizer("AggITD", "lower_step", self.lower_step)
 
@@ -74,7 +76,7 @@ class AggITD(Federated):
         """The rounds of one outer iteration."""
         x = state.x
 
-        def exchange(at: Asked, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
+        def exchange(at: Any, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
             y, v, _ = carry
             D = at.ask(oracles.aggitd, Point(x, y, v)).mean
             y, v = jax.tree.map(lambda a, d: a - self.lower_step * d, (y, v), (D.y, D.v))

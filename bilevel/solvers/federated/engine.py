@@ -23,18 +23,16 @@ import numpy as np
 from bilevel import derivatives
 from bilevel.data import ProblemError, Source
 from bilevel.keys import Draw, StepKey, permute
-from bilevel.level import Level, Levels
+from bilevel.level import Levels
 from bilevel.optimizers import check_count
 from bilevel.problem import Problem
 from bilevel.solvers import _agents
 from bilevel.solvers._base import refuse
-from bilevel.solvers._directions import Components, Point
+from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
 from bilevel.typing import Metrics, PyTree, Scalar
 
-__all__ = ["Answers", "Engine", "Federated", "InProcess", "Oracle", "Round"]
-
-Oracle = Callable[..., Components]
+Oracle = Callable[..., oracles.Terms]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,32 +55,15 @@ class Answers:
         return _agents.mean(self.each)
 
 
-class Asked(Protocol):
-    """The clients of one round."""
-
-    def ask(self, oracle: Oracle, sent: Any, own: Any = None, only: Any = None, **options: Any) -> Answers:
-        """One exchange.
-
-        Args:
-          oracle: one of `oracles`.
-          sent: the `Point` that all are sent.
-          own: None, or a stacked tree with a row for each client, and then `sent.v` is stacked too: client i is sent
-            row i of it. Rows whose client did not answer are lost.
-          only: which rows need an answer; those of the others may be anything.
-          **options: the oracle's.
-        """
-
-    def pass_on(self, chains: PyTree) -> PyTree:
-        """Rows handed to this round's clients at random."""
-
-
 class Engine(Protocol):
-    """Where the clients are. `key` is the step's."""
+    """Where the clients are. What stands for a round's clients has `ask` and `pass_on`, see `Round`."""
 
-    key: StepKey
+    @property
+    def key(self) -> StepKey:
+        """The step's."""
 
     def round(self, draw: int) -> Any:
-        """Clients sampled afresh (`Asked`)."""
+        """Clients sampled afresh."""
 
     def repeat(self, draw: int, count: int, body: Callable[[Any, PyTree], PyTree], carry: PyTree) -> PyTree:
         """`count` rounds: body(clients, carry) -> carry."""
@@ -129,8 +110,8 @@ class InProcess:
     def curvature(self, x: PyTree, y: PyTree, most: int = 64) -> jax.Array:
         """The largest curvature of up to `most` clients' lower levels."""
         some = jnp.asarray(np.unique(np.linspace(0, self.total - 1, min(self.total, most)).astype(int)))
-        at = _copies(Point(x, y, None), len(some))
-        return oracles.curvature(self.problem.levels(self.key, some), at).value
+        at = _copies((x, y), len(some))
+        return _agents.largest_curvature(self.problem, *at, self.key, some)
 
     @property
     def traffic(self) -> Metrics:
@@ -160,7 +141,7 @@ class Round:
         return "all" if size == self.engine.total else self._permuted(Draw.CLIENTS, size)
 
     def pass_on(self, chains: PyTree) -> PyTree:
-        """A permutation where all take part; fresh clients come in random order anyway."""
+        """Rows handed to this round's clients at random: permuted where all take part, else they are random anyway."""
         if not isinstance(self.who, str):
             return chains
         order = self._permuted(Draw.ORDER, self.engine.total)
@@ -187,19 +168,27 @@ class Round:
         weighted: bool = False,
         **options: Any,
     ) -> Answers:
-        """One exchange, see `Asked.ask`.
+        """One exchange.
 
         Args:
+          oracle: one of `oracles`.
+          sent: the `Point` that all are sent.
+          own: None, or a stacked tree with a row for each client, and then `sent.v` is stacked too: client i is sent
+            row i of it. Rows whose client does not answer are lost.
+          only: which rows need an answer; those of the others may be anything.
           held: the clients have x and y already, from this round's first ask.
           weighted: the clients compute with what they count as a factor of their losses, and answer with what is to be
             averaged (as the upper terms).
+          **options: the oracle's.
         """
         engine = self.engine
         levels = engine.problem.levels(self.key, self.who)
         weights = [self.importance(level.source) for level in levels]
-        here = _copies(sent, engine.size) if own is None else _stacked(sent, engine.size)
+        here = _copies(sent if own is None else Point(sent.x, sent.y, None), engine.size)
+        here = here if own is None else Point(here.x, here.y, sent.v)
         if weighted:
-            found = oracle(Levels(*map(Level.weighted, levels, weights)), here, **options)
+            levels = Levels(*(dataclasses.replace(level, weights=w) for level, w in zip(levels, weights, strict=True)))
+            found = oracle(levels, here, **options)
             each = found.upper
         else:
             found = oracle(levels, here, **options)
@@ -212,10 +201,6 @@ class Round:
 def _copies(tree: PyTree, count: int) -> Any:
     """What the server sends to each: the same, stacked."""
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *jnp.shape(a))), tree)
-
-
-def _stacked(sent: Point, count: int) -> Point:
-    return Point(*_copies((sent.x, sent.y), count), sent.v)
 
 
 def _weighed(terms: PyTree, weights: jax.Array | None) -> PyTree:
@@ -234,16 +219,16 @@ class Federated:
     clients: int | None
     weighting: str
 
-    def _check(self, **counts: Any) -> None:
-        owner = type(self).__name__
-        check_count(owner, clients=self.clients, **counts)
-        if self.weighting not in ("samples", "clients"):
-            raise ValueError(f"{owner}(weighting={self.weighting!r}): 'samples' or 'clients'.")
-
     @property
     def asks(self) -> tuple[Oracle, ...]:
         """The oracles of this method's rounds."""
         raise NotImplementedError
+
+    def _check(self, *counts: str) -> None:
+        owner = type(self).__name__
+        check_count(owner, **{name: getattr(self, name) for name in ("clients", *counts)})
+        if self.weighting not in ("samples", "clients"):
+            raise ValueError(f"{owner}(weighting={self.weighting!r}): 'samples' or 'clients'.")
 
     def begin(self, engine: Engine, x: PyTree, y: PyTree) -> Any:
         """The server before the first round."""

@@ -37,8 +37,8 @@ def FedBiO(
     """
     check_count("FedBiO", local_steps=local_steps)
     steps = upper_step, lower_step, linear_step
-    own = dict(zip(("local_upper", "local_lower", "local_linear"), steps, strict=True))
-    return FederatedSingleLoop(clients, *(step * local_steps for step in steps), local_steps, **own, **options)
+    x, y, v = (step * local_steps for step in steps)
+    return FederatedSingleLoop(clients, x, y, v, local_steps, *steps, **options)
 
 
 @state
@@ -89,7 +89,7 @@ class FedBiOAcc(Federated):
     weighting: str = "samples"
 
     def __post_init__(self) -> None:
-        self._check(local_steps=self.local_steps)
+        self._check("local_steps")
         for name in ("upper_step", "lower_step", "linear_step", "delta", "offset", "momentum"):
             value = getattr(self, name)
             if isinstance(value, float) and not value > 0:
@@ -97,7 +97,7 @@ class FedBiOAcc(Federated):
 
     @property
     def asks(self) -> tuple[Oracle, ...]:
-        """The oracle of this method's round."""
+        """The oracles of this method's rounds."""
         return (oracles.storm,)
 
     def begin(self, engine: Engine, x: PyTree, y: PyTree) -> AcceleratedState:

@@ -21,7 +21,7 @@ from bilevel.keys import Draw
 from bilevel.optimizers import check_count
 from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
-from bilevel.solvers.federated.engine import Asked, Engine, Oracle
+from bilevel.solvers.federated.engine import Engine, Oracle
 from bilevel.typing import PyTree
 
 __all__ = ["LocalHypergradient", "ParallelHypergradient", "SharedHypergradient"]
@@ -45,7 +45,7 @@ class _Series:
         shape = jax.tree.leaves(p)[0].shape[:1] if self.apart else ()
         left = jax.random.randint(engine.key.fold_in(Draw.LENGTH).random, shape, 0, self.terms)
 
-        def factor(at: Asked, chain: tuple[PyTree, PyTree, jax.Array]) -> tuple[PyTree, PyTree, jax.Array]:
+        def factor(at: Any, chain: tuple[PyTree, PyTree, jax.Array]) -> tuple[PyTree, PyTree, jax.Array]:
             if self.apart:
                 chain = at.pass_on(chain)
                 moving = chain[2] > 0 if self.random else None

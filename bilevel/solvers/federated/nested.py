@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,47 +13,36 @@ from bilevel.keys import Draw
 from bilevel.optimizers import Move, check_optimizer, is_rule
 from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
-from bilevel.solvers.federated.engine import Asked, Engine, Federated, Oracle, measures
+from bilevel.solvers.federated.engine import Engine, Federated, Oracle, measures
 from bilevel.solvers.federated.hypergradients import LocalHypergradient, ParallelHypergradient, SharedHypergradient
 from bilevel.typing import Metrics, PyTree
 
 
-class LowerRound(NamedTuple):
-    """One way to move y in a round.
-
-    Attributes:
-      take: (solver, clients, x, y, memory) -> (y, memory, residual).
-      asks: its oracles.
-    """
-
-    take: Callable[[FederatedNested, Asked, PyTree, PyTree, PyTree], tuple[PyTree, PyTree, PyTree]]
-    asks: tuple[Oracle, ...]
-
-
-def _minibatch(solver: FederatedNested, at: Asked, x: PyTree, y: PyTree, memory: PyTree) -> Any:
+def _minibatch(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     G = at.ask(oracles.grad_y, Point(x, y, None)).mean.y
     return *Move(solver.lower_optimizer)(G, memory, y), G
 
 
-def _svrg(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> Any:
-    G = at.ask(oracles.grad_y, Point(x, y, None)).mean.y
-    own = {"local_steps": solver.local_steps, "step_size": solver.lower_optimizer}
-    moved = at.ask(oracles.svrg, Point(x, y, G), held=True, **own).mean.y
-    return optax.tree.add(y, moved), memory, G
-
-
-def _local(solver: FederatedNested, at: Asked, x: PyTree, y: PyTree, memory: PyTree) -> Any:
+def _local(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     own = {"local_steps": solver.local_steps, "step_size": solver.lower_optimizer}
     moved = at.ask(oracles.local, Point(x, y, None), **own).mean.y
     residual = jax.tree.map(lambda d: -d / (solver.local_steps * solver.lower_optimizer), moved)
     return optax.tree.add(y, moved), memory, residual
 
 
-LOWER = {
-    "minibatch": LowerRound(_minibatch, (oracles.grad_y,)),
-    "svrg": LowerRound(_svrg, (oracles.grad_y, oracles.svrg)),
-    "local": LowerRound(_local, (oracles.local,)),
+def _svrg(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    own = {"local_steps": solver.local_steps, "step_size": solver.lower_optimizer}
+    G = at.ask(oracles.grad_y, Point(x, y, None)).mean.y
+    moved = at.ask(oracles.local, Point(x, y, G), held=True, **own).mean.y
+    return optax.tree.add(y, moved), memory, G
+
+
+LOWER: dict[str, tuple[Any, tuple[Oracle, ...]]] = {
+    "minibatch": (_minibatch, (oracles.grad_y,)),
+    "svrg": (_svrg, (oracles.grad_y, oracles.local)),
+    "local": (_local, (oracles.local,)),
 }
+"""The lower rounds: (solver, clients, x, y, memory) -> (y, memory, residual), and the oracles that they ask."""
 
 
 @state
@@ -113,8 +101,7 @@ class FederatedNested(Federated):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        counts = {name: getattr(self, name) for name in ("lower_rounds", "local_steps", "local_upper_steps")}
-        self._check(**counts)
+        self._check("lower_rounds", "local_steps", "local_upper_steps")
         check_optimizer(owner, "upper_optimizer", self.upper_optimizer)
         check_optimizer(owner, "lower_optimizer", self.lower_optimizer)
         if self.lower not in LOWER:
@@ -136,7 +123,7 @@ class FederatedNested(Federated):
     def asks(self) -> tuple[Oracle, ...]:
         """The oracles of this method's rounds."""
         walk = (oracles.fedout,) if self.local_upper_steps > 1 else ()
-        return *LOWER[self.lower].asks, *self.hypergradient.asks, *walk
+        return *LOWER[self.lower][1], *self.hypergradient.asks, *walk
 
     def begin(self, engine: Engine, x: PyTree, y: PyTree) -> FederatedState:
         """The server before the first round."""
@@ -146,9 +133,9 @@ class FederatedNested(Federated):
 
     def advance(self, engine: Engine, state: FederatedState) -> tuple[FederatedState, Metrics]:
         """The rounds of one outer iteration."""
-        x, take = state.x, LOWER[self.lower].take
+        x, (take, _) = state.x, LOWER[self.lower]
 
-        def lower_round(at: Asked, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
+        def lower_round(at: Any, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
             return take(self, at, x, *carry[:2])
 
         start = (state.y, state.lower, optax.tree.zeros_like(state.y))
