@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
 from bilevel import derivatives, hypergradients, linear
+from bilevel.curvature import extreme_eigenvalues
 from bilevel.data import Stream
 from bilevel.hypergradients import Implicit, value_and_hypergradient
 from bilevel.lower import LBFGS, GradientDescent
@@ -23,113 +22,7 @@ from bilevel.solvers.single_loop import SABA
 
 PyTree = Any
 
-__all__ = ["Check", "EstimatorCheck", "check", "dominant_eigenvalue", "extreme_eigenvalues"]
-
-
-def extreme_eigenvalues(
-    matvec: Callable[[PyTree], PyTree], like: PyTree, key: Any = 0, steps: int = 40
-) -> tuple[jax.Array, jax.Array]:
-    """The algebraically smallest and largest eigenvalue of a symmetric linear map on pytrees.
-
-    For at most 64 unknowns the map is made dense and the answer exact; above, it is that of `steps` steps of the Lanczos
-    process with full reorthogonalisation from a random start: the smallest is an upper, the largest a lower bound, and
-    both are usually close (extreme eigenvalues converge first). Cost: d or `steps` products.
-
-    Args:
-      matvec: v -> A v with A symmetric; may be indefinite.
-      like: a pytree with the shapes and dtypes of v.
-      key: seed or key of the random start.
-      steps: Lanczos steps.
-
-    Reference: Golub, Van Loan, "Matrix Computations", chapter 10.
-    """
-    flat, unravel = ravel_pytree(like)
-    d = flat.size
-    multiply = lambda v: ravel_pytree(matvec(unravel(v)))[0].astype(flat.dtype)  # noqa: E731
-    if d <= 64:
-        matrix = jax.vmap(multiply)(jnp.eye(d, dtype=flat.dtype))
-        values = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)
-        return values[0], values[-1]
-    steps = min(steps, d)
-    start = jax.random.normal(jax.random.key(key) if isinstance(key, int) else key, (d,), flat.dtype)
-
-    def step(j: jax.Array, carry: Any) -> Any:
-        basis, alpha, beta = carry
-        q = basis[j]
-        w = multiply(q)
-        a = jnp.vdot(q, w)
-        w = w - basis.T @ (basis @ w)  # against all of the basis, twice: rounding would bring copies of found vectors
-        w = w - basis.T @ (basis @ w)
-        b = jnp.linalg.norm(w)
-        broke = b <= 10 * jnp.finfo(flat.dtype).eps * (jnp.abs(a) + 1e-30)
-        following = jnp.where(broke, 0, w / jnp.where(broke, 1, b))
-        return basis.at[j + 1].set(following), alpha.at[j].set(a), beta.at[j].set(jnp.where(broke, 0, b))
-
-    basis = jnp.zeros((steps + 1, d), flat.dtype).at[0].set(start / jnp.linalg.norm(start))
-    zeros = jnp.zeros(steps, flat.dtype)
-    basis, alpha, beta = jax.lax.fori_loop(0, steps, step, (basis, zeros, zeros))
-    used = jnp.linalg.norm(basis[:steps], axis=1) > 0.5  # after a breakdown the rest of the basis is zero
-    fill = jnp.where(used, alpha, alpha[0])
-    off = jnp.where(used[1:], beta[:-1], 0)
-    values = jnp.linalg.eigvalsh(jnp.diag(fill) + jnp.diag(off, 1) + jnp.diag(off, -1))
-    return values[0], values[-1]
-
-
-def dominant_eigenvalue(
-    loss: Callable[..., jax.Array],
-    *,
-    weight_decay: float = 0.0,
-    dense: int = 256,
-    chunk: int = 8,
-    steps: int = 64,
-    key: int = 0,
-) -> Callable[..., jax.Array]:
-    """A metric: the algebraically largest eigenvalue of the Hessian of `loss` in x, at the current y.
-
-        solve(..., metrics={"eigenvalue": (dominant_eigenvalue(validation_loss), batch)}, metrics_every=100)
-
-    It is the direct second derivative F_xx(x, y), in all leaves of x together, and not the curvature of x -> F(x, y*(x)):
-    the sharpness that RobustDARTS tracks, whose growth announces that an architecture search degenerates. The Hessian
-    may be indefinite; a negative eigenvalue of larger modulus is not mistaken for it.
-
-    Args:
-      loss: the upper loss, `F(x, y)` or `F(x, y, batch)`.
-      weight_decay: of the upper variable; the Hessian of (weight_decay / 2) |x|^2 adds it to every eigenvalue, as in the authors' logs (1e-3).
-      dense: up to so many unknowns the Hessian is formed, and the answer is exact; above, it is a lower bound by Lanczos
-        (`extreme_eigenvalues`).
-      chunk: the Hessian's columns that are computed at once: memory grows with it, and time falls.
-      steps, key: Lanczos steps, and the seed of their random start.
-
-    Returns:
-      A function of (x, y) or (x, y, batch), for `solve(metrics=...)`. Equal arguments give equal functions, so that a
-      program compiled for one serves the other. Cost: one gradient, and one Hessian-vector product per unknown or Lanczos step.
-
-    Reference: Zela et al., "Understanding and Robustifying Differentiable Architecture Search", ICLR 2020.
-    """
-    if not callable(loss):
-        raise TypeError(f"dominant_eigenvalue takes a loss, a function F(x, y[, batch]), not {type(loss).__name__}.")
-    return _DominantEigenvalue(loss, weight_decay, dense, chunk, steps, key)
-
-
-@dataclasses.dataclass(frozen=True)
-class _DominantEigenvalue:
-    loss: Callable[..., jax.Array]
-    weight_decay: float
-    dense: int
-    chunk: int
-    steps: int
-    key: int
-
-    def __call__(self, x: PyTree, y: PyTree, *batch: Any) -> jax.Array:
-        flat, unravel = ravel_pytree(x)
-        gradient = jax.grad(lambda flat: self.loss(unravel(flat), y, *batch))
-        _, product = jax.linearize(gradient, flat)
-        if flat.size <= self.dense:
-            hessian = jax.lax.map(product, jnp.eye(flat.size, dtype=flat.dtype), batch_size=self.chunk)
-            largest = jnp.linalg.eigvalsh((hessian + hessian.T) / 2)[-1]
-        else:
-            largest = extreme_eigenvalues(product, flat, self.key, self.steps)[1]
-        return largest + self.weight_decay
+__all__ = ["Check", "EstimatorCheck", "check"]
 
 
 @dataclasses.dataclass(frozen=True)
