@@ -210,7 +210,7 @@ def root_vjp(
 
 
 def argmin(
-    f: Callable[Concatenate[X, Y, ...], Any],
+    f: Callable[..., Any],
     solver: Callable[[Callable[[X, Y], jax.Array], X, Y], R],
     *,
     optimality: Callable[..., PyTree] | None = None,
