@@ -4,7 +4,7 @@
 |---|---|---|
 | both ends of a symmetric map's spectrum | `extreme_eigenvalues` | `steps`, or one per unknown |
 | the largest eigenvalue of F_xx, as a metric of `solve` | `dominant_eigenvalue` | the same |
-| the spectral norm of a symmetric map, of a Hessian, of a Jacobian | `spectral_norm`, `hessian_norm`, `jacobian_norm` | `steps` |
+| norms of a symmetric map, a Hessian, a Jacobian | `spectral_norm`, `hessian_norm`, `jacobian_norm` | `steps` |
 | a spectral norm kept up to date along a run | `secant_estimate`, `probe_estimate` | none, one in ten steps |
 
 Norms and ends of spectra by iteration are estimates from inside, within a few per cent as a rule: whoever sets a step
@@ -191,7 +191,7 @@ def jacobian_norm(fn: LinearMap, at: PyTree, steps: int = 30) -> jax.Array:
 def unit_direction(like: PyTree, key: Any = 23) -> PyTree:
     """A random direction of norm one, shaped like `like`; by default always the same."""
     v = optax.tree.random_like(_key(key), like, jax.random.normal)
-    return optax.tree.scale(1 / norm(v), v)
+    return optax.tree.cast_like(optax.tree.scale(1 / norm(v), v), v)
 
 
 # Estimates that follow a run.

@@ -1,4 +1,4 @@
-"""Look before a long run: curvature of the lower level, and each hypergradient against central differences."""
+"""Look before a long run: the lower level's curvature, and each hypergradient against central differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from bilevel import derivatives, hypergradients, linear
-from bilevel.curvature import extreme_eigenvalues
+from bilevel.curvature import extreme_eigenvalues, unit_direction
 from bilevel.data import Stream
 from bilevel.hypergradients import Implicit, value_and_hypergradient
 from bilevel.lower import LBFGS, GradientDescent
@@ -59,7 +59,8 @@ class Check:
       estimators: one `EstimatorCheck` each.
       solver: what `solve` would choose.
       reason: why.
-      table_bytes: what the tables of a method with memory (`solvers.SABA`) would take on these data; 0 for full batches.
+      table_bytes: what the tables of a method with memory (`solvers.SABA`) would take on these data; 0 for full
+        batches.
       warnings: sentences.
     """
 
@@ -79,16 +80,11 @@ class Check:
 
     def __str__(self) -> str:
         low, high = self.lower_eigenvalues
-        convex = (
-            "strongly convex"
-            if low > 1e-6 * abs(high)
-            else "convex but nearly flat"
-            if low > -1e-6 * abs(high)
-            else "NOT convex"
-        )
-        lines = ["Bilevel problem"]
-        lines += [f"  {name}: {what}" for name, what in {**self.variables, **self.data}.items()]
-        lines += [
+        flat = 1e-6 * abs(high)
+        convex = "strongly convex" if low > flat else "convex but nearly flat" if low > -flat else "NOT convex"
+        lines = [
+            "Bilevel problem",
+            *(f"  {name}: {what}" for name, what in {**self.variables, **self.data}.items()),
             f"  losses at the start: upper {self.upper_loss:.6g}, lower {self.lower_loss:.6g}",
             f"Lower level at its solution from the start (|f_y| = {self.lower_residual:.2g})",
             f"  {convex}: eigenvalues of f_yy in [{low:.3g}, {high:.3g}], condition number {self.condition:.3g}",
@@ -97,10 +93,7 @@ class Check:
         ]
         for e in self.estimators:
             error = "failed" if np.isnan(e.error) else f"{e.error:.1e}"
-            lines.append(
-                f"  {e.name:<44}{error:>11}{e.milliseconds:>9.2f}{e.megabytes:>9.2f}"
-                + (f"  {e.note}" if e.note else "")
-            )
+            lines.append(f"  {e.name:<44}{error:>11}{e.milliseconds:>9.2f}{e.megabytes:>9.2f}  {e.note}".rstrip())
         lines.append(f"Solver: {self.reason}")
         if self.table_bytes:
             lines.append(
@@ -111,11 +104,12 @@ class Check:
 
 
 def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps: int = 20) -> Check:
-    """A report to read before a long run: the lower level's curvature, and which hypergradients are right and what they cost.
+    """A report to read before a long run: the lower level's curvature, and which hypergradients are right at what cost.
 
     Everything is evaluated on full batches (on the first item of a stream). The lower level is solved with L-BFGS from
-    y0; estimators start at that solution, unrolled ones with `lower_steps` gradient steps of length 1/L. Central differences are taken
-    in the dtype of the variables: in float32 they are good to about three digits, in float64 to about seven.
+    y0; estimators start at that solution, unrolled ones with `lower_steps` gradient steps of length 1/L. Central
+    differences are taken in the dtype of the variables: in float32 they are good to about three digits, in float64 to
+    about seven.
 
     Args:
       problem: the problem.
@@ -129,8 +123,6 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
     full = _full(problem)
-    data = {name: _describe_data(getattr(problem, name)) for name in ("upper_data", "lower_data")}
-    variables = {"x": _describe(x), "y": _describe(y)}
     warnings: list[str] = []
     try:
         solver, reason = default_solver(problem, x, y)
@@ -148,7 +140,8 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     condition = high / low if low > 0 else float("inf")
     if low < -1e-6 * abs(high):
         warnings.append(
-            "the lower level is not convex at its solution: implicit hypergradients by CG meet negative curvature; add damping, or take a penalty method."
+            "the lower level is not convex at its solution: implicit hypergradients by CG meet negative curvature; add "
+            "damping, or take a penalty method."
         )
     elif condition > 1e6:
         warnings.append(
@@ -163,19 +156,19 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
             "hypergradients are not compared: the lower level has coupled constraints, or there is no upper variable."
         )
     return Check(
-        variables,
-        data,
-        float(upper),
-        float(lower),
-        (low, high),
-        condition,
-        residual,
-        directional,
-        estimators,
-        solver,
-        reason,
-        SABA().table_bytes(problem, x, y) if problem.stochastic else 0,
-        warnings,
+        variables={"x": _describe(x), "y": _describe(y)},
+        data={name: _describe_data(getattr(problem, name)) for name in ("upper_data", "lower_data")},
+        upper_loss=float(upper),
+        lower_loss=float(lower),
+        lower_eigenvalues=(low, high),
+        condition=condition,
+        lower_residual=residual,
+        directional=directional,
+        estimators=estimators,
+        solver=solver,
+        reason=reason,
+        table_bytes=SABA().table_bytes(problem, x, y) if problem.stochastic else 0,
+        warnings=warnings,
     )
 
 
@@ -190,21 +183,18 @@ def _full(problem: Problem) -> Problem:
 
 def _describe(tree: PyTree) -> str:
     leaves = jax.tree.leaves(tree)
-    count = sum(np.size(leaf) for leaf in leaves)
-    shown = ", ".join(f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in leaves[:4]) + (
-        ", ..." if len(leaves) > 4 else ""
-    )
-    return f"{count} numbers in {len(leaves)} arrays ({shown})" if leaves else "none: a simple bilevel problem"
+    if not leaves:
+        return "none: a simple bilevel problem"
+    shown = [f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in leaves[:4]] + ["..."] * (len(leaves) > 4)
+    return f"{optax.tree.size(tree)} numbers in {len(leaves)} arrays ({', '.join(shown)})"
 
 
 def _describe_data(data: Any) -> str:
     if data is None:
         return "none"
-    return (
-        repr(data)
-        if hasattr(data, "draw") or isinstance(data, Stream)
-        else f"full batches of {len(jax.tree.leaves(data)[0])} samples"
-    )
+    if hasattr(data, "draw") or isinstance(data, Stream):
+        return repr(data)
+    return f"full batches of {len(jax.tree.leaves(data)[0])} samples"
 
 
 def _solve_lower(problem: Problem, x: PyTree, y: PyTree, nonsmooth: bool) -> tuple[PyTree, float, float, float]:
@@ -216,10 +206,9 @@ def _solve_lower(problem: Problem, x: PyTree, y: PyTree, nonsmooth: bool) -> tup
         return *extreme_eigenvalues(lin.hvp, y), derivatives.norm(lin.gradient_y)
 
     if nonsmooth:
-        high = float(eigenvalues(problem, x, y)[1])
-        solver = GradientDescent(1 / max(abs(high), 1e-12), 1000, tol=1e-7)
+        solver = GradientDescent(_step(float(eigenvalues(problem, x, y)[1])), 1000, tol=1e-7)
     else:
-        solver = LBFGS(300, tol=1e-3 * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).eps) ** 0.5)
+        solver = LBFGS(300, tol=1e-3 * _precision(y) ** 0.5)
 
     @jax.jit
     def minimise(problem: Problem, x: PyTree, y: PyTree) -> PyTree:
@@ -230,23 +219,28 @@ def _solve_lower(problem: Problem, x: PyTree, y: PyTree, nonsmooth: bool) -> tup
     return y, residual, low, high
 
 
+def _step(largest: float) -> float:
+    return 1 / max(abs(largest), 1e-12)
+
+
+def _precision(tree: PyTree) -> float:
+    return float(jnp.finfo(jnp.result_type(*jax.tree.leaves(tree))).eps)
+
+
 def _compare(
     problem: Problem, x: PyTree, y: PyTree, high: float, nonsmooth: bool, key: Any, steps: int
 ) -> tuple[float, list[EstimatorCheck]]:
-    step = 1 / max(abs(high), 1e-12)
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).eps)
+    step, eps = _step(high), _precision(x)
     accurate: Any = GradientDescent(step, 2000, tol=10 * eps**0.75) if nonsmooth else LBFGS(300, tol=1e-3 * eps**0.5)
-    u = optax.tree.random_like(jax.random.key(key) if isinstance(key, int) else key, x, jax.random.normal)
-    u = optax.tree.cast_like(optax.tree.scale(1 / derivatives.norm(u), u), x)
+    u = unit_direction(x, key)
 
     @jax.jit
     def objective(problem: Problem, x: PyTree, y: PyTree) -> jax.Array:
         return problem.full_upper()(x, accurate(problem.full_lower(), x, accurate.init(y)).y)
 
     h = eps ** (1 / 3) * (1 + float(derivatives.norm(x)))
-    plus, minus = (
-        float(objective(problem, optax.tree.cast_like(optax.tree.add_scale(x, s * h, u), x), y)) for s in (1, -1)
-    )
+    ends = (optax.tree.cast_like(optax.tree.add_scale(x, s * h, u), x) for s in (1, -1))
+    plus, minus = (float(objective(problem, end, y)) for end in ends)
     directional = (plus - minus) / (2 * h)
 
     unrolled = GradientDescent(step, steps)
@@ -254,10 +248,9 @@ def _compare(
         ("Implicit(GMRES)" if nonsmooth else "Implicit(CG)", Implicit(step=step), accurate)
     ]
     if not nonsmooth:
-        d = sum(np.size(leaf) for leaf in jax.tree.leaves(y))
         rows += [
             (f"Implicit(Neumann, {steps} terms)", Implicit(linear.Neumann(step, steps)), accurate),
-            ("Implicit(Nystrom)", Implicit(linear.Nystrom(rank=min(10, d))), accurate),
+            ("Implicit(Nystrom)", Implicit(linear.Nystrom(rank=min(10, optax.tree.size(y)))), accurate),
             ("JacobianFree (step 1/L)", hypergradients.JacobianFree(step), accurate),
             ("FiniteDifference (virtual step 1/L)", hypergradients.FiniteDifference(step), GradientDescent(step, 1)),
         ]

@@ -32,7 +32,7 @@ def dual_factor(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree],
 def affine(
     rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], factor: jax.Array, u: PyTree
 ) -> PyTree:
-    """The projection of u on {v : c(v) = 0, v in the range of P}, for affine c and P, by a product with a cached factor.
+    """The projection of u on {v : c(v) = 0, v in the range of P}, affine c and P, by a product with a cached factor.
 
     v = P(u - J' lam),    lam = (J P' J')^+ c(P u)
     """

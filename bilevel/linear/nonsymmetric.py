@@ -51,11 +51,7 @@ class GMRES(Krylov):
 
     symmetric: ClassVar[bool] = False
 
-    tol: float | None = 1e-6
-    max_steps: int = 100
     restart: int = 20
-    warm_start: bool = True
-    damping: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,11 +153,6 @@ class BiCGStab(Krylov):
 
     symmetric: ClassVar[bool] = False
 
-    tol: float | None = 1e-6
-    max_steps: int = 100
-    warm_start: bool = True
-    damping: float = 0.0
-
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> tuple[PyTree, LinearInfo]:
         target, eps = residual_target(self.tol, b), epsilon(b)
 
@@ -228,11 +219,6 @@ class NormalCG(Krylov):
     """
 
     symmetric: ClassVar[bool] = False
-
-    tol: float | None = 1e-6
-    max_steps: int = 100
-    warm_start: bool = True
-    damping: float = 0.0
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> tuple[PyTree, LinearInfo]:
         target, eps = residual_target(self.tol, b), epsilon(b)
