@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-PyTree = Any
+from bilevel.typing import PyTree
 
 
 class Leaves:

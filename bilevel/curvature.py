@@ -23,8 +23,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel.derivatives import norm
+from bilevel.typing import PyTree
 
-PyTree = Any
 LinearMap = Callable[[PyTree], PyTree]
 
 __all__ = [

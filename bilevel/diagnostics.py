@@ -13,14 +13,12 @@ import optax
 
 from bilevel import derivatives, hypergradients, linear
 from bilevel.curvature import extreme_eigenvalues, unit_direction
-from bilevel.data import Stream
 from bilevel.hypergradients import Implicit, value_and_hypergradient
 from bilevel.lower import LBFGS, GradientDescent
-from bilevel.problem import Problem, ProblemError, as_variable, full_batch
+from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.solvers.default import default_solver
 from bilevel.solvers.single_loop import SABA
-
-PyTree = Any
+from bilevel.typing import PyTree
 
 __all__ = ["Check", "EstimatorCheck", "check"]
 
@@ -157,7 +155,7 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
         )
     return Check(
         variables={"x": _describe(x), "y": _describe(y)},
-        data={name: _describe_data(getattr(problem, name)) for name in ("upper_data", "lower_data")},
+        data=dict(zip(("upper_data", "lower_data"), map(repr, problem.sources), strict=True)),
         upper_loss=float(upper),
         lower_loss=float(lower),
         lower_eigenvalues=(low, high),
@@ -173,12 +171,9 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
 
 
 def _full(problem: Problem) -> Problem:
-    found = {}
-    for name in ("upper_data", "lower_data"):
-        data = getattr(problem, name)
-        data = next(data.items()) if isinstance(data, Stream) else full_batch(data)
-        found[name] = jax.tree.map(jnp.asarray, data)
-    return dataclasses.replace(problem, **found)
+    found = [source.example() if source.host else source.full() for source in problem.sources]
+    upper, lower = jax.tree.map(jnp.asarray, found)
+    return dataclasses.replace(problem, upper_data=upper, lower_data=lower)
 
 
 def _describe(tree: PyTree) -> str:
@@ -187,14 +182,6 @@ def _describe(tree: PyTree) -> str:
         return "none: a simple bilevel problem"
     shown = [f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in leaves[:4]] + ["..."] * (len(leaves) > 4)
     return f"{optax.tree.size(tree)} numbers in {len(leaves)} arrays ({', '.join(shown)})"
-
-
-def _describe_data(data: Any) -> str:
-    if data is None:
-        return "none"
-    if hasattr(data, "draw") or isinstance(data, Stream):
-        return repr(data)
-    return f"full batches of {len(jax.tree.leaves(data)[0])} samples"
 
 
 def _solve_lower(problem: Problem, x: PyTree, y: PyTree, nonsmooth: bool) -> tuple[PyTree, float, float, float]:

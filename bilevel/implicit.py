@@ -34,13 +34,11 @@ from jax.custom_derivatives import SymbolicZero
 from bilevel._arguments import Leaves, bind, hoisted, holds_tracer, replaced, signature
 from bilevel.linear import CG, GMRES
 from bilevel.optimality import stationarity
+from bilevel.typing import PyTree, X, Y
 
-PyTree = Any
 LinearMap = Callable[[PyTree], PyTree]
 P = ParamSpec("P")
 R = TypeVar("R")
-X = TypeVar("X")
-Y = TypeVar("Y")
 Args = TypeVar("Args", bound=tuple[Any, ...])
 
 __all__ = ["argmin", "custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]

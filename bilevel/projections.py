@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.curvature import spectral_norm
-
-PyTree = Any
+from bilevel.typing import PyTree
 
 __all__ = ["affine", "dual", "dual_factor", "dykstra", "osqp"]
 

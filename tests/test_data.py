@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bilevel import Problem, data
-from bilevel.data import as_step_key, permute
+from bilevel.data import as_step_key
+from bilevel.keys import permute
+from bilevel.streaming import Prefetched
 
 
 def keys(n, seed=0):
@@ -93,7 +95,7 @@ def test_inner_steps_draw_fresh_batches_of_one_epoch():
 
 def test_blocks_are_contiguous_numbered_and_complete():
     source = data.Minibatches(np.arange(12), 4, blocks=True)
-    numbers = [int(source.block(k)) for k in keys(3)]
+    numbers = [int(source.numbered(k)[0]) for k in keys(3)]
     assert sorted(numbers) == [0, 1, 2]
     for number, key in zip(numbers, keys(3), strict=True):
         np.testing.assert_array_equal(source.draw(key), np.arange(4 * number, 4 * number + 4))
@@ -141,7 +143,7 @@ def test_stream_skips_and_repeats():
     stream = data.Stream([np.asarray([i]) for i in range(3)])
     items = stream.items(4)  # 0 1 2 | 0 [1] 2 | 0
     assert [int(next(items)[0]) for _ in range(3)] == [1, 2, 0]
-    reader = stream.prefetched(1)
+    reader = Prefetched(stream.items(1), stream.draws)
     np.testing.assert_array_equal(read(reader, 4)[:, 0], [1, 2, 0, 1])
     reader.close()
 
@@ -161,7 +163,7 @@ def test_a_stream_keeps_its_order_whoever_is_the_slower(monkeypatch, patience, d
                 time.sleep(0.002)
             yield np.full(4, i, np.float32)
 
-    reader = data.Stream(items, draws).prefetched()
+    reader = Prefetched(data.Stream(items, draws).items(), draws)
     found = read(reader, 200, at_once=4)
     reader.close()
     assert reader.steps == 7
@@ -177,7 +179,7 @@ def test_a_slow_stream_hands_out_what_there_is():
                 gate.wait()
             yield np.full(1, i)
 
-    reader = data.Stream(items).prefetched()
+    reader = Prefetched(data.Stream(items).items())
     assert read(reader, 3).ravel().tolist() == [0, 1, 2]  # the fourth may take for ever
     gate.set()
     assert read(reader, 7).ravel().tolist() == [3, 4, 5, 6, 7, 8, 9]
@@ -189,7 +191,7 @@ def test_stream_raises_the_sources_error_where_it_is_consumed():
         yield from (np.full(1, i) for i in range(2))
         raise OSError("disk gone")
 
-    reader = data.Stream(broken).prefetched()
+    reader = Prefetched(data.Stream(broken).items())
     assert read(reader, 2).ravel().tolist() == [0, 1]
     with pytest.raises(OSError, match="disk gone"):
         reader.ready(1)
@@ -197,7 +199,7 @@ def test_stream_raises_the_sources_error_where_it_is_consumed():
 
 
 def test_a_stream_of_unequal_items_is_named():
-    reader = data.Stream([np.zeros(4), np.zeros(3)]).prefetched()
+    reader = Prefetched(data.Stream([np.zeros(4), np.zeros(3)]).items())
     read(reader, 1)
     with pytest.raises(ValueError, match=r"Item 1 of the stream .*\(3,\).*the first had .*\(4,\).*drop or pad"):
         reader.ready(1)

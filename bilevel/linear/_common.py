@@ -12,8 +12,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel._module import state
+from bilevel.typing import PyTree
 
-PyTree = Any
 Matvec = Callable[[PyTree], PyTree]
 S = TypeVar("S")
 

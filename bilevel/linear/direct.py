@@ -12,7 +12,6 @@ from bilevel.linear._common import (
     LinearCarry,
     LinearInfo,
     Matvec,
-    PyTree,
     Solver,
     axpy,
     check_not_negative,
@@ -37,6 +36,7 @@ from bilevel.linear.preconditioners import (
     low_rank,
     refreshed,
 )
+from bilevel.typing import PyTree
 
 
 @hyperparameters

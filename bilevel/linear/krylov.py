@@ -15,7 +15,6 @@ from bilevel.linear._common import (
     LinearCarry,
     LinearInfo,
     Matvec,
-    PyTree,
     Solver,
     axpy,
     check_not_negative,
@@ -34,6 +33,7 @@ from bilevel.linear._common import (
     start,
 )
 from bilevel.linear.preconditioners import Preconditioner
+from bilevel.typing import PyTree
 
 
 @hyperparameters

@@ -15,7 +15,6 @@ from bilevel._module import hyperparameters
 from bilevel.linear._common import (
     LinearInfo,
     Matvec,
-    PyTree,
     axpy,
     check_positive,
     dot,
@@ -31,6 +30,7 @@ from bilevel.linear._common import (
     working_dtype,
 )
 from bilevel.linear.krylov import Krylov, residual_target
+from bilevel.typing import PyTree
 
 
 @hyperparameters

@@ -13,7 +13,6 @@ from bilevel.linear._common import (
     LinearCarry,
     LinearInfo,
     Matvec,
-    PyTree,
     Solver,
     axpy,
     check_positive,
@@ -23,6 +22,7 @@ from bilevel.linear._common import (
     scaled,
     start,
 )
+from bilevel.typing import PyTree
 
 
 @hyperparameters
