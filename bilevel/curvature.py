@@ -58,7 +58,7 @@ def extreme_eigenvalues(
       key: seed or key of the random start.
       steps: Lanczos steps.
       dense: the most unknowns for which the matrix is formed.
-      chunk: columns of the matrix that are computed at once; None: all.
+      chunk: columns of the matrix that are computed at once (with more of them memory grows and time falls); None: all.
 
     Reference: Golub, Van Loan, "Matrix Computations", chapter 10.
     """
@@ -116,7 +116,7 @@ def dominant_eigenvalue(
       loss: the upper loss, `F(x, y)` or `F(x, y, batch)`.
       weight_decay: of the upper variable; the Hessian of (weight_decay / 2) |x|^2 adds it to every eigenvalue, as in
         the authors' logs (1e-3).
-      dense, chunk, steps, key: as in `extreme_eigenvalues`; with a larger `chunk` memory grows and time falls.
+      dense, chunk, steps, key: as in `extreme_eigenvalues`.
 
     Returns:
       A function of (x, y) or (x, y, batch), for `solve(metrics=...)`. Equal arguments give equal functions, so that a
