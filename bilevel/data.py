@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections.abc
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,7 @@ class Source:
     Subclasses are pytrees: the attributes named by `leaves` travel as data, all others are static and hashable.
 
     Attributes:
+      count: the number of samples; None where there is no end of them.
       arrays: the arrays that batches are made of; looked through before a run for what is not finite.
       given: whether there are data at all (else losses take (x, y) alone).
       random: whether samples are drawn, so that the loss of a step is an estimate.
@@ -114,16 +115,21 @@ class Source:
       stacked: the leading axis of the arrays is the parties', and may be spread over devices.
       blocks: the number of numbered batches, where `numbered` gives the number of each; None: they have none.
       unnumbered: why not, in words.
+      cuttable: `full()` is nothing but samples, drawn in smaller batches otherwise: a pass over it may go in pieces.
     """
 
     arrays: PyTree = None
-    given: ClassVar[bool] = True
-    host: ClassVar[bool] = False
-    owners: str = ""
-    stacked: bool = False
-    even: bool = True
-    unnumbered: ClassVar[str] = "have no numbers"
+    given: bool = True
+    random: bool = True
     size: int | None = None
+    host: bool = False
+    parties: int | None = None
+    owners: str = ""
+    even: bool = True
+    stacked: bool = False
+    blocks: int | None = None
+    unnumbered: str = "have no numbers"
+    cuttable: bool = False
 
     def __init_subclass__(cls, leaves: tuple[str, ...] | None = ("arrays",), **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -157,29 +163,9 @@ class Source:
         return jax.tree.leaves(self.arrays)[0].shape[0]
 
     @property
-    def random(self) -> bool:
-        """Whether samples are drawn."""
-        return True
-
-    @property
     def varies(self) -> bool:
         """Whether another key gives another batch."""
         return self.random
-
-    @property
-    def parties(self) -> int | None:
-        """How many agents or clients own the samples."""
-        return None
-
-    @property
-    def blocks(self) -> int | None:
-        """The number of numbered batches."""
-        return None
-
-    @property
-    def cuttable(self) -> bool:
-        """Whether `full()` is nothing but samples, drawn in smaller batches otherwise: a pass over it may go in pieces."""
-        return False
 
     def numbered(self, key: StepKey) -> tuple[jax.Array, PyTree]:
         """The number of this step's batch, and the batch."""
@@ -208,21 +194,11 @@ class Source:
 class Nothing(Source, leaves=()):
     """No data: the losses take (x, y)."""
 
-    given = False
+    given, random, count = False, False, 0  # type: ignore[assignment]
 
     def draw(self, key: StepKey) -> PyTree:
         """None."""
         return None
-
-    @property
-    def count(self) -> int:
-        """No samples."""
-        return 0
-
-    @property
-    def random(self) -> bool:
-        """Nothing is drawn."""
-        return False
 
     def describe(self) -> Description:
         """None."""
@@ -239,17 +215,14 @@ class Full(Source):
       arrays: pytree of arrays of one leading length.
     """
 
+    random = False
+
     def __init__(self, arrays: PyTree) -> None:
         self.arrays = arrays
 
     def draw(self, key: StepKey) -> PyTree:
         """All samples."""
         return self.arrays
-
-    @property
-    def random(self) -> bool:
-        """Every batch is the same."""
-        return False
 
     def check(self, name: str) -> None:
         """Raise where the leaves do not share a sample axis."""
@@ -291,6 +264,7 @@ class Minibatches(Source):
     """
 
     size: int
+    cuttable = True
     unnumbered = "are drawn afresh from the samples"
 
     def __init__(self, arrays: PyTree, size: int, *, replace: bool = False, blocks: bool = False) -> None:
@@ -313,12 +287,7 @@ class Minibatches(Source):
         return -(-count // self.size) if self.in_blocks else count // self.size
 
     @property
-    def cuttable(self) -> bool:
-        """All samples of a level of means are the mean over equal pieces."""
-        return True
-
-    @property
-    def blocks(self) -> int | None:
+    def blocks(self) -> int | None:  # type: ignore[override]
         """The number of blocks, with `blocks=True`."""
         return self.batches if self.in_blocks else None
 
@@ -361,6 +330,8 @@ class Sampler(Source):
       arrays: any pytree of arrays, handed to `fn` (never baked into the compiled program).
     """
 
+    count = None  # type: ignore[assignment]
+
     def __init__(self, fn: Callable[[jax.Array, PyTree], PyTree], arrays: PyTree = None) -> None:
         if not callable(fn):
             raise TypeError(f"Sampler needs a function fn(key, arrays) -> batch, not {type(fn).__name__}.")
@@ -373,11 +344,6 @@ class Sampler(Source):
     def full(self, key: StepKey | None = None) -> PyTree:
         """One draw: a sampler has no end."""
         return self.draw(as_step_key(0) if key is None else key)
-
-    @property
-    def count(self) -> None:
-        """A sampler has no end."""
-        return None
 
     def describe(self) -> Description:
         """The function and its arrays."""
@@ -476,25 +442,10 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
         self.arrays = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *datasets)
         self.counts = np.asarray(counts, np.int32)
         self.offsets = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int32)
-        self.size = size
+        self.size, self.random, self.parties, self.even = size, size is not None, len(counts), len(set(counts)) == 1
 
     def __len__(self) -> int:
         return self.counts.shape[0]
-
-    @property
-    def parties(self) -> int:
-        """The number of clients."""
-        return len(self)
-
-    @property
-    def random(self) -> bool:
-        """Whether there is a batch size."""
-        return self.size is not None
-
-    @property
-    def even(self) -> bool:  # type: ignore[override]
-        """Whether all clients have equally many samples."""
-        return len(set(np.asarray(self.counts).tolist())) == 1
 
     def shares(self) -> jax.Array:
         """Each client's share of the samples, times the number of clients."""
@@ -546,7 +497,7 @@ class Agents(Source):
         sample_count(arrays, "Agents' arrays (agents, samples, ...)")
         n = sample_count(jax.tree.map(lambda a: np.empty(np.shape(a)[1:], bool), arrays), "each agent's arrays")
         _check_size("Agents", size, n, "each agent has")
-        self.arrays, self.size = arrays, size
+        self.arrays, self.size, self.random = arrays, size, size is not None
 
     @classmethod
     def stack(cls, datasets: Sequence[PyTree], size: int | None = None) -> Agents:
@@ -567,14 +518,9 @@ class Agents(Source):
         return jax.tree.leaves(self.arrays)[0].shape[0]
 
     @property
-    def parties(self) -> int:
+    def parties(self) -> int:  # type: ignore[override]
         """The number of agents."""
         return len(self)
-
-    @property
-    def random(self) -> bool:
-        """Whether there is a batch size."""
-        return self.size is not None
 
     @property
     def count(self) -> int:
@@ -631,7 +577,7 @@ class Stream(Source, leaves=None):
       draws: items consumed per step, for solvers that draw several batches per step.
     """
 
-    host = True
+    host, count = True, None  # type: ignore[assignment]
 
     def __init__(self, iterable: Iterable[PyTree] | Callable[[int], Iterator[PyTree]], draws: int = 1) -> None:
         if not callable(iterable) and not isinstance(iterable, collections.abc.Iterable):
@@ -672,11 +618,6 @@ class Stream(Source, leaves=None):
                 raise ValueError(f"{what} Give a list, a loader object, or a function start -> iterator.")
             first = False
 
-    @property
-    def count(self) -> None:
-        """A stream has no end."""
-        return None
-
     def example(self) -> PyTree:
         """The first item."""
         return jax.tree.map(np.asarray, next(self.items()))
@@ -699,6 +640,8 @@ class Stream(Source, leaves=None):
 class Streamed(Source, leaves=("items",)):
     """The items of one step of a `Stream`, as the compiled loop sees them."""
 
+    count = None  # type: ignore[assignment]
+
     def __init__(self, items: PyTree, draws: int) -> None:
         self.items, self.draws = items, draws
 
@@ -706,11 +649,6 @@ class Streamed(Source, leaves=("items",)):
         """Item `key.step mod draws` of this step."""
         which = (key.step % jnp.uint32(self.draws)).astype(jnp.int32)
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), self.items)
-
-    @property
-    def count(self) -> None:
-        """A stream has no end."""
-        return None
 
     def full(self, key: StepKey | None = None) -> PyTree:
         """One item: a stream has no end."""

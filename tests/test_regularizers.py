@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel import Problem, data, diagnostics, run, solve
+from bilevel import Problem, curvature, data, run, solve
 from bilevel import regularizers as reg
 from bilevel.checkpoint import CheckpointError
 from bilevel.data import as_step_key
@@ -419,7 +419,7 @@ def upper(x, y):
 
 
 PROBLEM = Problem(upper, lower, lower_data=data.Minibatches(np.random.default_rng(0).normal(size=16), 2))
-EIGENVALUE = diagnostics.dominant_eigenvalue(upper)
+EIGENVALUE = curvature.dominant_eigenvalue(upper)
 X, Y = jnp.zeros(2), jnp.asarray(1.0)
 RULE = EarlyStopping(window=3, lag=2, ratio=1.2, start=4)
 
