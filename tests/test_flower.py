@@ -12,7 +12,7 @@ from distributed_problems import arrays, lower, quadratic, solution, upper
 
 from bilevel import Problem, data
 from bilevel import run as run_here
-from bilevel.solvers.federated import FedBiO, FedMBO, FedNest, SimFBO
+from bilevel.solvers.federated import AggITD, FedBiO, FedMBO, FedNest, SimFBO
 
 pytest.importorskip("flwr", reason="the optional extra `flower` is not installed")
 
@@ -52,6 +52,16 @@ def test_full_participation_gives_the_iterates_of_one_process(solver, x64: None)
     np.testing.assert_allclose(there.history["upper_loss"], metrics["upper_loss"], atol=1e-12)
     assert there.history["communication_floats"][0] > N * (P + 2 * Q)
     assert (there.history["communication_rounds"] == 1).all() and there.state.missing == ()
+
+
+def test_aggitd_runs_on_both_engines(x64: None) -> None:
+    problem, _ = quadratic(N, het=0.5)
+    solver = AggITD(None, 0.05, 0.2, 5)
+    here, _ = run_here(problem, solver, jnp.zeros(P), jnp.zeros(Q), 4)
+    there = _run(solver, 4)
+    np.testing.assert_allclose(there.x, here.x, atol=1e-13)
+    np.testing.assert_allclose(there.y, here.y, atol=1e-13)
+    assert (there.history["communication_rounds"] == 6).all()
 
 
 @pytest.mark.parametrize("chain", ["sum", "random"])
