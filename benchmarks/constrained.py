@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from bilevel import Problem, run
-from bilevel.solvers.penalty import (
+from bilevel.solvers import (
     BLOCC,
     BOME,
     BVFSM,

@@ -29,8 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import Problem, data, network
-from bilevel.solvers.decentralized import GTDSBO
-from bilevel.solvers.federated import FedMBO, SimFBO
+from bilevel.solvers import GTDSBO, FedMBO, SimFBO
 
 
 def upper(x: jax.Array, y: jax.Array, batch: Any) -> jax.Array:

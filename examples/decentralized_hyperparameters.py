@@ -23,7 +23,7 @@ import numpy as np
 
 from bilevel import Problem, data, network, solve
 from bilevel.problems import datasets
-from bilevel.solvers.decentralized import DSOBA, GTDSBO, MADSBO, SPARKLE
+from bilevel.solvers import DSOBA, GTDSBO, MADSBO, SPARKLE
 
 PRIOR = 0.1
 

@@ -25,7 +25,7 @@ import optax
 
 from bilevel import Problem, solve
 from bilevel.problems import datasets, splits
-from bilevel.solvers.federated import FedMBO, SimFBO
+from bilevel.solvers import FedMBO, SimFBO
 
 CLASSES = 10
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels

@@ -24,7 +24,7 @@ import optax
 
 from bilevel import Problem, lower, solve, solvers
 from bilevel.problems import datasets
-from bilevel.solvers.penalty import MEHA, Continuation
+from bilevel.solvers import MEHA, Continuation
 
 GROUPS, TERMS = 10, 5
 LOW, HIGH = -9.0, 1.0

@@ -24,7 +24,7 @@ import numpy as np
 
 from bilevel import Problem, lower, solve, solvers
 from bilevel.problems import datasets
-from bilevel.solvers.penalty import LVHBA, BiCGAFFA, Continuation
+from bilevel.solvers import LVHBA, BiCGAFFA, Continuation
 
 LOW, HIGH, START = -9.0, 2.0, -5.0
 # A first-order method moves all variables with one step size, so they are kept in units in which the lower loss curves

@@ -18,7 +18,7 @@ import pytest
 from distributed_problems import quadratic
 
 from bilevel import Problem, data, distributed, network, solve
-from bilevel.solvers.decentralized import GTDSBO
+from bilevel.solvers import GTDSBO
 
 TESTS = Path(__file__).parent
 METHODS = ["gt", "ed", "simfbo", "fedmbo"]

@@ -14,10 +14,10 @@ from bilevel import Problem, curvature, data, run, solve
 from bilevel import regularizers as reg
 from bilevel.checkpoint import CheckpointError
 from bilevel.data import as_step_key
+from bilevel.lower import MomentumSGD
 from bilevel.regularizers import EarlyStopping
 from bilevel.solution import History, Result
 from bilevel.solve import Event
-from bilevel.lower import MomentumSGD
 from bilevel.solvers.darts import DARTS
 
 # Dominant eigenvalues of the authors' search logs, recomputed from the Hessians in experiments/search_logs of the repository

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel import derivatives
+from bilevel.curvature import spectral_norm
 from bilevel.data import as_source
 from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
@@ -128,14 +128,4 @@ def largest_curvature(
     """
     level = problem.levels(key, "all" if agents is None else agents).lower
     hvp = derivatives.linearised(level, x, y).hvp
-
-    def lengths(v: PyTree) -> jax.Array:
-        return jnp.sqrt(sum(jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(v)))
-
-    def unit(v: PyTree) -> PyTree:
-        length = jnp.maximum(lengths(v), jnp.finfo(jax.tree.leaves(v)[0].dtype).tiny)
-        return jax.tree.map(lambda a: a / length.reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype), v)
-
-    start = unit(optax.tree.random_like(jax.random.key(0), y))
-    v = jax.lax.fori_loop(0, iterations, lambda _, v: unit(hvp(v)), start)
-    return jnp.max(lengths(hvp(v)))
+    return jnp.max(spectral_norm(hvp, y, iterations, stacked=True))

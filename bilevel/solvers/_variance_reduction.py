@@ -320,7 +320,9 @@ class SAGA:
 
     def table_bytes(self, problem: Problem, x: PyTree, y: PyTree) -> int:
         """Bytes of the tables for this problem, nothing being allocated."""
-        upper, lower = (source.blocks or 0 for source in problem.sources)
+        upper, lower = (
+            source.blocks or (source.count // source.size if source.cuttable else 0) for source in problem.sources
+        )
         return (2 * _bytes(y) + _bytes(x)) * lower + (_bytes(y) + _bytes(x)) * upper
 
     def init(self, problem: Problem, oracle: Any, at: Point) -> tuple[Table | None, Table | None]:
