@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bilevel.models.supernet import S2, Supernet
+from bilevel.problems import architecture
 from flax import nnx
 from torch import nn
 
 from bilevel.data import as_step_key
-from bilevel.models.supernet import S2, Supernet
-from bilevel.problems import architecture
 from bilevel.solvers.darts import DARTS, MomentumSGD, coupled_adam
 
 

@@ -29,10 +29,10 @@ if "XLA_FLAGS" not in os.environ:  # runs side by side use the cores better than
 
 import numpy as np
 import optax
-
-from bilevel import diagnostics, solve, solvers
 from bilevel.models.supernet import NASBENCH201, parameter_free
 from bilevel.problems import architecture
+
+from bilevel import diagnostics, solve, solvers
 from bilevel.regularizers import EarlyStopping
 
 # name: (weight decay of y, largest drop-path). A search of 900 steps is twenty times shorter than the paper's, and a

@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-from bilevel import data, solve, solvers
-from bilevel.problems import datasets
 from bilevel.problems.biformer import calibrated, cleaning, prepare
+
+from bilevel import data, datasets, solve, solvers
 
 NAMES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 

@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-from bilevel import solve, solvers
-from bilevel.models import from_nnx
-from bilevel.problems import datasets
 from bilevel.problems.biformer import fine_tuning, prepare, small_biformer
+
+from bilevel import datasets, solve, solvers
+from bilevel.integrations.flax import from_nnx
 
 CLASSES = 5
 STEP = 0.05  # of gradient descent in the fine-tuning; the learnt rates multiply it

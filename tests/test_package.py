@@ -29,12 +29,16 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("statement", ["import bilevel", "from bilevel.problems import datasets"])
+@pytest.mark.parametrize(
+    "statement", ["import bilevel", "from bilevel import datasets, splits", "import bilevel.applications"]
+)
 def test_import_is_light_and_silent(statement):
     assert modules_after(statement).isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["bilevel", "bilevel.problems", *(f"bilevel.{room}" for room in ROOMS)])
+@pytest.mark.parametrize(
+    "module", ["bilevel", *(f"bilevel.{room}" for room in (*ROOMS, "datasets", "splits", "applications"))]
+)
 def test_all_names_exist_once(module):
     names = importlib.import_module(module).__all__
     assert len(set(names)) == len(names)
