@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from bilevel.models.biformer import RoutingAttention, biformer_tiny, load_original
 from flax import nnx
 from torch import nn
 
+from bilevel.applications.biformer import RoutingAttention, biformer_tiny, load_original
 from bilevel.integrations.flax import from_nnx
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -53,6 +54,15 @@ def test_docs_list_the_public_names_in_order():
     for room in ROOMS:
         text = (ROOT / f"docs/api/{room}.md").read_text()
         assert f".. automodule:: bilevel.{room}\n" in text
+
+
+def test_applications_use_public_names_alone():
+    """What `bilevel.applications` imports from elsewhere in the package has no underscore in front, room or name."""
+    for file in (ROOT / "bilevel/applications").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bilevel":
+                names = [*node.module.split("."), *(alias.name for alias in node.names)]
+                assert not [name for name in names if name.startswith("_")], file
 
 
 def test_version_is_that_of_the_distribution():
