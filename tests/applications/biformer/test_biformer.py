@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import zlib
@@ -223,6 +224,11 @@ def test_parameters_and_multiply_adds_are_exact(constructor, parameters, operati
     assert multiply_adds(model) == operations
 
 
+def attend(backend, scale):
+    """`routed_attention` as one compiled function of (q, k, v, index, w)."""
+    return jax.jit(functools.partial(routed_attention, scale=scale, backend=backend))
+
+
 def random_qkv(key, shape, regions, keys, width):
     batch, heads, tokens, chosen = shape
     kq, kk, kv, ki = jax.random.split(jax.random.key(key), 4)
@@ -246,14 +252,13 @@ def test_back_ends_agree_with_the_definition(x64, soft, chosen):
         p = np.exp(0.3 * np.asarray(q[b, m, r]) @ chosen_k.T)
         expected[b, m, r] = p / p.sum(-1, keepdims=True) @ chosen_v
     for backend in (*BACKENDS, *(("full",) if chosen == 6 and not soft else ())):
-        out = routed_attention(q, k, v, index, w, scale=0.3, backend=backend)
-        np.testing.assert_allclose(out, expected, atol=1e-12)
+        np.testing.assert_allclose(attend(backend, 0.3)(q, k, v, index, w), expected, atol=1e-12)
 
 
 def test_a_large_logit_does_not_overflow_any_back_end():
     q, k, v, index = random_qkv(0, (1, 1, 2, 2), 3, 2, 4)
     for backend in (*BACKENDS, "fused"):
-        out = routed_attention(1e3 * q, 1e3 * k, v[..., :4], index, None, scale=1.0, backend=backend)
+        out = attend(backend, 1.0)(1e3 * q, 1e3 * k, v[..., :4], index, None)
         assert np.isfinite(out).all(), backend
 
 
@@ -276,6 +281,18 @@ def layers_hvp(backend, **options):
     return loss, point, direction
 
 
+def assert_second_derivatives(loss, point, direction, tolerance):
+    """A Hessian-vector product against central differences of the gradient, both from one compiled program."""
+    both = jax.jit(lambda point: jax.jvp(jax.grad(loss), (point,), (direction,)))
+    _, hvp = both(point)
+    step = 1e-5
+    up, down = (both(jax.tree.map(lambda a, d, t=t: a + t * d, point, direction))[0] for t in (step, -step))
+    numeric = jax.tree.map(lambda a, b: (a - b) / (2 * step), up, down)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(numeric))
+    for ours, theirs in zip(jax.tree.leaves(hvp), jax.tree.leaves(numeric), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance * scale)
+
+
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
@@ -286,18 +303,7 @@ def layers_hvp(backend, **options):
     ],
 )
 def test_second_derivatives_equal_finite_differences(x64, backend, options):
-    loss, point, direction = layers_hvp(backend, **options)
-    gradient = jax.jit(jax.grad(loss))
-    hvp = jax.jit(lambda point, direction: jax.jvp(gradient, (point,), (direction,))[1])(point, direction)
-    step = 1e-5
-
-    def at(t):
-        return gradient(jax.tree.map(lambda a, d: a + t * d, point, direction))
-
-    numeric = jax.tree.map(lambda up, down: (up - down) / (2 * step), at(step), at(-step))
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(numeric))
-    for ours, theirs in zip(jax.tree.leaves(hvp), jax.tree.leaves(numeric), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-7 * scale)
+    assert_second_derivatives(*layers_hvp(backend, **options), tolerance=1e-7)
 
 
 @pytest.mark.slow
@@ -317,21 +323,14 @@ def test_second_derivatives_of_a_model_through_scan_and_batch_statistics(x64):
     params, apply = from_nnx(model)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
     x = jax.random.normal(jax.random.key(0), (2, 64, 64, 1))
-    _, routings = apply(params, x, train=True, return_routing=True)
+    _, routings = jax.jit(lambda p: apply(p, x, train=True, return_routing=True))(params)
     frozen = [None if r is None else r.index for r in routings]
 
     def loss(params):
         return jnp.square(apply(params, x, train=True, routing_index=frozen)).sum()
 
     direction = jax.tree.map(lambda a: jax.random.normal(jax.random.key(2), a.shape), params)
-    gradient = jax.jit(jax.grad(loss))
-    hvp = jax.jit(lambda p: jax.jvp(gradient, (p,), (direction,))[1])(params)
-    step = 1e-5
-    up, down = (gradient(jax.tree.map(lambda a, d, t=t: a + t * d, params, direction)) for t in (step, -step))
-    numeric = jax.tree.map(lambda a, b: (a - b) / (2 * step), up, down)
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(numeric))
-    for ours, theirs in zip(jax.tree.leaves(hvp), jax.tree.leaves(numeric), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6 * scale)
+    assert_second_derivatives(loss, params, direction, tolerance=1e-6)
 
 
 def test_the_fused_back_end_has_first_derivatives_and_refuses_second_ones():
@@ -341,14 +340,14 @@ def test_the_fused_back_end_has_first_derivatives_and_refuses_second_ones():
     def loss(backend):
         return lambda q, k, v: jnp.square(routed_attention(q, k, v, index, None, scale=0.3, backend=backend)).sum()
 
-    ours, theirs = (jax.grad(loss(name), argnums=(0, 1, 2))(q, k, v) for name in ("fused", "gathered"))
+    ours, theirs = (jax.jit(jax.grad(loss(name), argnums=(0, 1, 2)))(q, k, v) for name in ("fused", "gathered"))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     gradient = jax.grad(loss("fused"))
     with pytest.raises(NotImplementedError, match=r"first derivatives only.*hypergradient"):
-        jax.jvp(lambda q: gradient(q, k, v), (q,), (q,))
+        jax.eval_shape(lambda q: jax.jvp(lambda q: gradient(q, k, v), (q,), (q,)), q)
     with pytest.raises(NotImplementedError, match="first derivatives only"):
-        jax.grad(lambda q: jax.jit(gradient)(q, k, v).sum())(q)
+        jax.eval_shape(jax.grad(lambda q: jax.jit(gradient)(q, k, v).sum()), q)
     with pytest.raises(ValueError, match="no soft routing"):
         routed_attention(q, k, v, index, jnp.ones(index.shape), scale=1.0, backend="fused")
 
@@ -359,7 +358,7 @@ def test_hard_routing_passes_no_gradient_and_soft_differentiable_routing_does():
     def router_gradient(**options):
         module = RoutingAttention(8, 2, n_win=2, topk=2, soft_routing=True, **options, rngs=nnx.Rngs(0))
         params, apply = from_nnx(module)
-        return jax.grad(lambda p: jnp.square(apply(p, x)).sum())(params)
+        return jax.jit(jax.grad(lambda p: jnp.square(apply(p, x)).sum()))(params)
 
     assert jnp.abs(router_gradient(diff_routing=True, param_routing=True)["router"]["kernel"]).max() > 0
     frozen, free = router_gradient(), router_gradient(diff_routing=True)
@@ -369,11 +368,10 @@ def test_hard_routing_passes_no_gradient_and_soft_differentiable_routing_does():
 def test_all_regions_chosen_is_full_attention(x64):
     q, k, v, _ = random_qkv(0, (2, 2, 4, 1), 5, 4, 6)
     every = jnp.broadcast_to(jnp.arange(5), (2, 5, 5))
-    expected = full_attention(*(a.reshape(2, 2, 20, -1) for a in (q, k, v)), scale=0.2).reshape(2, 2, 5, 4, 7)
+    flat = [a.reshape(2, 2, 20, -1) for a in (q, k, v)]
+    expected = jax.jit(functools.partial(full_attention, scale=0.2))(*flat).reshape(2, 2, 5, 4, 7)
     for backend in ("auto", *BACKENDS):
-        np.testing.assert_allclose(
-            routed_attention(q, k, v, every, None, scale=0.2, backend=backend), expected, atol=1e-12
-        )
+        np.testing.assert_allclose(attend(backend, 0.2)(q, k, v, every, None), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +392,9 @@ def test_padding_to_a_multiple_equals_padding_by_hand_and_cropping():
     module = RoutingAttention(8, 2, n_win=3, topk=2, auto_pad=True, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 5, 7, 8))
     padded = jnp.pad(x, ((0, 0), (0, 1), (0, 2), (0, 0)))
-    np.testing.assert_allclose(module(x), module(padded)[:, :5, :7], atol=1e-6)
+    params, apply = from_nnx(module)
+    call = jax.jit(apply)
+    np.testing.assert_allclose(call(params, x), call(params, padded)[:, :5, :7], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -159,14 +159,14 @@ def test_depthwise_convolution_equals_the_grouped_one_and_differentiates_to_thir
         )
 
     np.testing.assert_allclose(ours(x, kernel), theirs(x, kernel), atol=1e-12)
-    check_grads(ours, (x, kernel), order=3, modes=("fwd", "rev"))
+    check_grads(jax.jit(ours), (x, kernel), order=3, modes=("fwd", "rev"))
     xs, kernels = jnp.stack([x, 2 * x]), jnp.stack([kernel, kernel**2])
     for axes in ((0, None), (None, 0), (0, 0)):
         arguments = [
             stack if axis == 0 else one for axis, stack, one in zip(axes, (xs, kernels), (x, kernel), strict=True)
         ]
         cube = [jax.grad(lambda x, k, f=f: (f(x, k) ** 3).sum(), argnums=(0, 1)) for f in (ours, theirs)]
-        a, b = (jax.vmap(f, axes)(*arguments) for f in cube)
+        a, b = (jax.jit(jax.vmap(f, axes))(*arguments) for f in cube)
         for mine, expected in zip(a, b, strict=True):
             np.testing.assert_allclose(mine, expected, rtol=1e-10, atol=1e-9)
 
@@ -199,7 +199,9 @@ def test_drop_path_keeps_the_mean_and_drops_whole_samples():
 def test_normalisations_and_gelu_equal_their_formulas(x64):
     x = 5 + jax.random.normal(jax.random.key(0), (3, 4, 4, 6))
     centred = x - x.mean(-1, keepdims=True)
-    np.testing.assert_allclose(LayerNorm(6)(x), centred / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6), atol=1e-12)
+    np.testing.assert_allclose(
+        jax.jit(LayerNorm(6))(x), centred / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6), atol=1e-12
+    )
     norm = BatchNorm(6)
     out = norm(x, train=True)
     np.testing.assert_allclose(out, (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5), atol=1e-12)

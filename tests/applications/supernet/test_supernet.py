@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from bilevel import Problem, data
-from bilevel.applications import supernet
+from bilevel.applications import Application, supernet
 from bilevel.applications.supernet import (
     NASBENCH201,
     S1,
@@ -311,6 +311,9 @@ def test_search_problem_and_retraining_end_to_end():
     )
     search = supernet.search(split, split, network, batch=16, drop_path=0.5, auxiliary_skip=True, steps=4)
     search.problem.validate(search.x0, search.y0)
+    assert isinstance(search, Application) and "architecture search" in repr(search)
+    measure, held = search.metrics["accuracy"]
+    assert held is split and 0 <= jax.jit(measure)(search.x0, search.y0, held) <= 1
     at = data.StepKey(jax.random.key(0), jnp.uint32(3), jnp.uint32(0))
     value = jax.jit(lambda problem: problem.draw_lower(at)(search.x0, search.y0))
     first = value(search.problem)
