@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import Problem, data
-from bilevel.problems import datasets
+from bilevel import Problem, data, datasets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from flax import nnx
 from torch import nn
 
+from bilevel.applications.supernet import S2, Supernet, search
 from bilevel.data import as_step_key
-from bilevel.models.supernet import S2, Supernet
-from bilevel.problems import architecture
-from bilevel.solvers.darts import DARTS, MomentumSGD, coupled_adam
+from bilevel.lower import MomentumSGD
+from bilevel.optimizers import coupled_adam
+from bilevel.solvers import DARTS
 
 
 def norm(channels, affine=False):
@@ -217,7 +218,7 @@ class Ours:
             rngs=nnx.Rngs(seed),
         )
         n = options.batch
-        self.search = architecture.search(images(n, 0), images(n, 1), self.network, batch=n)
+        self.search = search(images(n, 0), images(n, 1), self.network, batch=n)
         self.solver = DARTS(order, MomentumSGD(0.025), coupled_adam())
         key = as_step_key(0)
         self.state = self.solver.init(self.search.problem, self.search.x0, self.search.y0, key)

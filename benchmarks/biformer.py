@@ -22,8 +22,8 @@ import torch
 from flax import nnx
 from torch import nn
 
-from bilevel.models import from_nnx
-from bilevel.models.biformer import RoutingAttention, biformer_tiny, load_original
+from bilevel.applications.biformer import RoutingAttention, biformer_tiny, load_original
+from bilevel.integrations.flax import from_nnx
 
 
 class TorchBRA(nn.Module):

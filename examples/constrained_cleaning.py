@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, lower, solve
-from bilevel.problems import datasets
+from bilevel import Problem, datasets, lower, solve
 from bilevel.solvers import BiCGAFFA, Continuation
 
 CLASSES = 10

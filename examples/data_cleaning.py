@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, data, lower, solve, solvers
-from bilevel.problems import datasets
+from bilevel import Problem, data, datasets, lower, solve, solvers
 
 CLASSES, L2 = 10, 1e-3
 

@@ -21,8 +21,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import Problem, data, network, solve
-from bilevel.problems import datasets
+from bilevel import Problem, data, datasets, network, solve
 from bilevel.solvers import DSOBA, GTDSBO, MADSBO, SPARKLE
 
 PRIOR = 0.1

@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, solve
-from bilevel.problems import datasets, splits
+from bilevel import Problem, datasets, solve, splits
 from bilevel.solvers import FedMBO, SimFBO
 
 CLASSES = 10

@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import Problem, data, lower, solve, solvers, sweep
-from bilevel.problems import datasets
+from bilevel import Problem, data, datasets, lower, solve, solvers, sweep
 
 
 def logistic(y, batch):

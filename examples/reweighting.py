@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, data, solve, solvers
-from bilevel.problems import datasets
+from bilevel import Problem, data, datasets, solve, solvers
 
 CLASSES, HIDDEN, L2 = 10, 64, 1e-3
 

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, lower, solve, solvers
-from bilevel.problems import datasets
+from bilevel import Problem, datasets, lower, solve, solvers
 from bilevel.solvers import MEHA, Continuation
 
 GROUPS, TERMS = 10, 5

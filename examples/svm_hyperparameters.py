@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import Problem, lower, solve, solvers
-from bilevel.problems import datasets
+from bilevel import Problem, datasets, lower, solve, solvers
 from bilevel.solvers import LVHBA, BiCGAFFA, Continuation
 
 LOW, HIGH, START = -9.0, 2.0, -5.0

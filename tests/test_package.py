@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -29,12 +30,16 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("statement", ["import bilevel", "from bilevel.problems import datasets"])
+@pytest.mark.parametrize(
+    "statement", ["import bilevel", "from bilevel import datasets, splits", "import bilevel.applications"]
+)
 def test_import_is_light_and_silent(statement):
     assert modules_after(statement).isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("module", ["bilevel", "bilevel.problems", *(f"bilevel.{room}" for room in ROOMS)])
+@pytest.mark.parametrize(
+    "module", ["bilevel", *(f"bilevel.{room}" for room in (*ROOMS, "datasets", "splits", "applications"))]
+)
 def test_all_names_exist_once(module):
     names = importlib.import_module(module).__all__
     assert len(set(names)) == len(names)
@@ -49,6 +54,15 @@ def test_docs_list_the_public_names_in_order():
     for room in ROOMS:
         text = (ROOT / f"docs/api/{room}.md").read_text()
         assert f".. automodule:: bilevel.{room}\n" in text
+
+
+def test_applications_use_public_names_alone():
+    """What `bilevel.applications` imports from elsewhere in the package has no underscore in front, room or name."""
+    for file in (ROOT / "bilevel/applications").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bilevel":
+                names = [*node.module.split("."), *(alias.name for alias in node.names)]
+                assert not [name for name in names if name.startswith("_")], file
 
 
 def test_version_is_that_of_the_distribution():
