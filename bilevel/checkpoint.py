@@ -34,7 +34,7 @@ import optax
 
 from bilevel.data import SOURCES, Agents, Clients, Minibatches, Sampler, StepKey, Stream
 from bilevel.problem import Problem
-from bilevel.solution import History
+from bilevel.history import History
 
 PyTree = Any
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from bilevel.solution import History
+from bilevel.history import History
 
 __all__ = ["Reporter", "reporter"]
 
