@@ -24,7 +24,8 @@ from bilevel import (
 from bilevel._module import hyperparameters, state
 from bilevel.checkpoint import CheckpointError
 from bilevel.multistart import Multistart, multistart
-from bilevel.problem import Level, Problem, ProblemError
+from bilevel.level import Level, Levels
+from bilevel.problem import Problem, ProblemError
 from bilevel.solution import History, Result, Solution
 from bilevel.solve import Event, run, solve
 from bilevel.sweep import Sweep, sweep
@@ -34,6 +35,7 @@ __all__ = [
     "Event",
     "History",
     "Level",
+    "Levels",
     "Multistart",
     "Problem",
     "ProblemError",

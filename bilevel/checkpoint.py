@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel.data import SOURCES, Agents, Clients, Minibatches, Sampler, StepKey, Stream
+from bilevel.data import StepKey, as_source
 from bilevel.problem import Problem
 from bilevel.history import History
 
@@ -174,33 +174,13 @@ def _describe(value: Any, above: tuple[int, ...] = ()) -> str:
 
 
 def _describe_data(name: str, data: Any) -> dict[str, str]:
-    if isinstance(data, Stream):
-        found = {name: f"Stream(draws={data.draws})"}
-        source = data.iterable
-        if callable(source) or not hasattr(source, "__next__"):  # reading from an iterator would use it up
-            for path, leaf in jax.tree_util.tree_leaves_with_path(next(data.items())):
-                where = name + jax.tree_util.keystr(path)
-                found[f"{where} array"] = _shape(leaf)
-                found[f"first item of {where}"] = _checksum(leaf)
-        return found
-    kind = "arrays" if data is not None else "None"
-    arrays = data
-    if isinstance(data, SOURCES):
-        arrays = data.arrays if hasattr(data, "arrays") else jax.tree.leaves(data)
-        kind = type(data).__name__
-        if isinstance(data, Minibatches):
-            kind += f"(size={data.size}, replace={data.replace}, blocks={data.blocks})"
-        elif isinstance(data, Sampler):
-            kind += f"({_describe(data.fn)})"
-        elif isinstance(data, Agents):
-            kind += f"({len(data)} agents, size={data.size})"
-        elif isinstance(data, Clients):
-            kind += f"({len(data.counts)} clients, size={data.size}, counts {_checksum(data.counts)})"
-    found = {name: kind}
+    kind, settings, arrays, sampled = as_source(data).describe()
+    options = ", ".join(f"{key}={_describe(value)}" for key, value in settings.items())
+    found = {name: f"{kind}({options})" if options else kind}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         where = name + jax.tree_util.keystr(path)
         found[f"{where} array"] = _shape(leaf)
-        found[f"{where} contents"] = _checksum(leaf)
+        found[f"first item of {where}" if sampled else f"{where} contents"] = _checksum(leaf)
     return found
 
 

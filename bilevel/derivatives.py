@@ -12,17 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bilevel._products import merge_products
+from bilevel.typing import PyTree
 
-PyTree = Any
 Loss = Callable[[PyTree, PyTree], jax.Array]
 
 __all__ = [
     "Linearised",
     "cross_product",
-    "gauss_newton_product",
     "gradient_and_cross",
     "gradient_and_products",
     "hvp",
@@ -94,18 +92,6 @@ def gradient_and_products(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> tuple[PyT
     return merge_products(all_three)(x, y, v)
 
 
-def gauss_newton_product(
-    loss: Callable[[PyTree], jax.Array], model: Callable[[PyTree], PyTree], y: PyTree, v: PyTree
-) -> PyTree:
-    """The generalised Gauss-Newton product J' L J v of the composition loss(model(y)), with J = model'(y), L = loss''.
-
-    Positive semidefinite wherever `loss` is convex, also where the Hessian of the composition is not.
-    """
-    outputs, tangents = jax.jvp(model, (y,), (v,))
-    curved = jax.jvp(jax.grad(loss), (outputs,), (tangents,))[1]
-    return jax.linear_transpose(lambda v: jax.jvp(model, (y,), (v,))[1], v)(curved)[0]
-
-
 def mixed_mode_gradient(f: Callable[..., jax.Array]) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
     """(x, y, batch) -> f_y(x, y, batch), whose *reverse* derivative costs one forward pass over the gradient.
 
@@ -140,5 +126,9 @@ def _zero_cotangent(leaf: Any) -> Any:
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm over all leaves; zero for a tree without leaves."""
-    return optax.tree.norm(tree) if jax.tree.leaves(tree) else jnp.zeros(())
+    """The Euclidean norm over all leaves, zero for a tree without leaves.
+
+    By inner products: XLA vectorises those, and sums of squares it does not.
+    """
+    leaves = jax.tree.leaves(tree)
+    return jnp.sqrt(sum(jnp.vdot(leaf, leaf).real for leaf in leaves)) if leaves else jnp.zeros(())

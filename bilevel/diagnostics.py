@@ -14,10 +14,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import derivatives, hypergradients, linear
-from bilevel.data import Stream
 from bilevel.hypergradients import Implicit, value_and_hypergradient
 from bilevel.lower import LBFGS, GradientDescent
-from bilevel.problem import Problem, ProblemError, as_variable, full_batch
+from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.solvers.default import default_solver
 from bilevel.solvers.single_loop import SABA
 
@@ -236,7 +235,7 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
     full = _full(problem)
-    data = {name: _describe_data(getattr(problem, name)) for name in ("upper_data", "lower_data")}
+    data = {name: repr(source) for name, source in zip(("upper_data", "lower_data"), problem.sources, strict=True)}
     variables = {"x": _describe(x), "y": _describe(y)}
     warnings: list[str] = []
     try:
@@ -287,12 +286,9 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
 
 
 def _full(problem: Problem) -> Problem:
-    found = {}
-    for name in ("upper_data", "lower_data"):
-        data = getattr(problem, name)
-        data = next(data.items()) if isinstance(data, Stream) else full_batch(data)
-        found[name] = jax.tree.map(jnp.asarray, data)
-    return dataclasses.replace(problem, **found)
+    found = [source.example() if source.host else source.full() for source in problem.sources]
+    upper, lower = jax.tree.map(jnp.asarray, found)
+    return dataclasses.replace(problem, upper_data=upper, lower_data=lower)
 
 
 def _describe(tree: PyTree) -> str:
@@ -302,16 +298,6 @@ def _describe(tree: PyTree) -> str:
         ", ..." if len(leaves) > 4 else ""
     )
     return f"{count} numbers in {len(leaves)} arrays ({shown})" if leaves else "none: a simple bilevel problem"
-
-
-def _describe_data(data: Any) -> str:
-    if data is None:
-        return "none"
-    return (
-        repr(data)
-        if hasattr(data, "draw") or isinstance(data, Stream)
-        else f"full batches of {len(jax.tree.leaves(data)[0])} samples"
-    )
 
 
 def _solve_lower(problem: Problem, x: PyTree, y: PyTree, nonsmooth: bool) -> tuple[PyTree, float, float, float]:

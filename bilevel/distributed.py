@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bilevel.data import SOURCES, Agents
+from bilevel.data import Agents, as_source
 from bilevel.problem import Problem
 
 PyTree = Any
@@ -58,12 +58,11 @@ def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
     """
 
     def placed(name: str, data: Any) -> Any:
-        if data is None:
-            return None
-        spec = PartitionSpec(axis) if isinstance(data, Agents) else PartitionSpec()
-        if isinstance(data, Agents):
-            _divides(len(data), mesh, axis, name)
-        elif isinstance(data, SOURCES) and not jax.tree.leaves(data):
+        source = as_source(data)
+        spec = PartitionSpec(axis) if source.stacked else PartitionSpec()
+        if source.stacked:
+            _divides(source.parties, mesh, axis, name)
+        elif source.host:
             raise DistributedError(
                 f"{name} is {data!r}, which reads from the host of one process: it cannot be sharded."
             )

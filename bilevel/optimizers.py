@@ -1,26 +1,176 @@
-"""Step rules that optax does not have."""
+"""Step rules: what is taken for one, the move that a variable makes by one, and two rules that optax does not have."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from bilevel import derivatives
 from bilevel._module import state
+from bilevel.typing import Project, PyTree, Scalar
 
-PyTree = Any
+__all__ = [
+    "Move",
+    "Withdrawing",
+    "accepted",
+    "as_optimizer",
+    "check_count",
+    "check_optimizer",
+    "coupled_adam",
+    "quasi_newton",
+    "residual",
+    "spectral",
+    "withdraws",
+]
 
-# Rules that withdraw steps keep the accepted point in their state (`x`) and say whether the last trial was (`accepted`):
-# what a loop returns is that point, and not the trial that comes next.
 
-__all__ = ["quasi_newton", "spectral"]
+def as_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """An optax rule; a bare number means `optax.sgd` with that step size."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optax.with_extra_args_support(optimizer)
+    return optax.with_extra_args_support(optax.sgd(optimizer))
+
+
+def is_rule(optimizer: Any) -> bool:
+    """Whether it is an optax rule, and not a step size."""
+    return isinstance(optimizer, optax.GradientTransformation)
+
+
+def check_optimizer(owner: str, name: str, value: Any) -> None:
+    """Raise a sentence where a step rule is neither a positive number nor an optax rule."""
+    if isinstance(value, (optax.GradientTransformation, jax.Array, jax.core.Tracer)):
+        return
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not value > 0:
+            raise ValueError(f"{owner}({name}={value!r}): a step size is positive.")
+        return
+    raise TypeError(
+        f"{owner}({name}={value!r}): give a step size or an optax GradientTransformation such as optax.adam(1e-2)."
+    )
+
+
+def check_count(owner: str, what: str = "a positive integer is needed", **counts: Any) -> None:
+    """Raise a sentence where a count is neither a positive integer nor None."""
+    for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1):
+            raise ValueError(f"{owner}({name}={count!r}): {what}.")
+
+
+# ---------------------------------------------------------------- moving a variable
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """How a variable moves along a direction: z <- project(z + rule(direction)).
+
+    Attributes:
+      rule: an optax rule or a step size.
+      project: the projection on the variable's set; None: the whole space.
+      many: the variable is many, stacked over agents or clients, each with a memory of its own.
+    """
+
+    rule: Any
+    project: Project | None = None
+    many: bool = False
+
+    def init(self, variable: PyTree) -> PyTree:
+        """The rule's memory before the first move."""
+        start = as_optimizer(self.rule).init
+        return jax.vmap(start)(variable) if self.many else start(variable)
+
+    def updates(self, direction: PyTree, memory: PyTree, variable: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
+        """What the rule would add to the variable, and its memory."""
+        update = as_optimizer(self.rule).update
+        return (jax.vmap(update) if self.many else update)(direction, memory, variable, **extra)
+
+    def __call__(
+        self, direction: PyTree, memory: PyTree, variable: PyTree, scale: Any = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        """The variable after the move, its update times `scale`, and the rule's memory.
+
+        `extra`: what the rule's update takes besides (value, grad, value_fn).
+        """
+        updates, memory = self.updates(direction, memory, variable, **extra)
+        if scale is not None:
+            updates = optax.tree.scale(scale, updates)
+        new = optax.apply_updates(variable, updates)
+        return (new if self.project is None else self.project(new)), memory
+
+
+def residual(at: PyTree, gradient: PyTree, project: Project | None = None) -> Scalar:
+    """How far from stationary: |gradient|, or with a projection |at - project(at - gradient)|."""
+    if project is None:
+        return derivatives.norm(gradient)
+    return derivatives.norm(optax.tree.sub(at, project(optax.tree.sub(at, gradient))))
+
+
+# ---------------------------------------------------------------- rules that withdraw steps
+
+
+class Withdrawing:
+    """The state of a step rule that may withdraw a step, once it has seen the value there.
+
+    Attributes:
+      x: the accepted point, which is what a loop returns, and not the trial that comes next.
+      accepted: whether the last trial was.
+    """
+
+    x: PyTree
+    accepted: jax.Array
+
+
+def _withdrawing(memory: PyTree) -> list[Withdrawing]:
+    is_one = lambda node: isinstance(node, Withdrawing)  # noqa: E731
+    return [node for node in jax.tree.leaves(memory, is_leaf=is_one) if is_one(node)]
+
+
+def withdraws(memory: PyTree) -> bool:
+    """Whether the rule with this memory may withdraw a step, wherever in an `optax.chain` that rule stands."""
+    return bool(_withdrawing(memory))
+
+
+def accepted(memory: PyTree, params: PyTree) -> tuple[PyTree, Any]:
+    """The point that a step rule stands at, and whether its last trial was accepted: `params` and True for most rules.
+
+    Raises:
+      ValueError: several rules of a chain may withdraw steps, or one that moves a part of the variable alone.
+    """
+    found = _withdrawing(memory)
+    if not found:
+        return params, True
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} step rules of one chain withdraw steps (quasi_newton, spectral), and cannot agree on where the "
+            "variable stands: keep one of them."
+        )
+    if jax.tree.structure(found[0].x) != jax.tree.structure(params):
+        raise ValueError(
+            "A step rule that withdraws steps (quasi_newton, spectral) moves only a part of the variable here (optax.masked, "
+            "optax.partition), while the rest moves on: give it the whole variable, or take another rule."
+        )
+    return found[0].x, found[0].accepted
+
+
+@functools.cache
+def coupled_adam(
+    learning_rate: float = 3e-4, b1: float = 0.5, b2: float = 0.999, weight_decay: float = 1e-3
+) -> optax.GradientTransformation:
+    """Adam on the gradient of the loss plus (weight_decay / 2) |x|^2, DARTS's rule for the architecture.
+
+    The decay goes through Adam's moments (coupled), unlike `optax.adamw`'s. Equal numbers give one and the same
+    rule, so that solvers made with it share a compiled program.
+    """
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate, b1=b1, b2=b2))
 
 
 @state
-class SpectralState:
+class SpectralState(Withdrawing):
     """The accepted point, its gradient and step; the last accepted values; whether there is such a point yet."""
 
     x: PyTree
@@ -97,13 +247,8 @@ def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
     return jnp.asarray(optax.tree.norm(tree), dtype) / max(optax.tree.size(tree), 1) ** 0.5
 
 
-def withdraws(memory: PyTree) -> bool:
-    """Whether the rule with this state may withdraw a step: what counts is then `memory.x`, and not the point tried next."""
-    return isinstance(memory, (SpectralState, QuasiNewtonState))
-
-
 @state
-class QuasiNewtonState:
+class QuasiNewtonState(Withdrawing):
     """The accepted point, its gradient and value; the direction being tried and its length; the pairs (s, z), newest first."""
 
     x: PyTree

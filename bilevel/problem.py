@@ -4,91 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import derivatives
-from bilevel.data import SOURCES, Agents, Clients, Sampler, StepKey, Stream, Streamed, as_step_key, sample_count
+from bilevel.data import ProblemError, Source, as_source
+from bilevel.keys import Draw, StepKey, as_step_key
+from bilevel.level import Level, Levels, takes_batch
+from bilevel.typing import PyTree, Scalar, X, Y
 
-PyTree = Any
-
-__all__ = ["Level", "Problem", "ProblemError"]
-
-
-class ProblemError(ValueError):
-    """The problem, a start or a solver's fit to them is wrong; the message says what and how to mend it."""
-
-
-class Level:
-    """One level of a problem with its data bound: a plain function of (x, y).
-
-    Attributes:
-      key: the `StepKey` that its batch was drawn with.
-      project: the level's projection, or None.
-      prox: the level's proximal operator `prox(y, x, scaling)`, or None (lower level only).
-    """
-
-    def __init__(
-        self,
-        fn: Callable[..., jax.Array],
-        source: Any = None,
-        key: StepKey | None = None,
-        project: Callable[[PyTree], PyTree] | None = None,
-        prox: Callable[..., PyTree] | None = None,
-        batch: PyTree = None,
-        mixed: bool = False,
-    ) -> None:
-        self.fn, self.source, self.key, self.project, self.prox, self.mixed = fn, source, key, project, prox, mixed
-        if source is not None and batch is None:
-            batch = source.draw(key) if isinstance(source, SOURCES) else source
-        self.batch = batch
-
-    def __call__(self, x: PyTree, y: PyTree) -> jax.Array:
-        """The loss on the bound batch."""
-        return self.fn(x, y) if self.source is None else self.fn(x, y, self.batch)
-
-    def gradient(self, x: PyTree, y: PyTree) -> PyTree:
-        """The gradient in y, shaped like y."""
-        if self.mixed:
-            fn = (lambda x, y, batch: self.fn(x, y)) if self.source is None else self.fn
-            return derivatives.mixed_mode_gradient(fn)(x, y, self.batch)
-        return jax.grad(self, argnums=1)(x, y)
-
-    def mixed_mode(self) -> Level:
-        """The same level with `derivatives.mixed_mode_gradient` as its gradient: cheap to unroll in reverse."""
-        return Level(self.fn, self.source, self.key, self.project, self.prox, self.batch, mixed=True)
-
-    @property
-    def random(self) -> bool:
-        """Whether drawing again gives another batch."""
-        return isinstance(self.source, SOURCES) and not (
-            isinstance(self.source, (Agents, Clients)) and self.source.size is None
-        )
-
-    def redraw(self, i: Any, total: int) -> Level:
-        """The level with the batch of inner step `i` of `total`; itself where the data are not drawn."""
-        if not self.random or self.key is None:
-            return self
-        return Level(self.fn, self.source, self.key.inner(i, total), self.project, self.prox, mixed=self.mixed)
-
-    def stream(self, tag: int) -> Level:
-        """The level with a batch that is independent of this one's; itself where the data are not drawn."""
-        if not self.random or self.key is None:
-            return self
-        return Level(self.fn, self.source, self.key.fold_in(tag), self.project, self.prox, mixed=self.mixed)
-
+__all__ = ["Problem", "ProblemError"]
 
 _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", "constraint", "equality")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("upper_data", "lower_data"), meta_fields=_FUNCTIONS)
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(Generic[X, Y]):
     """The bilevel problem
 
         min over x in X   F(x, y*(x))   subject to   y*(x) in argmin over y in Y of f(x, y),  g(x, y) <= 0,  h(x, y) = 0.
@@ -99,8 +34,8 @@ class Problem:
     Args:
       upper: the upper loss F, `F(x, y)`, or `F(x, y, batch)` where `upper_data` is given; returns a scalar.
       lower: the lower loss f, `f(x, y)`, or `f(x, y, batch)` where `lower_data` is given; returns a scalar.
-      upper_data, lower_data: a pytree of arrays with a leading sample axis (full batches), or one of
-        `data.Minibatches`, `data.Sampler`, `data.Stream`, `data.Clients`, `data.Agents`.
+      upper_data, lower_data: a pytree of arrays with a leading sample axis (full batches), or a `data.Source`:
+        `data.Minibatches`, `data.Sampler`, `data.Stream`, `data.Clients`, `data.Agents`, or a class of your own.
       project_upper: `x -> x`, the projection on X.
       project_lower: `y -> y`, the projection on Y.
       prox_lower: `(y, x, scaling) -> y`, the proximal operator of a nonsmooth term r(x, y) that is added to f:
@@ -113,13 +48,13 @@ class Problem:
     problem: both levels own y.
     """
 
-    upper: Callable[..., jax.Array]
-    lower: Callable[..., jax.Array]
+    upper: Callable[[X, Y], Scalar] | Callable[[X, Y, Any], Scalar]
+    lower: Callable[[X, Y], Scalar] | Callable[[X, Y, Any], Scalar]
     upper_data: Any = None
     lower_data: Any = None
-    project_upper: Callable[[PyTree], PyTree] | None = None
-    project_lower: Callable[[PyTree], PyTree] | None = None
-    prox_lower: Callable[..., PyTree] | None = None
+    project_upper: Callable[[X], X] | None = None
+    project_lower: Callable[[Y], Y] | None = None
+    prox_lower: Callable[..., Y] | None = None
     constraint: Callable[..., PyTree] | None = None
     equality: Callable[..., PyTree] | None = None
 
@@ -138,44 +73,65 @@ class Problem:
                     "Wrap it in a plain function (def or lambda)."
                 ) from None
 
+    @property
+    def sources(self) -> tuple[Source, Source]:
+        """The sources of the upper and the lower level's data."""
+        return as_source(self.upper_data), as_source(self.lower_data)
+
+    def _unbound(self, key: StepKey, who: Any = None) -> Levels:
+        upper, lower = self.sources
+        return Levels(
+            Level(self.upper, upper, key.fold_in(Draw.UPPER), project=self.project_upper, who=who),
+            Level(
+                self.lower,
+                lower,
+                key.fold_in(Draw.LOWER),
+                project=self.project_lower,
+                prox=self.prox_lower,
+                inequality=self.constraint,
+                equation=self.equality,
+                who=who,
+            ),
+        )
+
+    def levels(self, key: Any, who: Literal["all"] | jax.Array | None = None) -> Levels:
+        """Both levels, each with the batch of this key bound: functions of (x, y).
+
+        Args:
+          key: a `StepKey`, a PRNG key or a seed.
+          who: None: one upper and one lower level on pooled data. "all", or an array of indices: levels that are many,
+            stacked over agents or clients; see `Level`.
+        """
+        return Levels(*(level.drawn(level.key) for level in self._unbound(as_step_key(key), who)))
+
     def draw_upper(self, key: Any) -> Level:
-        """The upper loss with the batch of this key bound: a function of (x, y). `key`: a `StepKey`, PRNG key or seed."""
-        return Level(self.upper, self.upper_data, as_step_key(key).fold_in(1), self.project_upper)
+        """The upper level alone, with the batch of this key bound."""
+        level = self._unbound(as_step_key(key)).upper
+        return level.drawn(level.key)
 
     def draw_lower(self, key: Any) -> Level:
-        """The lower loss with the batch of this key bound: a function of (x, y). `key`: a `StepKey`, PRNG key or seed."""
-        return Level(self.lower, self.lower_data, as_step_key(key).fold_in(0), self.project_lower, self.prox_lower)
+        """The lower level alone, with the batch of this key bound."""
+        level = self._unbound(as_step_key(key)).lower
+        return level.drawn(level.key)
+
+    def full_levels(self, key: Any = 0) -> Levels:
+        """Both levels on all their samples (one draw where the data are a sampler's); `key`: for data that carry it."""
+        return Levels(*(level.on(level.source.full(level.key)) for level in self._unbound(as_step_key(key))))
 
     def full_upper(self) -> Level:
-        """The upper loss on all its samples (one draw where the data are a sampler's)."""
-        return Level(self.upper, full_batch(self.upper_data), as_step_key(0), self.project_upper)
+        """The upper level on all its samples (one draw where the data are a sampler's)."""
+        level = self._unbound(as_step_key(0)).upper
+        return level.on(level.source.full(level.key))
 
     def full_lower(self) -> Level:
-        """The lower loss on all its samples (one draw where the data are a sampler's)."""
-        return Level(self.lower, full_batch(self.lower_data), as_step_key(0), self.project_lower, self.prox_lower)
-
-    def constraints(self, lower: Level) -> tuple[Any, Any]:
-        """`constraint` and `equality` as functions of (x, y), on the batch of `lower` where they take one; None where absent."""
-
-        def bind(fn: Callable[..., PyTree] | None) -> Any:
-            if fn is None or lower.source is None or not _takes_batch(fn):
-                return fn
-            if lower.random:
-                raise ProblemError(
-                    "A constraint takes the lower level's batch, and that batch is drawn anew at every step: its rows, and "
-                    "their multipliers, would belong to other samples each time. Give lower_data as bare arrays (a full batch)."
-                )
-            return lambda x, y: fn(x, y, lower.batch)
-
-        return bind(self.constraint), bind(self.equality)
+        """The lower level on all its samples (one draw where the data are a sampler's)."""
+        level = self._unbound(as_step_key(0)).lower
+        return level.on(level.source.full(level.key))
 
     @property
     def stochastic(self) -> bool:
-        """Whether a level's batches differ from step to step."""
-        return any(
-            isinstance(d, SOURCES) and not (isinstance(d, (Agents, Clients)) and d.size is None)
-            for d in (self.upper_data, self.lower_data)
-        )
+        """Whether a level's samples differ from step to step."""
+        return any(source.random for source in self.sources)
 
     def validate(self, x: PyTree, y: PyTree) -> None:
         """Raise a `ProblemError` that names what is wrong with the problem at (x, y) and the cure, before any compile.
@@ -189,11 +145,12 @@ class Problem:
                 "y0 holds no arrays: the lower variable is a pytree with at least one floating-point array."
             )
         _check_variable("y0", y)
-        for name in ("upper_data", "lower_data"):
-            _check_data(name, getattr(self, name))
-        _check_agents(self.upper_data, self.lower_data)
-        for name, data in (("upper", self.upper_data), ("lower", self.lower_data)):
-            self._check_loss(name, data, x, y)
+        upper, lower = self.sources
+        _check_data("upper_data", upper)
+        _check_data("lower_data", lower)
+        _check_parties(upper, lower)
+        _check_loss("upper", self.upper, upper, x, y)
+        _check_loss("lower", self.lower, lower, x, y)
         if self.project_upper is not None:
             _check_same("project_upper", "x0", self.project_upper, x)
         if self.project_lower is not None:
@@ -204,53 +161,30 @@ class Problem:
         for name in ("constraint", "equality"):
             fn = getattr(self, name)
             if fn is not None:
-                out = self._constraint_shapes(name, fn, x, y)
+                out = _shapes_on(name, fn, lower if takes_batch(fn) else as_source(None), x, y)
                 if not jax.tree.leaves(out):
                     raise ProblemError(
-                        f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of arrays."
+                        f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of "
+                        "arrays."
                     )
 
-    def _constraint_shapes(self, name: str, fn: Callable[..., PyTree], x: PyTree, y: PyTree) -> PyTree:
-        if self.lower_data is None or not _takes_batch(fn):
-            return _shapes(name, "(x, y)", fn, x, y)
-        if isinstance(self.lower_data, Stream):
-            return _shapes(name, "(x, y, batch)", fn, x, y, next(self.lower_data.items()))
-        draw = lambda x, y, source: fn(x, y, source.draw(as_step_key(0)) if isinstance(source, SOURCES) else source)  # noqa: E731
-        return _shapes(name, "(x, y, batch)", draw, x, y, self.lower_data)
 
-    def _check_loss(self, name: str, data: Any, x: PyTree, y: PyTree) -> None:
-        fn = getattr(self, name)
-        if isinstance(data, Stream):
-            batch = jax.tree.map(np.asarray, next(data.items()))
-            out = _shapes(name, "(x, y, batch)", fn, x, y, batch)
-        elif data is None:
-            out = _shapes(name, "(x, y)", fn, x, y)
-        else:
-            source = data
-
-            def bound(x: PyTree, y: PyTree, source: Any) -> Any:
-                return fn(x, y, source.draw(as_step_key(0)) if isinstance(source, SOURCES) else source)
-
-            out = _shapes(name, "(x, y, batch)", bound, x, y, source)
-        leaves = jax.tree.leaves(out)
-        if len(leaves) != 1 or leaves[0].shape != ():
-            got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
-            raise ProblemError(
-                f"{name}(x, y{', batch' if data is not None else ''}) returned {got}; a loss is one scalar. Take a mean or a sum."
-            )
-        if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-            raise ProblemError(f"{name} returned the dtype {leaves[0].dtype}; a loss is a floating-point scalar.")
+def _shapes_on(name: str, fn: Callable[..., PyTree], source: Source, x: PyTree, y: PyTree) -> PyTree:
+    """The shapes of fn(x, y), or of fn(x, y, batch) where there are data."""
+    if not source.given:
+        return _shapes(name, "(x, y)", fn, x, y)
+    return _shapes(name, "(x, y, batch)", lambda x, y, source: fn(x, y, source.example()), x, y, source)
 
 
-def _takes_batch(fn: Callable[..., Any]) -> bool:
-    """Whether a constraint takes (x, y, batch) rather than (x, y)."""
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is p.empty]
-    return len(required) == 3 or (len(required) < 3 and any(p.name == "batch" for p in positional))
+def _check_loss(name: str, fn: Callable[..., Scalar], source: Source, x: PyTree, y: PyTree) -> None:
+    leaves = jax.tree.leaves(_shapes_on(name, fn, source, x, y))
+    if len(leaves) != 1 or leaves[0].shape != ():
+        got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
+        raise ProblemError(
+            f"{name}(x, y{', batch' if source.given else ''}) returned {got}; a loss is one scalar. Take a mean or a sum."
+        )
+    if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+        raise ProblemError(f"{name} returned the dtype {leaves[0].dtype}; a loss is a floating-point scalar.")
 
 
 def as_variable(name: str, tree: PyTree) -> PyTree:
@@ -283,23 +217,16 @@ def _check_variable(name: str, tree: PyTree) -> None:
             raise ProblemError(f"{where} is not finite (a NaN or an infinity): start from finite values.")
 
 
-def _check_data(name: str, data: Any) -> None:
-    if data is None or isinstance(data, (Stream, Streamed)):
-        return
-    arrays = data.arrays if isinstance(data, SOURCES) else data
-    if not isinstance(data, SOURCES):
-        try:
-            sample_count(arrays, name)
-        except ValueError as error:
-            raise ProblemError(str(error)) from None
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+def _check_data(name: str, source: Source) -> None:
+    source.check(name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(source.arrays):
         if isinstance(leaf, jax.core.Tracer):
             continue
         dtype = getattr(leaf, "dtype", None)
         where = f"{name}{jax.tree_util.keystr(path)}"
         if dtype is None:
             raise ProblemError(f"{where} is of type {type(leaf).__name__}, not an array: wrap it with numpy.asarray.")
-        if dtype.kind == "O" or dtype.kind in "US":
+        if dtype.kind in "OUS":
             raise ProblemError(f"{where} has dtype {dtype}: encode it as numbers.")
         if jnp.issubdtype(dtype, jnp.floating):
             finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else bool(jnp.isfinite(leaf).all())
@@ -307,12 +234,11 @@ def _check_data(name: str, data: Any) -> None:
                 raise ProblemError(f"{where} holds a NaN or an infinity: remove or fill those samples first.")
 
 
-def _check_agents(upper: Any, lower: Any) -> None:
-    many = (Agents, Clients)
-    if isinstance(upper, many) and isinstance(lower, many) and len(upper) != len(lower):
-        what = "agents" if isinstance(upper, Agents) else "clients"
+def _check_parties(upper: Source, lower: Source) -> None:
+    if None not in (upper.parties, lower.parties) and upper.parties != lower.parties:
+        what = upper.owners
         raise ProblemError(
-            f"upper_data has {len(upper)} {what} and lower_data {len(lower)}: one data set per {what[:-1]} in each level."
+            f"upper_data has {upper.parties} {what}s and lower_data {lower.parties}: one data set per {what} in each level."
         )
 
 
@@ -347,14 +273,3 @@ def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree)
                 f"{name} changes the dtype of {where} from {jnp.result_type(leaf)} to {new.dtype}; it must keep it "
                 "(cast the result back, or make its constants Python floats)."
             )
-
-
-def full_batch(data: Any) -> Any:
-    """All of a level's samples, or one draw of a sampler."""
-    if isinstance(data, Sampler):
-        return data.draw(as_step_key(0))
-    if isinstance(data, Stream):
-        raise ProblemError(
-            "A Stream has no full batch: its data do not fit on the device. Evaluate on samples of your own."
-        )
-    return data.full() if isinstance(data, SOURCES) and not isinstance(data, Streamed) else data

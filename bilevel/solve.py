@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import StepKey, Stream, Streamed, as_step_key
+from bilevel.data import StepKey, Streamed, as_source, as_step_key
 from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.solution import History, Result, Solution
 from bilevel.solvers.default import default_solver
+from bilevel.streaming import Prefetched
 
 PyTree = Any
 
@@ -52,7 +53,7 @@ def run(
     Returns:
       `(state, metrics)`: the final state (`state.x`, `state.y`) and each metric stacked along a leading axis of `steps`.
     """
-    if any(isinstance(d, Stream) for d in (problem.upper_data, problem.lower_data)):
+    if any(source.host for source in problem.sources):
         raise ProblemError("run is pure and cannot read a Stream from the host: use solve, or arrays.")
     base = as_step_key(key)
     state = solver.init(problem, x0, y0, _step_key(base, 0))
@@ -280,7 +281,7 @@ def solve(
     checkpoint_every = checkpoint_every or max(1, math.ceil(steps / 20))
     measure = _Metrics(metrics or {})
     streams = {
-        name: data for name in ("upper_data", "lower_data") if isinstance(data := getattr(problem, name), Stream)
+        name: source for name in ("upper_data", "lower_data") if (source := as_source(getattr(problem, name))).host
     }
 
     def peeked() -> Problem:
@@ -321,7 +322,7 @@ def solve(
     from bilevel.progress import reporter
 
     argument = _as_argument(solver)
-    prefetched = {name: stream.prefetched(done * stream.draws) for name, stream in streams.items()}
+    prefetched = {name: Prefetched(stream.items(done * stream.draws), stream.draws) for name, stream in streams.items()}
     compiled_problem = dataclasses.replace(problem, **{name: None for name in streams})  # type: ignore[arg-type]
     capacity = min(_CAPACITY, chunk or _CAPACITY)
     length = chunk or 1

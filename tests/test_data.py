@@ -93,7 +93,7 @@ def test_inner_steps_draw_fresh_batches_of_one_epoch():
 
 def test_blocks_are_contiguous_numbered_and_complete():
     source = data.Minibatches(np.arange(12), 4, blocks=True)
-    numbers = [int(source.block(k)) for k in keys(3)]
+    numbers = [int(source.numbered(k)[0]) for k in keys(3)]
     assert sorted(numbers) == [0, 1, 2]
     for number, key in zip(numbers, keys(3), strict=True):
         np.testing.assert_array_equal(source.draw(key), np.arange(4 * number, 4 * number + 4))

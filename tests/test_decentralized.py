@@ -196,9 +196,9 @@ def test_agents_draw_their_own_samples(x64: None) -> None:
     rows = np.arange(12.0).reshape(3, 4)
     source = data.Agents(rows, size=2)
     key = data.as_step_key(0)
-    first, second = source.draw_agents(key), source.draw_agents(data.StepKey(key.base, jnp.uint32(1), key.stream))
+    first, second = source.draw_each(key), source.draw_each(data.StepKey(key.base, jnp.uint32(1), key.stream))
     np.testing.assert_array_equal(np.sort(np.concatenate([first, second], axis=1), axis=1), rows)  # an epoch
-    np.testing.assert_array_equal(source.draw_agent(key, 1), first[1])
+    np.testing.assert_array_equal(source.draw_each(key, jnp.array([1]))[0], first[1])
     assert source.full().shape == (12,) and len(source) == 3 and "3 agents of 4 samples" in repr(source)
 
 

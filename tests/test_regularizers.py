@@ -17,7 +17,8 @@ from bilevel.data import as_step_key
 from bilevel.regularizers import EarlyStopping
 from bilevel.solution import History, Result
 from bilevel.solve import Event
-from bilevel.solvers.darts import DARTS, MomentumSGD
+from bilevel.lower import MomentumSGD
+from bilevel.solvers.darts import DARTS
 
 # Dominant eigenvalues of the authors' search logs, recomputed from the Hessians in experiments/search_logs of the repository
 # automl/RobustDARTS (one after epochs 0, 2, ..., 48, 49 of 50; space/data, drop-path, weight decay), to four digits, with the (epoch gone

@@ -21,7 +21,8 @@ from bilevel.checkpoint import CheckpointError
 from bilevel.data import as_step_key
 from bilevel.hypergradients.stochastic import SAMA as AdaptiveIdentity
 from bilevel.hypergradients.stochastic import StochasticImplicit
-from bilevel.lower import GradientDescent, Inner, LowerState
+from bilevel.keys import Draw
+from bilevel.lower import GradientDescent, LowerState
 from bilevel.solvers import _variance_reduction
 from bilevel.solvers._directions import Joint, Point, Series
 from bilevel.solvers._variance_reduction import PAGE, SAGA, SARAH, STORM, Momentum, local
@@ -96,7 +97,7 @@ def rows_of(problem, step, draws=1, i=0, tag=None, level="lower"):
     key = as_step_key(0, step).fold_in(0 if level == "lower" else 1)
     if tag is not None:
         key = key.fold_in(tag)
-    block = int(source.block(key.inner(i, draws) if draws > 1 else key))
+    block = int(source.numbered(key.inner(i, draws) if draws > 1 else key)[0])
     return slice(block * SIZE, block * SIZE + SIZE)
 
 
@@ -346,7 +347,7 @@ def test_the_stochastic_series_is_its_equations(x64):
     b = np.asarray(jax.grad(upper, 1)(x, y))
     p, total = b, b
     for j in range(5):
-        p = p - 0.3 * q.lower[0][rows_of(problem, 4, 5, j, tag=1)].mean(0) @ p
+        p = p - 0.3 * q.lower[0][rows_of(problem, 4, 5, j, tag=Draw.PRODUCTS)].mean(0) @ p
         total = total + p
     estimator = StochasticImplicit(0.3, 5)
     np.testing.assert_allclose(estimator.solve(lower, x, y, b, None), 0.3 * total, atol=1e-12)
@@ -357,7 +358,7 @@ def test_the_stochastic_series_is_its_equations(x64):
     warm = StochasticImplicit(0.3, 5, warm_start=True)
     expected = v
     for j in range(5):
-        expected = expected - 0.3 * (q.lower[0][rows_of(problem, 4, 5, j, tag=1)].mean(0) @ expected - b)
+        expected = expected - 0.3 * (q.lower[0][rows_of(problem, 4, 5, j, tag=Draw.PRODUCTS)].mean(0) @ expected - b)
     np.testing.assert_allclose(warm.solve(lower, x, y, b, v), expected, atol=1e-12)
 
 
@@ -429,7 +430,7 @@ def test_sama_takes_the_derivative_of_the_update_for_the_inverse_hessian(x64):
     rule = optax.adam(0.01)
     for optimizer, radius in ((0.3, None), (rule, None), (rule, 1.0)):
         solver = GradientDescent(optimizer, 3)
-        estimate = AdaptiveIdentity(radius)(upper, lower, Inner(solver, lower), x, solver.init(jnp.asarray(y)), None)
+        estimate = AdaptiveIdentity(radius)(upper, lower, solver, x, solver.init(jnp.asarray(y)), None)
         found: LowerState = estimate.lower
         gradient, upper_y = lower.gradient(x, found.y), found.y - q.upper[0].mean(0)
         if optimizer == 0.3:
@@ -508,7 +509,7 @@ def test_a_sweep_says_what_it_cannot_do():
 def test_each_epoch_of_blocks_is_a_permutation_and_none_is_the_last_one():
     source = data.Minibatches(np.arange(37.0), 4, blocks=True)
     numbers = np.asarray(
-        jax.vmap(lambda t: source.block(dataclasses.replace(as_step_key(2), step=t)))(jnp.arange(40, dtype=jnp.uint32))
+        jax.vmap(lambda t: source.numbered(dataclasses.replace(as_step_key(2), step=t))[0])(jnp.arange(40, dtype=jnp.uint32))
     )
     epochs = numbers.reshape(4, 10)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(10), (4, 1)))

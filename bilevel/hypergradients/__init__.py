@@ -8,17 +8,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.data import as_step_key
 from bilevel.hypergradients._base import Estimate, Estimator
 from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
 from bilevel.hypergradients.implicit import Implicit, JacobianFree
+from bilevel.hypergradients.stochastic import SAMA, StochasticImplicit
 from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
-from bilevel.lower import LBFGS, Inner, LowerState, as_lower_solver
+from bilevel.keys import as_step_key
+from bilevel.lower import LBFGS, as_lower_solver
+from bilevel.problem import Problem
+from bilevel.typing import X, Y
 
 __all__ = [
     "HOZOG",
     "PZOBO",
+    "SAMA",
     "Estimate",
     "Estimator",
     "FiniteDifference",
@@ -26,12 +30,15 @@ __all__ = [
     "Implicit",
     "JacobianFree",
     "OneStep",
+    "StochasticImplicit",
     "Unrolled",
     "value_and_hypergradient",
 ]
 
 
-def value_and_hypergradient(problem: Any, estimator: Any = None, lower_solver: Any = None) -> Callable[..., Estimate]:
+def value_and_hypergradient(
+    problem: Problem[X, Y], estimator: Estimator | None = None, lower_solver: Any = None
+) -> Callable[..., Estimate[X]]:
     """`jax.value_and_grad` for the bilevel objective h(x) = F(x, y*(x)), to be put into a loop of one's own.
 
     Args:
@@ -53,13 +60,10 @@ def value_and_hypergradient(problem: Any, estimator: Any = None, lower_solver: A
         lower_solver = as_lower_solver(0.1) if problem.stochastic else LBFGS()
     solver = as_lower_solver(lower_solver)
 
-    def evaluate(x: Any, y: Any, carry: Any = None, key: Any = 0) -> Estimate:
-        step_key = as_step_key(key)
+    def evaluate(x: X, y: Y, carry: Any = None, key: Any = 0) -> Estimate[X]:
         x, y = jax.tree.map(jnp.asarray, (x, y))
-        upper, lower = problem.draw_upper(step_key), problem.draw_lower(step_key)
-        start: LowerState = solver.init(y)
-        if carry is None:
-            carry = estimator.init(lower, x, y)
-        return estimator(upper, lower, Inner(solver, lower), x, start, carry)
+        upper, lower = problem.levels(as_step_key(key))
+        carry = estimator.init(lower, x, y) if carry is None else carry
+        return estimator(upper, lower, solver, x, solver.init(y), carry)
 
     return evaluate

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 import jax
+import jax.numpy as jnp
+import optax
 
+from bilevel import derivatives
 from bilevel._module import state
-from bilevel.lower import Inner, LowerState
-
-PyTree = Any
+from bilevel.level import Level
+from bilevel.lower import LowerState
+from bilevel.typing import LowerSolver, Metrics, PyTree, Scalar, X
 
 
 @state
-class Estimate:
+class Estimate(Generic[X]):
     """What an estimator returns.
 
     Attributes:
@@ -24,22 +27,44 @@ class Estimate:
       metrics: scalars by name, such as `lower_residual` = |f_y(x, y)|.
     """
 
-    value: jax.Array
-    gradient: PyTree
+    value: Scalar
+    gradient: X
     lower: LowerState
     carry: PyTree
-    metrics: dict[str, jax.Array]
+    metrics: Metrics
 
 
 class Estimator(Protocol):
     """An estimator of the hypergradient of h(x) = F(x, y*(x)).
 
-    `init(lower, x, y) -> carry` makes what is kept between outer steps. The call runs the lower solver, `inner(x, state) -> state`,
-    or differentiates through it, and returns an `Estimate`. `upper` and `lower` are `problem.Level`s: functions of (x, y).
+    `init(lower, x, y) -> carry` makes what is kept between outer steps. The call runs the lower solver,
+    `solver(lower, x, state) -> state`, or differentiates through it, and returns an `Estimate`.
     """
 
-    def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree: ...
+    def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
+        """What is kept between outer steps, before the first."""
 
     def __call__(
-        self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree
-    ) -> Estimate: ...
+        self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
+    ) -> Estimate[Any]:
+        """The estimate at x, the lower solver beginning at `start`."""
+
+
+def central_difference(lower: Level, x: PyTree, y: PyTree, v: PyTree, radius: Any) -> PyTree:
+    """f_xy v by [f_x(x, y + e v) - f_x(x, y - e v)] / (2 e), e = radius / |v|; by a derivative where `radius` is None."""
+    if radius is None:
+        return derivatives.cross_product(lower, x, y, v)
+    length = derivatives.norm(v)
+    e = radius / jnp.maximum(length, jnp.finfo(length.dtype).tiny ** 0.5)
+    plus, minus = (
+        jax.grad(lower)(x, optax.tree.cast_like(optax.tree.add_scale(y, sign * e, v), y)) for sign in (1, -1)
+    )
+    return optax.tree.scale(1 / (2 * e), optax.tree.sub(plus, minus))
+
+
+def check_radius(owner: str, radius: Any) -> None:
+    """Raise a sentence where a perturbation's length is not positive (or None)."""
+    if isinstance(radius, float) and not radius > 0:
+        raise ValueError(
+            f"{owner}(radius={radius!r}): the perturbation's length is positive, or None for the exact product."
+        )

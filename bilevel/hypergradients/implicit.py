@@ -10,8 +10,10 @@ import optax
 
 from bilevel import derivatives, linear
 from bilevel._module import hyperparameters
-from bilevel.hypergradients._base import Estimate, PyTree
-from bilevel.lower import Inner, LowerState
+from bilevel.hypergradients._base import Estimate
+from bilevel.level import Level
+from bilevel.lower import LowerState
+from bilevel.typing import LowerSolver, PyTree
 
 
 @hyperparameters
@@ -56,25 +58,26 @@ class Implicit:
             )
         return self.linear_solver
 
-    def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
+    def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
         """What the linear solver keeps between outer steps: its warm start and preconditioner."""
-        return self._solver(lower.project is not None or lower.prox is not None, y).init(y)
+        return self._solver(lower.nonsmooth, y).init(y)
 
-    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+    def __call__(
+        self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
+    ) -> Estimate:
         """The estimate at x."""
-        found = inner(x, start)
+        found = solver(lower, x, start)
         y = found.y
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
-        nonsmooth = lower.project is not None or lower.prox is not None
-        solver = self._solver(nonsmooth, y)
-        if nonsmooth:
+        linear_solver = self._solver(lower.nonsmooth, y)
+        if lower.nonsmooth:
             new, pullback = jax.vjp(lambda x, y: _forward_backward(lower, x, y, self.step), x, y)
-            w, carry, info = solver(lambda w: optax.tree.sub(w, pullback(w)[1]), upper_y, carry)
+            w, carry, info = linear_solver(lambda w: optax.tree.sub(w, pullback(w)[1]), upper_y, carry)
             gradient = optax.tree.add(upper_x, pullback(w)[0])
             residual = derivatives.norm(optax.tree.sub(new, y)) / self.step
         else:
             lin = derivatives.linearised(lower, x, y)
-            v, carry, info = solver(lin.hvp, upper_y, carry)
+            v, carry, info = linear_solver(lin.hvp, upper_y, carry)
             gradient = optax.tree.sub(upper_x, lin.cross(v))
             residual = derivatives.norm(lin.gradient_y)
         metrics = {"lower_residual": residual, "linear_residual": info.residual, "linear_iterations": info.iterations}
@@ -93,7 +96,7 @@ def JacobianFree(step: float = 1.0) -> Implicit:
     return Implicit(linear.Identity(step))
 
 
-def _forward_backward(lower: Any, x: PyTree, y: PyTree, step: Any) -> PyTree:
+def _forward_backward(lower: Level, x: PyTree, y: PyTree, step: Any) -> PyTree:
     moved = optax.tree.add_scale(y, -step, lower.gradient(x, y))
     if lower.project is not None:
         moved = lower.project(moved)

@@ -10,26 +10,77 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters
-from bilevel.hypergradients._base import Estimate, PyTree
-from bilevel.lower import GradientDescent, Inner, LowerState, as_optimizer
+from bilevel.hypergradients._base import Estimate, central_difference, check_radius
+from bilevel.keys import Draw
+from bilevel.level import Level
+from bilevel.lower import LowerState
+from bilevel.optimizers import check_count
+from bilevel.typing import LowerSolver, PyTree
 
 __all__ = ["SAMA", "StochasticImplicit"]
+
+
+@hyperparameters
+class Neumann:
+    """w ~ f_yy^{-1} b by K = `steps` stochastic Hessian-vector products, each on a batch B_j of its own.
+
+        w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) b                     (`randomised=False`)
+        w = K eta prod_{j<=P} (I - eta f_yy(B_j)) b,  P uniform on 0, ..., K-1     (`randomised=True`)
+
+    Attributes:
+      step_size: eta, below 2/L.
+      steps: K.
+      randomised: draw the length of one product instead of summing all of them.
+
+    References: Ghadimi, Wang, "Approximation Methods for Bilevel Programming", 2018 (randomised); Ji, Yang, Liang,
+    "Bilevel Optimization: Convergence Analysis and Enhanced Design", ICML 2021.
+    """
+
+    step_size: float = 0.1
+    steps: int = 10
+    randomised: bool = False
+
+    def __call__(self, lower: Level, x: PyTree, y: PyTree, b: PyTree) -> PyTree:
+        """w, from batches of the level's stream PRODUCTS (the same ones at any x, y and b)."""
+        batches = lower.stream(Draw.PRODUCTS)
+
+        def contracted(j: Any, p: PyTree) -> PyTree:
+            level = batches.redraw(j, self.steps)
+            return optax.tree.add_scale(p, -self.step_size, derivatives.hvp(level, x, y, p))
+
+        if self.randomised:
+            length = jax.random.randint(lower.key.fold_in(Draw.LENGTH).random, (), 0, self.steps)
+            product = jax.lax.fori_loop(0, length, contracted, b)
+            return optax.tree.scale(self.steps * self.step_size, product)
+
+        def term(j: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            p = contracted(j, carry[0])
+            return p, optax.tree.add(carry[1], p)
+
+        return optax.tree.scale(self.step_size, jax.lax.fori_loop(0, self.steps, term, (b, b))[1])
+
+
+def check_series(owner: str, step_size: Any, steps: Any) -> None:
+    """Raise a sentence where a series' step is not positive, or its number of products is not a positive integer."""
+    if isinstance(step_size, float) and not step_size > 0:
+        raise ValueError(f"{owner}(step_size={step_size!r}): a step size is positive.")
+    check_count(owner, "the number of products is a positive integer", steps=steps)
 
 
 @hyperparameters
 class StochasticImplicit:
     """Implicit differentiation with K = `steps` stochastic Hessian-vector products, each on a batch B_j of its own.
 
-        dF/dx ~ F_x - f_xy(B_0) v,      v ~ f_yy^{-1} F_y
+        dF/dx ~ F_x - f_xy(B_0) w,      w ~ f_yy^{-1} F_y
 
-    `warm_start=True` (AmIGO): SGD on the linear system from the last v, v <- v - eta (f_yy(B_j) v - F_y).
-    `warm_start=False`, `randomised=False` (StocBiO): v = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y.
-    `warm_start=False`, `randomised=True` (BSA, TTSA): v = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y, P uniform on 0..K-1.
+    `warm_start=True` (AmIGO): SGD on the linear system from the last w, w <- w - eta (f_yy(B_j) w - F_y).
+    `warm_start=False`, `randomised=False` (StocBiO): w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y.
+    `warm_start=False`, `randomised=True` (BSA, TTSA): w = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y, P uniform on 0..K-1.
 
     Attributes:
       step_size: eta, below 2/L.
       steps: K.
-      warm_start: keep v between outer steps.
+      warm_start: keep w between outer steps.
       randomised: draw the length of the product instead of summing the products.
 
     Per call: the lower solve, 1 gradient of F, K HVPs (on average (K-1)/2 if randomised), 1 cross product. Bias of
@@ -45,59 +96,44 @@ class StochasticImplicit:
     randomised: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.step_size, float) and not self.step_size > 0:
-            raise ValueError(f"StochasticImplicit(step_size={self.step_size!r}): a step size is positive.")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"StochasticImplicit(steps={self.steps!r}): the number of products is a positive integer.")
+        check_series("StochasticImplicit", self.step_size, self.steps)
         if self.warm_start and self.randomised:
             raise ValueError(
                 "StochasticImplicit: a randomised product has no warm start; choose one of warm_start and randomised."
             )
 
-    def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
-        """v = 0 where it is kept."""
-        if lower.project is not None or lower.prox is not None:
+    def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
+        """w = 0 where it is kept."""
+        if lower.nonsmooth:
             raise ValueError(
-                "StochasticImplicit assumes f_y = 0 at the solution; with a projection or prox on the lower level take Implicit."
+                "StochasticImplicit assumes f_y = 0 at the solution; with a projection or prox on the lower level take "
+                "Implicit."
             )
         return optax.tree.zeros_like(y) if self.warm_start else None
 
-    def solve(self, lower: Any, x: PyTree, y: PyTree, b: PyTree, v: PyTree) -> PyTree:
-        """v ~ f_yy^{-1} b; `v` is the warm start."""
-        batches = lower.stream(1)
+    def solve(self, lower: Level, x: PyTree, y: PyTree, b: PyTree, w: PyTree) -> PyTree:
+        """w ~ f_yy^{-1} b; `w` is the warm start."""
+        if not self.warm_start:
+            return Neumann(self.step_size, self.steps, self.randomised)(lower, x, y, b)
+        batches = lower.stream(Draw.PRODUCTS)
 
-        def product(j: Any, p: PyTree) -> PyTree:
-            return derivatives.hvp(batches.redraw(j, self.steps), x, y, p)
+        def descend(j: Any, w: PyTree) -> PyTree:
+            product = derivatives.hvp(batches.redraw(j, self.steps), x, y, w)
+            return optax.tree.add_scale(w, -self.step_size, optax.tree.sub(product, b))
 
-        def contracted(j: Any, p: PyTree) -> PyTree:
-            return optax.tree.add_scale(p, -self.step_size, product(j, p))
+        return jax.lax.fori_loop(0, self.steps, descend, w)
 
-        if self.warm_start:
-
-            def descend(j: Any, v: PyTree) -> PyTree:
-                return optax.tree.add_scale(v, -self.step_size, optax.tree.sub(product(j, v), b))
-
-            return jax.lax.fori_loop(0, self.steps, descend, v)
-        if self.randomised:
-            length = jax.random.randint(lower.key.fold_in(2).random, (), 0, self.steps)
-            return optax.tree.scale(self.steps * self.step_size, jax.lax.fori_loop(0, length, contracted, b))
-
-        def term(j: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            p = contracted(j, carry[0])
-            return p, optax.tree.add(carry[1], p)
-
-        return optax.tree.scale(self.step_size, jax.lax.fori_loop(0, self.steps, term, (b, b))[1])
-
-    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+    def __call__(
+        self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
+    ) -> Estimate[Any]:
         """The estimate at x."""
-        found = jax.lax.stop_gradient(inner(x, start))
+        found = jax.lax.stop_gradient(solver(lower, x, start))
         y = found.y
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
-        v = self.solve(lower, x, y, upper_y, carry)
-        last = lower.stream(3)
-        lower_y, cross = derivatives.gradient_and_cross(last, x, y, v)
+        w = self.solve(lower, x, y, upper_y, carry)
+        lower_y, cross = derivatives.gradient_and_cross(lower.stream(Draw.CROSS), x, y, w)
         metrics = {"lower_residual": derivatives.norm(lower_y)}
-        return Estimate(value, optax.tree.sub(upper_x, cross), found, v if self.warm_start else None, metrics)
+        return Estimate(value, optax.tree.sub(upper_x, cross), found, w if self.warm_start else None, metrics)
 
 
 @hyperparameters
@@ -112,7 +148,8 @@ class SAMA:
     Attributes:
       radius: the length of the perturbation e v, the paper's 1.0. None: the cross product f_xy v exactly, by a `jvp`.
 
-    Needs a lower solver made of steps, `GradientDescent`. Per call: the lower solve, 1 gradient of F, 1 of f, 2 gradients in x.
+    Needs a lower solver made of steps of an optax rule (`lower.GradientDescent`, `lower.MomentumSGD`). Per call: the lower
+    solve, 1 gradient of F, 1 of f, 2 gradients in x.
 
     Reference: Choe et al., "Making Scalable Meta Learning Practical", NeurIPS 2023.
     """
@@ -120,35 +157,28 @@ class SAMA:
     radius: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.radius, float) and not self.radius > 0:
-            raise ValueError(
-                f"SAMA(radius={self.radius!r}): the perturbation's length is positive, or None for the exact product."
-            )
+        check_radius("SAMA", self.radius)
 
-    def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
+    def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
         """Nothing is kept."""
         return None
 
-    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+    def __call__(
+        self, upper: Level, lower: Level, solver: Any, x: PyTree, start: LowerState, carry: PyTree
+    ) -> Estimate[Any]:
         """The estimate at x."""
-        if not isinstance(inner.solver, GradientDescent):
+        if not hasattr(solver, "rule"):
             raise ValueError(
-                f"SAMA adapts to the lower optimiser and needs GradientDescent(...), not {type(inner.solver).__name__}."
+                f"SAMA adapts to the lower optimiser and needs GradientDescent(...) or MomentumSGD(...), not "
+                f"{type(solver).__name__}."
             )
-        found = jax.lax.stop_gradient(inner(x, start))
-        y, rule = found.y, as_optimizer(inner.solver.optimizer)
+        found = jax.lax.stop_gradient(solver(lower, x, start))
+        y, rule = found.y, solver.rule()
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         lower_y = lower.gradient(x, y)
         adapted = jax.jvp(lambda g: rule.update(g, found.memory, y)[0], (lower_y,), (upper_y,))[1]
         # Adam's update has no derivative where a gradient has been zero all along (the root of a second moment of zero).
         v = jax.tree.map(lambda a, g: jnp.where((g == 0) & ~jnp.isfinite(a), 0, -a), adapted, lower_y)
-        if self.radius is None:
-            cross = derivatives.cross_product(lower, x, y, v)
-        else:
-            length = derivatives.norm(v)
-            e = self.radius / jnp.maximum(length, jnp.finfo(length.dtype).tiny ** 0.5)
-            plus = jax.grad(lower)(x, optax.tree.add_scale(y, e, v))
-            minus = jax.grad(lower)(x, optax.tree.add_scale(y, -e, v))
-            cross = optax.tree.scale(1 / (2 * e), optax.tree.sub(plus, minus))
+        cross = central_difference(lower, x, y, v, self.radius)
         metrics = {"lower_residual": derivatives.norm(lower_y)}
         return Estimate(value, optax.tree.sub(upper_x, cross), found, None, metrics)

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters
-from bilevel.hypergradients._base import Estimate, PyTree
-from bilevel.lower import GradientDescent, Inner, LowerState
+from bilevel.hypergradients._base import Estimate
+from bilevel.level import Level
+from bilevel.lower import LowerState, repeat
+from bilevel.optimizers import check_count
+from bilevel.typing import LowerSolver, PyTree
 
 
 @hyperparameters
@@ -44,38 +47,53 @@ class Unrolled:
     def __post_init__(self) -> None:
         if self.mode not in ("reverse", "forward"):
             raise ValueError(f"Unrolled(mode={self.mode!r}): the mode is 'reverse' or 'forward'.")
-        if self.last is not None and (not isinstance(self.last, int) or self.last < 1):
-            raise ValueError(
-                f"Unrolled(last={self.last!r}): the number of differentiated steps is a positive integer, or None for all."
-            )
+        check_count(
+            "Unrolled", "the number of differentiated steps is a positive integer, or None for all", last=self.last
+        )
 
-    def init(self, lower: Any, x: PyTree, y: PyTree) -> PyTree:
+    def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
         """Nothing is kept."""
         return ()
 
-    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+    def __call__(
+        self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
+    ) -> Estimate:
         """The estimate at x."""
-        if isinstance(inner.solver, GradientDescent) and inner.solver.tol is not None and self.mode == "reverse":
+        reverse = self.mode == "reverse"
+        if reverse and getattr(solver, "tol", None) is not None:
             raise ValueError(
                 "Unrolled differentiates through the lower solver's loop, whose length must be fixed: set its tol=None "
                 "(a number of steps), or take an implicit estimator."
             )
-        if self.mode == "reverse" and self.checkpoint:
-            inner = inner.with_level(lower.mixed_mode())
-        if self.last is not None:
-            head, inner = inner.split(self.last, f"Unrolled(last={self.last})")
-            start = head(x, start)  # outside what is differentiated below
+        level = lower.mixed_mode() if reverse and self.checkpoint else lower
+        run = solver if self.last is None else self._truncated(solver, level, x, start)
 
         def objective(x: PyTree) -> tuple[jax.Array, LowerState]:
-            found = inner(x, start)
+            found = run(level, x, start)
             return upper(x, found.y), found
 
-        if self.mode == "reverse":
+        if reverse:
             (value, found), gradient = jax.value_and_grad(objective, has_aux=True)(x)
         else:
             (value, found), gradient = _forward_gradient(objective, x)
         residual = derivatives.norm(lower.gradient(x, found.y))
         return Estimate(value, gradient, found, carry, {"lower_residual": residual})
+
+    def _truncated(self, solver: Any, level: Level, x: PyTree, start: LowerState) -> Any:
+        """The last steps of the run alone, which begin where the others, not differentiated, have ended."""
+        if not hasattr(solver, "advance"):
+            raise ValueError(
+                f"Unrolled(last={self.last}) differentiates the last steps of the lower solver and needs one made of steps: "
+                f"lower.GradientDescent(...) or lower.MomentumSGD(...), not {type(solver).__name__}."
+            )
+        if self.last > solver.steps:
+            raise ValueError(
+                f"Unrolled(last={self.last}) differentiates {self.last} steps but the lower solver takes {solver.steps}: "
+                "raise steps or lower last."
+            )
+        first = solver.steps - self.last
+        middle = repeat(solver, level, x, solver.begin(x, start), 0, first)
+        return lambda level, x, _: solver.end(repeat(solver, level, x, middle, first))
 
 
 def OneStep() -> Unrolled:

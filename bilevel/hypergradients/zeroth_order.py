@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters
-from bilevel.data import as_step_key
-from bilevel.hypergradients._base import Estimate, PyTree
-from bilevel.lower import Inner, LowerState
+from bilevel.hypergradients._base import Estimate
+from bilevel.keys import Draw
+from bilevel.level import Level
+from bilevel.lower import LowerState
+from bilevel.optimizers import check_count
+from bilevel.typing import LowerSolver, PyTree
 
 
-def _directions(lower: Any, x: PyTree, carry: jax.Array, number: int) -> PyTree:
+def _directions(lower: Level, x: PyTree, carry: jax.Array, number: int) -> PyTree:
     """`number` standard normal vectors shaped like x, along a new leading axis; other ones at every outer step."""
-    key = jax.random.fold_in(as_step_key(0 if lower.key is None else lower.key).fold_in(7).random, carry)
+    key = jax.random.fold_in(lower.key.fold_in(Draw.DIRECTIONS).random, carry)
     return jax.vmap(lambda key: optax.tree.random_like(key, x, jax.random.normal))(jax.random.split(key, number))
 
 
@@ -28,12 +29,11 @@ class _Perturbing:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        if not isinstance(self.directions, int) or self.directions < 1:
-            raise ValueError(f"{owner}(directions={self.directions!r}): at least one direction is needed.")
+        check_count(owner, "at least one direction is needed", directions=self.directions)
         if isinstance(self.mu, float) and not self.mu > 0:
             raise ValueError(f"{owner}(mu={self.mu!r}): the perturbation's size is positive.")
 
-    def init(self, lower: Any, x: PyTree, y: PyTree) -> jax.Array:
+    def init(self, lower: Level, x: PyTree, y: PyTree) -> jax.Array:
         """The number of estimates taken, which makes the directions fresh each time."""
         return jnp.zeros((), jnp.uint32)
 
@@ -55,14 +55,16 @@ class PZOBO(_Perturbing):
     Reference: Sow, Ji, Liang, "On the Convergence Theory for Hessian-Free Bilevel Algorithms", NeurIPS 2022.
     """
 
-    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+    def __call__(
+        self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
+    ) -> Estimate:
         """The estimate at x."""
-        found = inner(x, start)
+        found = solver(lower, x, start)
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, found.y)
         u = _directions(lower, x, carry, self.directions)
 
         def slope(u: PyTree) -> jax.Array:
-            y = inner(optax.tree.add_scale(x, self.mu, u), start).y
+            y = solver(lower, optax.tree.add_scale(x, self.mu, u), start).y
             return optax.tree.vdot(optax.tree.sub(y, found.y), upper_y) / self.mu
 
         slopes = jax.vmap(slope)(u)
@@ -86,15 +88,17 @@ class HOZOG(_Perturbing):
     Reference: Gu et al., "Optimizing Large-Scale Hyperparameters via Automated Learning Algorithm" (HOZOG), 2021.
     """
 
-    def __call__(self, upper: Any, lower: Any, inner: Inner, x: PyTree, start: LowerState, carry: PyTree) -> Estimate:
+    def __call__(
+        self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
+    ) -> Estimate:
         """The estimate at x."""
-        found = inner(x, start)
+        found = solver(lower, x, start)
         value = upper(x, found.y)
         u = _directions(lower, x, carry, self.directions)
 
         def slope(u: PyTree) -> jax.Array:
             moved = optax.tree.add_scale(x, self.mu, u)
-            return (upper(moved, inner(moved, start).y) - value) / self.mu
+            return (upper(moved, solver(lower, moved, start).y) - value) / self.mu
 
         slopes = jax.vmap(slope)(u)
         gradient = jax.tree.map(lambda u: jnp.tensordot(slopes, u, axes=1) / self.directions, u)

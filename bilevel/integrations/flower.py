@@ -35,7 +35,7 @@ import optax
 
 from bilevel import derivatives
 from bilevel.data import Agents, Minibatches, StepKey
-from bilevel.lower import as_optimizer
+from bilevel.optimizers import as_optimizer
 from bilevel.problem import Problem
 from bilevel.solution import History, Result, Solution
 from bilevel.solvers import _agents

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bilevel.solvers._base import Solver, refuse
-from bilevel.solvers.darts import DARTS, MomentumSGD, coupled_adam
+from bilevel.solvers._base import refuse
+from bilevel.solvers.darts import DARTS, UpperFirst
 from bilevel.solvers.default import default_solver
 from bilevel.solvers.nested import AID, IMAML, ITD, T1T2, HypergradientDescent, OneStep, TruncatedITD
 from bilevel.solvers.single_loop import FSLA, MASOBA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN, AdamSOBA, SingleLoop
@@ -146,7 +146,6 @@ __all__ = [
     "HypergradientDescent",
     "IterativeRegularization",
     "LFedNest",
-    "MomentumSGD",
     "OneStep",
     "Path",
     "Polynomial",
@@ -154,10 +153,9 @@ __all__ = [
     "SimFBO",
     "SingleLoop",
     "SingleLoopF2SA",
-    "Solver",
     "StocBiO",
     "TruncatedITD",
-    "coupled_adam",
+    "UpperFirst",
     "default_solver",
     "refuse",
 ]

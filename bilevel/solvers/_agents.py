@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel import derivatives
-from bilevel.data import Agents, Clients, StepKey
+from bilevel.data import Agents, Clients, StepKey, as_source
 from bilevel.problem import Problem, ProblemError
 
 PyTree = Any
@@ -64,15 +64,7 @@ def is_random(data: Any) -> bool:
 
 def draw(data: Any, key: StepKey, agents: Any = None) -> PyTree:
     """The batches of the given agents (None: of all), stacked; None where the level has no data."""
-    if data is None:
-        return None
-    if isinstance(data, Agents) and agents is None:
-        return data.draw_agents(key)
-    if isinstance(data, Agents):
-        return jax.vmap(lambda i: data.draw_agent(key, i))(agents)
-    everyone = jnp.arange(len(data)) if agents is None else agents
-    size = data.size if data.size is not None else data.count // len(data)
-    return jax.vmap(lambda i: data.draw_client(key, i, size))(everyone)
+    return None if data is None else as_source(data).draw_each(key, agents)
 
 
 def bound(fn: Callable[..., jax.Array], data: Any) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:

@@ -1,15 +1,15 @@
-"""What every solver is, and how it refuses what it cannot honour."""
+"""What every solver does: refuse what it cannot honour, and say when it is within a tolerance."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bilevel.problem import Problem, ProblemError
-
-PyTree = Any
+from bilevel.solution import Result
+from bilevel.typing import Metrics, PyTree
 
 _PARTS = {
     "constraint": "the coupled inequality constraint=",
@@ -18,38 +18,6 @@ _PARTS = {
     "project_lower": "the lower projection project_lower=",
     "prox_lower": "the nonsmooth lower term prox_lower=",
 }
-
-
-@runtime_checkable
-class Solver(Protocol):
-    """A bilevel method: two pure methods, and nothing else is needed to write a new one.
-
-    `init(problem, x, y, key) -> state` makes a pytree of arrays with attributes `x` and `y`.
-    `step(problem, state, key) -> (state, metrics)` is one outer iteration; `metrics` is a dictionary of scalars. `key` is a
-    `data.StepKey`: `problem.draw_lower(key)` binds the step's batch, `key.random` is a key for `jax.random`.
-
-    Optional: `status(state, metrics, tol) -> int32`, one of `Result`'s codes (0 to go on), asked after each step where
-    `solve` was given a tolerance. `finish(problem, state, result, metrics, tol) -> (measures, result, sentence)`, called on the
-    host after the last step with the last metrics: numbers for the history, the result to report, what to add to the reason.
-    """
-
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> Any: ...
-
-    def step(self, problem: Problem, state: Any, key: Any) -> tuple[Any, dict[str, jax.Array]]: ...
-
-
-def scattered(y: PyTree, i: Any) -> PyTree:
-    """Start number i = 1, 2, ... around y for an independent lower solve: noise of three sizes in turn, on y's scale. 0: y itself."""
-    leaves, structure = jax.tree.flatten(y)
-    spread = jnp.where(i == 0, 0.0, 0.3 * 3.0 ** (i % 3))
-    moved = [
-        leaf
-        + spread
-        * (1 + jnp.sqrt(jnp.mean(leaf**2)))
-        * jax.random.normal(jax.random.fold_in(jax.random.key(i), j), leaf.shape, leaf.dtype)
-        for j, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(structure, moved)
 
 
 def refuse(
@@ -74,3 +42,23 @@ def refuse(
         raise ProblemError(
             f"{name} needs an upper variable: x0 is empty (a simple bilevel problem, where both levels own y).{cure}"
         )
+
+
+def within(tol: Any, metrics: Metrics, *names: str) -> jax.Array:
+    """CONVERGED where all these metrics, as far as they are measured, are at most tol; 0, to go on, elsewhere."""
+    worst = jnp.max(jnp.stack([metrics[name] for name in names if name in metrics]))
+    return jnp.where(worst <= tol, Result.CONVERGED.value, 0)
+
+
+def scattered(y: PyTree, i: Any) -> PyTree:
+    """Start number i = 1, 2, ... around y for an independent lower solve: noise of three sizes in turn, on y's scale. 0: y itself."""
+    leaves, structure = jax.tree.flatten(y)
+    spread = jnp.where(i == 0, 0.0, 0.3 * 3.0 ** (i % 3))
+    moved = [
+        leaf
+        + spread
+        * (1 + jnp.sqrt(jnp.mean(leaf**2)))
+        * jax.random.normal(jax.random.fold_in(jax.random.key(i), j), leaf.shape, leaf.dtype)
+        for j, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, moved)

@@ -1,23 +1,20 @@
-"""The local directions (D_x, D_y, D_v) that stochastic methods move along, from one batch of each level.
+"""The local directions (D_x, D_y, D_v) of single-loop methods, from one batch of each level: the one joint direction.
 
 Notation: F the upper and f the lower loss on a batch, v the variable of the linear system. At the solution
-v = -f_yy^{-1} F_y, so that the hypergradient is F_x + f_xy v (the sign of SOBA).
+v = -f_yy^{-1} F_y, so that the hypergradient is F_x + f_xy v (the sign of SOBA). On levels that are many (stacked over
+agents or clients) all of it is each agent's own, stacked.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
-from bilevel.data import as_step_key
-from bilevel.problem import Level
-
-PyTree = Any
+from bilevel.hypergradients.stochastic import Neumann, check_series
+from bilevel.level import Level
+from bilevel.typing import PyTree, Scalar
 
 
 @state
@@ -39,7 +36,7 @@ class Components:
       upper: the upper level's terms, a `Point` of F_x, None and F_y.
     """
 
-    value: jax.Array
+    value: Scalar
     lower: Point
     upper: Point
 
@@ -68,7 +65,7 @@ class Joint:
         lower_y, cross, hvp = derivatives.gradient_and_products(lower, at.x, at.y, at.v)
         return Point(cross, lower_y, hvp)
 
-    def upper(self, upper: Level, at: Point) -> tuple[jax.Array, Point]:
+    def upper(self, upper: Level, at: Point) -> tuple[Scalar, Point]:
         """The upper level's value and terms."""
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(at.x, at.y)
         return value, Point(upper_x, None, upper_y)
@@ -78,7 +75,7 @@ class Joint:
         value, terms = self.upper(upper, at)
         return Components(value, self.lower(lower, at), terms)
 
-    def __call__(self, upper: Level, lower: Level, at: Point) -> tuple[jax.Array, Point]:
+    def __call__(self, upper: Level, lower: Level, at: Point) -> tuple[Scalar, Point]:
         """F on its batch, and the direction."""
         parts = self.components(upper, lower, at)
         return parts.value, combined(parts.lower, parts.upper)
@@ -102,7 +99,8 @@ class Series:
 
     Per call: 1 gradient and 1 cross product of f, 1 gradient of F, K HVPs (on average (K-1)/2 if randomised).
 
-    References: Ghadimi, Wang, "Approximation Methods for Bilevel Programming", 2018 (randomised); Ji, Yang, Liang, ICML 2021.
+    References: Ghadimi, Wang, "Approximation Methods for Bilevel Programming", 2018 (randomised); Ji, Yang, Liang, ICML
+    2021.
     """
 
     step_size: float = 0.1
@@ -110,46 +108,16 @@ class Series:
     randomised: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.step_size, float) and not self.step_size > 0:
-            raise ValueError(f"Series(step_size={self.step_size!r}): a step size is positive.")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"Series(steps={self.steps!r}): the number of terms is a positive integer.")
+        check_series("Series", self.step_size, self.steps)
 
     def start(self, y: PyTree) -> PyTree:
         """No variable of its own."""
         return None
 
-    def solve(self, lower: Level, x: PyTree, y: PyTree, b: PyTree) -> PyTree:
-        """w, from batches of the level's stream 1 (the same ones at any x, y and b)."""
-        batches = lower.stream(1)
-
-        def apply(j: Any, p: PyTree) -> PyTree:
-            level = batches.redraw(j, self.steps)
-            return optax.tree.add_scale(p, -self.step_size, derivatives.hvp(level, x, y, p))
-
-        if self.randomised:
-            length = jax.random.randint(
-                as_step_key(0 if lower.key is None else lower.key).fold_in(2).random, (), 0, self.steps
-            )
-            product = jax.lax.fori_loop(0, length, apply, b)
-            return optax.tree.scale(self.steps * self.step_size, product)
-
-        def term(j: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            p = apply(j, carry[0])
-            return p, optax.tree.add(carry[1], p)
-
-        return optax.tree.scale(self.step_size, jax.lax.fori_loop(0, self.steps, term, (b, b))[1])
-
-    def __call__(self, upper: Level, lower: Level, at: Point) -> tuple[jax.Array, Point]:
+    def __call__(self, upper: Level, lower: Level, at: Point) -> tuple[Scalar, Point]:
         """F on its batch, and the direction."""
         x, y = at.x, at.y
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
-        w = self.solve(lower, x, y, upper_y)
+        w = Neumann(self.step_size, self.steps, self.randomised)(lower, x, y, upper_y)
         lower_y, cross = derivatives.gradient_and_cross(lower, x, y, w)
         return value, Point(optax.tree.sub(upper_x, cross), lower_y, None)
-
-
-def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm over all leaves, by inner products (XLA vectorises those, and sums of squares it does not)."""
-    leaves = jax.tree.leaves(tree)
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf).real for leaf in leaves)) if leaves else jnp.zeros(())

@@ -22,40 +22,35 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel._module import hyperparameters, state
-from bilevel.data import SOURCES, Minibatches, Sampler, Stream, Streamed
-from bilevel.problem import Level, Problem, ProblemError
+from bilevel.data import Source
+from bilevel.keys import Draw, StepKey
+from bilevel.level import Level
+from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._directions import Joint, Point, combined
-
-PyTree = Any
+from bilevel.typing import PyTree, Scalar
 
 PIECE_BYTES = 2**21  # of samples, in a pass over all of them on a CPU: about its second-level cache
 
 
-def local(problem: Problem, oracle: Any, at: Point, key: Any) -> tuple[jax.Array, Point]:
-    """The direction on this step's batches."""
-    return oracle(problem.draw_upper(key), problem.draw_lower(key), at)
-
-
-def at_both(problem: Problem, oracle: Any, at: Point, last: Point, key: Any) -> tuple[jax.Array, Point, Point]:
+def at_both(problem: Problem, oracle: Any, at: Point, last: Point, key: StepKey) -> tuple[Scalar, Point, Point]:
     """F at this point, and the directions at this point and the last one, on the same batches."""
-    upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+    upper, lower = problem.levels(key)
     value, now = oracle(upper, lower, at)
     return value, now, oracle(upper, lower, last)[1]
 
 
-def full(problem: Problem, oracle: Any, at: Point) -> tuple[jax.Array, Point]:
+def full(problem: Problem, oracle: Any, at: Point, key: StepKey) -> tuple[Scalar, Point]:
     """The direction on all samples of both levels.
 
-    On one CPU device a level whose samples are larger than the cache is passed over in contiguous pieces, and its terms are
-    averaged: the same (losses are means over samples), from values that stay in cache.
+    On one CPU device a level whose samples are larger than the cache is passed over in contiguous pieces, and its terms
+    are averaged: the same (losses are means over samples), from values that stay in cache.
     """
-    upper, lower = problem.full_upper(), problem.full_lower()
+    upper, lower = problem.full_levels(key)
     if not isinstance(oracle, Joint):  # a series multiplies Hessians: it is not the mean over pieces
         return oracle(upper, lower, at)
-    value, terms = _mean_over_pieces(lambda level: oracle.upper(level, at), upper, _pieces(problem.upper_data))
-    return value, combined(
-        _mean_over_pieces(lambda level: oracle.lower(level, at), lower, _pieces(problem.lower_data)), terms
-    )
+    of_upper, of_lower = (_pieces(source) for source in problem.sources)
+    value, terms = _mean_over_pieces(lambda level: oracle.upper(level, at), upper, of_upper)
+    return value, combined(_mean_over_pieces(lambda level: oracle.lower(level, at), lower, of_lower), terms)
 
 
 def _mean_over_pieces(fn: Callable[[Level], PyTree], level: Level, pieces: int) -> PyTree:
@@ -67,19 +62,18 @@ def _mean_over_pieces(fn: Callable[[Level], PyTree], level: Level, pieces: int) 
         def cut(a: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(a, i * (len(a) // pieces), len(a) // pieces)
 
-        return fn(Level(level.fn, jax.tree.map(cut, level.batch), level.key, level.project, level.prox))
+        return fn(level.on(jax.tree.map(cut, level.batch)))
 
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(on, jnp.int32(0)))
     total, _ = jax.lax.scan(lambda total, i: (jax.tree.map(jnp.add, total, on(i)), None), zero, jnp.arange(pieces))
     return jax.tree.map(lambda a: a / pieces, total)
 
 
-def _pieces(source: Any) -> int:
+def _pieces(source: Source) -> int:
     """The number of equal pieces, of `PIECE_BYTES` or little more, to pass over the samples in; 1 where it does not pay."""
-    if not isinstance(source, Minibatches):
-        return 1
-    # Elsewhere launches would cost more than a cache saves, and slices of shards would travel.
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+    # Where batches are all samples anyway, or carry more than samples, there is nothing to cut. On other back-ends launches
+    # would cost more than a cache saves, and slices of shards would travel.
+    if not source.cuttable or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return 1
     leaves = jax.tree.leaves(source.arrays)
     wanted = min(sum(leaf.nbytes for leaf in leaves) // PIECE_BYTES, len(leaves[0]))
@@ -99,9 +93,9 @@ class Plain:
         """Nothing is kept."""
         return None
 
-    def __call__(self, problem: Problem, oracle: Any, at: Point, memory: PyTree, key: Any) -> Any:
+    def __call__(self, problem: Problem, oracle: Any, at: Point, memory: PyTree, key: StepKey) -> Any:
         """The direction."""
-        return *local(problem, oracle, at, key), None
+        return *oracle(*problem.levels(key), at), None
 
 
 @hyperparameters
@@ -124,9 +118,9 @@ class Momentum:
         """m = 0."""
         return optax.tree.zeros_like(at.x)
 
-    def __call__(self, problem: Problem, oracle: Any, at: Point, memory: PyTree, key: Any) -> Any:
+    def __call__(self, problem: Problem, oracle: Any, at: Point, memory: PyTree, key: StepKey) -> Any:
         """The direction."""
-        value, direction = local(problem, oracle, at, key)
+        value, direction = oracle(*problem.levels(key), at)
         average = jax.tree.map(lambda m, d: (1 - self.theta) * m + self.theta * d, memory, direction.x)
         return value, dataclasses.replace(direction, x=average), average
 
@@ -164,7 +158,7 @@ class STORM:
         """At the start, with no direction yet."""
         return Recursion(at, optax.tree.zeros_like(at))
 
-    def __call__(self, problem: Problem, oracle: Any, at: Point, memory: Recursion, key: Any) -> Any:
+    def __call__(self, problem: Problem, oracle: Any, at: Point, memory: Recursion, key: StepKey) -> Any:
         """The direction."""
         value, now, before = at_both(problem, oracle, at, memory.at, key)
         eta = jnp.where(key.step == 0, 1.0, decayed(self.eta, self.eta_decay, key.step))
@@ -207,15 +201,15 @@ class SARAH:
         refuse_endless("SARAH/SPIDER variance reduction (SRBA, SPABA, VRBO)", problem)
         return Recursion(at, optax.tree.zeros_like(at))
 
-    def restarts(self, problem: Problem, key: Any) -> jax.Array:
+    def restarts(self, problem: Problem, key: StepKey) -> jax.Array:
         """Whether this step takes the full direction."""
         return key.step % period_of(problem, self.period, self.period_fraction) == 0
 
-    def __call__(self, problem: Problem, oracle: Any, at: Point, memory: Recursion, key: Any) -> Any:
+    def __call__(self, problem: Problem, oracle: Any, at: Point, memory: Recursion, key: StepKey) -> Any:
         """The direction."""
         value, direction = jax.lax.cond(
             self.restarts(problem, key),
-            lambda at, memory: full(problem, oracle, at),
+            lambda at, memory: full(problem, oracle, at, key),
             lambda at, memory: recursive(problem, oracle, at, memory, key),
             at,
             memory,
@@ -241,44 +235,35 @@ class PAGE(SARAH):
         if isinstance(self.probability, float) and not 0 < self.probability <= 1:
             raise ValueError(f"PAGE(probability={self.probability!r}): a probability in (0, 1], or None.")
 
-    def restarts(self, problem: Problem, key: Any) -> jax.Array:
+    def restarts(self, problem: Problem, key: StepKey) -> jax.Array:
         """Whether this step takes the full direction."""
         samples, batch = samples_and_batch(problem)
         probability = max(batch, 1) / max(samples + batch, 1) if self.probability is None else self.probability
-        coin = jax.random.uniform(key.fold_in(3).random)
+        coin = jax.random.uniform(key.fold_in(Draw.RESTART).random)
         return (key.step == 0) | (coin < probability)
 
 
-def recursive(problem: Problem, oracle: Any, at: Point, memory: Recursion, key: Any) -> tuple[jax.Array, Point]:
+def recursive(problem: Problem, oracle: Any, at: Point, memory: Recursion, key: StepKey) -> tuple[Scalar, Point]:
     """SARAH's recursion on this step's batches."""
     value, now, before = at_both(problem, oracle, at, memory.at, key)
     return value, jax.tree.map(lambda d, n, b: d + (n - b), memory.direction, now, before)
 
 
-def _levels(problem: Problem) -> tuple[tuple[str, Any], ...]:
-    return ("lower_data", problem.lower_data), ("upper_data", problem.upper_data)
-
-
 def refuse_endless(what: str, problem: Problem) -> None:
     """Refuse data that have no full batch."""
-    for name, data in _levels(problem):
-        if isinstance(data, (Sampler, Stream, Streamed)):
+    for name, source in zip(("upper_data", "lower_data"), problem.sources, strict=True):
+        if source.count is None:
             raise ProblemError(
-                f"{what} passes over all samples now and then, and {name} is a {type(data).__name__}, which has no end. "
+                f"{what} passes over all samples now and then, and {name} is a {type(source).__name__}, which has no end. "
                 "Give arrays or data.Minibatches, or take a method without full passes (SOBA, MASOBA, SUSTAIN, MRBO)."
             )
 
 
 def samples_and_batch(problem: Problem) -> tuple[int, int]:
     """The samples of both levels, and of one batch of each."""
-    samples = batch = 0
-    for _, data in _levels(problem):
-        if data is None:
-            continue
-        count = data.count if isinstance(data, SOURCES) else jax.tree.leaves(data)[0].shape[0]
-        samples += count
-        batch += getattr(data, "size", None) or count
-    return samples, batch
+    counts = [(source.count or 0, source.size or source.count or 0) for source in problem.sources]
+    samples, batches = zip(*counts, strict=True)
+    return sum(samples), sum(batches)
 
 
 def period_of(problem: Problem, period: int | None, fraction: Any) -> jax.Array:
@@ -286,8 +271,7 @@ def period_of(problem: Problem, period: int | None, fraction: Any) -> jax.Array:
     if period is not None:
         return jnp.uint32(period)
     samples, batch = samples_and_batch(problem)
-    sizes = [data for _, data in _levels(problem) if data is not None]
-    mean = batch / max(len(sizes), 1)
+    mean = batch / max(sum(source.given for source in problem.sources), 1)
     return jnp.maximum(jnp.floor(fraction * samples / max(mean, 1)), 1).astype(jnp.uint32)
 
 
@@ -336,9 +320,8 @@ class SAGA:
 
     def table_bytes(self, problem: Problem, x: PyTree, y: PyTree) -> int:
         """Bytes of the tables for this problem, nothing being allocated."""
-        lower = 2 * _bytes(y) + _bytes(x)
-        upper = _bytes(y) + _bytes(x)
-        return lower * (_blocks(problem.lower_data) or 0) + upper * (_blocks(problem.upper_data) or 0)
+        upper, lower = (source.blocks or 0 for source in problem.sources)
+        return (2 * _bytes(y) + _bytes(x)) * lower + (_bytes(y) + _bytes(x)) * upper
 
     def init(self, problem: Problem, oracle: Any, at: Point) -> tuple[Table | None, Table | None]:
         """Tables of zeros for the lower and the upper level."""
@@ -346,24 +329,26 @@ class SAGA:
             raise ProblemError(
                 "SAGA keeps the terms of the joint directions; it does not combine with a Neumann series."
             )
-        for name, data in _levels(problem):
-            _refuse_unnumbered(name, data)
+        upper, lower = problem.sources
+        _refuse_unnumbered("lower_data", lower)
+        _refuse_unnumbered("upper_data", upper)
         needed = self.table_bytes(problem, at.x, at.y)
         if needed > self.max_bytes:
             raise ProblemError(
-                f"SAGA's tables would take {_readable(needed)}, more than its bound of {_readable(self.max_bytes)}: one gradient of "
-                f"each of the {_blocks(problem.lower_data) or 0} lower and {_blocks(problem.upper_data) or 0} upper blocks. Take SRBA, which reaches the "
-                "same accuracy with six vectors, or larger batches, or raise max_table_bytes."
+                f"SAGA's tables would take {_readable(needed)}, more than its bound of {_readable(self.max_bytes)}: one "
+                f"gradient of each of the {lower.blocks or 0} lower and {upper.blocks or 0} upper blocks. Take SRBA, which "
+                "reaches the same accuracy with six vectors, or larger batches, or raise max_table_bytes."
             )
-        lower, upper = _packed(Point(at.x, at.y, at.v)), _packed(Point(at.x, None, at.v))
-        return _empty(lower, _blocks(problem.lower_data)), _empty(upper, _blocks(problem.upper_data))
+        terms = Point(at.x, at.y, at.v)
+        return _empty(_packed(terms), lower.blocks), _empty(_packed(Point(at.x, None, at.v)), upper.blocks)
 
     def __call__(
         self, problem: Problem, oracle: Any, at: Point, memory: tuple[Table | None, Table | None], key: Any
     ) -> Any:
         """The direction."""
-        lower_level, lower_block = _numbered(problem.lower_data, problem.draw_lower, problem.lower, key, 0)
-        upper_level, upper_block = _numbered(problem.upper_data, problem.draw_upper, problem.upper, key, 1)
+        upper_level, lower_level = problem.levels(key)
+        lower_level, lower_block = _numbered(lower_level)
+        upper_level, upper_block = _numbered(upper_level)
         lower_table, lower_old = _opened(memory[0], lower_block)
         upper_table, upper_old = _opened(memory[1], upper_block)
         parts = oracle.components(upper_level, lower_level, at)
@@ -372,13 +357,12 @@ class SAGA:
         return parts.value, combined(lower, upper), (lower_table, upper_table)
 
 
-def _numbered(data: Any, draw: Any, fn: Any, key: Any, tag: int) -> tuple[Level, jax.Array | None]:
+def _numbered(level: Level) -> tuple[Level, jax.Array | None]:
     """A level with this step's block bound, and the block's number (None where all samples are seen at every step)."""
-    if not isinstance(data, Minibatches):
-        return draw(key), None
-    key = key.fold_in(tag)
-    block = data.block(key)
-    return Level(fn, data, key, batch=data.take(block)), block
+    if level.source.blocks is None:
+        return level, None
+    block, batch = level.source.numbered(level.key)
+    return level.on(batch), block
 
 
 def _empty(terms: PyTree, blocks: int | None) -> Table | None:
@@ -428,10 +412,6 @@ def _is_small(terms: PyTree) -> bool:
     return len(dtypes) == 1 and _bytes(terms) <= _SMALL
 
 
-def _blocks(data: Any) -> int | None:
-    return data.batches if isinstance(data, Minibatches) else None
-
-
 def _bytes(tree: PyTree) -> int:
     return sum(
         int(np.prod(np.shape(leaf), dtype=np.int64)) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree)
@@ -445,26 +425,22 @@ def _readable(count: int) -> str:
     return f"{count} bytes"
 
 
-def _refuse_unnumbered(name: str, data: Any) -> None:
+def _refuse_unnumbered(name: str, source: Source) -> None:
     cure = "Write data.Minibatches(arrays, size, blocks=True), or take SRBA or SOBA, which need no numbers."
-    if isinstance(data, (Sampler, Stream, Streamed)) or (
-        hasattr(data, "draw") and not isinstance(data, Minibatches) and data.size is not None
-    ):
+    if source.blocks is None:
+        if source.varies:
+            raise ProblemError(
+                f"SAGA keeps one gradient per batch, and the batches of {name} have no numbers that stand for the same "
+                f"samples each time ({source!r}). {cure}"
+            )
+        return
+    left = source.count % source.size  # type: ignore[operator]
+    if left:
         raise ProblemError(
-            f"SAGA keeps one gradient per batch, and the batches of {name}, a {type(data).__name__}, have no numbers. {cure}"
+            f"SAGA needs blocks that share out the samples, and {source.size} does not divide the {source.count} samples of "
+            f"{name}: the mean over the blocks would not be the mean over the samples. "
+            f"{_divisors(source.count, source.size)}drop the last {left} samples, or take SRBA."  # type: ignore[arg-type]
         )
-    if isinstance(data, Minibatches):
-        if not data.blocks:
-            raise ProblemError(
-                f"SAGA keeps one gradient per batch, and the batches of {name} are drawn afresh from the samples. {cure}"
-            )
-        left = data.count % data.size
-        if left:
-            raise ProblemError(
-                f"SAGA needs blocks that share out the samples, and {data.size} does not divide the {data.count} samples of {name}: the mean over "
-                f"the blocks would not be the mean over the samples. {_divisors(data.count, data.size)}"
-                f"drop the last {left} samples, or take SRBA."
-            )
 
 
 def _divisors(count: int, size: int) -> str:

@@ -1,87 +1,99 @@
-"""DARTS: differentiable architecture search as a nested method that takes the upper step first."""
+"""DARTS: differentiable architecture search, which takes the upper step first."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
-from bilevel._module import hyperparameters
-from bilevel.hypergradients import Unrolled
-from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
-from bilevel.lower import GradientDescent, LowerState, as_lower_solver
-from bilevel.solvers.nested import HypergradientDescent
+from bilevel._module import hyperparameters, state
+from bilevel.hypergradients.finite_difference import Ahead, FiniteDifference, FirstOrder
+from bilevel.keys import StepKey
+from bilevel.lower import GradientDescent, LowerState, MomentumSGD, as_lower_solver
+from bilevel.optimizers import Move, check_optimizer, coupled_adam, is_rule, residual, withdraws
+from bilevel.problem import Problem, ProblemError
+from bilevel.solvers._base import refuse, within
+from bilevel.typing import Metrics, PyTree
 
-PyTree = Any
+__all__ = ["DARTS", "UpperFirst"]
+
+
+@state
+class UpperFirstState:
+    """x and y, and the memories of the lower solver and of the upper step rule."""
+
+    x: PyTree
+    y: PyTree
+    memory: PyTree
+    upper: PyTree
 
 
 @hyperparameters
-class MomentumSGD:
-    """A lower solver: `steps` steps of gradient descent with clipping, weight decay and momentum, whose numbers are leaves.
+class UpperFirst:
+    """The upper step first, along an estimate at the incoming y; then the lower level at the *new* x, on the same batch.
 
-        g <- clip(f_y(x, y)) + weight_decay y,    m <- momentum m + g,    y <- y - learning_rate m
-
-    An optax rule is a closure, and another weight decay another program; here numbers are data, so that a sweep over
-    `weight_decay` is a `vmap` and a regularisation that grows during a run (`regularizers.adaptive`) compiles once.
+        x_{k+1} = project_upper(x_k + upper_optimizer(hypergradient(x_k, y_k)))
+        y_{k+1} = lower_solver(x_{k+1}, y_k)
 
     Attributes:
-      learning_rate: a number, or an optax schedule of the steps taken (static: another schedule is another program).
-      momentum, weight_decay: the numbers above.
-      clip: the norm that f_y is clipped to over all of y, before the weight decay is added; None: no clipping.
-      steps: steps per call, each on a fresh batch where the level's data are drawn.
+      hypergradient: an estimator at the incoming y: `hypergradients.FiniteDifference` or `FirstOrder`.
+      lower_solver: anything that `lower.as_lower_solver` accepts.
+      upper_optimizer: an optax rule or a step size. One that withdraws steps is refused: the lower level has moved on.
 
-    Defaults: the convolutional search of Liu, Simonyan, Yang, ICLR 2019 (whose rate falls to 0.001 by a cosine:
-    `optax.cosine_decay_schedule(0.025, steps, 0.04)`).
+    Metrics: `upper_loss`, `hypergradient_norm` (with a projection |x - project(x - gradient)|), and the estimator's
+    (`lower_residual` = |f_y|). With a tolerance a run has converged when both are at most tol.
     """
 
-    learning_rate: float | Callable[[Any], Any] = 0.025
-    momentum: float = 0.9
-    weight_decay: float = 3e-4
-    clip: float | None = 5.0
-    steps: int = 1
+    hypergradient: Ahead
+    lower_solver: Any
+    upper_optimizer: float | optax.GradientTransformation
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "momentum", "weight_decay", "clip"):
-            value = getattr(self, name)
-            if isinstance(value, float) and (value < 0 or (value == 0 and name in ("learning_rate", "clip"))):
-                sign = "positive" if name in ("learning_rate", "clip") else "not negative"
-                raise ValueError(f"MomentumSGD({name}={value!r}): the number is {sign}.")
+        if not hasattr(self.hypergradient, "at"):
+            raise TypeError(
+                "UpperFirst estimates at the incoming y, ahead of the lower solver: take hypergradients.FiniteDifference or "
+                f"FirstOrder, not {type(self.hypergradient).__name__}."
+            )
+        check_optimizer("UpperFirst", "upper_optimizer", self.upper_optimizer)
+        as_lower_solver(self.lower_solver)
 
-    def _descent(self) -> GradientDescent:
-        rule = optax.chain(
-            optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip),  # type: ignore[arg-type]
-            optax.add_decayed_weights(self.weight_decay),
-            optax.sgd(self.learning_rate, momentum=self.momentum),
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> UpperFirstState:
+        """The state before the first step."""
+        refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower"))
+        memory = Move(self.upper_optimizer).init(x)
+        if withdraws(memory):
+            raise ProblemError(
+                "UpperFirst (DARTS) cannot withdraw an upper step, since the lower level has moved with it: take a step size or "
+                "an optax rule such as optax.adam(1e-2) as upper_optimizer."
+            )
+        return UpperFirstState(x, y, as_lower_solver(self.lower_solver).init(y).memory, memory)
+
+    def step(self, problem: Problem, state: UpperFirstState, key: StepKey) -> tuple[UpperFirstState, Metrics]:
+        """One outer iteration."""
+        upper, lower = problem.levels(key)
+        solver, start = as_lower_solver(self.lower_solver), LowerState(state.y, state.memory)
+
+        value, gradient, metrics = self.hypergradient.at(upper, lower, solver, state.x, start)
+        x, memory = Move(self.upper_optimizer, upper.project)(
+            gradient, state.upper, state.x, value=value, grad=gradient
         )
-        return GradientDescent(rule, self.steps)
+        found = solver(lower, x, start)
 
-    def init(self, y: PyTree) -> LowerState:
-        """y with an empty momentum buffer."""
-        return self._descent().init(y)
+        norm = residual(state.x, gradient, upper.project)
+        return (
+            UpperFirstState(x, found.y, found.memory, memory),
+            {"upper_loss": value, "hypergradient_norm": norm, **metrics},
+        )
 
-    def __call__(self, lower: Any, x: PyTree, state: LowerState) -> LowerState:
-        """Run from `state`."""
-        return self._descent()(lower, x, state)
-
-    def virtual(self) -> MomentumSGD:
-        """One step of the rule without clipping: DARTS's virtual step. Its memory has the same form."""
-        return dataclasses.replace(self, clip=None, steps=1)
-
-
-@functools.cache
-def coupled_adam(
-    learning_rate: float = 3e-4, b1: float = 0.5, b2: float = 0.999, weight_decay: float = 1e-3
-) -> optax.GradientTransformation:
-    """Adam on the gradient of the loss plus (weight_decay / 2) |x|^2, DARTS's rule for the architecture.
-
-    The decay goes through Adam's moments (coupled), unlike `optax.adamw`'s. Equal numbers give one and the same
-    rule, so that solvers made with it share a compiled program.
-    """
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate, b1=b1, b2=b2))
+    def status(self, state: UpperFirstState, metrics: Metrics, tol: Any) -> jax.Array:
+        """CONVERGED where the hypergradient and the lower level's residual are within the tolerance."""
+        if "lower_residual" not in metrics:
+            raise ValueError(
+                f"{type(self.hypergradient).__name__} does not measure the lower level's residual, so a tolerance cannot be "
+                "met: leave tol out and give the number of steps."
+            )
+        return within(tol, metrics, "hypergradient_norm", "lower_residual")
 
 
 def DARTS(
@@ -92,7 +104,7 @@ def DARTS(
     weight_decay: float | None = None,
     virtual_step: float | None = None,
     radius: float = 0.01,
-) -> HypergradientDescent:
+) -> UpperFirst:
     """Differentiable architecture search: an upper step on a validation batch, then one lower step at the *new* x.
 
         y' = U(f_y(x, y))                            the virtual step: the lower solver's own rule, without clipping
@@ -104,7 +116,8 @@ def DARTS(
     - 1: not at all, y' = y and the gradient is F_x(x, y) (`hypergradients.FirstOrder`); 1 upper and 1 lower gradient;
     - 2: by a central difference of f_x at y +- radius v/|v| (`hypergradients.FiniteDifference`); 1 upper gradient, 2 lower
       gradients in y and 2 in x. The published method;
-    - "exact": by automatic differentiation (`hypergradients.Unrolled`); in place of the 2 gradients in x one cross product.
+    - "exact": by automatic differentiation (`FiniteDifference(radius=None)`); in place of the 2 gradients in x one cross
+      product.
 
     The virtual step contains the momentum buffer, the weight decay and the schedule, and not the clipping, as in the
     authors' code for convolutional cells (that for recurrent cells clips it). The scheme's fixed point depends on the virtual
@@ -135,27 +148,16 @@ def DARTS(
     elif weight_decay is not None:
         raise ValueError(
             "DARTS(weight_decay=...) is the default lower rule's; with a lower_optimizer put it in there, such as "
-            "lower_optimizer=solvers.MomentumSGD(0.1, weight_decay=1e-3)."
+            "lower_optimizer=lower.MomentumSGD(0.1, weight_decay=1e-3)."
         )
-    elif isinstance(lower_optimizer, (float, int, jax.Array, optax.GradientTransformation)):
+    elif is_rule(lower_optimizer) or isinstance(lower_optimizer, (float, int, jax.Array)):
         solver = GradientDescent(lower_optimizer, 1)
     else:
         solver = as_lower_solver(lower_optimizer)
     upper = coupled_adam() if upper_optimizer is None else upper_optimizer
-    estimator = {1: FirstOrder(), 2: FiniteDifference(virtual_step, radius), "exact": Unrolled()}[order]
-    virtual = _PlainStep(virtual_step) if order == "exact" and virtual_step is not None else None
-    return HypergradientDescent(estimator, solver, upper, upper_first=True, virtual_solver=virtual)
-
-
-@hyperparameters
-class _PlainStep:
-    """y - step f_y(x, y), leaving the lower solver's memory alone; the step may be 0."""
-
-    step: float
-
-    def init(self, y: PyTree) -> LowerState:
-        return LowerState(y, None)
-
-    def __call__(self, lower: Any, x: PyTree, state: LowerState) -> LowerState:
-        moved = optax.tree.add_scale(state.y, -self.step, lower.gradient(x, state.y))
-        return LowerState(optax.tree.cast_like(moved, state.y), state.memory)
+    estimators: dict[Any, Ahead] = {
+        1: FirstOrder(),
+        2: FiniteDifference(virtual_step, radius),
+        "exact": FiniteDifference(virtual_step, None),
+    }
+    return UpperFirst(estimators[order], solver, upper)

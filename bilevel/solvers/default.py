@@ -10,8 +10,7 @@ from bilevel.lower import GradientDescent
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers.nested import AID
 from bilevel.solvers.tuning_free import STFBO
-
-PyTree = Any
+from bilevel.typing import PyTree
 
 
 def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:

@@ -8,20 +8,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import derivatives, hypergradients, linear
+from bilevel import hypergradients, linear
 from bilevel._module import hyperparameters, state
-from bilevel.hypergradients import Implicit, Unrolled
-from bilevel.lower import LBFGS, GradientDescent, Inner, LowerState, as_lower_solver, as_optimizer, check_optimizer
-from bilevel.optimizers import quasi_newton, spectral, withdraws
-from bilevel.problem import Level, Problem, ProblemError
+from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
+from bilevel.keys import StepKey
+from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
+from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral
+from bilevel.problem import Problem, ProblemError
 from bilevel.solution import Result
-from bilevel.solvers._base import PyTree, refuse, scattered
+from bilevel.solvers._base import refuse, scattered, within
+from bilevel.typing import Metrics, PyTree, Scalar
+
+__all__ = ["AID", "IMAML", "ITD", "T1T2", "HypergradientDescent", "OneStep", "TruncatedITD"]
 
 
 @state
 class NestedState:
-    """x and y; where the next hypergradient is taken (x, but for step rules that may withdraw a step); the lower solver's,
-    the estimator's and the upper optimiser's memories; the start of cold lower solves."""
+    """Between two steps of a nested method.
+
+    Attributes:
+      x, y: the variables.
+      trial: where the next hypergradient is taken: x, but for step rules that may withdraw a step.
+      memory, carry, upper: what the lower solver, the estimator and the upper step rule remember.
+      start: where cold lower solves begin; None where they are warm.
+    """
 
     x: PyTree
     y: PyTree
@@ -47,110 +57,73 @@ class HypergradientDescent:
         `optimizers.spectral()`, which need no step size and full batches.
       warm_start: start each lower solve at the last y (and its optimiser's moments); False: at y0 every time, as in
         meta-learning.
-      upper_first: take the upper step first, with the estimate at the incoming y, and solve the lower level at the new x:
-
-            x_{k+1} = project_upper(x_k + upper_optimizer(hypergradient(x_k, y_k)))
-            y_{k+1} = lower_solver(x_{k+1}, y_k)
-
-        as in architecture search. Needs an `upper_optimizer`; one that withdraws steps is refused.
-      virtual_solver: with `upper_first`, the lower solver that the estimate is taken through, started from where the lower solver
-        stands (it shares its memory); its result is discarded. None: `lower_solver.virtual()` where there is such a method,
-        else the lower solver itself.
 
     Metrics: `upper_loss`, `hypergradient_norm` (with a projection |x - project(x - gradient)|), and the estimator's
     (`lower_residual` = |f_y|, `linear_residual`, `linear_iterations`). With a tolerance a run has converged when both
     `hypergradient_norm` and `lower_residual` are at most tol.
     """
 
-    hypergradient: Any = Implicit()
+    hypergradient: Estimator = Implicit()
     lower_solver: Any = GradientDescent()
     upper_optimizer: float | optax.GradientTransformation | None = None
     warm_start: bool = True
-    upper_first: bool = False
-    virtual_solver: Any = None
 
     def __post_init__(self) -> None:
         if self.upper_optimizer is not None:
             check_optimizer("HypergradientDescent", "upper_optimizer", self.upper_optimizer)
-        elif self.upper_first:
-            raise ValueError(
-                "HypergradientDescent(upper_first=True) has no default step rule: give upper_optimizer a step size or an optax rule."
-            )
-        if self.virtual_solver is not None and not self.upper_first:
-            raise ValueError(
-                "HypergradientDescent(virtual_solver=...) is for upper_first=True, and is ignored otherwise."
-            )
         as_lower_solver(self.lower_solver)
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> NestedState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> NestedState:
         """The state before the first step."""
-        refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower"))
-        lower_state = as_lower_solver(self.lower_solver).init(y)
+        honours = getattr(self.hypergradient, "honours", ())
+        refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower", *honours))
+        memory = as_lower_solver(self.lower_solver).init(y).memory
         carry = self.hypergradient.init(problem.draw_lower(key), x, y)
-        memory = self._optimizer(problem).init(x)
-        if self.upper_first and withdraws(memory):
-            raise ProblemError(
-                "HypergradientDescent(upper_first=True) cannot withdraw an upper step, since the lower level has moved with it: "
-                "take a step size or an optax rule such as optax.adam(1e-2) as upper_optimizer."
-            )
-        return NestedState(x, y, x, lower_state.memory, carry, memory, None if self.warm_start else y)
+        upper = self._move(problem).init(x)
+        return NestedState(x, y, x, memory, carry, upper, None if self.warm_start else y)
 
-    def _optimizer(self, problem: Problem) -> optax.GradientTransformationExtraArgs:
+    def _move(self, problem: Problem) -> Move:
+        """How x moves."""
         if self.upper_optimizer is not None:
-            return as_optimizer(self.upper_optimizer)
+            return Move(self.upper_optimizer, problem.project_upper)
         if problem.stochastic:
             raise ProblemError(
-                "HypergradientDescent's default step rule compares values and needs full batches; this problem draws minibatches. "
-                "Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
+                "HypergradientDescent's default step rule compares values and needs full batches; this problem draws "
+                "minibatches. Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
             )
-        return quasi_newton() if problem.project_upper is None else spectral()
+        return Move(quasi_newton() if problem.project_upper is None else spectral(), problem.project_upper)
 
-    def step(self, problem: Problem, state: NestedState, key: Any) -> tuple[NestedState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: NestedState, key: StepKey) -> tuple[NestedState, Metrics]:
         """One outer iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         solver = as_lower_solver(self.lower_solver)
-        inner = Inner(self._virtual(solver) if self.upper_first else solver, lower)
         start = LowerState(state.y, state.memory) if self.warm_start else solver.init(state.start)
 
-        estimate = self.hypergradient(upper, lower, inner, state.trial, start, state.carry)
-        found, gradient = estimate.lower, estimate.gradient
+        found = self.hypergradient(upper, lower, solver, state.trial, start, state.carry)
 
-        def objective(x: PyTree) -> jax.Array:
-            return _with_gradient(lambda x: self.hypergradient(upper, lower, inner, x, found, estimate.carry), x)
+        def again(x: PyTree) -> Estimate[Any]:
+            return self.hypergradient(upper, lower, solver, x, found.lower, found.carry)
 
-        updates, memory = self._optimizer(problem).update(
-            gradient, state.upper, state.trial, value=estimate.value, grad=gradient, value_fn=objective
+        trial, memory = self._move(problem)(
+            found.gradient,
+            state.upper,
+            state.trial,
+            value=found.value,
+            grad=found.gradient,
+            value_fn=lambda x: _with_gradient(again, x),
         )
-        trial = optax.apply_updates(state.trial, updates)
-        if problem.project_upper is not None:
-            trial = problem.project_upper(trial)
-        if self.upper_first:
-            found = solver(lower, trial, start)
-        x, y = trial, found.y
-        if withdraws(memory):
-            x = memory.x
-            y = jax.tree.map(lambda new, kept: jnp.where(memory.accepted, new, kept), y, state.y)
+        x, kept = accepted(memory, trial)
+        y = jax.tree.map(lambda new, old: jnp.where(kept, new, old), found.lower.y, state.y)
         metrics = {
-            "upper_loss": estimate.value,
-            "hypergradient_norm": stationarity(upper, state.trial, gradient),
-            **estimate.metrics,
+            "upper_loss": found.value,
+            "hypergradient_norm": residual(state.trial, found.gradient, upper.project),
+            **found.metrics,
         }
-        return NestedState(x, y, trial, found.memory, estimate.carry, memory, state.start), metrics
+        return NestedState(x, y, trial, found.lower.memory, found.carry, memory, state.start), metrics
 
-    def _virtual(self, solver: Any) -> Any:
-        if self.virtual_solver is not None:
-            return as_lower_solver(self.virtual_solver)
-        return solver.virtual() if hasattr(solver, "virtual") else solver
-
-    def status(self, state: NestedState, metrics: dict[str, jax.Array], tol: Any) -> jax.Array:
+    def status(self, state: NestedState, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED where the hypergradient and the lower level's residual are within the tolerance."""
-        if self.upper_first and "lower_residual" not in metrics:
-            raise ValueError(
-                f"{type(self.hypergradient).__name__} does not measure the lower level's residual, so a tolerance cannot be "
-                "met: leave tol out and give the number of steps."
-            )
-        worst = jnp.maximum(metrics["hypergradient_norm"], metrics.get("lower_residual", jnp.zeros(())))
-        return jnp.where(worst <= tol, Result.CONVERGED.value, 0)
+        return within(tol, metrics, "hypergradient_norm", "lower_residual")
 
     def finish(
         self, problem: Problem, state: NestedState, result: Result, metrics: dict[str, float], tol: Any
@@ -188,14 +161,7 @@ def _lowest(problem: Problem, x: PyTree, y: PyTree) -> tuple[jax.Array, jax.Arra
     return lower(x, y), jnp.min(jax.lax.map(reached, jnp.arange(1, _STARTS + 1)))
 
 
-def stationarity(level: Level, x: PyTree, gradient: PyTree) -> jax.Array:
-    """|gradient|, or with a projection the length of the projected step |x - project(x - gradient)|."""
-    if level.project is None:
-        return derivatives.norm(gradient)
-    return derivatives.norm(optax.tree.sub(x, level.project(optax.tree.sub(x, gradient))))
-
-
-def _with_gradient(estimate: Any, x: PyTree) -> jax.Array:
+def _with_gradient(estimate: Any, x: PyTree) -> Scalar:
     """estimate(x).value as a function of x whose derivative is estimate(x).gradient (for line searches)."""
 
     @jax.custom_jvp

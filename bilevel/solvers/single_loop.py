@@ -10,12 +10,14 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
-from bilevel.lower import as_optimizer, check_optimizer
+from bilevel.derivatives import norm
+from bilevel.keys import StepKey
+from bilevel.optimizers import Move, check_optimizer, residual
 from bilevel.problem import Problem
-from bilevel.solution import Result
-from bilevel.solvers._base import PyTree, refuse
-from bilevel.solvers._directions import Joint, Point, Series, norm
+from bilevel.solvers._base import refuse, within
+from bilevel.solvers._directions import Joint, Point, Series
 from bilevel.solvers._variance_reduction import PAGE, SAGA, SARAH, STORM, Momentum, Plain, decayed, storm
+from bilevel.typing import Metrics, PyTree
 
 __all__ = [
     "FSLA",
@@ -95,48 +97,45 @@ class SingleLoop:
         if self.linear_optimizer is not None:
             check_optimizer("SingleLoop", "linear_optimizer", self.linear_optimizer)
 
-    def _rules(self) -> tuple[Any, Any, Any]:
+    def _moves(self, problem: Problem) -> Point:
+        """How x, y and v move."""
         linear = self.lower_optimizer if self.linear_optimizer is None else self.linear_optimizer
-        return as_optimizer(self.upper_optimizer), as_optimizer(self.lower_optimizer), as_optimizer(linear)
+        return Point(Move(self.upper_optimizer, problem.project_upper), Move(self.lower_optimizer), Move(linear))
 
     def table_bytes(self, problem: Problem, x: PyTree, y: PyTree) -> int:
         """Bytes that the variance reduction's tables would take, nothing being allocated."""
         return self.reduction.table_bytes(problem, x, y) if hasattr(self.reduction, "table_bytes") else 0
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> SingleLoopState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> SingleLoopState:
         """The state before the first step."""
         refuse(self, problem, x, honours=("project_upper",), instead="solvers.AID or one of the Hessian-free solvers")
-        at = Point(x, y, self.directions.start(y))
-        upper, lower, linear = self._rules()
-        steps = Point(upper.init(at.x), lower.init(at.y), None if at.v is None else linear.init(at.v))
+        at, moves = Point(x, y, self.directions.start(y)), self._moves(problem)
+        steps = Point(moves.x.init(x), moves.y.init(y), None if at.v is None else moves.v.init(at.v))
         return SingleLoopState(x, y, at.v, steps, self.reduction.init(problem, self.directions, at))
 
-    def step(self, problem: Problem, state: SingleLoopState, key: Any) -> tuple[SingleLoopState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: SingleLoopState, key: StepKey) -> tuple[SingleLoopState, Metrics]:
         """One outer iteration."""
         at = Point(state.x, state.y, state.v)
         value, direction, memory = self.reduction(problem, self.directions, at, state.memory, key)
 
-        upper, lower, linear = self._rules()
+        move, steps = self._moves(problem), state.steps
         a, b = scales((self.lower_decay, self.upper_decay), key)
-        x, upper_memory = moved(upper, direction.x, state.steps.x, at.x, b)
-        y, lower_memory = moved(lower, direction.y, state.steps.y, at.y, a)
-        v, linear_memory = at.v, None
-        if at.v is not None:
-            v, linear_memory = moved(linear, direction.v, state.steps.v, at.v, a)
-        if problem.project_upper is not None:
-            x = problem.project_upper(x)
+        x, of_x = move.x(direction.x, steps.x, at.x, b)
+        y, of_y = move.y(direction.y, steps.y, at.y, a)
+        v, of_v = (None, None) if at.v is None else move.v(direction.v, steps.v, at.v, a)
         metrics = {"upper_loss": value, **measured(problem, at.x, direction)}
-        return SingleLoopState(x, y, v, Point(upper_memory, lower_memory, linear_memory), memory), metrics
+        return SingleLoopState(x, y, v, Point(of_x, of_y, of_v), memory), metrics
 
-    def status(self, state: SingleLoopState, metrics: dict[str, jax.Array], tol: Any) -> jax.Array:
+    def status(self, state: SingleLoopState, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED where the three directions are within the tolerance."""
-        worst = jnp.maximum(metrics["hypergradient_norm"], metrics["lower_residual"])
-        worst = jnp.maximum(worst, metrics.get("linear_residual", worst))
-        return jnp.where(worst <= tol, Result.CONVERGED.value, 0)
+        return within(tol, metrics, "hypergradient_norm", "lower_residual", "linear_residual")
 
 
-def scales(decays: tuple[Any, ...], key: Any) -> tuple[Any, ...]:
-    """(t + 1)^-decay for each decay, None for a decay of None. All powers in one kernel: at small sizes kernels are what costs."""
+def scales(decays: tuple[Any, ...], key: StepKey) -> tuple[Any, ...]:
+    """(t + 1)^-decay for each decay, None for a decay of None.
+
+    All powers in one kernel: at small sizes kernels are what costs.
+    """
     given = [decay for decay in decays if decay is not None]
     if not given:
         return decays
@@ -144,20 +143,10 @@ def scales(decays: tuple[Any, ...], key: Any) -> tuple[Any, ...]:
     return tuple(None if decay is None else next(values) for decay in decays)
 
 
-def moved(rule: Any, direction: PyTree, memory: PyTree, variable: PyTree, scale: Any = None) -> tuple[PyTree, PyTree]:
-    """The variable after a step of its rule along -direction, the step scaled; and the rule's memory."""
-    updates, memory = rule.update(direction, memory, variable)
-    if scale is not None:
-        updates = optax.tree.scale(scale, updates)
-    return optax.apply_updates(variable, updates), memory
-
-
-def measured(problem: Problem, x: PyTree, direction: Point) -> dict[str, jax.Array]:
+def measured(problem: Problem, x: PyTree, direction: Point) -> Metrics:
     """The directions' norms; of D_x with a projection |x - project(x - D_x)|."""
-    upper = direction.x
-    if problem.project_upper is not None:
-        upper = optax.tree.sub(x, problem.project_upper(optax.tree.sub(x, upper)))
-    metrics = {"hypergradient_norm": norm(upper), "lower_residual": norm(direction.y)}
+    upper = residual(x, direction.x, problem.project_upper)
+    metrics = {"hypergradient_norm": upper, "lower_residual": norm(direction.y)}
     return metrics if direction.v is None else metrics | {"linear_residual": norm(direction.v)}
 
 
@@ -313,28 +302,28 @@ class FSLA:
         if isinstance(self.eta, float) and not 0 < self.eta <= 1:
             raise ValueError(f"FSLA(eta={self.eta!r}): the weight lies in (0, 1].")
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> FSLAState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> FSLAState:
         """The state before the first step."""
         refuse(self, problem, x, honours=("project_upper",), instead="solvers.AID or one of the Hessian-free solvers")
-        v = optax.tree.zeros_like(y)
-        upper, lower = as_optimizer(self.upper_optimizer), as_optimizer(self.lower_optimizer)
-        steps = Point(upper.init(x), lower.init(y), lower.init(v))
+        v, move_x, move_y = optax.tree.zeros_like(y), *self._moves(problem)
+        steps = Point(move_x.init(x), move_y.init(y), move_y.init(v))
         return FSLAState(x, y, v, steps, Point(x, y, v), optax.tree.zeros_like(x))
 
-    def step(self, problem: Problem, state: FSLAState, key: Any) -> tuple[FSLAState, dict[str, jax.Array]]:
+    def _moves(self, problem: Problem) -> tuple[Move, Move]:
+        return Move(self.upper_optimizer, problem.project_upper), Move(self.lower_optimizer)
+
+    def step(self, problem: Problem, state: FSLAState, key: StepKey) -> tuple[FSLAState, Metrics]:
         """One outer iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
-        upper_rule, lower_rule = as_optimizer(self.upper_optimizer), as_optimizer(self.lower_optimizer)
+        (upper, lower), (move_x, move_y) = problem.levels(key), self._moves(problem)
         (scale,) = scales((self.decay,), key)
         x = state.x
 
         lower_y = lower.redraw(0, 3).gradient(x, state.y)
-        y, y_memory = moved(lower_rule, lower_y, state.steps.y, state.y, scale)
+        y, of_y = move_y(lower_y, state.steps.y, state.y, scale)
 
-        second = lower.redraw(1, 3)
-        hvp = derivatives.hvp(second, x, y, state.v)
+        hvp = derivatives.hvp(lower.redraw(1, 3), x, y, state.v)
         linear = optax.tree.add(hvp, jax.grad(upper.redraw(0, 2), argnums=1)(x, y))
-        v, v_memory = moved(lower_rule, linear, state.steps.v, state.v, scale)
+        v, of_v = move_y(linear, state.steps.v, state.v, scale)
 
         third, other = lower.redraw(2, 3), upper.redraw(1, 2)
 
@@ -346,10 +335,8 @@ class FSLA:
         value, now = upper_direction(at)
         eta = jnp.where(key.step == 0, 1.0, decayed(self.eta, self.decay, key.step))
         momentum = storm(now, upper_direction(state.at)[1], state.momentum, eta)
-        x, x_memory = moved(upper_rule, momentum, state.steps.x, x, scale)
-        if problem.project_upper is not None:
-            x = problem.project_upper(x)
+        x, of_x = move_x(momentum, state.steps.x, x, scale)
         metrics = {"upper_loss": value, **measured(problem, state.x, Point(momentum, lower_y, linear))}
-        return FSLAState(x, y, v, Point(x_memory, y_memory, v_memory), at, momentum), metrics
+        return FSLAState(x, y, v, Point(of_x, of_y, of_v), at, momentum), metrics
 
     status = SingleLoop.status

@@ -12,13 +12,16 @@ import optax
 from bilevel._module import hyperparameters, state
 from bilevel.hypergradients.stochastic import SAMA as AdaptiveIdentity
 from bilevel.hypergradients.stochastic import StochasticImplicit
-from bilevel.lower import GradientDescent, as_optimizer, check_optimizer
+from bilevel.keys import StepKey
+from bilevel.lower import GradientDescent
+from bilevel.optimizers import Move, check_count, check_optimizer
 from bilevel.problem import Problem
-from bilevel.solvers._base import PyTree, refuse
+from bilevel.solvers._base import refuse
 from bilevel.solvers._directions import Point, Series
 from bilevel.solvers._variance_reduction import full, period_of, refuse_endless
 from bilevel.solvers.nested import HypergradientDescent
-from bilevel.solvers.single_loop import measured, moved
+from bilevel.solvers.single_loop import measured
+from bilevel.typing import Metrics, PyTree
 
 __all__ = ["BSA", "SAMA", "TTSA", "VRBO", "AmIGO", "StocBiO"]
 
@@ -150,32 +153,27 @@ class VRBO:
     def __post_init__(self) -> None:
         check_optimizer("VRBO", "upper_optimizer", self.upper_optimizer)
         check_optimizer("VRBO", "lower_optimizer", self.lower_optimizer)
-        if not isinstance(self.lower_steps, int) or self.lower_steps < 1:
-            raise ValueError(
-                f"VRBO(lower_steps={self.lower_steps!r}): the number of lower steps is a positive integer."
-            )
+        check_count("VRBO", "the number of lower steps is a positive integer", lower_steps=self.lower_steps)
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> VRBOState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> VRBOState:
         """The state before the first step, which takes full directions."""
         refuse(self, problem, x, honours=("project_upper",), instead="solvers.AID or one of the Hessian-free solvers")
         refuse_endless("VRBO", problem)
-        steps = as_optimizer(self.upper_optimizer).init(x), as_optimizer(self.lower_optimizer).init(y)
+        steps = Move(self.upper_optimizer).init(x), Move(self.lower_optimizer).init(y)
         return VRBOState(x, y, steps, optax.tree.zeros_like(Point(x, y, None)))
 
-    def step(self, problem: Problem, state: VRBOState, key: Any) -> tuple[VRBOState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: VRBOState, key: StepKey) -> tuple[VRBOState, Metrics]:
         """One outer iteration."""
-        upper_rule, lower_rule = as_optimizer(self.upper_optimizer), as_optimizer(self.lower_optimizer)
+        move_x, move_y = Move(self.upper_optimizer, problem.project_upper), Move(self.lower_optimizer)
         start = Point(state.x, state.y, None)
         direction = jax.lax.cond(
             key.step % period_of(problem, self.period, self.period_fraction) == 0,
-            lambda: full(problem, self.directions, start)[1],
+            lambda: full(problem, self.directions, start, key)[1],
             lambda: state.direction,
         )
-        x, upper_memory = moved(upper_rule, direction.x, state.steps[0], start.x)
-        if problem.project_upper is not None:
-            x = problem.project_upper(x)
+        x, upper_memory = move_x(direction.x, state.steps[0], start.x)
 
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
 
         def inner(carry: Any, i: Any) -> Any:
             before, at, direction, memory, _ = carry
@@ -183,7 +181,7 @@ class VRBO:
             value, now = self.directions(upper_i, lower_i, at)
             _, then = self.directions(upper_i, lower_i, before)
             direction = jax.tree.map(lambda d, n, b: d + (n - b), direction, now, then)
-            y, memory = moved(lower_rule, direction.y, memory, at.y)
+            y, memory = move_y(direction.y, memory, at.y)
             return (at, Point(x, y, None), direction, memory, value), None
 
         value = jnp.zeros_like(jax.eval_shape(upper, start.x, start.y))

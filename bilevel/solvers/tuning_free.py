@@ -10,10 +10,14 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
+from bilevel.derivatives import norm
+from bilevel.keys import Draw, StepKey
+from bilevel.optimizers import Move, check_count
 from bilevel.problem import Problem
-from bilevel.solvers._base import PyTree, refuse
-from bilevel.solvers._directions import Joint, Point, norm
+from bilevel.solvers._base import refuse
+from bilevel.solvers._directions import Joint, Point
 from bilevel.solvers.single_loop import SingleLoop, measured
+from bilevel.typing import Metrics, PyTree
 
 __all__ = ["DTFBO", "STFBO"]
 
@@ -44,8 +48,7 @@ def _checked(solver: Any) -> None:
 
 
 def _stepped(problem: Problem, x: PyTree, rate: jax.Array, direction: PyTree) -> PyTree:
-    new = optax.tree.add_scale(x, -rate, direction)
-    return new if problem.project_upper is None else problem.project_upper(new)
+    return Move(rate, problem.project_upper)(direction, (optax.EmptyState(),) * 2, x)[0]
 
 
 @hyperparameters
@@ -69,14 +72,14 @@ class STFBO:
     def __post_init__(self) -> None:
         _checked(self)
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> TuningFreeState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> TuningFreeState:
         """The state before the first step."""
         return _start(self, problem, x, y)
 
-    def step(self, problem: Problem, state: TuningFreeState, key: Any) -> tuple[TuningFreeState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: TuningFreeState, key: StepKey) -> tuple[TuningFreeState, Metrics]:
         """One outer iteration."""
         at = Point(state.x, state.y, state.v)
-        value, direction = Joint()(problem.draw_upper(key), problem.draw_lower(key), at)
+        value, direction = Joint()(*problem.levels(key), at)
 
         beta2 = state.beta2 + norm(direction.y) ** 2
         gamma2 = state.gamma2 + norm(direction.v) ** 2
@@ -118,17 +121,16 @@ class DTFBO:
 
     def __post_init__(self) -> None:
         _checked(self)
-        for name in ("lower_steps", "linear_steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"DTFBO({name}={getattr(self, name)!r}): the number of steps is a positive integer.")
+        counts = {"lower_steps": self.lower_steps, "linear_steps": self.linear_steps}
+        check_count("DTFBO", "the number of steps is a positive integer", **counts)
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> TuningFreeState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> TuningFreeState:
         """The state before the first step."""
         return _start(self, problem, x, y)
 
-    def step(self, problem: Problem, state: TuningFreeState, key: Any) -> tuple[TuningFreeState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: TuningFreeState, key: StepKey) -> tuple[TuningFreeState, Metrics]:
         """One outer iteration."""
-        upper, lower, x = problem.draw_upper(key), problem.draw_lower(key), state.x
+        (upper, lower), x = problem.levels(key), state.x
 
         def descent(direction_of: Any) -> Any:
             def step(carry: Any, i: Any) -> Any:
@@ -146,7 +148,7 @@ class DTFBO:
         (y, beta2, lower_norm), _ = jax.lax.scan(lower_y, (state.y, state.beta2, zero), jnp.arange(self.lower_steps))
 
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
-        others = lower.stream(1)
+        others = lower.stream(Draw.PRODUCTS)
 
         def linear(v: PyTree, i: Any) -> PyTree:
             level = others.redraw(i, self.linear_steps)
@@ -156,7 +158,7 @@ class DTFBO:
             descent(linear), (state.v, state.gamma2, zero), jnp.arange(self.linear_steps)
         )
 
-        cross = derivatives.cross_product(lower.stream(2), x, y, v)
+        cross = derivatives.cross_product(lower.stream(Draw.CROSS), x, y, v)
         direction = optax.tree.add(upper_x, cross)
         alpha2 = state.alpha2 + norm(direction) ** 2
         new = _stepped(problem, x, 1 / jnp.sqrt(alpha2), direction)

@@ -39,7 +39,7 @@ import jax
 import optax
 
 from bilevel._module import state
-from bilevel.lower import as_optimizer
+from bilevel.optimizers import as_optimizer
 from bilevel.network import Network
 
 PyTree = Any

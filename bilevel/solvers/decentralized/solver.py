@@ -13,12 +13,13 @@ import optax
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
 from bilevel.data import StepKey
-from bilevel.lower import check_optimizer
+from bilevel.optimizers import check_optimizer
 from bilevel.network import Network, consensus_error
 from bilevel.problem import Problem, ProblemError
 from bilevel.solution import Result
 from bilevel.solvers import _agents
-from bilevel.solvers._base import PyTree, refuse
+from bilevel.solvers._base import refuse
+from bilevel.typing import PyTree
 from bilevel.solvers.decentralized.corrections import CORRECTIONS, Copies, advance, mixings, start, step_limit
 
 logger = logging.getLogger("bilevel")

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import derivatives
-from bilevel.data import Clients, StepKey, permute
+from bilevel.data import Clients, StepKey
+from bilevel.keys import permute
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers import _agents
 

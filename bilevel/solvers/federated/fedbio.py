@@ -12,7 +12,8 @@ from bilevel._module import hyperparameters, state
 from bilevel.data import StepKey
 from bilevel.problem import Problem
 from bilevel.solvers import _agents
-from bilevel.solvers._base import PyTree, refuse
+from bilevel.solvers._base import refuse
+from bilevel.typing import PyTree
 from bilevel.solvers.federated._round import Round, check_clients, check_count, norms, traffic
 from bilevel.solvers.federated.simfbo import FederatedSingleLoop, directions
 

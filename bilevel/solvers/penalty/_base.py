@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from bilevel import derivatives
-from bilevel.problem import Level, Problem
+from bilevel.problem import Problem
 from bilevel.solution import Result
 from bilevel.solvers._base import scattered
 from bilevel.solvers.penalty._constraints import Constraints
@@ -261,7 +261,7 @@ def _check(problem: Problem, x: PyTree, y: PyTree, nu: Any, starts: int) -> dict
             plain = lambda y: lower(x, y)  # noqa: E731
             return jax.lax.cond(i == starts, lambda y: lower(x, y) + (nu * upper(x, y)).astype(rows.dtype), plain, y)
 
-        level = Level(value, key=lower.key, project=lower.project, prox=lower.prox)
+        level = lower.with_loss(value)
         return solve_lower(
             level,
             rows,

@@ -29,7 +29,7 @@ class Constraints:
     """
 
     def __init__(self, problem: Problem, level: Level, x: PyTree, y: PyTree, scale: Any = None) -> None:
-        self.parts = problem.constraints(level)
+        self.parts = level.constraint, level.equality
         shapes = [jax.eval_shape(part, x, y) if part is not None else () for part in self.parts]
         counts = [sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shape)) for shape in shapes]
         self.shapes, self.count = shapes, sum(counts)

@@ -59,7 +59,7 @@ def begin(
     The curvatures: `f` and `F` in (x, y) jointly, `f_yy`, `negative` (minus the least eigenvalue of f_yy, at least 0),
     `rows` (the spectral norm of the scaled rows' Jacobian).
     """
-    upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+    upper, lower = problem.levels(key)
     rows = Constraints(problem, lower, x, y).at(x, y)
     convexity = _base.curvature(lambda y: lower(x, y), y)
     product = jax.linearize(lambda y: jax.grad(lambda y: lower(x, y))(y), y)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,8 +12,10 @@ import optax
 
 from bilevel import optimizers
 from bilevel._module import state
-from bilevel.lower import LBFGS, GradientDescent, as_optimizer
-from bilevel.problem import Level, Problem
+from bilevel.lower import LBFGS, GradientDescent
+from bilevel.optimizers import as_optimizer
+from bilevel.level import Level
+from bilevel.problem import Problem
 from bilevel.solvers.penalty import _base
 from bilevel.solvers.penalty._constraints import Constraints
 from bilevel.solvers.penalty._schedule import Path, Reported, as_schedule
@@ -20,16 +23,25 @@ from bilevel.solvers.penalty._schedule import Path, Reported, as_schedule
 PyTree = Any
 
 
+@dataclasses.dataclass(frozen=True)
 class Tilted(Level):
     """f + nu F as a lower level; both draw fresh batches where f does, so that two tilts see the same batches."""
 
-    def __init__(self, lower: Level, upper: Level, nu: Any) -> None:
-        super().__init__(lambda x, y: lower(x, y) + nu * upper(x, y), key=lower.key, project=lower.project)
-        self.lower, self.upper, self.nu = lower, upper, nu
+    upper: Level | None = None
+    nu: Any = 0.0
+
+    @classmethod
+    def of(cls, lower: Level, upper: Level, nu: Any) -> Tilted:
+        """The lower level tilted by nu times the upper one."""
+        return cls(**vars(lower), upper=upper, nu=nu)
+
+    def _at(self, x: PyTree, y: PyTree, batch: PyTree) -> jax.Array:
+        return super()._at(x, y, batch) + self.nu * self.upper(x, y)  # type: ignore[misc]
 
     def redraw(self, i: Any, total: int) -> Tilted:
         """The tilt of both levels' batches of inner step i."""
-        return Tilted(self.lower.redraw(i, total), self.upper.redraw(i, total), self.nu)
+        lower: Any = super().redraw(i, total)
+        return dataclasses.replace(lower, upper=self.upper.redraw(i, total))  # type: ignore[union-attr]
 
 
 @state
@@ -83,7 +95,7 @@ def begin(
     problem: Problem, x: PyTree, y: PyTree, key: Any, schedule: Any, rule: Any, inner: dict[str, PyTree]
 ) -> ValueState:
     """A start at (x, y), with the curvatures `f_yy` and `F_yy`."""
-    upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+    upper, lower = problem.levels(key)
     rows = Constraints(problem, lower, x, y).at(x, y)
     curvatures = {"f_yy": _base.curvature(lambda y: lower(x, y), y), "F_yy": _base.curvature(lambda y: upper(x, y), y)}
     zeros = jnp.zeros((rows.count,), rows.dtype)

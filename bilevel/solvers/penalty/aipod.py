@@ -85,7 +85,7 @@ class AiPOD(Diagnosed):
 
     def step(self, problem: Problem, state: ValueState, key: Any) -> tuple[ValueState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), inverse = state.point, state.inner["inverse"]
         rows = Constraints(problem, lower, x, y, state.scale)
         beta = 1 / jnp.maximum(state.curvatures["f_yy"], 1e-12) if self.lower_step is None else self.lower_step

@@ -62,12 +62,12 @@ class BLOCC(Diagnosed):
 
     def step(self, problem: Problem, state: ValueState, key: Any) -> tuple[ValueState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), c = state.point, state.path.penalty
         rows = Constraints(problem, lower, x, y, state.scale)
         options = {"steps": self.inner_steps, "rounds": self.rounds, "tol": float(jnp.finfo(rows.dtype).eps) ** 0.75}
         z, mu, _, z_broken = solve_lower(lower, rows, x, *state.inner["z"], **options)
-        y, lam, _, broken = solve_lower(Tilted(lower, upper, 1 / c), rows, x, *state.inner["y"], **options)
+        y, lam, _, broken = solve_lower(Tilted.of(lower, upper, 1 / c), rows, x, *state.inner["y"], **options)
 
         def value(x: PyTree) -> jax.Array:
             lagrangians = lower(x, y) + jnp.vdot(lam, rows(x, y)) - lower(x, z) - jnp.vdot(mu, rows(x, z))

@@ -66,7 +66,7 @@ class BOME(Diagnosed):
 
     def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), L = state.point, state.curvatures
         size = 1 / jnp.maximum(L["f_yy"], 1e-12) if self.lower_step is None else self.lower_step
         descent = GradientDescent(size, self.lower_steps)

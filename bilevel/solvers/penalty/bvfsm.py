@@ -68,7 +68,7 @@ class BVFSM(Diagnosed):
 
     def step(self, problem: Problem, state: ValueState, key: Any) -> tuple[ValueState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), c = state.point, state.path.penalty
         rows = Constraints(problem, lower, x, y, state.scale)
         mu = self.regulariser / (1.0 + jnp.asarray(key.step, c.dtype)) ** self.power

@@ -75,12 +75,12 @@ class F2SA(Diagnosed):
 
     def step(self, problem: Problem, state: ValueState, key: Any) -> tuple[ValueState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         x, c = state.point[0], state.path.penalty
         nu, low = 1 / c, -1 / c if self.central else 0.0
         solver = self._lower(problem, state.curvatures["f_yy"] + nu * state.curvatures["F_yy"], state.point[1])
 
-        tilted, other = Tilted(lower, upper, nu), Tilted(lower, upper, low) if self.central else lower
+        tilted, other = Tilted.of(lower, upper, nu), Tilted.of(lower, upper, low) if self.central else lower
         found, reference = solver(tilted, x, state.inner["y"]), solver(other, x, state.inner["z"])
         y, z = found.y, reference.y
 

@@ -71,7 +71,7 @@ class BiCGAFFA(Diagnosed):
 
     def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), z, c, L = state.point, state.duals["z"], state.path.penalty, state.curvatures
         rows = Constraints(problem, lower, x, y, state.scale)
         wide = jnp.maximum(L["rows"], 1.0) ** 2

@@ -56,7 +56,7 @@ class GALET(Diagnosed):
 
     def step(self, problem: Problem, state: ValueState, key: Any) -> tuple[ValueState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), curvature = state.point, jnp.maximum(state.curvatures["f_yy"], 1e-12)
         size = 1 / curvature if self.lower_step is None else self.lower_step
         descent = GradientDescent(size, self.lower_steps)

@@ -66,7 +66,7 @@ class GAM(Diagnosed):
 
     def step(self, problem: Problem, state: ValueState, key: Any) -> tuple[ValueState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         x, y = state.point
         rows = Constraints(problem, lower, x, y, state.scale)
         solved = solve_lower(

@@ -117,7 +117,7 @@ class LVHBA(Diagnosed):
             honours=("constraint", "equality", "project_upper", "project_lower"),
             instead="solvers.MEHA",
         )
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         rows = Constraints(problem, lower, x, y).at(x, y)
         dtype, count = rows.dtype, rows.count
         # All rows together to norm one, or many parallel rows would dictate a short saddle step.
@@ -161,7 +161,7 @@ class LVHBA(Diagnosed):
 
     def step(self, problem: Problem, state: LVHBAState, key: Any) -> tuple[LVHBAState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), z, curvatures, probe = state.point, state.z, dict(state.curvatures), state.probe
         unit = curvatures["unit"]
         rows = Constraints(problem, lower, x, y, state.scale)

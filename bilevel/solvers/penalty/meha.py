@@ -69,7 +69,7 @@ class MEHA(Diagnosed):
 
     def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), c, curvatures = state.point, state.path.penalty, state.curvatures
         rows = Constraints(problem, lower, x, y, state.scale)
         gamma = self._gamma(curvatures)

@@ -62,7 +62,7 @@ class VPBGD(Diagnosed):
 
     def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), c, L = state.point, state.path.penalty, state.curvatures
         size = 1 / jnp.maximum(L["f_yy"], 1e-12) if self.lower_step is None else self.lower_step
         w = GradientDescent(size, self.lower_steps)(
@@ -115,7 +115,7 @@ class GPBGD(Diagnosed):
 
     def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), c = state.point, state.path.penalty
         scale = jnp.where(state.curvatures["scale"] > 1e-12, state.curvatures["scale"], 1.0)
 

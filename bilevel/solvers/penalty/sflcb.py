@@ -73,7 +73,7 @@ class SFLCB(Diagnosed):
 
     def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), theta, u, v = state.point, state.theta, state.duals["lam"], state.duals["v"]
         rows, c, L = Constraints(problem, lower, x, y, state.scale), state.path.penalty, state.curvatures
         wide = jnp.maximum(L["rows"], 1.0) ** 2

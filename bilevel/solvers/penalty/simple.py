@@ -49,7 +49,7 @@ class IterativeRegularization(Diagnosed):
 
     def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), c, L = state.point, state.path.penalty, state.curvatures
         size = 1 / (L["f"] + L["F"] / c) if self.step_size is None else self.step_size
 
@@ -106,7 +106,7 @@ class BiGSAM(Diagnosed):
 
     def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
         """One iteration."""
-        upper, lower = problem.draw_upper(key), problem.draw_lower(key)
+        upper, lower = problem.levels(key)
         (x, y), L = state.point, state.curvatures
         sigma = 1 / jnp.maximum(L["F"], 1e-12) if self.upper_step is None else self.upper_step
         tau = 1 / jnp.maximum(L["f"], 1e-12) if self.lower_step is None else self.lower_step

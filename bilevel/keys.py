@@ -1,0 +1,163 @@
+"""Keys of a run's random draws: one step's key, its named streams, and permutations without a table."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel._module import state
+
+__all__ = ["Draw", "StepKey", "as_step_key", "permute"]
+
+
+class Draw(enum.IntEnum):
+    """What a draw is for. Draws of one step with different names are independent; this is the one table of them."""
+
+    LOWER = 0
+    """The lower level's batch."""
+    UPPER = 1
+    """The upper level's batch."""
+    PRODUCTS = 2
+    """The lower level's batches for Hessian-vector products."""
+    CROSS = 3
+    """The lower level's batch for a cross product."""
+    LENGTH = 4
+    """The number of factors of a randomised product."""
+    RESTART = 5
+    """Whether a recursion is restarted."""
+    DIRECTIONS = 6
+    """Random directions of zeroth-order estimates."""
+    KEYED = 7
+    """The key that travels with a batch of `data.Keyed`."""
+    ROUND = 8
+    """A federated round; LOCAL its clients' own draws, CLIENTS who takes part, ORDER whom a chain is passed on to."""
+    LOCAL = 9
+    CLIENTS = 10
+    ORDER = 11
+    FIRST = 12
+    """The rounds of a federated hypergradient: where chains begin, a factor, where they end; and the walk in x."""
+    FACTOR = 13
+    LAST = 14
+    WALK = 15
+
+
+@state
+class StepKey:
+    """The key of one step: the run's key together with the step's index and a stream.
+
+    The index travels with the key so that an epoch without replacement needs no sampler state.
+
+    Attributes:
+      base: the run's PRNG key, the same at every step.
+      step: uint32, the index of the draw.
+      stream: uint32, tells independent uses within one step apart.
+    """
+
+    base: jax.Array
+    step: jax.Array
+    stream: jax.Array
+
+    @property
+    def random(self) -> jax.Array:
+        """A PRNG key for `jax.random`, fresh at every step and in every stream."""
+        return jax.random.fold_in(jax.random.fold_in(self.base, self.stream), self.step)
+
+    def fold_in(self, tag: int) -> StepKey:
+        """The same step in another stream (`Draw` names them): draws that are independent of this one's."""
+        return StepKey(self.base, self.step, mix(self.stream * jnp.uint32(0x01000193) + jnp.uint32(int(tag) + 1)))
+
+    def inner(self, i: Any, total: int) -> StepKey:
+        """The key of inner step `i` of `total`: draw number `step * total + i` of the same stream."""
+        return StepKey(self.base, self.step * jnp.uint32(total) + jnp.asarray(i, jnp.uint32), self.stream)
+
+
+def as_step_key(key: Any, step: Any = 0) -> StepKey:
+    """A `StepKey` from an integer seed, a PRNG key or a `StepKey` (returned as it is)."""
+    if isinstance(key, StepKey):
+        return key
+    if isinstance(key, (int, np.integer)):
+        key = jax.random.key(int(key))
+    elif not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return StepKey(key, jnp.asarray(step, jnp.uint32), jnp.uint32(0))
+
+
+def mix(h: jax.Array) -> jax.Array:
+    """A bijective hash of 32 bits (multiplications and shifts only, so that it fuses with what follows)."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
+    h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
+    return h ^ (h >> 16)
+
+
+_ROUNDS, _AT_ONCE = 9, 3
+
+
+def permute(i: Any, n: Any, seed: jax.Array) -> jax.Array:
+    """The image of `i` under a keyed permutation of 0, ..., n-1, computed without the other n-1 images.
+
+    A random rotation, then eight rounds of swap-or-not: each pairs i with k - i mod n for a random k, and swaps the two or
+    not by a hashed coin, which depends on the pair alone. Every round is a bijection of 0..n-1 for any n, without a table.
+    A single image is uniform thanks to the rotation, and two images are independent but for about 2^-8: enough for the
+    order of batches.
+
+    Args:
+      i: integer array of indices in 0..n-1.
+      n: number of elements, below 2^31; may be traced.
+      seed: uint32 scalar.
+
+    Reference: Hoang, Morris, Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012.
+    """
+    n = jnp.asarray(n, jnp.uint32)
+    # As a loop and not written out: XLA:CPU compiles a loop this small to one kernel, the rounds in a row to dozens.
+    rounds = lambda r, i: _rounds(r, i, n, seed)  # noqa: E731
+    return jax.lax.fori_loop(0, _ROUNDS // _AT_ONCE, rounds, jnp.asarray(i, jnp.uint32)).astype(jnp.int32)
+
+
+def _rounds(r: Any, i: jax.Array, n: jax.Array, seed: jax.Array) -> jax.Array:
+    for u in range(_AT_ONCE):
+        i = _swap_or_not(r * _AT_ONCE + u, i, n, seed)
+    return i
+
+
+def _swap_or_not(r: Any, i: jax.Array, n: jax.Array, seed: jax.Array) -> jax.Array:
+    """Round r of the permutation; round 0 is the rotation."""
+    key = mix(seed + jnp.uint32(0x9E3779B9) * jnp.asarray(r, jnp.uint32))
+    k = key % n
+    other = jnp.where(i <= k, k - i, k + n - i)
+    coin = (jnp.maximum(i, other) ^ key) * jnp.uint32(0x7FEB352D)
+    coin = ((coin ^ (coin >> 15)) * jnp.uint32(0x846CA68B)) >> 31
+    return jnp.where((coin == 1) | (r == 0), other, i)
+
+
+def in_epoch(step: jax.Array, n: int, stream: jax.Array) -> jax.Array:
+    """permute(step mod n, n, seed of the epoch step // n): the scalar that a block sampler draws at every step.
+
+    The division is done in the loop's round 0, so that XLA:CPU has one kernel to launch.
+    """
+    count = jnp.uint32(n)
+
+    def rounds(r: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, seed = carry
+        first = r == 0
+        seed = jnp.where(first, epoch_seed(seed, i // count), seed)
+        return _rounds(r, jnp.where(first, i % count, i), count, seed), seed
+
+    return jax.lax.fori_loop(0, _ROUNDS // _AT_ONCE, rounds, (step, stream))[0].astype(jnp.int32)
+
+
+def stream_seed(key: StepKey) -> jax.Array:
+    """A seed of 32 bits for this key's stream, the same at every step."""
+    words = jax.random.key_data(key.base).reshape(-1)
+    h = key.stream
+    for w in range(words.shape[0]):
+        h = mix(h ^ words[w])
+    return h
+
+
+def epoch_seed(h: jax.Array, epoch: Any) -> jax.Array:
+    """The seed of an epoch's permutation, `h` being that of the stream."""
+    return mix(h + jnp.asarray(epoch, jnp.uint32) * jnp.uint32(0x9E3779B9))

@@ -1,0 +1,72 @@
+"""What else is taken for a lower solver: a step size, an optax rule, a function, a solver of another library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from bilevel._module import hyperparameters
+from bilevel.level import Level
+from bilevel.lower.loops import LowerState
+from bilevel.lower.steps import GradientDescent
+from bilevel.optimizers import is_rule
+from bilevel.typing import LowerSolver, PyTree
+
+__all__ = ["Function", "as_lower_solver", "jaxopt", "optimistix"]
+
+
+@hyperparameters
+class Function:
+    """A lower solver from a function `(level, x, y) -> y`."""
+
+    fn: Callable[[Level, PyTree, PyTree], PyTree]
+
+    def init(self, y: PyTree) -> LowerState:
+        """y with nothing to remember."""
+        return LowerState(y, None)
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        """Call the function."""
+        return LowerState(self.fn(level, x, state.y), None)
+
+
+def as_lower_solver(solver: Any) -> LowerSolver:
+    """A lower solver from itself, an optax rule (10 steps), a step size, or a function `(level, x, y) -> y`."""
+    if hasattr(solver, "init") and callable(solver) and not is_rule(solver):
+        return solver
+    if is_rule(solver) or (isinstance(solver, (float, int, jax.Array)) and not isinstance(solver, bool)):
+        return GradientDescent(solver)
+    if callable(solver):
+        return Function(solver)
+    raise TypeError(
+        "A lower solver is a bilevel.lower solver, an optax rule, a step size or a function (lower, x, y) -> y, not "
+        f"{type(solver).__name__}."
+    )
+
+
+def jaxopt(solver_class: Any, **options: Any) -> Function:
+    """A jaxopt solver, e.g. `lower.jaxopt(jaxopt.LBFGS, maxiter=100, tol=1e-8)`; it minimises y -> f(x, y) from the incoming y.
+
+    Derivatives through it follow the options (`implicit_diff`, `unroll`); implicit estimators need none, and
+    `implicit_diff=False` is set unless given.
+    """
+    options = {"implicit_diff": False, **options}
+
+    def solve(level: Level, x: PyTree, y: PyTree) -> PyTree:
+        return solver_class(fun=lambda y, x: level(x, y), **options).run(y, x).params
+
+    return Function(solve)
+
+
+def optimistix(solver: Any, **options: Any) -> Function:
+    """An optimistix minimiser, e.g. `lower.optimistix(optimistix.BFGS(1e-8, 1e-8), max_steps=100)`, from the incoming y."""
+    options = {"throw": False, **options}
+
+    def solve(level: Level, x: PyTree, y: PyTree) -> PyTree:
+        import optimistix as optx
+
+        return optx.minimise(lambda y, x: level(x, y), solver, y, args=x, **options).value
+
+    return Function(solve)

@@ -1,0 +1,88 @@
+"""The two loops that run a lower solver made of steps: a count of steps, and until a tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from bilevel._module import state
+from bilevel.level import Level
+from bilevel.typing import PyTree, Scalar
+
+__all__ = ["Kernel", "LowerState", "repeat", "until"]
+
+_PATIENCE = 25
+
+
+@state
+class LowerState:
+    """The lower variable and what its solver remembers from one outer step to the next."""
+
+    y: PyTree
+    memory: PyTree
+
+
+class Kernel(Protocol):
+    """A lower solver's step.
+
+    `advance(level, x, state)` is one step on the batch that the level holds; it returns the state after it and a
+    function that gives the residual at the point *before* it (which costs nothing where nobody calls it).
+    `end(state)` is what a run returns that has come to this state.
+    """
+
+    steps: int
+
+    def advance(self, level: Level, x: PyTree, state: LowerState) -> tuple[LowerState, Callable[[], Scalar]]:
+        """One step, and the residual before it."""
+
+    def end(self, state: LowerState) -> LowerState:
+        """What a run returns."""
+
+
+def repeat(
+    kernel: Kernel, level: Level, x: PyTree, state: LowerState, first: int = 0, last: int | None = None
+) -> LowerState:
+    """Steps first, ..., last - 1 of a run of `kernel.steps` steps, each on its own batch; all of them by default.
+
+    Differentiable in both modes; in reverse only each step's state is kept, and the step itself computed again.
+    """
+    last = kernel.steps if last is None else last
+
+    def body(state: LowerState, i: Any) -> tuple[LowerState, None]:
+        return kernel.advance(level.redraw(i, kernel.steps), x, state)[0], None
+
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, first + jnp.arange(last - first))[0]
+
+
+def until(kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any) -> LowerState:
+    """Steps until the residual is at most `tol`, at most `kernel.steps`, and no further than 25 without a smaller residual
+    (the precision of the dtype is reached then). Not differentiable in reverse.
+
+    The residual is that of the point before the step: a step more than needed is taken, and none wasted on a test. The
+    point that meets the tolerance is what is returned.
+    """
+
+    def unfinished(carry: Any) -> jax.Array:
+        i, _, residual, _, since = carry
+        return (i < kernel.steps) & (residual > tol) & (since < _PATIENCE)
+
+    def step(state: LowerState, i: Any) -> tuple[LowerState, Scalar]:
+        new, residual_of = kernel.advance(level.redraw(i, kernel.steps), x, state)
+        residual = residual_of()
+        y = jax.tree.map(lambda new, y: jnp.where(residual <= tol, y, new), new.y, state.y)
+        return LowerState(y, new.memory), residual
+
+    def body(carry: Any) -> Any:
+        i, state, _, best, since = carry
+        state, residual = step(state, i)
+        return i + 1, state, residual, jnp.minimum(residual, best), jnp.where(residual < best, 0, since + 1)
+
+    zero = jnp.zeros((), jnp.int32)
+    infinite = jnp.full_like(jax.eval_shape(step, state, 0)[1], jnp.inf)
+    _, state, residual, *_ = jax.lax.while_loop(unfinished, body, (zero, state, infinite, infinite, zero))
+    end = kernel.end(state)
+    y = jax.tree.map(lambda met, stood: jnp.where(residual <= tol, met, stood), state.y, end.y)
+    return LowerState(y, end.memory)

@@ -1,0 +1,211 @@
+"""Lower solvers made of steps: an optax rule along the gradient of the lower loss, a number of times."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from bilevel import derivatives
+from bilevel._module import hyperparameters
+from bilevel.level import Level
+from bilevel.lower.loops import LowerState, repeat, until
+from bilevel.optimizers import (
+    Move,
+    accepted,
+    as_optimizer,
+    check_count,
+    check_optimizer,
+    is_rule,
+    quasi_newton,
+    residual,
+    withdraws,
+)
+from bilevel.typing import PyTree, Scalar
+
+__all__ = ["LBFGS", "GradientDescent", "MomentumSGD", "Steps"]
+
+
+class Steps:
+    """A lower solver made of steps of an optax rule: what `GradientDescent` and `MomentumSGD` share.
+
+    A subclass has `steps` and `rule()`; a class of its own without a rule has `init`, `advance`, `end` and `steps`
+    (`loops.Kernel`), and everything that takes such solvers takes it.
+    """
+
+    steps: int
+    tol: float | None = None
+
+    def rule(self) -> optax.GradientTransformationExtraArgs:
+        """The optax rule of a step."""
+        raise NotImplementedError
+
+    def step_size(self) -> Any:
+        """The length of a step as a number, which a prox is scaled with."""
+        raise ValueError(
+            f"{type(self).__name__} with a prox_lower takes a plain step size as its optimizer: the prox is scaled with it."
+        )
+
+    def virtual(self) -> Steps:
+        """The solver whose one step is differentiated in place of this one's (DARTS's virtual step)."""
+        return self
+
+    def looks(self, state: LowerState) -> bool:
+        """Whether the rule looks at values of the loss, and not at gradients alone."""
+        return _compares(state.memory)
+
+    def init(self, y: PyTree) -> LowerState:
+        """The start of a run: y with fresh optimiser moments."""
+        return LowerState(y, self.rule().init(y))
+
+    def begin(self, x: PyTree, state: LowerState) -> LowerState:
+        """Where a run from `state` begins at this x."""
+        # Rules that compare values remember them, and they belong to the x of the last run.
+        return self.init(state.y) if self.looks(state) else state
+
+    def advance(self, level: Level, x: PyTree, state: LowerState) -> tuple[LowerState, Callable[[], Scalar]]:
+        """One step on the batch that the level holds, and the residual before it."""
+        y, extra = state.y, {}
+        if _searches(state.memory):
+            value, gradient = optax.value_and_grad_from_state(lambda y: level(x, y))(y, state=state.memory)
+            extra = {"value": value, "grad": gradient, "value_fn": lambda y: level(x, y)}
+        elif withdraws(state.memory):
+            value, gradient = jax.value_and_grad(lambda y: level(x, y))(y)
+            extra = {"value": value}
+        else:
+            gradient = level.gradient(x, y)
+        new = self.move(level, x, state, gradient, **extra)
+
+        def before() -> Scalar:
+            if level.prox is not None:
+                return derivatives.norm(optax.tree.sub(y, new.y)) / self.step_size()
+            return residual(y, gradient, level.project)
+
+        return new, before
+
+    def move(self, level: Level, x: PyTree, state: LowerState, gradient: PyTree, **extra: Any) -> LowerState:
+        """The step along a given gradient: a function of it that can be differentiated."""
+        new, memory = Move(self.rule(), level.project)(gradient, state.memory, state.y, **extra)
+        if level.prox is not None:
+            new = level.prox(new, x, self.step_size())
+        return LowerState(new, memory)
+
+    def end(self, state: LowerState) -> LowerState:
+        """The point that the rule stands at: for rules that withdraw steps the accepted one."""
+        return LowerState(accepted(state.memory, state.y)[0], state.memory)
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        """Run from `state`."""
+        if level.prox is not None:
+            self.step_size()
+        state = self.begin(x, state)
+        if self.tol is not None:
+            return until(self, level, x, state, self.tol)
+        return self.end(repeat(self, level, x, state))
+
+
+@hyperparameters
+class GradientDescent(Steps):
+    """`steps` steps of an optax rule on f(x, .), each on a fresh batch where the level's data are drawn.
+
+        y <- project(y + update(f_y(x, y)))            with plain numbers: y <- project(y - optimizer f_y(x, y))
+
+    With a `prox_lower` the rule must be a plain step size eta, and a step is y <- prox(y - eta f_y(x, y), x, eta).
+
+    Attributes:
+      optimizer: an optax rule (momentum, Adam, schedules, L-BFGS with its line search, ...) or a step size (SGD).
+      steps: the number of steps; the maximum where `tol` is given.
+      tol: stop once |f_y| <= tol (with a projection |y - project(y - f_y)|, with a prox the step's length over eta);
+        the loop then cannot be differentiated in reverse, so unrolled estimators refuse it. It also ends after 25 steps
+        without a smaller residual (the precision of the dtype is reached). None: exactly `steps`.
+      start: `(x, y) -> y`, where each solve begins; None: at the incoming y (warm start). MAML starts at x.
+
+    One gradient per step (L-BFGS: one or more by its line search).
+    """
+
+    optimizer: float | optax.GradientTransformation = 0.1
+    steps: int = 10
+    tol: float | None = None
+    start: Callable[[PyTree, PyTree], PyTree] | None = None
+
+    def __post_init__(self) -> None:
+        check_optimizer("GradientDescent", "optimizer", self.optimizer)
+        check_count("GradientDescent", "the number of steps is a positive integer", steps=self.steps)
+        if isinstance(self.tol, float) and not self.tol > 0:
+            raise ValueError(
+                f"GradientDescent(tol={self.tol!r}): the tolerance is positive, or None for a fixed number of steps."
+            )
+
+    def rule(self) -> optax.GradientTransformationExtraArgs:
+        """`optimizer` as an optax rule."""
+        return as_optimizer(self.optimizer)
+
+    def step_size(self) -> Any:
+        """`optimizer`, where it is a number."""
+        return super().step_size() if is_rule(self.optimizer) else self.optimizer
+
+    def begin(self, x: PyTree, state: LowerState) -> LowerState:
+        """Where a run from `state` begins at this x: at `start(x, y)` with fresh moments, where it is given."""
+        return super().begin(x, state) if self.start is None else self.init(self.start(x, state.y))
+
+
+@hyperparameters
+class MomentumSGD(Steps):
+    """`steps` steps of gradient descent with clipping, weight decay and momentum, whose numbers are leaves.
+
+        g <- clip(f_y(x, y)) + weight_decay y,    m <- momentum m + g,    y <- y - learning_rate m
+
+    An optax rule is a closure, and another weight decay another program; here numbers are data, so that a sweep over
+    `weight_decay` is a `vmap` and a regularisation that grows during a run (`runs.adaptive`) compiles once.
+
+    Attributes:
+      learning_rate: a number, or an optax schedule of the steps taken (static: another schedule is another program).
+      momentum, weight_decay: the numbers above.
+      clip: the norm that f_y is clipped to over all of y, before the weight decay is added; None: no clipping.
+      steps: steps per call, each on a fresh batch where the level's data are drawn.
+
+    Defaults: the convolutional search of Liu, Simonyan, Yang, ICLR 2019 (whose rate falls to 0.001 by a cosine:
+    `optax.cosine_decay_schedule(0.025, steps, 0.04)`).
+    """
+
+    learning_rate: float | Callable[[Any], Any] = 0.025
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    clip: float | None = 5.0
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("MomentumSGD", "the number of steps is a positive integer", steps=self.steps)
+        for name in ("learning_rate", "momentum", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if isinstance(value, float) and (value < 0 or (value == 0 and name in ("learning_rate", "clip"))):
+                sign = "positive" if name in ("learning_rate", "clip") else "not negative"
+                raise ValueError(f"MomentumSGD({name}={value!r}): the number is {sign}.")
+
+    def rule(self) -> optax.GradientTransformationExtraArgs:
+        """The three parts as an optax chain; with or without clipping its memory has one form."""
+        clip = optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip)  # type: ignore[arg-type]
+        decay = optax.add_decayed_weights(self.weight_decay)
+        return as_optimizer(optax.chain(clip, decay, optax.sgd(self.learning_rate, momentum=self.momentum)))
+
+    def virtual(self) -> MomentumSGD:
+        """One step of the rule without clipping: DARTS's virtual step."""
+        return dataclasses.replace(self, clip=None, steps=1)
+
+
+def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:
+    """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|: no step size to choose. For full batches without a projection."""
+    return GradientDescent(quasi_newton(memory_size), steps, tol)
+
+
+def _searches(memory: PyTree) -> bool:
+    """Whether the rule has a line search of its own."""
+    return optax.tree.get(memory, "value", None) is not None and not withdraws(memory)
+
+
+def _compares(memory: PyTree) -> bool:
+    """Whether the rule compares values with those of earlier steps."""
+    return withdraws(memory) or _searches(memory)

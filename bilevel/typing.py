@@ -1,0 +1,69 @@
+"""The words of the package's signatures: trees, scalars, losses, and what a lower solver and a solver are.
+
+A `bilevel.Level` is one level with its batch bound, `Problem[X, Y]` and `Solution[X, Y]` carry the types of the upper and the
+lower variable through `solve`, and everything else is one of the names below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+import jax
+
+if TYPE_CHECKING:
+    from bilevel.keys import StepKey
+    from bilevel.level import Level
+    from bilevel.lower.steps import LowerState
+    from bilevel.problem import Problem
+
+__all__ = ["LowerSolver", "Metrics", "PyTree", "Scalar", "Solver", "X", "Y"]
+
+PyTree: TypeAlias = Any
+"""Nested containers of arrays, as `jax.tree` takes them."""
+
+Scalar: TypeAlias = jax.Array
+"""An array without axes."""
+
+Metrics: TypeAlias = dict[str, jax.Array]
+"""What a step reports, by name."""
+
+X = TypeVar("X")
+"""The type of the upper variable."""
+
+Y = TypeVar("Y")
+"""The type of the lower variable."""
+
+Project: TypeAlias = Callable[[PyTree], PyTree]
+"""A projection onto a set, `z -> z`."""
+
+
+class LowerSolver(Protocol):
+    """How y*(x) is found: `init(y)` makes the state of a run, the call runs it on a level at x."""
+
+    def init(self, y: PyTree) -> LowerState:
+        """The state of a run that starts at y."""
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        """The state at the end of a run from `state`."""
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A bilevel method: two pure methods, and nothing else is needed to write a new one.
+
+    `init(problem, x, y, key) -> state` makes a pytree of arrays with attributes `x` and `y`.
+    `step(problem, state, key) -> (state, metrics)` is one outer iteration; `metrics` is a dictionary of scalars.
+    `key` is a `data.StepKey`: `problem.levels(key)` binds the step's batches, `key.random` is a key for `jax.random`.
+
+    Optional: `status(state, metrics, tol) -> int32`, one of `Result`'s codes (0 to go on), asked after each step where
+    `solve` was given a tolerance. `finish(problem, state, result, metrics, tol) -> (measures, result, sentence)`, called on
+    the host after the last step with the last metrics: numbers for the history, the result to report, what to add to the
+    reason.
+    """
+
+    def init(self, problem: Problem[Any, Any], x: PyTree, y: PyTree, key: StepKey) -> Any:
+        """The state before the first step."""
+
+    def step(self, problem: Problem[Any, Any], state: Any, key: StepKey) -> tuple[Any, Metrics]:
+        """One outer iteration."""
