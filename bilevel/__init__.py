@@ -26,8 +26,12 @@ from bilevel.checkpoint import CheckpointError
 from bilevel.multistart import Multistart, multistart
 from bilevel.level import Level, Levels
 from bilevel.problem import Problem, ProblemError
-from bilevel.solution import History, Result, Solution
-from bilevel.solve import Event, run, solve
+from bilevel.history import History
+from bilevel.loop import run
+from bilevel.recorder import Event
+from bilevel.result import Result
+from bilevel.solution import Solution
+from bilevel.solve import solve
 from bilevel.sweep import Sweep, sweep
 
 __all__ = [

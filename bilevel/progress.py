@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 from bilevel.history import History
 
 __all__ = ["Reporter", "reporter"]
+
+logger = logging.getLogger("bilevel")
 
 _SECONDS_BETWEEN_UPDATES = 0.1
 _METRICS_SHOWN = 3
@@ -74,11 +77,14 @@ def reporter(total: int, done: int, show: bool | None) -> Iterator[Reporter]:
     Args:
       total: steps of the whole run.
       done: steps taken before (a resumed run).
-      show: True, False, or None: where stderr is a terminal. Without rich there is none.
+      show: True, False, or None: where stderr is a terminal. Without rich there is none, and the log says so.
     """
     if show is None:
         show = sys.stderr is not None and sys.stderr.isatty()
-    if not show or importlib.util.find_spec("rich") is None:
+    if show and importlib.util.find_spec("rich") is None:
+        logger.warning("The progress bar is drawn by rich, which is not installed: pip install rich.")
+        show = False
+    if not show:
         yield _Silent()
         return
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from bilevel.data import as_step_key
 from bilevel.problem import Problem, ProblemError, as_variable
-from bilevel.solve import run
+from bilevel.loop import run
 
 PyTree = Any
 

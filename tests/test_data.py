@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel import Problem, data
+from bilevel import Problem, data, streaming
 from bilevel.data import as_step_key, permute
+from bilevel.streaming import Prefetched
 
 
 def keys(n, seed=0):
@@ -141,7 +142,7 @@ def test_stream_skips_and_repeats():
     stream = data.Stream([np.asarray([i]) for i in range(3)])
     items = stream.items(4)  # 0 1 2 | 0 [1] 2 | 0
     assert [int(next(items)[0]) for _ in range(3)] == [1, 2, 0]
-    reader = stream.prefetched(1)
+    reader = Prefetched(stream.items(1))
     np.testing.assert_array_equal(read(reader, 4)[:, 0], [1, 2, 0, 1])
     reader.close()
 
@@ -149,10 +150,9 @@ def test_stream_skips_and_repeats():
 @pytest.mark.parametrize("patience", [0.0, 10.0])
 @pytest.mark.parametrize("draws", [1, 3])
 def test_a_stream_keeps_its_order_whoever_is_the_slower(monkeypatch, patience, draws):
-    monkeypatch.setattr(
-        data, "_SEGMENT_BYTES", 7 * draws * 16
-    )  # seven steps of items of 16 bytes, and several segments reused
-    monkeypatch.setattr(data, "_PATIENCE", patience)
+    # Seven steps of items of 16 bytes, and several segments reused.
+    monkeypatch.setattr(streaming, "_SEGMENT_BYTES", 7 * draws * 16)
+    monkeypatch.setattr(streaming, "_PATIENCE", patience)
     slow = np.random.default_rng(0).random(200 * draws) < 0.05
 
     def items(start):
@@ -161,7 +161,7 @@ def test_a_stream_keeps_its_order_whoever_is_the_slower(monkeypatch, patience, d
                 time.sleep(0.002)
             yield np.full(4, i, np.float32)
 
-    reader = data.Stream(items, draws).prefetched()
+    reader = Prefetched(data.Stream(items, draws).items(), draws)
     found = read(reader, 200, at_once=4)
     reader.close()
     assert reader.steps == 7
@@ -177,7 +177,7 @@ def test_a_slow_stream_hands_out_what_there_is():
                 gate.wait()
             yield np.full(1, i)
 
-    reader = data.Stream(items).prefetched()
+    reader = Prefetched(data.Stream(items).items())
     assert read(reader, 3).ravel().tolist() == [0, 1, 2]  # the fourth may take for ever
     gate.set()
     assert read(reader, 7).ravel().tolist() == [3, 4, 5, 6, 7, 8, 9]
@@ -189,7 +189,7 @@ def test_stream_raises_the_sources_error_where_it_is_consumed():
         yield from (np.full(1, i) for i in range(2))
         raise OSError("disk gone")
 
-    reader = data.Stream(broken).prefetched()
+    reader = Prefetched(data.Stream(broken).items())
     assert read(reader, 2).ravel().tolist() == [0, 1]
     with pytest.raises(OSError, match="disk gone"):
         reader.ready(1)
@@ -197,7 +197,7 @@ def test_stream_raises_the_sources_error_where_it_is_consumed():
 
 
 def test_a_stream_of_unequal_items_is_named():
-    reader = data.Stream([np.zeros(4), np.zeros(3)]).prefetched()
+    reader = Prefetched(data.Stream([np.zeros(4), np.zeros(3)]).items())
     read(reader, 1)
     with pytest.raises(ValueError, match=r"Item 1 of the stream .*\(3,\).*the first had .*\(4,\).*drop or pad"):
         reader.ready(1)

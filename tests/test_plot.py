@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bilevel.plot import plot_history
-from bilevel.solution import History
+from bilevel.history import History
 
 pytest.importorskip("matplotlib")
 

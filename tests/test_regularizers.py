@@ -15,8 +15,8 @@ from bilevel import regularizers as reg
 from bilevel.checkpoint import CheckpointError
 from bilevel.data import as_step_key
 from bilevel.regularizers import EarlyStopping
-from bilevel.solution import History, Result
-from bilevel.solve import Event
+from bilevel import History, Result
+from bilevel import Event
 from bilevel.lower import MomentumSGD
 from bilevel.solvers.darts import DARTS
 
