@@ -19,20 +19,20 @@ from bilevel import (
     optimizers,
     projections,
     regularizers,
+    runs,
     solvers,
 )
 from bilevel._module import hyperparameters, state
 from bilevel.checkpoint import CheckpointError
-from bilevel.multistart import Multistart, multistart
 from bilevel.level import Level, Levels
 from bilevel.problem import Problem, ProblemError
 from bilevel.history import History
 from bilevel.loop import run
 from bilevel.recorder import Event
 from bilevel.result import Result
+from bilevel.runs import Multistart, Sweep, multistart, sweep
 from bilevel.solution import Solution
 from bilevel.solve import solve
-from bilevel.sweep import Sweep, sweep
 
 __all__ = [
     "CheckpointError",
@@ -61,6 +61,7 @@ __all__ = [
     "projections",
     "regularizers",
     "run",
+    "runs",
     "solve",
     "solvers",
     "state",

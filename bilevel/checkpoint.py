@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel.data import StepKey, as_source
-from bilevel.problem import Problem
+from bilevel.data import as_source
 from bilevel.history import History
-
-PyTree = Any
+from bilevel.keys import StepKey
+from bilevel.problem import Problem
+from bilevel.typing import PyTree, Solver
 
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
@@ -50,7 +50,7 @@ class CheckpointError(ValueError):
 # ---------------------------------------------------------------- what a run is
 
 
-def fingerprint(problem: Problem, solver: Any, x: PyTree, y: PyTree, base: StepKey) -> dict[str, str]:
+def fingerprint(problem: Problem, solver: Solver, x: PyTree, y: PyTree, base: StepKey) -> dict[str, str]:
     """What makes a run this run: equal at its start and resumption, different for another problem, solver, data or key.
 
     Args:
@@ -106,7 +106,7 @@ def _package_version() -> str:
 
 def _name(fn_or_type: Any) -> str:
     """The qualified name without the module, so that a script and a notebook that imports it are the same run."""
-    return fn_or_type.__qualname__
+    return fn_or_type.__qualname__.replace(".<locals>", "")
 
 
 def _describe_fields(name: str, value: Any) -> dict[str, str]:
@@ -139,8 +139,7 @@ def _describe(value: Any, above: tuple[int, ...] = ()) -> str:
             return f"{_shape(value)} {np.asarray(value).reshape(()).item()!r}"
         return f"{_shape(value)} {_checksum(value)}"
     if isinstance(value, optax.GradientTransformation):
-        # `init` closes over the same numbers. scale_by_adam.<locals>.update_fn is called scale_by_adam.
-        return re.sub(r"\.<locals>\.update(_fn)?\b", "", inner(value.update))
+        return inner(value.update)  # `init` closes over the same numbers
     if isinstance(value, functools.partial):
         bound = [inner(a) for a in value.args] + [f"{k}={inner(v)}" for k, v in value.keywords.items()]
         return f"partial({', '.join([inner(value.func), *bound])})"

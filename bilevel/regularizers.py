@@ -1,7 +1,11 @@
-"""Smooth the lower loss in x: train y under perturbed choices."""
+"""Terms that keep an upper variable from degenerating: a lower loss perturbed in x, and penalties on x.
+
+Made for architecture search and not tied to it. What watches a run, stops it or adapts a strength is in `bilevel.runs`.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.regularizers.outer import as_keyed
+from bilevel.data import as_keyed
+from bilevel.typing import PyTree, Scalar
 
-PyTree = Any
+__all__ = ["beta_decay", "entropy", "penalised", "perturbed", "renormalise", "softmax", "zero_one"]
+
+# ---------------------------------------------------------------- the lower loss, perturbed
 
 
 def softmax(x: PyTree) -> PyTree:
@@ -80,7 +87,8 @@ def perturbed(
         def at(d: PyTree) -> jax.Array:
             return loss(back(optax.tree.add(a, d)), y, *rest)
 
-        d = _uniform(key.random, a, size)
+        noise = optax.tree.random_like(key.random, a, functools.partial(jax.random.uniform, minval=-1, maxval=1))
+        d = optax.tree.cast_like(optax.tree.scale(size, noise), a)
         if adversarial:
             fixed = jax.lax.stop_gradient((a, y))
             d = _ascend(lambda a: loss(a, fixed[1], *rest), fixed[0], d, size, steps, back)
@@ -88,16 +96,6 @@ def perturbed(
         return at(d)
 
     return smoothed
-
-
-def _uniform(key: jax.Array, like: PyTree, size: Any) -> PyTree:
-    leaves, structure = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        (size * jax.random.uniform(k, leaf.shape, leaf.dtype, -1, 1)).astype(leaf.dtype)
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, drawn)
 
 
 def _ascend(
@@ -119,3 +117,87 @@ def _ascend(
     b = jax.lax.fori_loop(0, steps, step, optax.tree.cast_like(back(optax.tree.add(a, start)), a))
     rose = loss(b) > loss(a)
     return jax.tree.map(lambda b, a: jnp.where(rose, b - a, jnp.zeros_like(a)), b, a)
+
+
+# ---------------------------------------------------------------- the upper loss, penalised
+
+
+def beta_decay(x: PyTree) -> jax.Array:
+    """The mean over edges of logsumexp_k x_k, the choices k being the last axis of each leaf.
+
+    A decay of the softmaxed weights: the gradient in x is softmax(x) over the number of edges. Its strength grows during
+    the search; the authors' is 0.5 times the epoch.
+
+    Reference: Ye et al., "b-DARTS: Beta-Decay Regularization for Differentiable Architecture Search", CVPR 2022.
+    """
+    return _mean([jax.nn.logsumexp(leaf, axis=-1) for leaf in _choices("beta_decay", x)])
+
+
+def zero_one(x: PyTree, norm: int = 2) -> jax.Array:
+    """Minus the mean of (sigmoid(x) - 1/2)^2 (norm=2) or of |sigmoid(x) - 1/2| (norm=1): drives sigmoids to 0 or 1.
+
+    For independent choices (sigmoid instead of softmax); the authors' strength is 10.
+
+    Reference: Chu et al., "Fair DARTS: Eliminating Unfair Advantages in Differentiable Architecture Search", ECCV 2020.
+    """
+    if norm not in (1, 2):
+        raise ValueError(f"zero_one(norm={norm!r}): the norm is 1 or 2.")
+    distances = [jnp.abs(jax.nn.sigmoid(leaf) - 0.5) for leaf in jax.tree.leaves(x)]
+    return -_mean([d if norm == 1 else d**2 for d in distances])
+
+
+def entropy(x: PyTree) -> jax.Array:
+    """The mean over edges of the entropy -sum_k p_k log p_k of p = softmax(x) over the last axis.
+
+    Added, it makes choices decide; subtracted (a negative strength), it keeps them open.
+    """
+    found = []
+    for leaf in _choices("entropy", x):
+        logs = jax.nn.log_softmax(leaf, axis=-1)
+        found.append(-jnp.sum(jnp.exp(logs) * logs, axis=-1))
+    return _mean(found)
+
+
+def penalised(
+    loss: Callable[..., jax.Array], *terms: tuple[Callable[[PyTree], jax.Array], float | Callable[[Any], Any]]
+) -> Callable[..., jax.Array]:
+    """The upper loss F(x, y[, batch]) plus strength times penalty(x), for each pair (penalty, strength).
+
+        Problem(upper=penalised(validation_loss, (beta_decay, lambda step: 0.5 * step / steps_per_epoch)),
+                upper_data=data.Keyed(data.Minibatches((X_val, t_val), 64)), ...)
+
+    Args:
+      loss: the upper loss.
+      terms: pairs of a function of x (`beta_decay`, `zero_one`, `entropy`, your own) and its strength. A strength is a number, or
+        a function of the outer step; the step comes with the batch, so the level's data are then `data.Keyed(...)`.
+    """
+    for term in terms:
+        if not (isinstance(term, tuple) and len(term) == 2 and callable(term[0])):
+            raise TypeError(
+                f"penalised takes pairs (penalty, strength), not {term!r}: penalised(loss, (beta_decay, 0.1))."
+            )
+    scheduled = any(callable(strength) for _, strength in terms)
+
+    def total(x: PyTree, y: PyTree, *batch: Any) -> jax.Array:
+        step = None
+        if scheduled:
+            inner, key = as_keyed("penalised", *batch)
+            batch, step = () if inner is None else (inner,), key.step
+        value = loss(x, y, *batch)
+        for penalty, strength in terms:
+            value = value + (strength(step) if callable(strength) else strength) * penalty(x)
+        return value
+
+    return total
+
+
+def _choices(name: str, x: PyTree) -> list[jax.Array]:
+    leaves = jax.tree.leaves(x)
+    for leaf in leaves:
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(f"{name} reads the last axis of each leaf of x as choices, and a leaf is a scalar.")
+    return leaves
+
+
+def _mean(parts: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate([part.reshape(-1) for part in parts]).mean()
