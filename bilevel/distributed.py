@@ -61,7 +61,7 @@ def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
         source = as_source(data)
         spec = PartitionSpec(axis) if source.stacked else PartitionSpec()
         if source.stacked:
-            _divides(source.parties, mesh, axis, name)
+            _divides(source.parties or 0, mesh, axis, name)
         elif source.host:
             raise DistributedError(
                 f"{name} is {data!r}, which reads from the host of one process: it cannot be sharded."

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel import Problem, data, streaming
-from bilevel.data import as_step_key, permute
+from bilevel import Problem, data
+from bilevel.data import as_step_key
+from bilevel.keys import permute
 from bilevel.streaming import Prefetched
 
 
@@ -142,7 +143,7 @@ def test_stream_skips_and_repeats():
     stream = data.Stream([np.asarray([i]) for i in range(3)])
     items = stream.items(4)  # 0 1 2 | 0 [1] 2 | 0
     assert [int(next(items)[0]) for _ in range(3)] == [1, 2, 0]
-    reader = Prefetched(stream.items(1))
+    reader = Prefetched(stream.items(1), stream.draws)
     np.testing.assert_array_equal(read(reader, 4)[:, 0], [1, 2, 0, 1])
     reader.close()
 
@@ -150,9 +151,10 @@ def test_stream_skips_and_repeats():
 @pytest.mark.parametrize("patience", [0.0, 10.0])
 @pytest.mark.parametrize("draws", [1, 3])
 def test_a_stream_keeps_its_order_whoever_is_the_slower(monkeypatch, patience, draws):
-    # Seven steps of items of 16 bytes, and several segments reused.
-    monkeypatch.setattr(streaming, "_SEGMENT_BYTES", 7 * draws * 16)
-    monkeypatch.setattr(streaming, "_PATIENCE", patience)
+    monkeypatch.setattr(
+        data, "_SEGMENT_BYTES", 7 * draws * 16
+    )  # seven steps of items of 16 bytes, and several segments reused
+    monkeypatch.setattr(data, "_PATIENCE", patience)
     slow = np.random.default_rng(0).random(200 * draws) < 0.05
 
     def items(start):

@@ -25,7 +25,7 @@ from bilevel.keys import Draw
 from bilevel.lower import GradientDescent, LowerState
 from bilevel.solvers import _variance_reduction
 from bilevel.solvers._directions import Joint, Point, Series
-from bilevel.solvers._variance_reduction import PAGE, SAGA, SARAH, STORM, Momentum, local
+from bilevel.solvers._variance_reduction import PAGE, SAGA, SARAH, STORM, Momentum
 from bilevel.solvers.single_loop import FSLA, MASOBA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN, AdamSOBA, SingleLoop
 from bilevel.solvers.stochastic_nested import BSA, SAMA, TTSA, VRBO, AmIGO, StocBiO
 from bilevel.solvers.tuning_free import DTFBO, STFBO
@@ -55,7 +55,7 @@ class Quadratic:
     def joint(self, x, y, v, rows=slice(None), held=slice(None)):
         a, c, b = (z[rows].mean(0) for z in self.lower)
         t, e = (z[held].mean(0) for z in self.upper)
-        return c.T @ v + e + 0.2 * x, a @ y + c @ x + b, a @ v + y - t
+        return e + 0.2 * x - c.T @ v, a @ y + c @ x + b, a @ v - (y - t)
 
     def solution(self):
         a, c, b = (z.mean(0) for z in self.lower)
@@ -63,7 +63,7 @@ class Quadratic:
         s = -np.linalg.solve(a, c)
         x = np.linalg.solve(s.T @ s + 0.2 * np.eye(P), -e - s.T @ (-np.linalg.solve(a, b) - t))
         y = s @ x - np.linalg.solve(a, b)
-        return x, y, -np.linalg.solve(a, y - t)
+        return x, y, np.linalg.solve(a, y - t)
 
     def hypergradient(self, x, y):
         a, c, _ = (z.mean(0) for z in self.lower)
@@ -154,7 +154,7 @@ def test_saga_with_deferred_writes_is_saga(x64):
             direction[level] = new[level] - table[level][block] + table[level].mean(0)
             table[level][block] = new[level]
         low, up = direction["lower"], direction["upper"]
-        d_x, d_y, d_v = low[:P] + up[:P], low[P : P + D], low[P + D :] + up[P:]
+        d_x, d_y, d_v = up[:P] - low[:P], low[P : P + D], low[P + D :] - up[P:]
         np.testing.assert_allclose(metrics["hypergradient_norm"][t], np.linalg.norm(d_x), rtol=1e-10)
         x, y, v = x - 0.05 * d_x, y - 0.2 * d_y, v - 0.2 * d_v
     np.testing.assert_allclose(found.x, x, atol=1e-12)
@@ -247,7 +247,7 @@ def test_the_directions_are_unbiased_with_the_variance_that_theory_says(x64):
     v = np.random.default_rng(5).standard_normal(D)
     at = Point(jnp.asarray(x), jnp.asarray(y), jnp.asarray(v))
     period = BLOCKS * (M // SIZE)  # lower blocks repeat every 4 draws, upper ones every 3
-    draw = jax.jit(lambda t: local(problem, Joint(), at, dataclasses.replace(as_step_key(0), step=t))[1])
+    draw = jax.jit(lambda t: Joint()(*problem.levels(dataclasses.replace(as_step_key(0), step=t)), at)[1])
     drawn = [draw(jnp.uint32(t)) for t in range(period * 40)]
 
     full = q.joint(x, y, v)

@@ -1,7 +1,7 @@
 """The local directions (D_x, D_y, D_v) of single-loop methods, from one batch of each level: the one joint direction.
 
 Notation: F the upper and f the lower loss on a batch, v the variable of the linear system. At the solution
-v = -f_yy^{-1} F_y, so that the hypergradient is F_x + f_xy v (the sign of SOBA). On levels that are many (stacked over
+f_yy v = F_y, and the hypergradient is F_x - f_xy v. On levels that are many (stacked over
 agents or clients) all of it is each agent's own, stacked.
 """
 
@@ -28,7 +28,7 @@ class Point:
 
 @state
 class Components:
-    """What each level contributes: the terms of a direction, before they are added up.
+    """What each level contributes: the terms of a direction, before they are put together by `combined`.
 
     Attributes:
       value: F(x, y) on the batch.
@@ -42,15 +42,15 @@ class Components:
 
 
 def combined(lower: Point, upper: Point) -> Point:
-    """The direction: the sum of the two levels' terms."""
-    return Point(optax.tree.add(lower.x, upper.x), lower.y, optax.tree.add(lower.v, upper.v))
+    """The direction (F_x - f_xy v, f_y, f_yy v - F_y) from the two levels' terms."""
+    return Point(optax.tree.sub(upper.x, lower.x), lower.y, optax.tree.sub(lower.v, upper.v))
 
 
 @hyperparameters
 class Joint:
     """One simultaneous step in all three variables.
 
-        D_y = f_y,    D_v = f_yy v + F_y,    D_x = f_xy v + F_x
+        D_y = f_y,    D_v = f_yy v - F_y,    D_x = F_x - f_xy v
 
     One joint linearisation of the lower level gives f_y, f_yy v and f_xy v (the tangent of the joint gradient along v), and
     one gradient the upper level's share.

@@ -46,7 +46,7 @@ class SingleLoopState:
 
     Attributes:
       x, y: the upper and the lower variable.
-      v: the linear system's variable, near -f_yy^{-1} F_y (None where the directions solve the system from scratch).
+      v: the linear system's variable, near f_yy^{-1} F_y (None where the directions solve the system from scratch).
       steps: the memories of the three step rules.
       memory: what the variance reduction keeps.
     """
@@ -65,8 +65,8 @@ class SingleLoop:
         (D_x, D_y, D_v) = reduction(directions(B_t))
         y <- y - a_t D_y,    v <- v - a_t D_v,    x <- project_upper(x - b_t D_x)
 
-    all at the old point. With the default directions D_y = f_y, D_v = f_yy v + F_y and D_x = f_xy v + F_x: a fixed point of
-    the expected directions is f_y = 0, v = -f_yy^{-1} F_y and a zero of the hypergradient, exactly.
+    all at the old point. With the default directions D_y = f_y, D_v = f_yy v - F_y and D_x = F_x - f_xy v (v is
+    minus that of SOBA's paper): a fixed point of the expected directions is f_y = 0, v = f_yy^{-1} F_y and a zero of the hypergradient, exactly.
 
     Attributes:
       lower_optimizer, upper_optimizer: optax rules or step sizes a and b.
@@ -275,10 +275,10 @@ class FSLAState:
 class FSLA:
     """The fully single-loop algorithm: y, v and x in turn, each on a batch of its own, momentum on x.
 
-        y <- y - a_t f_y(B_1),    v <- v - a_t (f_yy(B_2) v + F_y(B'_1))    at the new y
+        y <- y - a_t f_y(B_1),    v <- v - a_t (f_yy(B_2) v - F_y(B'_1))    at the new y
         m <- D_x(new; B_3, B'_2) + (1 - eta_t) (m - D_x(old; B_3, B'_2)),    x <- x - b_t m
 
-    with D_x = F_x + f_xy v; "old" is where D_x was taken one step before.
+    with D_x = F_x - f_xy v; "old" is where D_x was taken one step before.
 
     Attributes:
       lower_optimizer, upper_optimizer: optax rules or step sizes a and b.
@@ -322,14 +322,14 @@ class FSLA:
         y, of_y = move_y(lower_y, state.steps.y, state.y, scale)
 
         hvp = derivatives.hvp(lower.redraw(1, 3), x, y, state.v)
-        linear = optax.tree.add(hvp, jax.grad(upper.redraw(0, 2), argnums=1)(x, y))
+        linear = optax.tree.sub(hvp, jax.grad(upper.redraw(0, 2), argnums=1)(x, y))
         v, of_v = move_y(linear, state.steps.v, state.v, scale)
 
         third, other = lower.redraw(2, 3), upper.redraw(1, 2)
 
         def upper_direction(at: Point) -> tuple[jax.Array, PyTree]:
             value, upper_x = jax.value_and_grad(other)(at.x, at.y)
-            return value, optax.tree.add(upper_x, derivatives.cross_product(third, at.x, at.y, at.v))
+            return value, optax.tree.sub(upper_x, derivatives.cross_product(third, at.x, at.y, at.v))
 
         at = Point(x, y, v)
         value, now = upper_direction(at)

@@ -99,8 +99,8 @@ class DTFBO:
     """D-TFBO, double loop: `lower_steps` steps on y, `linear_steps` on v, one on x, all with AdaGrad-norm steps.
 
         beta^2 += |f_y|^2,   y <- y - f_y / beta                                  up to N times
-        gamma^2 += |f_yy v + F_y|^2,   v <- v - (f_yy v + F_y) / gamma            up to M times
-        alpha^2 += |D_x|^2,   x <- project_upper(x - D_x / alpha),   D_x = F_x + f_xy v
+        gamma^2 += |f_yy v - F_y|^2,   v <- v - (f_yy v - F_y) / gamma            up to M times
+        alpha^2 += |D_x|^2,   x <- project_upper(x - D_x / alpha),   D_x = F_x - f_xy v
 
     Attributes:
       lower_steps, linear_steps: N and M.
@@ -152,14 +152,14 @@ class DTFBO:
 
         def linear(v: PyTree, i: Any) -> PyTree:
             level = others.redraw(i, self.linear_steps)
-            return optax.tree.add(derivatives.hvp(level, x, y, v), upper_y)
+            return optax.tree.sub(derivatives.hvp(level, x, y, v), upper_y)
 
         (v, gamma2, linear_norm), _ = jax.lax.scan(
             descent(linear), (state.v, state.gamma2, zero), jnp.arange(self.linear_steps)
         )
 
         cross = derivatives.cross_product(lower.stream(Draw.CROSS), x, y, v)
-        direction = optax.tree.add(upper_x, cross)
+        direction = optax.tree.sub(upper_x, cross)
         alpha2 = state.alpha2 + norm(direction) ** 2
         new = _stepped(problem, x, 1 / jnp.sqrt(alpha2), direction)
         metrics = {"upper_loss": value, **measured(problem, x, Point(direction, None, None))}
