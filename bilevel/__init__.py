@@ -24,10 +24,10 @@ from bilevel import (
 )
 from bilevel._module import hyperparameters, state
 from bilevel.checkpoint import CheckpointError
-from bilevel.level import Level, Levels
-from bilevel.problem import Problem, ProblemError
 from bilevel.history import History
+from bilevel.level import Level, Levels
 from bilevel.loop import run
+from bilevel.problem import Problem, ProblemError
 from bilevel.recorder import Event
 from bilevel.result import Result
 from bilevel.runs import Multistart, Sweep, multistart, sweep

@@ -13,8 +13,9 @@ __all__ = ["History"]
 class History(Mapping[str, np.ndarray]):
     """Arrays by name, each with the steps at which its entries were taken.
 
-    `history["upper_loss"]` is an array with one entry per recorded step, `history.steps["upper_loss"]` those steps. Step
-    k's metrics are those of the iterate *before* its update; the user's metrics are taken after the named number of steps.
+    `history["upper_loss"]` is an array with one entry per recorded step, `history.steps["upper_loss"]` those steps.
+    Step k's metrics are those of the iterate *before* its update; the user's metrics are taken after the named number
+    of steps.
     """
 
     def __init__(self, values: dict[str, np.ndarray] | None = None, steps: dict[str, np.ndarray] | None = None) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.data import as_keyed
-from bilevel.typing import PyTree, Scalar
+from bilevel.typing import PyTree
 
 __all__ = ["beta_decay", "entropy", "penalised", "perturbed", "renormalise", "softmax", "zero_one"]
 
@@ -48,29 +48,33 @@ def perturbed(
 ) -> Callable[..., jax.Array]:
     """The lower loss of SmoothDARTS, f(project(transform(x) + d), y): y is trained to be good around x.
 
-    - random (RS): d uniform in [-radius, radius], a fresh one for each batch. To second order its mean is f + radius^2/6 tr(f_AA);
+    - random (RS): d uniform in [-radius, radius], a fresh one for each batch. To second order its mean is
+      f + radius^2/6 tr(f_AA);
     - adversarial (ADV): d from `steps` ascent steps of 2 radius/steps along the sign of f's gradient, within
       [-radius, radius] and projected after each, from a random start; kept only where the loss rose, else 0.
 
-    The perturbation is a constant to all derivatives. The upper loss stays unperturbed: F = validation(transform(x), y, batch).
+    The perturbation is a constant to all derivatives. The upper loss stays unperturbed: its F is
+    validation(transform(x), y, batch).
 
         schedule = optax.linear_schedule(0.03, 0.3, total_steps)
         Problem(lower=perturbed(training_loss, schedule), lower_data=data.Keyed(data.Minibatches(train, 64)), ...)
 
     Args:
-      loss: `loss(A, y, batch)`, or `loss(A, y)` where the level has no data, with A = transform(x) what the model multiplies with.
-      radius: a number, or a function of the step that comes with the batch. That step counts the lower level's draws: outer steps times
-        the lower solver's steps. The authors' grows from 0.03 to 0.3.
+      loss: `loss(A, y, batch)`, or `loss(A, y)` where the level has no data, with A = transform(x) what the model
+        multiplies with.
+      radius: a number, or a function of the step that comes with the batch. That step counts the lower level's draws:
+        outer steps times the lower solver's steps. The authors' grows from 0.03 to 0.3.
       adversarial: ADV instead of RS; costs `steps` gradients in x and two losses more.
       transform: x to choices; a softmax over the last axis.
       project: back to the feasible choices after a perturbation; None: not at all.
       steps: of the ascent.
 
     Returns:
-      `f(x, y, batch)` for `Problem(lower=...)` with `lower_data=data.Keyed(...)`, whose key is the source of randomness: both points of a
-      finite difference see one perturbation.
+      `f(x, y, batch)` for `Problem(lower=...)` with `lower_data=data.Keyed(...)`, whose key is the source of
+      randomness: both points of a finite difference see one perturbation.
 
-    Reference: Chen, Hsieh, "Stabilizing Differentiable Architecture Search via Perturbation-based Regularization", ICML 2020.
+    Reference: Chen, Hsieh, "Stabilizing Differentiable Architecture Search via Perturbation-based Regularization", ICML
+      2020.
     """
     if isinstance(radius, (int, float)) and not radius > 0:
         raise ValueError(f"perturbed(radius={radius!r}): the radius is positive.")
@@ -106,7 +110,7 @@ def _ascend(
     steps: int,
     back: Callable[[PyTree], PyTree],
 ) -> PyTree:
-    """The perturbation d that `steps` signed ascent steps find, 0 where the loss at back(a + d) is not above that at a."""
+    """The perturbation that `steps` signed ascent steps find; 0 where the loss there is not above that at a."""
 
     def step(_: Any, b: PyTree) -> PyTree:
         g = jax.grad(loss)(b)
@@ -125,8 +129,8 @@ def _ascend(
 def beta_decay(x: PyTree) -> jax.Array:
     """The mean over edges of logsumexp_k x_k, the choices k being the last axis of each leaf.
 
-    A decay of the softmaxed weights: the gradient in x is softmax(x) over the number of edges. Its strength grows during
-    the search; the authors' is 0.5 times the epoch.
+    A decay of the softmaxed weights: the gradient in x is softmax(x) over the number of edges. Its strength grows
+    during the search; the authors' is 0.5 times the epoch.
 
     Reference: Ye et al., "b-DARTS: Beta-Decay Regularization for Differentiable Architecture Search", CVPR 2022.
     """
@@ -168,8 +172,9 @@ def penalised(
 
     Args:
       loss: the upper loss.
-      terms: pairs of a function of x (`beta_decay`, `zero_one`, `entropy`, your own) and its strength. A strength is a number, or
-        a function of the outer step; the step comes with the batch, so the level's data are then `data.Keyed(...)`.
+      terms: pairs of a function of x (`beta_decay`, `zero_one`, `entropy`, your own) and its strength. A strength is a
+        number, or a function of the outer step; the step comes with the batch, so the level's data are then
+        `data.Keyed(...)`.
     """
     for term in terms:
         if not (isinstance(term, tuple) and len(term) == 2 and callable(term[0])):

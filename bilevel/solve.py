@@ -61,8 +61,8 @@ def solve(
       solver: one of `bilevel.solvers`, or any object with `init` and `step`. None: one is chosen from the problem and
         named, with the reason, in the log (logger "bilevel") and in the solution.
       steps: outer steps, those before a resume included.
-      key: a seed or a PRNG key. What step k draws is a function of the key and of k (`data.StepKey`): the same key gives
-        the same run, whatever the chunk size.
+      key: a seed or a PRNG key. What step k draws is a function of the key and of k (`data.StepKey`): the same key
+        gives the same run, whatever the chunk size.
       tol: stop as soon as the solver's own measure of stationarity (see its docstring) is at most this.
       metrics: functions of (x, y) by name, or pairs `(function, data)` called as `function(x, y, data)` (data of any
         size then stay out of the compiled program). Evaluated before the first step, every `metrics_every` steps, and
@@ -137,8 +137,8 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         logger.info("%s", reason)
     if not (hasattr(solver, "init") and hasattr(solver, "step")):
         raise TypeError(
-            f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), such "
-            "as solvers.AID()."
+            f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), "
+            "such as solvers.AID()."
         )
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(

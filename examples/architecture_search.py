@@ -33,7 +33,7 @@ import optax
 from bilevel import diagnostics, solve, solvers
 from bilevel.models.supernet import NASBENCH201, parameter_free
 from bilevel.problems import architecture
-from bilevel.regularizers import EarlyStopping
+from bilevel.runs import EarlyStopping
 
 # name: (weight decay of y, largest drop-path). A search of 900 steps is twenty times shorter than the paper's, and a
 # decay acts through decay x rate x steps: these strengths stand beyond the paper's strongest, 0.0243.

@@ -26,9 +26,9 @@ import pytest
 from bilevel import Problem, Result, hypergradients, solve, solvers
 from bilevel.checkpoint import CheckpointError, Checkpoints, fingerprint
 from bilevel.data import Clients, Minibatches, Sampler, Stream, as_step_key
+from bilevel.history import History
 from bilevel.linear import Identity
 from bilevel.lower import GradientDescent
-from bilevel.history import History
 
 STEPS = 60
 RNG = np.random.default_rng(0)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel import Problem, data
+from bilevel import Problem, data, streaming
 from bilevel.data import as_step_key
 from bilevel.keys import permute
 from bilevel.streaming import Prefetched
@@ -151,10 +151,9 @@ def test_stream_skips_and_repeats():
 @pytest.mark.parametrize("patience", [0.0, 10.0])
 @pytest.mark.parametrize("draws", [1, 3])
 def test_a_stream_keeps_its_order_whoever_is_the_slower(monkeypatch, patience, draws):
-    monkeypatch.setattr(
-        data, "_SEGMENT_BYTES", 7 * draws * 16
-    )  # seven steps of items of 16 bytes, and several segments reused
-    monkeypatch.setattr(data, "_PATIENCE", patience)
+    # Seven steps of items of 16 bytes, and several segments reused.
+    monkeypatch.setattr(streaming, "_SEGMENT_BYTES", 7 * draws * 16)
+    monkeypatch.setattr(streaming, "_PATIENCE", patience)
     slow = np.random.default_rng(0).random(200 * draws) < 0.05
 
     def items(start):

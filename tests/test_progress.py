@@ -14,8 +14,8 @@ import termios
 import numpy as np
 import pytest
 
-from bilevel.progress import reporter
 from bilevel.history import History
+from bilevel.progress import reporter
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
