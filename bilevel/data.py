@@ -112,6 +112,7 @@ class Source:
       parties, owners: how many own the samples, None being nobody in particular; and what one of them is called.
       stacked: the leading axis of the arrays is the parties', and may be spread over devices.
       blocks: the number of numbered batches, where `numbered` gives the number of each; None: they have none.
+      unnumbered: why not, in words.
     """
 
     arrays: PyTree = None
@@ -119,6 +120,7 @@ class Source:
     host: ClassVar[bool] = False
     owners: str = ""
     stacked: bool = False
+    unnumbered: ClassVar[str] = "have no numbers"
     size: int | None = None
 
     def __init_subclass__(cls, leaves: tuple[str, ...] | None = ("arrays",), **options: Any) -> None:
@@ -287,6 +289,7 @@ class Minibatches(Source):
     """
 
     size: int
+    unnumbered = "are drawn afresh from the samples"
 
     def __init__(self, arrays: PyTree, size: int, *, replace: bool = False, blocks: bool = False) -> None:
         n = sample_count(arrays, "Minibatches' arrays")

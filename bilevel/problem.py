@@ -247,7 +247,7 @@ def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> Py
         return jax.eval_shape(fn, *args)
     except Exception as error:
         shapes = ", ".join(
-            f"{label}: {jax.tree.map(lambda a: f'{jnp.result_type(a)}{list(np.shape(a))}', arg)}"
+            f"{label}: {jax.tree.map(lambda a: f'{jnp.result_type(a)}{list(np.shape(a))}', getattr(arg, 'arrays', arg))}"
             for label, arg in zip(("x", "y", "batch"), args, strict=False)
         )
         raise ProblemError(

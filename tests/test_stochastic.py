@@ -20,7 +20,7 @@ from bilevel import Problem, ProblemError, data, run, solve
 from bilevel.checkpoint import CheckpointError
 from bilevel.data import as_step_key
 from bilevel.hypergradients.stochastic import SAMA as AdaptiveIdentity
-from bilevel.hypergradients.stochastic import StochasticImplicit
+from bilevel.hypergradients.stochastic import Neumann, StochasticImplicit
 from bilevel.keys import Draw
 from bilevel.lower import GradientDescent, LowerState
 from bilevel.runs import sweep
@@ -351,7 +351,7 @@ def test_the_stochastic_series_is_its_equations(x64):
         total = total + p
     estimator = StochasticImplicit(0.3, 5)
     np.testing.assert_allclose(estimator.solve(lower, x, y, b, None), 0.3 * total, atol=1e-12)
-    np.testing.assert_allclose(Series(0.3, 5).solve(lower, x, y, b), 0.3 * total, atol=1e-12)
+    np.testing.assert_allclose(Neumann(0.3, 5)(lower, x, y, b), 0.3 * total, atol=1e-12)
     assert np.abs(p - b).max() > 1e-2
 
     v = np.ones(D)
@@ -367,13 +367,9 @@ def test_the_randomised_product_has_the_series_as_its_mean(x64):
     problem, (x, y) = problem_of(q, None), start()
     b, a = np.ones(D), q.lower[0].mean(0)
     exact = sum(0.3 * np.linalg.matrix_power(np.eye(D) - 0.3 * a, k) @ b for k in range(6))
-    for method in (StochasticImplicit(0.3, 6, randomised=True), Series(0.3, 6, randomised=True)):
-        args = (None,) if isinstance(method, StochasticImplicit) else ()
-        draw = jax.jit(
-            lambda t, m=method, args=args: m.solve(
-                problem.draw_lower(dataclasses.replace(as_step_key(0), step=t)), x, y, b, *args
-            )
-        )
+    estimator = StochasticImplicit(0.3, 6, randomised=True)
+    for method in (lambda *at: estimator.solve(*at, None), Neumann(0.3, 6, randomised=True)):
+        draw = jax.jit(lambda t, m=method: m(problem.draw_lower(dataclasses.replace(as_step_key(0), step=t)), x, y, b))
         samples = np.stack([draw(jnp.uint32(t)) for t in range(600)])
         assert len(np.unique(np.round(samples[:, 0], 9))) == 6
         np.testing.assert_allclose(samples.mean(0), exact, atol=4 * samples.std(0).max() / np.sqrt(600))
@@ -509,7 +505,9 @@ def test_a_sweep_says_what_it_cannot_do():
 def test_each_epoch_of_blocks_is_a_permutation_and_none_is_the_last_one():
     source = data.Minibatches(np.arange(37.0), 4, blocks=True)
     numbers = np.asarray(
-        jax.vmap(lambda t: source.numbered(dataclasses.replace(as_step_key(2), step=t))[0])(jnp.arange(40, dtype=jnp.uint32))
+        jax.vmap(lambda t: source.numbered(dataclasses.replace(as_step_key(2), step=t))[0])(
+            jnp.arange(40, dtype=jnp.uint32)
+        )
     )
     epochs = numbers.reshape(4, 10)
     np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(10), (4, 1)))

@@ -60,11 +60,11 @@ class Neumann:
         return optax.tree.scale(self.step_size, jax.lax.fori_loop(0, self.steps, term, (b, b))[1])
 
 
-def check_series(owner: str, step_size: Any, steps: Any) -> None:
+def check_series(owner: str, step_size: Any, steps: Any, what: str = "products") -> None:
     """Raise a sentence where a series' step is not positive, or its number of products is not a positive integer."""
     if isinstance(step_size, float) and not step_size > 0:
         raise ValueError(f"{owner}(step_size={step_size!r}): a step size is positive.")
-    check_count(owner, "the number of products is a positive integer", steps=steps)
+    check_count(owner, f"the number of {what} is a positive integer", steps=steps)
 
 
 @hyperparameters

@@ -108,7 +108,7 @@ class Series:
     randomised: bool = False
 
     def __post_init__(self) -> None:
-        check_series("Series", self.step_size, self.steps)
+        check_series("Series", self.step_size, self.steps, "terms")
 
     def start(self, y: PyTree) -> PyTree:
         """No variable of its own."""

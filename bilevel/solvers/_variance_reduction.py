@@ -39,7 +39,7 @@ def at_both(problem: Problem, oracle: Any, at: Point, last: Point, key: StepKey)
     return value, now, oracle(upper, lower, last)[1]
 
 
-def full(problem: Problem, oracle: Any, at: Point, key: StepKey) -> tuple[Scalar, Point]:
+def full(problem: Problem, oracle: Any, at: Point, key: Any = 0) -> tuple[Scalar, Point]:
     """The direction on all samples of both levels.
 
     On one CPU device a level whose samples are larger than the cache is passed over in contiguous pieces, and its terms
@@ -430,8 +430,8 @@ def _refuse_unnumbered(name: str, source: Source) -> None:
     if source.blocks is None:
         if source.varies:
             raise ProblemError(
-                f"SAGA keeps one gradient per batch, and the batches of {name} have no numbers that stand for the same "
-                f"samples each time ({source!r}). {cure}"
+                f"SAGA keeps one gradient per batch, and the batches of {name}, a {type(source).__name__}, "
+                f"{source.unnumbered}. {cure}"
             )
         return
     left = source.count % source.size  # type: ignore[operator]

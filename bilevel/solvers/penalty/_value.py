@@ -12,9 +12,9 @@ import optax
 
 from bilevel import optimizers
 from bilevel._module import state
+from bilevel.level import Level
 from bilevel.lower import LBFGS, GradientDescent
 from bilevel.optimizers import as_optimizer
-from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.solvers.penalty import _base
 from bilevel.solvers.penalty._constraints import Constraints
