@@ -95,7 +95,7 @@ class Recorder:
         self.schedule, self._measures, self._callback, self._saver = schedule, measures, callback, saver
         self.state, self.done, self.history = state, 0, History()
         self.result, self.why = Result.MAX_STEPS, ""
-        self._bar: Reporter | None = None
+        self._bar = Reporter()
         self._saved, self._saved_at = -1, time.perf_counter()
 
     def resume(self) -> bool:
@@ -132,8 +132,7 @@ class Recorder:
         self.state, self.done, self.result, self.why = chunk.state, chunk.done, chunk.result, chunk.why
         if self._due(self.schedule.metrics) or self.ended:
             self._measures(self)
-        if self._bar is not None:
-            self._bar.update(self.done, self.history)
+        self._bar.update(self.done, self.history)
         if self._callback is not None and self._due(self.schedule.callback):
             answer = self._callback(Event(self.done, self.state.x, self.state.y, self.state, self.history))
             if answer is not None and bool(answer) and self.result is Result.MAX_STEPS:

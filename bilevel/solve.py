@@ -180,14 +180,9 @@ def _drive(run: Recorder, loop: Loop, streams: Streams, pace: _Pace, progress: b
 
 
 class _Pace:
-    """How many steps to ask of one call of the compiled loop; results do not depend on it.
+    """How many steps to ask of one call of the compiled loop (`length` now, `most` ever); no result depends on it.
 
-    Args:
-      chunk: that many; None: powers of two that approach a quarter of a second.
-
-    Attributes:
-      length: the steps to ask for now.
-      most: the most that will be asked for.
+    They are `chunk`, or where that is None powers of two that approach a quarter of a second.
     """
 
     def __init__(self, chunk: int | None) -> None:

@@ -88,8 +88,8 @@ def sweep(
         if structure != structures[0]:  # type: ignore[operator]
             raise ValueError(
                 f"sweep runs solvers that differ in numbers only, and solver {i} differs from solver 0 in something "
-                f"else (a count, a flag, an optax rule): {solvers[i]} against {solvers[0]}. Give step sizes as numbers, "
-                "and sweep over counts in separate calls."
+                f"else (a count, a flag, an optax rule): {solvers[i]} against {solvers[0]}. Give step sizes as "
+                "numbers, and sweep over counts in separate calls."
             )
     if not jax.tree.leaves(solvers[0]):
         raise ValueError(
