@@ -7,6 +7,7 @@ Three heights, each built from the one below: `implicit` differentiates through 
 from __future__ import annotations
 
 from bilevel import (
+    curvature,
     data,
     derivatives,
     diagnostics,
@@ -46,6 +47,7 @@ __all__ = [
     "Result",
     "Solution",
     "Sweep",
+    "curvature",
     "data",
     "derivatives",
     "diagnostics",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections.abc
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,7 @@ class Source:
     Subclasses are pytrees: the attributes named by `leaves` travel as data, all others are static and hashable.
 
     Attributes:
+      count: the number of samples; None where there is no end of them.
       arrays: the arrays that batches are made of; looked through before a run for what is not finite.
       given: whether there are data at all (else losses take (x, y) alone).
       random: whether samples are drawn, so that the loss of a step is an estimate.
@@ -110,18 +111,25 @@ class Source:
       size: the samples of one batch; None: all of them.
       host: whether it is read on the host, and `solve` puts a step's items in its place (`Stream`).
       parties, owners: how many own the samples, None being nobody in particular; and what one of them is called.
+      even: all parties own equally many samples.
       stacked: the leading axis of the arrays is the parties', and may be spread over devices.
       blocks: the number of numbered batches, where `numbered` gives the number of each; None: they have none.
       unnumbered: why not, in words.
+      cuttable: `full()` is nothing but samples, drawn in smaller batches otherwise: a pass over it may go in pieces.
     """
 
     arrays: PyTree = None
-    given: ClassVar[bool] = True
-    host: ClassVar[bool] = False
-    owners: str = ""
-    stacked: bool = False
-    unnumbered: ClassVar[str] = "have no numbers"
+    given: bool = True
+    random: bool = True
     size: int | None = None
+    host: bool = False
+    parties: int | None = None
+    owners: str = ""
+    even: bool = True
+    stacked: bool = False
+    blocks: int | None = None
+    unnumbered: str = "have no numbers"
+    cuttable: bool = False
 
     def __init_subclass__(cls, leaves: tuple[str, ...] | None = ("arrays",), **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -155,29 +163,9 @@ class Source:
         return jax.tree.leaves(self.arrays)[0].shape[0]
 
     @property
-    def random(self) -> bool:
-        """Whether samples are drawn."""
-        return True
-
-    @property
     def varies(self) -> bool:
         """Whether another key gives another batch."""
         return self.random
-
-    @property
-    def parties(self) -> int | None:
-        """How many agents or clients own the samples."""
-        return None
-
-    @property
-    def blocks(self) -> int | None:
-        """The number of numbered batches."""
-        return None
-
-    @property
-    def cuttable(self) -> bool:
-        """Whether `full()` is nothing but samples, drawn in smaller batches otherwise: a pass over it may go in pieces."""
-        return False
 
     def numbered(self, key: StepKey) -> tuple[jax.Array, PyTree]:
         """The number of this step's batch, and the batch."""
@@ -206,21 +194,11 @@ class Source:
 class Nothing(Source, leaves=()):
     """No data: the losses take (x, y)."""
 
-    given = False
+    given, random, count = False, False, 0  # type: ignore[assignment]
 
     def draw(self, key: StepKey) -> PyTree:
         """None."""
         return None
-
-    @property
-    def count(self) -> int:
-        """No samples."""
-        return 0
-
-    @property
-    def random(self) -> bool:
-        """Nothing is drawn."""
-        return False
 
     def describe(self) -> Description:
         """None."""
@@ -237,17 +215,14 @@ class Full(Source):
       arrays: pytree of arrays of one leading length.
     """
 
+    random = False
+
     def __init__(self, arrays: PyTree) -> None:
         self.arrays = arrays
 
     def draw(self, key: StepKey) -> PyTree:
         """All samples."""
         return self.arrays
-
-    @property
-    def random(self) -> bool:
-        """Every batch is the same."""
-        return False
 
     def check(self, name: str) -> None:
         """Raise where the leaves do not share a sample axis."""
@@ -289,6 +264,7 @@ class Minibatches(Source):
     """
 
     size: int
+    cuttable = True
     unnumbered = "are drawn afresh from the samples"
 
     def __init__(self, arrays: PyTree, size: int, *, replace: bool = False, blocks: bool = False) -> None:
@@ -311,12 +287,7 @@ class Minibatches(Source):
         return -(-count // self.size) if self.in_blocks else count // self.size
 
     @property
-    def cuttable(self) -> bool:
-        """All samples of a level of means are the mean over equal pieces."""
-        return True
-
-    @property
-    def blocks(self) -> int | None:
+    def blocks(self) -> int | None:  # type: ignore[override]
         """The number of blocks, with `blocks=True`."""
         return self.batches if self.in_blocks else None
 
@@ -359,6 +330,8 @@ class Sampler(Source):
       arrays: any pytree of arrays, handed to `fn` (never baked into the compiled program).
     """
 
+    count = None  # type: ignore[assignment]
+
     def __init__(self, fn: Callable[[jax.Array, PyTree], PyTree], arrays: PyTree = None) -> None:
         if not callable(fn):
             raise TypeError(f"Sampler needs a function fn(key, arrays) -> batch, not {type(fn).__name__}.")
@@ -371,11 +344,6 @@ class Sampler(Source):
     def full(self, key: StepKey | None = None) -> PyTree:
         """One draw: a sampler has no end."""
         return self.draw(as_step_key(0) if key is None else key)
-
-    @property
-    def count(self) -> None:
-        """A sampler has no end."""
-        return None
 
     def describe(self) -> Description:
         """The function and its arrays."""
@@ -410,9 +378,9 @@ class Keyed(Source, leaves=("source",)):
             )
         self.source = as_source(source)
 
-    arrays, size, count, random, parties, owners, stacked, shares, check = (  # type: ignore[assignment]
+    arrays, size, count, random, parties, owners, even, stacked, shares, check = (  # type: ignore[assignment]
         property(operator.attrgetter(f"source.{name}"))
-        for name in ("arrays", "size", "count", "random", "parties", "owners", "stacked", "shares", "check")
+        for name in ("arrays", "size", "count", "random", "parties", "owners", "even", "stacked", "shares", "check")
     )
 
     @property
@@ -484,20 +452,10 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
         self.arrays = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *datasets)
         self.counts = np.asarray(counts, np.int32)
         self.offsets = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int32)
-        self.size = size
+        self.size, self.random, self.parties, self.even = size, size is not None, len(counts), len(set(counts)) == 1
 
     def __len__(self) -> int:
         return self.counts.shape[0]
-
-    @property
-    def parties(self) -> int:
-        """The number of clients."""
-        return len(self)
-
-    @property
-    def random(self) -> bool:
-        """Whether there is a batch size."""
-        return self.size is not None
 
     def shares(self) -> jax.Array:
         """Each client's share of the samples, times the number of clients."""
@@ -549,7 +507,7 @@ class Agents(Source):
         sample_count(arrays, "Agents' arrays (agents, samples, ...)")
         n = sample_count(jax.tree.map(lambda a: np.empty(np.shape(a)[1:], bool), arrays), "each agent's arrays")
         _check_size("Agents", size, n, "each agent has")
-        self.arrays, self.size = arrays, size
+        self.arrays, self.size, self.random = arrays, size, size is not None
 
     @classmethod
     def stack(cls, datasets: Sequence[PyTree], size: int | None = None) -> Agents:
@@ -570,14 +528,9 @@ class Agents(Source):
         return jax.tree.leaves(self.arrays)[0].shape[0]
 
     @property
-    def parties(self) -> int:
+    def parties(self) -> int:  # type: ignore[override]
         """The number of agents."""
         return len(self)
-
-    @property
-    def random(self) -> bool:
-        """Whether there is a batch size."""
-        return self.size is not None
 
     @property
     def count(self) -> int:
@@ -634,7 +587,7 @@ class Stream(Source, leaves=None):
       draws: items consumed per step, for solvers that draw several batches per step.
     """
 
-    host = True
+    host, count = True, None  # type: ignore[assignment]
 
     def __init__(self, iterable: Iterable[PyTree] | Callable[[int], Iterator[PyTree]], draws: int = 1) -> None:
         if not callable(iterable) and not isinstance(iterable, collections.abc.Iterable):
@@ -675,11 +628,6 @@ class Stream(Source, leaves=None):
                 raise ValueError(f"{what} Give a list, a loader object, or a function start -> iterator.")
             first = False
 
-    @property
-    def count(self) -> None:
-        """A stream has no end."""
-        return None
-
     def example(self) -> PyTree:
         """The first item."""
         return jax.tree.map(np.asarray, next(self.items()))
@@ -702,6 +650,8 @@ class Stream(Source, leaves=None):
 class Streamed(Source, leaves=("items",)):
     """The items of one step of a `Stream`, as the compiled loop sees them."""
 
+    count = None  # type: ignore[assignment]
+
     def __init__(self, items: PyTree, draws: int) -> None:
         self.items, self.draws = items, draws
 
@@ -709,11 +659,6 @@ class Streamed(Source, leaves=("items",)):
         """Item `key.step mod draws` of this step."""
         which = (key.step % jnp.uint32(self.draws)).astype(jnp.int32)
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), self.items)
-
-    @property
-    def count(self) -> None:
-        """A stream has no end."""
-        return None
 
     def full(self, key: StepKey | None = None) -> PyTree:
         """One item: a stream has no end."""

@@ -19,12 +19,10 @@ differentiation", NeurIPS 35.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.flatten_util
@@ -33,11 +31,15 @@ import numpy as np
 import optax
 from jax.custom_derivatives import SymbolicZero
 
+from bilevel._arguments import Leaves, bind, hoisted, holds_tracer, replaced, signature
 from bilevel.linear import CG, GMRES
 from bilevel.optimality import stationarity
+from bilevel.typing import PyTree, X, Y
 
-PyTree = Any
 LinearMap = Callable[[PyTree], PyTree]
+P = ParamSpec("P")
+R = TypeVar("R")
+Args = TypeVar("Args", bound=tuple[Any, ...])
 
 __all__ = ["argmin", "custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
 
@@ -49,7 +51,7 @@ def custom_root(
     reference_signature: Callable[..., Any] | inspect.Signature | None = None,
     *,
     symmetric: bool | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a solver whose answer is a root: `optimality_fun(sol, *args) == 0`.
 
     The solver is called as `solver(init, *args, **kwargs)`, and `optimality_fun(sol, *args, **kwargs)` takes the same
@@ -85,31 +87,29 @@ def custom_root(
             "optimality_fun(sol, *args) that is zero at the solution."
         )
     linear_solve = _as_solve(solve, _is_symmetric(optimality_fun) if symmetric is None else symmetric)
-    condition_signature = _signature(optimality_fun if reference_signature is None else reference_signature)
+    condition_signature = signature(optimality_fun if reference_signature is None else reference_signature)
 
-    def decorator(solver: Callable[..., Any]) -> Callable[..., Any]:
-        solver_signature = _signature(solver)
+    def decorator(solver: Callable[P, R]) -> Callable[P, R]:
+        solver_signature = signature(solver)
 
         @functools.wraps(solver, updated=())
-        def differentiable_solver(*args: Any, **kwargs: Any) -> Any:
-            (init, *rest), kwargs = _bind(solver_signature, args, kwargs, "the solver")
-            start, given = _Leaves(init), _Leaves((tuple(rest), kwargs))
+        def differentiable_solver(*args: P.args, **kwargs: P.kwargs) -> R:
+            (init, *rest), named = bind(solver_signature, args, kwargs, "the solver")
+            start, given = Leaves(init), Leaves((tuple(rest), named))
 
             def call(start_values: list[Any], values: list[Any]) -> Any:
-                rest, kwargs = given.merge(values)
-                return _arrays(solver(start.merge(start_values), *rest, **kwargs), has_aux)
+                rest, named = given.merge(values)
+                return _arrays(solver(start.merge(start_values), *rest, **named), has_aux)
 
             def condition(sol: PyTree, values: list[Any]) -> PyTree:
-                rest, kwargs = given.merge(values)
+                rest, named = given.merge(values)
                 # The initial guess holds the place of the solution while the arguments are matched.
-                bound, kwargs = _bind(condition_signature, (init, *rest), kwargs, "optimality_fun")
-                return optimality_fun(sol, *bound[1:], **kwargs)
+                bound, named = bind(condition_signature, (init, *rest), named, "optimality_fun")
+                return optimality_fun(sol, *bound[1:], **named)
 
             values = given.values
-            if _holds_tracer((solver, optimality_fun)):
-                call, condition, captured = _hoist(call, condition, has_aux, start.values, values)
-                values = [*values, *captured]
-
+            if holds_tracer((solver, optimality_fun)):
+                call, condition, values = hoisted(call, condition, has_aux, start.values, values)
             run = _with_implicit_derivative(call, condition, has_aux, linear_solve)
             try:
                 return run(start.values, values)
@@ -131,7 +131,7 @@ def custom_fixed_point(
     reference_signature: Callable[..., Any] | inspect.Signature | None = None,
     *,
     symmetric: bool = False,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a solver whose answer is a fixed point: `fixed_point_fun(sol, *args) == sol`.
 
     This is `custom_root` of T(y, a) = y - fixed_point_fun(y, a), and its arguments are the same. The linear system has
@@ -149,11 +149,11 @@ def custom_fixed_point(
 
 def root_jvp(
     optimality_fun: Callable[..., PyTree],
-    sol: PyTree,
-    args: tuple[PyTree, ...],
-    tangents: tuple[PyTree, ...],
+    sol: Y,
+    args: Args,
+    tangents: Args,
     solve: Callable[..., Any] | None = None,
-) -> PyTree:
+) -> Y:
     """Derivative of a root along `tangents`: u with A u = -B tangents.
 
     Args:
@@ -180,11 +180,11 @@ def root_jvp(
 
 def root_vjp(
     optimality_fun: Callable[..., PyTree],
-    sol: PyTree,
-    args: tuple[PyTree, ...],
-    cotangent: PyTree,
+    sol: Y,
+    args: Args,
+    cotangent: Y,
     solve: Callable[..., Any] | None = None,
-) -> tuple[PyTree, ...]:
+) -> Args:
     """Derivatives of `<cotangent, root>` with respect to each argument: -B^T u with A^T u = cotangent.
 
     Args:
@@ -209,12 +209,12 @@ def root_vjp(
 
 def argmin(
     f: Callable[..., Any],
-    solver: Callable[[Callable[..., Any], PyTree, PyTree], Any],
+    solver: Callable[[Callable[[X, Y], jax.Array], X, Y], R],
     *,
     optimality: Callable[..., PyTree] | None = None,
     has_aux: bool = False,
     linear_solver: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[Concatenate[X, Y, ...], R]:
     """The lower level's solution y*(x) = argmin over y of f(x, y), as a differentiable function of x.
 
         dy*/dx = -(d^2 f / dy dy)^{-1} d^2 f / dy dx,    whatever `solver` is.
@@ -238,16 +238,24 @@ def argmin(
     condition = stationarity(lambda y, x, *data: f(x, y, *data)) if optimality is None else optimality
 
     @custom_root(condition, has_aux=has_aux, solve=linear_solver)
-    def solve_lower(y0: PyTree, x: PyTree, *data: PyTree) -> Any:
+    def solve_lower(y0: Y, x: X, *data: PyTree) -> R:
         return solver(lambda x, y: f(x, y, *data), x, y0)
 
-    def y_star(x: PyTree, y0: PyTree, *data: PyTree) -> Any:
+    def y_star(x: X, y0: Y, *data: PyTree) -> R:
         return solve_lower(y0, x, *data)
 
     return y_star
 
 
 # The derivative.
+
+
+def _arrays(output: Any, has_aux: bool) -> Any:
+    if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
+        raise TypeError(
+            f"The solver returned a {type(output).__name__} although has_aux=True; a pair (sol, aux) is expected."
+        )
+    return jax.tree.map(jnp.asarray, output)
 
 
 def _with_implicit_derivative(
@@ -271,10 +279,7 @@ def _with_implicit_derivative(
         moving = [i for i, direction in enumerate(directions) if _moves(values[i], direction)]
 
         def condition_of_moving(sol: PyTree, moved: list[Any]) -> PyTree:
-            replaced = list(values)
-            for i, value in zip(moving, moved, strict=True):
-                replaced[i] = value
-            return condition(sol, replaced)
+            return condition(sol, replaced(values, moving, moved))
 
         if moving:
             at, along = [values[i] for i in moving], [directions[i] for i in moving]
@@ -410,118 +415,3 @@ def _general(matvec: LinearMap, b: PyTree) -> PyTree:
 
 def _tolerance(b: PyTree) -> float:
     return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b)), default=1.0) ** 0.75
-
-
-# Arguments.
-
-
-class _Leaves:
-    """A pytree of which the arrays and floats go through JAX, and all other leaves around it."""
-
-    def __init__(self, tree: PyTree):
-        self.leaves, self.treedef = jax.tree.flatten(tree)
-        self.dynamic = [isinstance(leaf, (jax.Array, np.ndarray, np.number, float, complex)) for leaf in self.leaves]
-        self.values = [leaf for leaf, dynamic in zip(self.leaves, self.dynamic, strict=True) if dynamic]
-
-    def merge(self, values: Sequence[Any]) -> PyTree:
-        """The pytree with other values in its dynamic leaves."""
-        rest = iter(values)
-        leaves = [next(rest) if dynamic else leaf for leaf, dynamic in zip(self.leaves, self.dynamic, strict=True)]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-
-def _arrays(output: Any, has_aux: bool) -> Any:
-    if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
-        raise TypeError(
-            f"The solver returned a {type(output).__name__} although has_aux=True; a pair (sol, aux) is expected."
-        )
-    return jax.tree.map(jnp.asarray, output)
-
-
-def _signature(function: Callable[..., Any] | inspect.Signature) -> inspect.Signature | None:
-    if isinstance(function, inspect.Signature):
-        return function
-    try:
-        return inspect.signature(getattr(function, "subfun", function))  # jaxopt's composite objectives have a subfun
-    except (TypeError, ValueError):  # a builtin: its arguments are taken as they come
-        return None
-
-
-def _bind(
-    signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any], whose: str
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Keyword arguments turned into positional ones where the signature says how; defaults filled in."""
-    if signature is not None:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(
-                f"The arguments do not fit the signature {signature} of {whose}: {error}. Solver and optimality_fun "
-                "must take the same arguments (the solution in place of the initial guess); pass reference_signature "
-                "to say how they match."
-            ) from None
-        bound.apply_defaults()
-        args, kwargs = bound.args, bound.kwargs
-    if not args:
-        raise TypeError(f"The initial guess is missing for {whose}. Pass it (or None) first: solver(init, *args).")
-    return args, kwargs
-
-
-# Captured values.
-
-
-def _holds_tracer(root: Any) -> bool:
-    """Whether a traced value is reachable from the closures of some functions."""
-    pending: list[Any] = [root]
-    seen: set[int] = set()
-    while pending and len(seen) < 10_000:  # a bound on the time that a large object can take
-        value = pending.pop()
-        if isinstance(value, jax.core.Tracer):
-            return True
-        if id(value) not in seen:
-            seen.add(id(value))
-            pending.extend(_contents(value))
-    return False
-
-
-def _contents(value: Any) -> Iterator[Any]:
-    if value is None or isinstance(value, (jax.Array, np.ndarray, str, bytes, int, float, type, types.ModuleType)):
-        return
-    if isinstance(value, dict):
-        yield from value.values()
-    elif isinstance(value, (tuple, list, set, frozenset)):
-        yield from value
-    else:
-        for cell in getattr(value, "__closure__", None) or ():
-            with contextlib.suppress(ValueError):  # a cell that has not been filled yet
-                yield cell.cell_contents
-        for name in ("__wrapped__", "__self__", "__defaults__", "__kwdefaults__", "__dict__"):
-            yield getattr(value, name, None)
-        if isinstance(value, functools.partial):
-            yield from (value.func, value.args, value.keywords)
-
-
-def _hoist(
-    call: Callable[..., Any],
-    condition: Callable[..., PyTree],
-    has_aux: bool,
-    start_values: list[Any],
-    values: list[Any],
-) -> tuple[Callable[..., Any], Callable[..., PyTree], list[Any]]:
-    """Make arguments of the values that the solver and the condition capture from an enclosing transformation.
-
-    A custom derivative sees its arguments only: a captured value would have no derivative, or silently a zero one.
-    """
-    call, call_captured = jax.closure_convert(call, start_values, values)
-    output = jax.eval_shape(call, start_values, values, *call_captured)
-    sol = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),  # takes no memory
-        output[0] if has_aux else output,
-    )
-    condition, condition_captured = jax.closure_convert(condition, sol, values)
-    n, m = len(values), len(values) + len(call_captured)
-    return (
-        lambda start_values, values: call(start_values, values[:n], *values[n:m]),
-        lambda sol, values: condition(sol, values[:n], *values[m:]),
-        [*call_captured, *condition_captured],
-    )

@@ -144,9 +144,7 @@ class Levels(NamedTuple):
 class _Given(Source, leaves=()):
     """A batch that is there already."""
 
-    @property
-    def random(self) -> bool:
-        return False
+    random = False
 
 
 def takes_batch(fn: Callable[..., Any]) -> bool:

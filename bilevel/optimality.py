@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel._arguments import signature
+
 Condition = Callable[..., Any]
 
 __all__ = [
@@ -63,13 +65,7 @@ def projected_gradient(fun: Callable[..., Any], projection: Callable[..., Any], 
     Returns:
         `T(y, hyperparams, *args)`.
     """
-    gradient = _gradient(fun)
-
-    def condition(y: Any, hyperparams: Any, *args: Any, **kwargs: Any) -> Any:
-        moved = optax.tree.add_scale(y, -step, gradient(y, *args, **kwargs))
-        return optax.tree.sub(_call(projection, moved, hyperparams), y)
-
-    return _with_signature(condition, fun, "hyperparams_proj")
+    return mirror_descent(fun, projection, lambda y: y, step)
 
 
 def proximal_gradient(fun: Callable[..., Any], prox: Callable[..., Any], step: Any = 1.0) -> Condition:
@@ -83,13 +79,8 @@ def proximal_gradient(fun: Callable[..., Any], prox: Callable[..., Any], step: A
     Returns:
         `T(y, hyperparams, *args)`.
     """
-    gradient = _gradient(fun)
-
-    def condition(y: Any, hyperparams: Any, *args: Any, **kwargs: Any) -> Any:
-        moved = optax.tree.add_scale(y, -step, gradient(y, *args, **kwargs))
-        return optax.tree.sub(prox(moved, hyperparams, step), y)
-
-    return _with_signature(condition, fun, "hyperparams_prox")
+    back = lambda moved, hyperparams: prox(moved, hyperparams, step)  # noqa: E731
+    return _fixed_point(fun, lambda y: y, step, back, "hyperparams_prox")
 
 
 def mirror_descent(
@@ -107,13 +98,11 @@ def mirror_descent(
     Returns:
         `T(y, hyperparams, *args)`.
     """
-    gradient = _gradient(fun)
 
-    def condition(y: Any, hyperparams: Any, *args: Any, **kwargs: Any) -> Any:
-        moved = optax.tree.add_scale(mirror_map(y), -step, gradient(y, *args, **kwargs))
-        return optax.tree.sub(_call(projection, moved, hyperparams), y)
+    def back(moved: Any, hyperparams: Any) -> Any:
+        return projection(moved) if hyperparams is None else projection(moved, hyperparams)
 
-    return _with_signature(condition, fun, "hyperparams_proj")
+    return _fixed_point(fun, mirror_map, step, back, "hyperparams_proj")
 
 
 def block_coordinate(fun: Callable[..., Any], block_prox: Callable[..., Any], step: Any = 1.0) -> Condition:
@@ -218,8 +207,21 @@ def _gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
     return jax.grad(scalar)
 
 
-def _call(operator: Callable[..., Any], y: Any, hyperparams: Any) -> Any:
-    return operator(y) if hyperparams is None else operator(y, hyperparams)
+def _fixed_point(
+    fun: Callable[..., Any],
+    mirror_map: Callable[[Any], Any],
+    step: Any,
+    back: Callable[[Any, Any], Any],
+    second: str,
+) -> Condition:
+    """T(y, hyperparams, *args) = back(mirror_map(y) - step grad fun(y, *args), hyperparams) - y."""
+    gradient = _gradient(fun)
+
+    def condition(y: Any, hyperparams: Any, *args: Any, **kwargs: Any) -> Any:
+        moved = optax.tree.add_scale(mirror_map(y), -step, gradient(y, *args, **kwargs))
+        return optax.tree.sub(back(moved, hyperparams), y)
+
+    return _with_signature(condition, fun, second)
 
 
 def _like(multipliers: Any, constraint: Any) -> Any:
@@ -255,12 +257,11 @@ def _constraint(constraint: Callable[..., Any] | None, name: str) -> Callable[..
 
 def _with_signature(condition: Condition, fun: Callable[..., Any], second: str | None = None) -> Condition:
     """Give the condition the arguments' names of `fun`, so that it can be called by keyword."""
-    try:
-        parameters = list(inspect.signature(getattr(fun, "subfun", fun)).parameters.values())
-    except (TypeError, ValueError):  # a builtin: the catch-all signature is right
-        return condition
-    if second is not None:
-        parameters.insert(1, inspect.Parameter(second, inspect.Parameter.POSITIONAL_OR_KEYWORD))
-    with contextlib.suppress(ValueError):  # `fun` takes its variable through *args
-        condition.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    found = signature(fun)
+    if found is not None:
+        parameters = list(found.parameters.values())
+        if second is not None:
+            parameters.insert(1, inspect.Parameter(second, inspect.Parameter.POSITIONAL_OR_KEYWORD))
+        with contextlib.suppress(ValueError):  # `fun` takes its variable through *args
+            condition.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return condition

@@ -1,7 +1,7 @@
 """The projection on the coupled set C = {(x, y) in X x Y : g(x, y) <= 0, h(x, y) = 0}, for methods that need it.
 
-Projections on simple sets are `optax.projections` and `jaxopt.projection`. A projection of one's own, `(x, y) -> (x,
-y)`, is always better where it is known; what is here serves the rest.
+Projections on simple sets are `optax.projections` and `jaxopt.projection`. A projection of one's own,
+`(x, y) -> (x, y)`, is always better where it is known; what is here serves the rest.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import derivatives
-
-PyTree = Any
+from bilevel.curvature import spectral_norm
+from bilevel.typing import PyTree
 
 __all__ = ["affine", "dual", "dual_factor", "dykstra", "osqp"]
 
 
 def dual_factor(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], point: PyTree) -> jax.Array:
-    """The pseudo-inverse of J P' J', (p, p), for affine rows c(u) = J u - b and an affine projection P: see
-    `affine`."""
+    """The pseudo-inverse of J P' J', (p, p), for affine rows c(u) = J u - b and an affine P: see `affine`."""
     value, push = jax.linearize(rows, point)
     pull = jax.linear_transpose(push, point)
     along = jax.linearize(project, point)[1]
@@ -33,8 +31,7 @@ def dual_factor(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree],
 def affine(
     rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], factor: jax.Array, u: PyTree
 ) -> PyTree:
-    """The projection of u on {v : c(v) = 0, v in the range of P}, for affine c and P, by one product with a cached
-    factor.
+    """The projection of u on {v : c(v) = 0, v in the range of P}, affine c and P, by a product with a cached factor.
 
     v = P(u - J' lam),    lam = (J P' J')^+ c(P u)
     """
@@ -82,11 +79,7 @@ def dual(
         pull_back = jax.linear_transpose(push, centre)
         pull = lambda w: pull_back(w)[0]  # noqa: E731
 
-        def power(w: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
-            w = push(pull(w / jnp.maximum(jnp.linalg.norm(w), 1e-30)))
-            return w, jnp.linalg.norm(w)
-
-        largest = jax.lax.scan(power, jnp.cos(jnp.arange(lam.shape[0], dtype=lam.dtype)) + 1.5, None, length=12)[1][-1]
+        largest = spectral_norm(lambda w: push(pull(w)), lam, steps=12)
         size = 0.9 / jnp.maximum(largest, 1e-12)
 
         def at(lam: jax.Array) -> tuple[PyTree, jax.Array]:
@@ -158,8 +151,3 @@ def osqp(A: Any = None, b: Any = None, G: Any = None, h: Any = None, **options: 
         return unravel(solver.run(params_obj=((), -flat), params_eq=equal, params_ineq=below).params.primal)
 
     return project
-
-
-def distance(u: PyTree, v: PyTree) -> jax.Array:
-    """|u - v|."""
-    return derivatives.norm(optax.tree.sub(u, v))

@@ -30,7 +30,7 @@ if "XLA_FLAGS" not in os.environ:  # runs side by side use the cores better than
 import numpy as np
 import optax
 
-from bilevel import diagnostics, solve, solvers
+from bilevel import curvature, solve, solvers
 from bilevel.models.supernet import NASBENCH201, parameter_free
 from bilevel.problems import architecture
 from bilevel.runs import EarlyStopping
@@ -100,7 +100,7 @@ def main():
     args.every = max(1, args.steps // (evaluations * epoch)) * epoch
     schedule = optax.cosine_decay_schedule(0.025, args.steps, 0.04)
     held = tuple(a[:128] for a in images.search_validation)
-    sharpness = (diagnostics.dominant_eigenvalue(search.validation_loss, weight_decay=1e-3, chunk=5), held)
+    sharpness = (curvature.dominant_eigenvalue(search.validation_loss, weight_decay=1e-3, chunk=5), held)
 
     work = [(name, seed) for name in args.variants for seed in range(args.seeds)]
     one = lambda job: run(search, job[1], job[0], schedule, args, sharpness, images)

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from bilevel import Problem, data, solve, sweep
+from bilevel.curvature import dominant_eigenvalue
 from bilevel.data import as_step_key
-from bilevel.diagnostics import dominant_eigenvalue
 from bilevel.hypergradients import Unrolled, value_and_hypergradient
 from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
 from bilevel.lower import GradientDescent, MomentumSGD

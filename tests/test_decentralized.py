@@ -12,7 +12,9 @@ import pytest
 from distributed_problems import arrays, hypergradient, lower, quadratic, solution, upper
 
 from bilevel import Problem, ProblemError, data, network, run, solve
-from bilevel.solvers.decentralized import CORRECTIONS, DSOBA, GTDSBO, MADSBO, SLDBO, SPARKLE, Decentralized
+from bilevel.optimizers import Move
+from bilevel.solvers import DSOBA, GTDSBO, MADSBO, SLDBO, SPARKLE, Decentralized
+from bilevel.solvers.decentralized.corrections import CORRECTIONS
 
 RING = network.ring(8)
 
@@ -31,7 +33,7 @@ def test_all_tracked_is_exact_on_a_ring(x64: None) -> None:
     x, y = solution(problem)
     np.testing.assert_allclose(found.x, np.broadcast_to(x, (8, p)), atol=1e-12)
     np.testing.assert_allclose(found.y, np.broadcast_to(y, (8, q)), atol=1e-12)
-    for name in ("consensus_x", "consensus_y", "consensus_z"):
+    for name in ("consensus_x", "consensus_y", "consensus_v"):
         assert len(found.history[name]) == 2000 and found.history[name][-1] < 1e-12
     # GT sends two exchanges a step: (5 + 5) q and one p, twice.
     assert found.history["communication_floats"][0] == 2 * (10 * q + p)
@@ -41,7 +43,7 @@ def test_all_tracked_is_exact_on_a_ring(x64: None) -> None:
 @pytest.mark.parametrize("solver", [
     GTDSBO(RING, 0.05, 0.2, 0.2),
     SPARKLE(RING, 0.05, 0.2, 0.2),
-    SPARKLE(RING, 0.05, 0.2, 0.2, x="extra", y="extra", z="extra"),
+    SPARKLE(RING, 0.05, 0.2, 0.2, x="extra", y="extra", v="extra"),
 ], ids=["gt", "ed", "extra"])  # fmt: skip
 def test_float32_after_100_000_steps(solver: Decentralized) -> None:
     problem, _ = quadratic(8, het=1.0)
@@ -108,7 +110,7 @@ def test_plain_gossip_has_a_bias_of_order_alpha(x64: None) -> None:
 
 def test_correcting_y_and_z_matters_more_than_correcting_x(x64: None) -> None:
     problem, _ = quadratic(8, het=1.0)
-    only_x, _ = _error(problem, SPARKLE(RING, 0.01, 0.1, 0.1, y="none", z="none"), 5000)
+    only_x, _ = _error(problem, SPARKLE(RING, 0.01, 0.1, 0.1, y="none", v="none"), 5000)
     only_yz, _ = _error(problem, SPARKLE(RING, 0.01, 0.1, 0.1, x="none"), 5000)
     assert only_yz < only_x / 3
 
@@ -132,7 +134,7 @@ def test_madsbo_is_the_papers_recursion(x64: None) -> None:
         u = 0.5 * x + d + transposed(B, z)
         x, r = W @ x - 0.02 * r, 0.7 * r + 0.3 * u
     np.testing.assert_allclose(state.x, x, atol=1e-12)
-    np.testing.assert_allclose(state.z, z, atol=1e-12)
+    np.testing.assert_allclose(state.v, z, atol=1e-12)
 
 
 def test_time_varying_graph_and_optax_rules(x64: None) -> None:
@@ -170,7 +172,7 @@ def test_clients_of_unequal_sizes() -> None:
         data.Clients([cut(low, i, 3 + i) for i in range(3)], size=3),
     )
     found = solve(
-        problem, jnp.zeros(3), jnp.zeros(4), DSOBA(network.ring(3), 0.02, 0.1, 0.1, x="gt", y="gt", z="gt"), steps=2000
+        problem, jnp.zeros(3), jnp.zeros(4), DSOBA(network.ring(3), 0.02, 0.1, 0.1, x="gt", y="gt", v="gt"), steps=2000
     )
     centre = Problem(
         upper, lower, data.Agents(up), data.Agents(low)
@@ -263,17 +265,16 @@ def test_errors_of_constructors(make, words: str) -> None:
 def test_the_stability_limits_are_those_of_the_recursions(x64: None) -> None:
     """Spectral radius of each form's scalar recursion just below and just above its limit, over the eigenvalues of a
     ring."""
-    from bilevel.solvers.decentralized.corrections import advance, start, step_limit
-
     graph = network.ring(6)
-    for form in CORRECTIONS:
-        limit = step_limit(form, graph.smallest_eigenvalue)
+    for form, correction in CORRECTIONS.items():
+        limit = correction.limit(graph.smallest_eigenvalue)
         for factor, grows in ((0.95, False), (1.05, True)):
-            copies = start(form, jnp.asarray(np.random.default_rng(0).normal(size=6)), factor * limit)
+            move = Move(factor * limit, many=True)
+            copies = correction.start(jnp.asarray(np.random.default_rng(0).normal(size=6)), move)
 
             @jax.jit
-            def many(copies, form=form, step=factor * limit):
-                return jax.lax.fori_loop(0, 2000, lambda k, c: advance(form, graph, c, c.value, step, k), copies)
+            def many(copies, correction=correction, move=move):
+                return jax.lax.fori_loop(0, 2000, lambda k, c: correction.advance(graph, c, c.value, move, k), copies)
 
             size = float(jnp.abs(many(copies).value).max())
             assert (size > 1e6) == grows, (form, factor, size)

@@ -9,7 +9,6 @@ import pytest
 
 from bilevel import Problem, projections
 from bilevel.solvers.penalty import Continuation, Polynomial
-from bilevel.solvers.penalty._base import curvature, operator_norm
 from bilevel.solvers.penalty._constraints import Constraints, depends, is_affine, row_norms
 from bilevel.solvers.penalty._polish import minimise, solve_lower
 
@@ -116,14 +115,6 @@ def test_constraints_of_two_kinds_are_one_vector():
     units = c.multipliers(jnp.ones(4))
     np.testing.assert_allclose(units["constraint"]["low"], [0.1, 0.1])
     np.testing.assert_allclose(units["equality"], 1.0)
-
-
-def test_curvatures_are_spectral_norms():
-    M = RANDOM.normal(size=(4, 4))
-    np.testing.assert_allclose(
-        curvature(lambda y: 0.5 * jnp.sum((M @ y) ** 2), jnp.zeros(4)), np.linalg.norm(M, 2) ** 2, rtol=1e-2
-    )
-    np.testing.assert_allclose(operator_norm(lambda u: (M @ u[0],), (jnp.zeros(4),)), np.linalg.norm(M, 2), rtol=1e-2)
 
 
 def test_minimise_with_and_without_a_set():

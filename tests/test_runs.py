@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel import Event, History, Problem, Result, data, diagnostics, runs, solve
+from bilevel import Event, History, Problem, Result, curvature, data, runs, solve
 from bilevel.checkpoint import CheckpointError
 from bilevel.data import as_step_key
 from bilevel.lower import MomentumSGD
@@ -108,7 +108,7 @@ def upper(x, y):
 
 
 PROBLEM = Problem(upper, lower, lower_data=data.Minibatches(np.random.default_rng(0).normal(size=16), 2))
-EIGENVALUE = diagnostics.dominant_eigenvalue(upper)
+EIGENVALUE = curvature.dominant_eigenvalue(upper)
 X, Y = jnp.zeros(2), jnp.asarray(1.0)
 RULE = EarlyStopping(window=3, lag=2, ratio=1.2, start=4)
 

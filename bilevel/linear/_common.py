@@ -12,8 +12,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel._module import state
+from bilevel.typing import PyTree
 
-PyTree = Any
 Matvec = Callable[[PyTree], PyTree]
 S = TypeVar("S")
 
@@ -25,7 +25,7 @@ class LinearInfo:
     Attributes:
       residual: the norm ||b - H v|| of the system that was solved (with `damping`, H is H + damping I), in the units
         of b. Where a solver's docstring says so, it is that of the solver's recursion.
-      iterations: int32, the number of iterations done.
+      iterations: int32, the number of iterations done; 0 where there are none (Dense, Nystrom, Identity).
       negative_curvature: bool, whether a direction p with p'Hp <= 0 was met. Only solvers that look at curvature can
         say True: the solvers for non-symmetric systems always say False.
     """
@@ -60,6 +60,43 @@ class LinearSolver(Protocol):
     ) -> tuple[PyTree, LinearCarry, LinearInfo]:
         """Solve matvec(v) = b; `carry=None` is a cold start."""
         ...
+
+
+class Solver:
+    """The frame around every algorithm: what it is given is checked, and a system without unknowns is its own answer.
+
+    A solver adds its hyperparameters, `_first(b)`, the carry of a first solve, where that holds more than a v, and
+    `_solve(h, b, v, carry)`, which solves h(v) = b from the warm start v, None for a cold one.
+    """
+
+    warm_start: bool = False  # solvers that have one make it a field
+
+    def init(self, b: PyTree) -> LinearCarry:
+        """What the first solve starts from, for right-hand sides shaped like b."""
+        return self._first(as_vector(b))
+
+    def __call__(
+        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
+    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
+        """Solve matvec(v) = b; returns v, the carry of the next solve, and the report. `carry=None` is a cold start."""
+        b = as_vector(b)
+        warm = carry is not None and self.warm_start
+        carry = jax.lax.stop_gradient(self.init(b) if carry is None else carry)
+        if size(b) == 0:
+            return b, carry, report(jnp.zeros((), working_dtype(b)), 0)
+        if warm:
+            check_carry(type(self).__name__, carry, b)
+        return self._solve(checked(matvec, b), b, carry.v if warm else None, carry)
+
+    def _first(self, b: PyTree) -> LinearCarry:
+        return LinearCarry(v=optax.tree.zeros_like(b) if self.warm_start else None)
+
+    def _carried(self, v: PyTree) -> PyTree:
+        """The warm start of the next solve."""
+        return jax.lax.stop_gradient(v) if self.warm_start else None
+
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
+        raise NotImplementedError
 
 
 # Checks of what a person wrote. Inside a transformation a hyperparameter may be a tracer, and then nothing is checked.
@@ -258,8 +295,3 @@ def implicit_solve(
 def report(residual: jax.Array, iterations: Any, negative_curvature: Any = False) -> LinearInfo:
     """A LinearInfo of arrays."""
     return LinearInfo(residual, jnp.asarray(iterations, jnp.int32), jnp.asarray(negative_curvature, bool))
-
-
-def nothing_to_solve(b: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
-    """The answer for a b without entries."""
-    return b, carry, report(jnp.zeros((), working_dtype(b)), 0)

@@ -12,18 +12,15 @@ from bilevel.linear._common import (
     LinearCarry,
     LinearInfo,
     Matvec,
-    PyTree,
-    as_vector,
+    Solver,
     axpy,
     check_not_negative,
     check_positive,
-    checked,
     damped,
     flattener,
     implicit_solve,
     matmul,
     norm,
-    nothing_to_solve,
     report,
     size,
     solve_normalised,
@@ -39,10 +36,11 @@ from bilevel.linear.preconditioners import (
     low_rank,
     refreshed,
 )
+from bilevel.typing import PyTree
 
 
 @hyperparameters
-class Dense:
+class Dense(Solver):
     """Factorise the matrix: exact, for d up to a few hundred unknowns (more if products are cheap).
 
     d products (batched), d^3/3 operations for a symmetric matrix and twice that otherwise, d^2 memory; one product
@@ -64,25 +62,17 @@ class Dense:
         check_positive("Dense", max_size=self.max_size)
         check_not_negative("Dense", damping=self.damping)
 
-    def init(self, b: PyTree) -> LinearCarry:
-        """Nothing is carried."""
-        self._check(as_vector(b))
+    def _first(self, b: PyTree) -> LinearCarry:
+        self._check(b)
         return LinearCarry()
 
     def _check(self, b: PyTree) -> None:
         cure = "Use a matrix-free solver (CG if symmetric, else GMRES), or raise max_size if d^2 memory is affordable."
         check_size("Dense", size(b), self.max_size, cure)
 
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Solve; iterations are 0."""
-        b = as_vector(b)
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
         self._check(b)
-        carry = LinearCarry() if carry is None else carry
-        if size(b) == 0:
-            return nothing_to_solve(b, carry)
-        h = damped(checked(matvec, b), self.damping)
+        h = damped(h, self.damping)
         flatten, unflatten = flattener(b)
         matrix = dense_matrix(h, b)
         order = jnp.arange(size(b), dtype=jnp.int32)
@@ -118,7 +108,7 @@ def _lu(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @hyperparameters
-class Nystrom:
+class Nystrom(Solver):
     """The approximation v = (H_k + rho I)^-1 b in closed form, H_k the rank-k Nystrom approximation of an H >= 0.
 
     With C = H[:, K] for k of the columns and W = C[K], H_k = C W^+ C' and (the Woodbury identity) v = b/rho - C (W +
@@ -155,9 +145,7 @@ class Nystrom:
         if self.sketch not in ("columns", "gaussian"):
             raise ValueError(f'Nystrom(sketch={self.sketch!r}) was given, but sketch must be "columns" or "gaussian".')
 
-    def init(self, b: PyTree) -> LinearCarry:
-        """An empty sketch, to be built at the first solve."""
-        b = as_vector(b)
+    def _first(self, b: PyTree) -> LinearCarry:
         d, dtype = size(b), working_dtype(b)
         if d == 0:
             return LinearCarry()
@@ -165,15 +153,7 @@ class Nystrom:
         arrays = (jnp.zeros((self.rank, d), dtype), jnp.zeros(self.rank, dtype), jnp.bool_(False))
         return LinearCarry(preconditioner=PreconditionerState(jnp.zeros((), jnp.int32), arrays))
 
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Apply the approximate inverse; iterations are 0."""
-        b = as_vector(b)
-        carry = jax.lax.stop_gradient(self.init(b) if carry is None else carry)
-        if size(b) == 0:
-            return nothing_to_solve(b, carry)
-        h = checked(matvec, b)
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
         d, dtype = size(b), working_dtype(b)
         multiply = flat_matvec(h, b)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -14,20 +15,16 @@ from bilevel.linear._common import (
     LinearCarry,
     LinearInfo,
     Matvec,
-    PyTree,
-    as_vector,
+    Solver,
     axpy,
-    check_carry,
     check_not_negative,
     check_positive,
-    checked,
     damped,
     dot,
     epsilon,
     implicit_solve,
     iterate,
     norm,
-    nothing_to_solve,
     ratio,
     report,
     scaled,
@@ -36,65 +33,54 @@ from bilevel.linear._common import (
     start,
 )
 from bilevel.linear.preconditioners import Preconditioner
+from bilevel.typing import PyTree
 
 
-class Krylov:
-    """The frame around every Krylov algorithm: checks, damping, preconditioner, warm start, derivative.
+@hyperparameters
+class Krylov(Solver):
+    """What all Krylov algorithms do around their iterations: damping, preconditioner, warm start, derivative.
 
-    A solver adds its hyperparameters and `_iterations(matvec, b, v, precondition)`, which does the iterations from v
-    (None for a cold start). The solves for derivatives run the same algorithm; the transposed one starts cold, since it
-    has another right-hand side.
+    A solver adds `_iterations(matvec, b, v, precondition)`, which does the iterations from v (None for a cold start).
+    The solves for derivatives run the same algorithm; the transposed one starts cold, since it has another right-hand
+    side.
     """
 
     symmetric: ClassVar[bool] = True  # whether H has to be
 
-    tol: Any
-    max_steps: int
-    warm_start: bool
-    damping: Any
+    tol: float | None = 1e-6
+    max_steps: int = 100
+    warm_start: bool = True
+    damping: float = 0.0
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
         check_positive(owner, tol=self.tol, max_steps=self.max_steps)
         check_not_negative(owner, damping=self.damping)
 
-    def init(self, b: PyTree) -> LinearCarry:
-        """Start at zero; an unbuilt preconditioner."""
-        b = as_vector(b)
-        preconditioner = getattr(self, "preconditioner", None)
-        return LinearCarry(
-            v=optax.tree.zeros_like(b) if self.warm_start else None,
-            preconditioner=None if preconditioner is None or size(b) == 0 else preconditioner.init(b),
-        )
+    @property
+    def _preconditioner(self) -> Preconditioner | None:
+        return getattr(self, "preconditioner", None)
 
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Solve; returns v, the carry of the next solve, and the report."""
-        b = as_vector(b)
-        cold = carry is None or not self.warm_start
-        carry = jax.lax.stop_gradient(self.init(b) if carry is None else carry)
-        if size(b) == 0:
-            return nothing_to_solve(b, carry)
-        if not cold:
-            check_carry(type(self).__name__, carry, b)
-        h = damped(checked(matvec, b), self.damping)
+    def _first(self, b: PyTree) -> LinearCarry:
+        unbuilt = None if self._preconditioner is None or size(b) == 0 else self._preconditioner.init(b)
+        return dataclasses.replace(super()._first(b), preconditioner=unbuilt)
 
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
+        h, warm_start = damped(h, self.damping), v
         memory, precondition = None, None
-        preconditioner: Preconditioner | None = getattr(self, "preconditioner", None)
-        if preconditioner is not None:
+        if (preconditioner := self._preconditioner) is not None:
             memory = preconditioner.update(h, b, carry.preconditioner)
             precondition = lambda r: preconditioner.apply(memory, r)  # noqa: E731
 
-        inner: Algorithm = lambda h, b, v: self._iterations(h, b, v, precondition)  # noqa: E731
+        algorithm: Algorithm = lambda h, b, v: self._iterations(h, b, v, precondition)  # noqa: E731
         v, info = implicit_solve(
             h,
             b,
-            lambda h, b: solve_normalised(inner, h, b, None if cold else carry.v),
-            lambda h, b: solve_normalised(inner, h, b, None),
+            lambda h, b: solve_normalised(algorithm, h, b, warm_start),
+            lambda h, b: solve_normalised(algorithm, h, b, None),
             self.symmetric,
         )
-        return v, LinearCarry(jax.lax.stop_gradient(v) if self.warm_start else None, memory), info
+        return v, LinearCarry(self._carried(v), memory), info
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: Any) -> tuple[PyTree, LinearInfo]:
         raise NotImplementedError
@@ -136,10 +122,6 @@ class CG(Krylov):
     Numerical Optimization, Algorithm 7.1.
     """
 
-    tol: float | None = 1e-6
-    max_steps: int = 100
-    warm_start: bool = True
-    damping: float = 0.0
     preconditioner: Preconditioner | None = None
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: Any) -> tuple[PyTree, LinearInfo]:
@@ -204,10 +186,6 @@ class MINRES(Krylov):
     detection to monotonicity properties", SIAM J. Optim. 32.
     """
 
-    tol: float | None = 1e-6
-    max_steps: int = 100
-    warm_start: bool = True
-    damping: float = 0.0
     preconditioner: Preconditioner | None = None
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: Any) -> tuple[PyTree, LinearInfo]:

@@ -15,7 +15,6 @@ from bilevel._module import hyperparameters
 from bilevel.linear._common import (
     LinearInfo,
     Matvec,
-    PyTree,
     axpy,
     check_positive,
     dot,
@@ -31,6 +30,7 @@ from bilevel.linear._common import (
     working_dtype,
 )
 from bilevel.linear.krylov import Krylov, residual_target
+from bilevel.typing import PyTree
 
 
 @hyperparameters
@@ -51,11 +51,7 @@ class GMRES(Krylov):
 
     symmetric: ClassVar[bool] = False
 
-    tol: float | None = 1e-6
-    max_steps: int = 100
     restart: int = 20
-    warm_start: bool = True
-    damping: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,11 +153,6 @@ class BiCGStab(Krylov):
 
     symmetric: ClassVar[bool] = False
 
-    tol: float | None = 1e-6
-    max_steps: int = 100
-    warm_start: bool = True
-    damping: float = 0.0
-
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> tuple[PyTree, LinearInfo]:
         target, eps = residual_target(self.tol, b), epsilon(b)
 
@@ -228,11 +219,6 @@ class NormalCG(Krylov):
     """
 
     symmetric: ClassVar[bool] = False
-
-    tol: float | None = 1e-6
-    max_steps: int = 100
-    warm_start: bool = True
-    damping: float = 0.0
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> tuple[PyTree, LinearInfo]:
         target, eps = residual_target(self.tol, b), epsilon(b)

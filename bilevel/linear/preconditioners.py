@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from bilevel._module import hyperparameters, state
 from bilevel.linear._common import (
     Matvec,
-    PyTree,
     block,
     check_not_negative,
     check_positive,
@@ -29,6 +28,7 @@ from bilevel.linear._common import (
     size,
     working_dtype,
 )
+from bilevel.typing import PyTree
 
 
 @state

@@ -7,37 +7,33 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from bilevel._module import hyperparameters
 from bilevel.linear._common import (
     LinearCarry,
     LinearInfo,
     Matvec,
-    PyTree,
-    as_vector,
+    Solver,
     axpy,
-    check_carry,
     check_positive,
-    checked,
     dot,
     norm,
-    nothing_to_solve,
     report,
     scaled,
-    size,
     start,
 )
+from bilevel.typing import PyTree
 
 
 @hyperparameters
-class Neumann:
+class Neumann(Solver):
     """The first K terms of the Neumann series, from cold: v = eta sum_{i<K} (I - eta H)^i b.
 
     K - 1 products, and one more for the residual (under `jit` only if `info.residual` is used). It converges if and
     only if the eigenvalues of H are in (0, 2/eta), with the factor 1 - eta mu per term for the smallest one, mu: some
     sqrt(kappa) times slower than CG. What speaks for it is its fixed and even cost and that it is linear in b, which
-    CG is not. Equal to `Richardson` with as many steps from v = 0.
+    CG is not. Equal to `Richardson` with as many steps from v = 0. `info.negative_curvature` is True if one of its
+    terms p has p'Hp <= 0, p not zero.
 
     Attributes:
       step_size: eta, below 2 / (largest eigenvalue of H). It has no default, since none is right for every H.
@@ -54,21 +50,7 @@ class Neumann:
     def __post_init__(self) -> None:
         check_positive("Neumann", step_size=self.step_size, steps=self.steps)
 
-    def init(self, b: PyTree) -> LinearCarry:
-        """Nothing is carried."""
-        as_vector(b)
-        return LinearCarry()
-
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Sum the series; `info.negative_curvature` is True if one of its terms p has p'Hp <= 0, p not zero."""
-        b = as_vector(b)
-        carry = LinearCarry() if carry is None else carry
-        if size(b) == 0:
-            return nothing_to_solve(b, carry)
-        h = checked(matvec, b)
-
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
         def next_term(p: PyTree) -> tuple[PyTree, jax.Array]:
             q = h(p)
             return axpy(-self.step_size, q, p), (dot(p, q) <= 0) & (dot(p, p) > 0)
@@ -85,12 +67,13 @@ class Neumann:
 
 
 @hyperparameters
-class Richardson:
+class Richardson(Solver):
     """Gradient descent, K steps, on v'Hv/2 - b'v from the carried v: v <- v - eta (H v - b).
 
     K products from a warm start and K - 1 from a cold one, which is then `Neumann` with K terms. Warm-started over
     the outer steps it approaches the solution although K stays small: with K = 1 it is the linear system's share of a
-    single-loop method such as SOBA.
+    single-loop method such as SOBA. `info.negative_curvature` is True if a residual r with r'Hr <= 0, r not zero, was
+    met.
 
     Attributes:
       step_size: eta, below 2 / (largest eigenvalue of H). It has no default, since none is right for every H.
@@ -108,38 +91,21 @@ class Richardson:
     def __post_init__(self) -> None:
         check_positive("Richardson", step_size=self.step_size, steps=self.steps)
 
-    def init(self, b: PyTree) -> LinearCarry:
-        """Start at zero."""
-        b = as_vector(b)
-        return LinearCarry(v=optax.tree.zeros_like(b) if self.warm_start else None)
-
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Iterate; `info.negative_curvature` is True if a residual r with r'Hr <= 0, r not zero, was met."""
-        b = as_vector(b)
-        cold = carry is None or not self.warm_start
-        carry = jax.lax.stop_gradient(self.init(b) if carry is None else carry)
-        if size(b) == 0:
-            return nothing_to_solve(b, carry)
-        if not cold:
-            check_carry("Richardson", carry, b)
-        h = checked(matvec, b)
-
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
         def step(s: tuple[PyTree, PyTree, jax.Array], _: None) -> tuple[tuple[PyTree, PyTree, jax.Array], None]:
             v, r, negative = s
             v, q = axpy(self.step_size, r, v), h(r)
             return (v, axpy(-self.step_size, q, r), negative | ((dot(r, q) <= 0) & (dot(r, r) > 0))), None
 
-        v, r = start(h, b, None if cold else carry.v)
+        v, r = start(h, b, v)
         s, _ = jax.lax.scan(step, (v, r, jnp.bool_(False)), None, length=self.steps - 1)
         (v, r, negative), _ = step(s, None)
         info = report(norm(r), self.steps, negative)
-        return v, LinearCarry(jax.lax.stop_gradient(v) if self.warm_start else None), jax.lax.stop_gradient(info)
+        return v, LinearCarry(self._carried(v)), jax.lax.stop_gradient(info)
 
 
 @hyperparameters
-class Identity:
+class Identity(Solver):
     """The multiple v = scale * b: the Hessian is taken for I / scale.
 
     No product, and one for the residual (under `jit` only if `info.residual` or `info.negative_curvature` is used).
@@ -159,19 +125,7 @@ class Identity:
     def __post_init__(self) -> None:
         check_positive("Identity", scale=self.scale)
 
-    def init(self, b: PyTree) -> LinearCarry:
-        """Nothing is carried."""
-        as_vector(b)
-        return LinearCarry()
-
-    def __call__(
-        self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
-    ) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        """Scale b."""
-        b = as_vector(b)
-        carry = LinearCarry() if carry is None else carry
-        if size(b) == 0:
-            return nothing_to_solve(b, carry)
-        q = checked(matvec, b)(b)
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
+        q = h(b)
         info = report(norm(axpy(-self.scale, q, b)), 0, (dot(b, q) <= 0) & (dot(b, b) > 0))
         return scaled(self.scale, b), carry, jax.lax.stop_gradient(info)

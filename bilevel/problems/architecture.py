@@ -143,7 +143,7 @@ class Search:
     network: `seed -> Supernet`.
     apply: `(y, weights, images, ...) ->` logits.
     training_loss: `(weights, y, batch) ->` mean cross-entropy with these mixture weights, for `regularizers.perturbed`.
-    validation_loss: `(x, y, batch) ->` the upper loss, for `diagnostics.dominant_eigenvalue`.
+    validation_loss: `(x, y, batch) ->` the upper loss, for `curvature.dominant_eigenvalue`.
     accuracy: `(x, y, (images, labels)) ->` share of right answers of the supernet, a metric for `solve`.
     """
 

@@ -219,7 +219,7 @@ class Monitor:
         if self.metric not in history:
             raise ValueError(
                 f"Monitor looks at the metric {self.metric!r}, and the history has {', '.join(history) or 'nothing'}: "
-                f"give solve metrics={{{self.metric!r}: (diagnostics.dominant_eigenvalue(F), batch)}}."
+                f"give solve metrics={{{self.metric!r}: (curvature.dominant_eigenvalue(F), batch)}}."
             )
         return self.rule.decide(history[self.metric], history.steps[self.metric] / self.steps_per_epoch, self.total)
 

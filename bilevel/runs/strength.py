@@ -95,7 +95,7 @@ def adaptive(
     batches go on as if nothing had happened. With `largest` the run is no longer watched.
 
         adaptive(problem, x0, y0, lambda wd: solvers.DARTS(weight_decay=wd), 3e-4, largest=3e-2,
-                 eigenvalue=(diagnostics.dominant_eigenvalue(validation_loss), batch),
+                 eigenvalue=(curvature.dominant_eigenvalue(validation_loss), batch),
                  rule=EarlyStopping.code(), steps_per_epoch=100, steps=5000, every=200)
 
     Args:

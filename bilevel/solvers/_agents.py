@@ -18,43 +18,37 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel import derivatives
-from bilevel.data import Agents, Clients, StepKey, as_source
+from bilevel.data import as_source
+from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
+from bilevel.typing import PyTree, Scalar
 
-PyTree = Any
 Stacked = Callable[[PyTree, PyTree], jax.Array]
 
 
 def number_of_agents(problem: Problem, owner: str) -> int | None:
     """How many agents the data are for; None where neither level has data. Errors where the levels disagree."""
     counts = {}
-    for name in ("upper_data", "lower_data"):
-        data = getattr(problem, name)
-        if data is None:
+    for name, source in zip(("upper_data", "lower_data"), problem.sources, strict=True):
+        if not source.given:
             continue
-        if not isinstance(data, (Agents, Clients)):
+        if source.parties is None:
             raise ProblemError(
-                f"{owner} needs to know whose samples are whose: {name} is {_kind(data)}. Give "
-                f"data.Agents(arrays) with "
-                "leading axes (agents, samples), or data.Clients([...]) for unequal sizes."
+                f"{owner} needs to know whose samples are whose: {name} is one set of arrays for all ({source!r}). Give "
+                "data.Agents(arrays) with leading axes (agents, samples), or data.Clients([...]) for unequal sizes."
             )
-        if isinstance(data, Clients) and data.size is None and len(set(np.asarray(data.counts).tolist())) > 1:
+        if not source.random and not source.even:
             raise ProblemError(
-                f"{owner} with data.Clients of unequal sizes needs a batch size: data.Clients({name}, size=...). "
-                f"Full batches "
-                "of unequal lengths cannot be stacked."
+                f"{owner} with data.Clients of unequal sizes needs a batch size: data.Clients({name}, size=...). Full "
+                "batches of unequal lengths cannot be stacked."
             )
-        counts[name] = len(data)
+        counts[name] = source.parties
     if len(set(counts.values())) > 1:
         raise ProblemError(
             f"The agents' axes differ: upper_data has {counts['upper_data']} agents and lower_data "
             f"{counts['lower_data']}: one data set per agent in each level."
         )
     return next(iter(counts.values()), None)
-
-
-def _kind(data: Any) -> str:
-    return f"data.{type(data).__name__}" if type(data).__module__ == "bilevel.data" else "one set of arrays for all"
 
 
 def is_random(data: Any) -> bool:
@@ -111,10 +105,8 @@ def spread(tree: PyTree, n: int, problem: Problem) -> PyTree:
 
 def agents_sharding(problem: Problem) -> NamedSharding | None:
     """How the agents' axis of the data is sharded; None where it is not."""
-    for data in (problem.upper_data, problem.lower_data):
-        if not isinstance(data, Agents):
-            continue
-        for leaf in jax.tree.leaves(data):
+    for source in problem.sources:
+        for leaf in jax.tree.leaves(source.arrays) if source.stacked else ():
             sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
             if isinstance(sharding, NamedSharding) and len(sharding.spec) and sharding.spec[0] is not None:
                 return NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
@@ -126,21 +118,16 @@ def traced(*trees: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
+@functools.partial(jax.jit, static_argnames="iterations")
 def largest_curvature(
-    problem: Problem, x: PyTree, y: PyTree, key: StepKey, iterations: int = 30, agents: Any = None
-) -> jax.Array:
+    problem: Problem, x: PyTree, y: PyTree, key: StepKey, agents: jax.Array | None = None, iterations: int = 30
+) -> Scalar:
     """The largest |eigenvalue| of any agent's lower Hessian at (x, y) (both stacked), by power iteration.
 
     `agents`: the indices of those asked; None: all.
     """
-    return _power(
-        problem.lower, problem.lower_data is None, draw(problem.lower_data, key.fold_in(0), agents), x, y, iterations
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("fn", "bare", "iterations"))
-def _power(fn: Any, bare: bool, batches: PyTree, x: PyTree, y: PyTree, iterations: int) -> jax.Array:
-    hvp = derivatives.linearised(stacked(fn, None if bare else batches, batches), x, y).hvp
+    level = problem.levels(key, "all" if agents is None else agents).lower
+    hvp = derivatives.linearised(level, x, y).hvp
 
     def lengths(v: PyTree) -> jax.Array:
         return jnp.sqrt(sum(jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(v)))

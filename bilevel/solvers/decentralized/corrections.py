@@ -35,16 +35,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import optax
 
 from bilevel._module import state
 from bilevel.network import Network
-from bilevel.optimizers import as_optimizer
+from bilevel.optimizers import Move
+from bilevel.typing import PyTree
 
-PyTree = Any
-
-CORRECTIONS = ("none", "gt", "ed", "extra", "none-cta", "gt-cta")
+__all__ = ["CORRECTIONS", "Copies", "Correction"]
 
 
 @state
@@ -64,61 +62,103 @@ class Copies:
     optimizer: PyTree
 
 
-def start(form: str, value: PyTree, optimizer: Any) -> Copies:
-    """Before the first step: nothing tracked."""
-    zeros = optax.tree.zeros_like(value)
-    tracks = form.startswith("gt")
-    memory = zeros if tracks or form in ("ed", "extra") else None
-    moments = jax.vmap(as_optimizer(optimizer).init)(value)
-    return Copies(value, zeros if tracks else None, memory, moments)
+class Correction:
+    """One form: how it starts, how it moves the copies along local directions, what it costs, how long its steps may be.
 
-
-def advance(form: str, network: Network, copies: Copies, direction: PyTree, optimizer: Any, step: Any) -> Copies:
-    """One step of the given form along local directions.
-
-    Args:
-      form: one of `CORRECTIONS`.
-      network: who mixes with whom.
-      copies: the variable.
-      direction: each agent's local direction, stacked (a gradient: the variable moves against it).
-      optimizer: a step size or an optax rule, applied by each agent on its own.
-      step: the number of this mixing, for time-varying networks.
+    Attributes:
+      tracks, accumulates: whether the last directions and a tracker, or a flow, are remembered.
+      mixings: exchanges with the neighbours per step.
+      static: whether it needs one fixed graph.
     """
-    add, sub = optax.tree.add, optax.tree.sub
-    s, memory, moments = copies.value, copies.memory, copies.optimizer
-    rule = jax.vmap(as_optimizer(optimizer).update)
 
-    if form == "gt":
-        memory = network.mix(add(memory, sub(direction, copies.direction)), step)
-        update, moments = rule(memory, moments, s)
-        return Copies(network.mix(optax.apply_updates(s, update), step), direction, memory, moments)
-    if form == "gt-cta":
-        memory = add(network.mix(memory, step), sub(direction, copies.direction))
-        update, moments = rule(memory, moments, s)
-        return Copies(optax.apply_updates(network.mix(s, step), update), direction, memory, moments)
+    tracks, accumulates, mixings, static = False, False, 1, False
 
-    update, moments = rule(direction, moments, s)
-    if form == "none":
-        return Copies(network.mix(optax.apply_updates(s, update), step), None, None, moments)
-    if form == "none-cta":
-        return Copies(optax.apply_updates(network.mix(s, step), update), None, None, moments)
-    if form == "ed":
-        adapted = add(optax.apply_updates(s, update), memory)
+    def start(self, value: PyTree, move: Move) -> Copies:
+        """Before the first step: nothing tracked."""
+        zeros = optax.tree.zeros_like(value)
+        memory = zeros if self.tracks or self.accumulates else None
+        return Copies(value, zeros if self.tracks else None, memory, move.init(value))
+
+    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+        """One step along each agent's local direction (a gradient: the variable moves against it).
+
+        `move` is each agent's own step rule; `step` the number of this mixing, for time-varying networks.
+        """
+        raise NotImplementedError
+
+    def limit(self, w: float) -> float:
+        """The largest stable step times curvature, for agents with equal Hessians; w the smallest eigenvalue of W."""
+        return 2.0
+
+
+class _Diffusion(Correction):
+    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+        adapted, moments = move(direction, copies.optimizer, copies.value)
+        return Copies(network.mix(adapted, step), None, None, moments)
+
+
+class _Descent(Correction):
+    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+        update, moments = move.updates(direction, copies.optimizer, copies.value)
+        return Copies(optax.apply_updates(network.mix(copies.value, step), update), None, None, moments)
+
+    def limit(self, w: float) -> float:
+        return 1 + w
+
+
+class _Tracking(Correction):
+    tracks, mixings = True, 2
+
+    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+        change = optax.tree.sub(direction, copies.direction)
+        tracker = network.mix(optax.tree.add(copies.memory, change), step)
+        adapted, moments = move(tracker, copies.optimizer, copies.value)
+        return Copies(network.mix(adapted, step), direction, tracker, moments)
+
+
+class _TrackingDescent(Correction):
+    tracks, mixings = True, 2
+
+    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+        change = optax.tree.sub(direction, copies.direction)
+        tracker = optax.tree.add(network.mix(copies.memory, step), change)
+        update, moments = move.updates(tracker, copies.optimizer, copies.value)
+        return Copies(optax.apply_updates(network.mix(copies.value, step), update), direction, tracker, moments)
+
+    def limit(self, w: float) -> float:
+        return (1 + w) ** 2 / 2
+
+
+class _ExactDiffusion(Correction):
+    accumulates, static = True, True
+
+    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+        moved, moments = move(direction, copies.optimizer, copies.value)
+        adapted = optax.tree.add(moved, copies.memory)
         flow = optax.tree.scale(0.5, network.flow(adapted, step))
-        return Copies(sub(adapted, flow), None, sub(memory, flow), moments)
-    if form == "extra":
-        flow = optax.tree.scale(0.5, network.flow(s, step))
-        memory = add(memory, flow)
-        return Copies(sub(optax.apply_updates(sub(s, flow), update), memory), None, memory, moments)
-    raise ValueError(f"A correction is one of {', '.join(CORRECTIONS)}, not {form!r}.")
+        return Copies(optax.tree.sub(adapted, flow), None, optax.tree.sub(copies.memory, flow), moments)
 
 
-def mixings(form: str) -> int:
-    """Exchanges with the neighbours per step."""
-    return 2 if form.startswith("gt") else 1
+class _Extra(Correction):
+    accumulates, static = True, True
+
+    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+        update, moments = move.updates(direction, copies.optimizer, copies.value)
+        flow = optax.tree.scale(0.5, network.flow(copies.value, step))
+        memory = optax.tree.add(copies.memory, flow)
+        moved = optax.apply_updates(optax.tree.sub(copies.value, flow), update)
+        return Copies(optax.tree.sub(moved, memory), None, memory, moments)
+
+    def limit(self, w: float) -> float:
+        return (5 + 3 * w) / 4
 
 
-def step_limit(form: str, smallest_eigenvalue: float) -> float:
-    """The largest stable step times curvature, for agents with equal Hessians."""
-    w = smallest_eigenvalue
-    return {"none-cta": 1 + w, "gt-cta": (1 + w) ** 2 / 2, "extra": (5 + 3 * w) / 4}.get(form, 2.0)
+CORRECTIONS: dict[str, Correction] = {
+    "none": _Diffusion(),
+    "gt": _Tracking(),
+    "ed": _ExactDiffusion(),
+    "extra": _Extra(),
+    "none-cta": _Descent(),
+    "gt-cta": _TrackingDescent(),
+}
+"""The forms by the names that `Decentralized(x=, y=, v=)` takes."""

@@ -1,4 +1,4 @@
-"""Decentralised bilevel optimisation: one solver, in SPARKLE's form, and its named members."""
+"""Decentralised bilevel optimisation: one solver, in SPARKLE's form. Local directions are `_directions.Joint`'s, then mixed."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
-from bilevel.data import StepKey
+from bilevel.keys import Draw, StepKey
+from bilevel.level import Levels
 from bilevel.network import Network, consensus_error
-from bilevel.optimizers import check_optimizer
+from bilevel.optimizers import Move, check_count, check_optimizer, is_rule
 from bilevel.problem import Problem, ProblemError
-from bilevel.solution import Result
 from bilevel.solvers import _agents
-from bilevel.solvers._base import refuse
-from bilevel.solvers.decentralized.corrections import CORRECTIONS, Copies, advance, mixings, start, step_limit
-from bilevel.typing import PyTree
+from bilevel.solvers._base import refuse, within
+from bilevel.solvers._directions import Joint, Point
+from bilevel.solvers.decentralized.corrections import CORRECTIONS, Copies
+from bilevel.typing import Metrics, PyTree, Scalar
 
 logger = logging.getLogger("bilevel")
 
 
 @state
 class DecentralizedState:
-    """All agents' copies of x, y and z with their corrections' memories, and the averaged hypergradients r.
+    """All agents' copies of x, y and v with their corrections' memories, and the averaged hypergradients r.
 
-    `x`, `y` and `z` have a leading axis of agents; `mean_x` and `mean_y` are the averages over agents.
+    `x`, `y` and `v` have a leading axis of agents; `mean_x` and `mean_y` are the averages over agents.
     """
 
     upper: Copies
@@ -48,7 +49,7 @@ class DecentralizedState:
         return self.lower.value
 
     @property
-    def z(self) -> PyTree:
+    def v(self) -> PyTree:
         """Each agent's solution of the linear system, stacked."""
         return self.linear.value
 
@@ -65,17 +66,17 @@ class DecentralizedState:
 
 @hyperparameters
 class Decentralized:
-    """Agents on a graph solve min_x mean_i f_i(x, y*(x)), y*(x) = argmin_y mean_i g_i(x, y), each with its own data.
+    """Agents on a graph solve min_x mean_i F_i(x, y*(x)), y*(x) = argmin_y mean_i f_i(x, y), each with its own data.
 
-    One outer step, G_y, F_x, F_y the local gradients, H and J the local products g_yy v and g_xy v:
+    One outer step, with each agent's own derivatives:
 
-        repeat lower_steps times:    y  <- correct_y(y,  G_y(x, y))
-        repeat linear_steps times:   z  <- correct_z(z,  H z - F_y(x, y))
-        u = F_x(x, y) - J z,         r  <- (1 - averaging) r + averaging u
+        repeat lower_steps times:    y  <- correct_y(y,  f_y(x, y))
+        repeat linear_steps times:   v  <- correct_v(v,  f_yy v - F_y(x, y))
+        u = F_x(x, y) - f_xy v,      r  <- (1 - averaging) r + averaging u
         x <- correct_x(x, r)
 
     where `correct` is one of the forms of `decentralized.corrections`: local directions plus mixing with the
-    neighbours. z solves (mean_i H_i) z = mean_i F_y: a mean of local hypergradients would be another, wrong direction.
+    neighbours. v solves (mean_i f_yy,i) v = mean_i F_y,i: a mean of local hypergradients would be another, wrong direction.
     Trackers and flows stay in the state from one outer step to the next: restarting them brings the heterogeneity back.
 
     The data of both levels are `data.Agents` (or `data.Clients` with a batch size). `state.x` and `state.y` (also
@@ -84,22 +85,22 @@ class Decentralized:
 
     Attributes:
       network: who talks to whom, from `bilevel.network`.
-      upper_optimizer, lower_optimizer, linear_optimizer: a step size or an optax rule for x, y and z; each agent runs
+      upper_optimizer, lower_optimizer, linear_optimizer: a step size or an optax rule for x, y and v; each agent runs
         its own.
-      x, y, z: the corrections, each one of "none", "gt", "ed", "extra", "none-cta", "gt-cta".
+      x, y, v: the corrections, each one of "none", "gt", "ed", "extra", "none-cta", "gt-cta".
       lower_steps, linear_steps: inner steps per outer step.
       averaging: the weight of the new hypergradient in the moving average r; 1: no average.
       late: x moves along r *before* r takes in the new hypergradient (MA-DSBO's order).
       simultaneous: all three directions at one point, from one linearisation (SOBA's order); needs one inner step each.
-      radius: z is kept in a ball of this radius; None: free.
+      radius: v is kept in a ball of this radius; None: free.
       check_stability: before the first step compare step sizes times the largest curvature of any agent at the start
         with the form's limit on this graph, and refuse what would diverge. Skipped for optax rules and under `jit` or
         `vmap`.
       record: report losses, residuals and consensus errors. On a mesh they cost all-reduces; the step itself needs
         none.
 
-    Metrics: `upper_loss` (mean over agents), `hypergradient_norm` (|mean_i u_i|), `lower_residual` (|mean_i G_y|),
-    `consensus_x`, `consensus_y`, `consensus_z` (root of the mean squared distance to the mean), `communication_rounds`
+    Metrics: `upper_loss` (mean over agents), `hypergradient_norm` (|mean_i u_i|), `lower_residual` (|mean_i f_y,i|),
+    `consensus_x`, `consensus_y`, `consensus_v` (root of the mean squared distance to the mean), `communication_rounds`
     (exchanges with the neighbours in this step), `communication_floats` (numbers that an agent sent to *each* neighbour
     in this step). With a tolerance a run has converged when the norms and the consensus errors of x and y are at most
     tol.
@@ -117,7 +118,7 @@ class Decentralized:
     linear_optimizer: float | optax.GradientTransformation = 0.1
     x: str = "gt"
     y: str = "gt"
-    z: str = "gt"
+    v: str = "gt"
     lower_steps: int = 1
     linear_steps: int = 1
     averaging: float = 1.0
@@ -133,36 +134,39 @@ class Decentralized:
             raise TypeError(f"{owner}(network={self.network!r}): give one of bilevel.network, such as network.ring(8).")
         for name in ("upper_optimizer", "lower_optimizer", "linear_optimizer"):
             check_optimizer(owner, name, getattr(self, name))
-        for name in ("x", "y", "z"):
+        for name in ("x", "y", "v"):
             form = getattr(self, name)
             if form not in CORRECTIONS:
                 raise ValueError(
                     f"{owner}({name}={form!r}): a correction is one of {', '.join(map(repr, CORRECTIONS))}."
                 )
-            if form in ("ed", "extra") and self.network.varies:
+            if CORRECTIONS[form].static and self.network.varies:
                 raise ValueError(
                     f"{owner}({name}={form!r}): ED and EXTRA remember the flows of one fixed graph, and "
                     f"{self.network.name} varies from "
                     f'step to step. Take {name}="gt".'
                 )
-        for name in ("lower_steps", "linear_steps"):
-            count = getattr(self, name)
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{owner}({name}={count!r}): the number of steps is a positive integer.")
+        counts = {"lower_steps": self.lower_steps, "linear_steps": self.linear_steps}
+        check_count(owner, "the number of steps is a positive integer", **counts)
         if isinstance(self.averaging, float) and not 0 < self.averaging <= 1:
             raise ValueError(
                 f"{owner}(averaging={self.averaging}): the weight of the new hypergradient lies in (0, 1]."
             )
         if self.simultaneous and (self.lower_steps, self.linear_steps) != (1, 1):
             raise ValueError(
-                f"{owner}(simultaneous=True) takes one step of y, z and x from one point: lower_steps and "
+                f"{owner}(simultaneous=True) takes one step of y, v and x from one point: lower_steps and "
                 f"linear_steps must be 1."
             )
         if isinstance(self.radius, float) and not self.radius > 0:
             raise ValueError(f"{owner}(radius={self.radius}): the ball's radius is positive, or None.")
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> DecentralizedState:
-        """Every agent starts at the same x and y, and at z = 0."""
+    def _moves(self) -> Point:
+        """How each agent moves its copies of x, y and v."""
+        rules = self.upper_optimizer, self.lower_optimizer, self.linear_optimizer
+        return Point(*(Move(rule, many=True) for rule in rules))
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> DecentralizedState:
+        """Every agent starts at the same x and y, and at v = 0."""
         refuse(self, problem, x)
         n = self.network.n
         given = _agents.number_of_agents(problem, type(self).__name__)
@@ -173,10 +177,11 @@ class Decentralized:
         x, y = _agents.spread(x, n, problem), _agents.spread(y, n, problem)
         if self.check_stability and not _agents.traced(problem, x, y, self):
             self._check(float(_agents.largest_curvature(problem, x, y, key)))
+        move = self._moves()
         return DecentralizedState(
-            start(self.x, x, self.upper_optimizer),
-            start(self.y, y, self.lower_optimizer),
-            start(self.z, optax.tree.zeros_like(y), self.linear_optimizer),
+            CORRECTIONS[self.x].start(x, move.x),
+            CORRECTIONS[self.y].start(y, move.y),
+            CORRECTIONS[self.v].start(optax.tree.zeros_like(y), move.v),
             optax.tree.zeros_like(x),
         )
 
@@ -184,244 +189,101 @@ class Decentralized:
         w = self.network.smallest_eigenvalue
         for what, form, optimizer in (
             ("lower_optimizer", self.y, self.lower_optimizer),
-            ("linear_optimizer", self.z, self.linear_optimizer),
+            ("linear_optimizer", self.v, self.linear_optimizer),
         ):
-            if isinstance(optimizer, optax.GradientTransformation):
+            if is_rule(optimizer):
                 continue
-            limit = step_limit(form, w)
-            product = float(optimizer) * curvature
+            limit, size = CORRECTIONS[form].limit(w), float(optimizer)  # type: ignore[arg-type]
             logger.info(
                 "%s times the largest curvature %.4g is %.4g; %r is stable below %.4g",
-                what,
-                curvature,
-                product,
-                form,
-                limit,
-            )
-            if product >= limit:
+                what, curvature, size * curvature, form, limit,
+            )  # fmt: skip
+            if size * curvature >= limit:
                 raise ProblemError(
-                    f"{what}={float(optimizer):g} times the largest curvature of an agent's lower level at the "
-                    f"start ({curvature:.4g}) is "
-                    f'{product:.3g}, beyond the stability limit {limit:.3g} of the form "{form}" on '
-                    f"{self.network.name} (smallest eigenvalue "
-                    f"{w:.3g}): take {what} below {limit / curvature:.3g}, or set check_stability=False."
+                    f"{what}={size:g} times the largest curvature of an agent's lower level at the start "
+                    f"({curvature:.4g}) is {size * curvature:.3g}, beyond the stability limit {limit:.3g} of the form "
+                    f'"{form}" on {self.network.name} (smallest eigenvalue {w:.3g}): take {what} below '
+                    f"{limit / curvature:.3g}, or set check_stability=False."
                 )
 
-    def step(
-        self, problem: Problem, state: DecentralizedState, key: StepKey
-    ) -> tuple[DecentralizedState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: DecentralizedState, key: StepKey) -> tuple[DecentralizedState, Metrics]:
         """One outer iteration."""
-        upper = _agents.stacked(problem.upper, problem.upper_data, _agents.draw(problem.upper_data, key.fold_in(1)))
-        move = self._simultaneous if self.simultaneous else self._in_turn
-        lower, linear, u, measured = move(problem, upper, state, key)
+        moved = (self._simultaneous if self.simultaneous else self._in_turn)(problem.levels(key, "all"), state, key)
+        lower, linear, u, value, lower_y = moved
 
         average = jax.tree.map(lambda r, u: r + self.averaging * (u - r), state.average, u)
         direction = state.average if self.late else average
-        moved = advance(self.x, self.network, state.upper, direction, self.upper_optimizer, key.step)
-        new = DecentralizedState(moved, lower, linear, average)
-        return new, self._metrics(new, u, measured)
+        upper = CORRECTIONS[self.x].advance(self.network, state.upper, direction, self._moves().x, key.step)
+        new = DecentralizedState(upper, lower, linear, average)
+        return new, self._metrics(new, u, value, lower_y)
 
-    def _in_turn(self, problem: Problem, upper: Any, state: DecentralizedState, key: StepKey) -> Any:
-        """y, then z at the new y, then the hypergradient at both."""
-        x, data = state.x, problem.lower_data
-        random = _agents.is_random(data)
-
-        def level(stream: int, i: Any, total: int) -> _agents.Stacked:
-            return _agents.stacked(problem.lower, data, _agents.draw(data, key.fold_in(stream).inner(i, total)))
+    def _in_turn(self, levels: Levels, state: DecentralizedState, key: StepKey) -> Any:
+        """y, then v at the new y, then the hypergradient at both."""
+        (upper, lower), x, move = levels, state.x, self._moves()
 
         def lower_step(i: Any, copies: Copies) -> Copies:
-            gradient = jax.grad(level(0, i, self.lower_steps), argnums=1)(x, copies.value)
-            return advance(
-                self.y, self.network, copies, gradient, self.lower_optimizer, key.inner(i, self.lower_steps).step
-            )
+            gradient = lower.redraw(i, self.lower_steps).gradient(x, copies.value)
+            step = key.inner(i, self.lower_steps).step
+            return CORRECTIONS[self.y].advance(self.network, copies, gradient, move.y, step)
 
-        lower = _repeat(self.lower_steps, lower_step, state.lower)
-        y = lower.value
+        found = _repeat(self.lower_steps, lower_step, state.lower)
+        y = found.value
 
-        value, (F_x, F_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
-        last = derivatives.linearised(level(3, 0, 1), x, y)  # on the full batch: shared by all products
+        value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
+        last = derivatives.linearised(lower.stream(Draw.CROSS), x, y)  # on full batches shared by all products
+        products = lower.stream(Draw.PRODUCTS)
 
         def linear_step(i: Any, copies: Copies) -> Copies:
-            at = derivatives.linearised(level(2, i, self.linear_steps), x, y) if random else last
-            residual = optax.tree.sub(at.hvp(copies.value), F_y)
-            moved = advance(
-                self.z, self.network, copies, residual, self.linear_optimizer, key.inner(i, self.linear_steps).step
-            )
-            return self._in_ball(moved)
+            at = derivatives.linearised(products.redraw(i, self.linear_steps), x, y) if lower.random else last
+            residual = optax.tree.sub(at.hvp(copies.value), upper_y)
+            step = key.inner(i, self.linear_steps).step
+            return self._in_ball(CORRECTIONS[self.v].advance(self.network, copies, residual, move.v, step))
 
         linear = _repeat(self.linear_steps, linear_step, state.linear)
-        u = optax.tree.sub(F_x, last.cross(linear.value))
-        return lower, linear, u, (value, last.gradient_y)
+        return found, linear, optax.tree.sub(upper_x, last.cross(linear.value)), value, last.gradient_y
 
-    def _simultaneous(self, problem: Problem, upper: Any, state: DecentralizedState, key: StepKey) -> Any:
-        """All directions at (x, y, z)."""
-        data = problem.lower_data
-        at = derivatives.linearised(
-            _agents.stacked(problem.lower, data, _agents.draw(data, key.fold_in(0))), state.x, state.y
-        )
-        value, (F_x, F_y) = jax.value_and_grad(upper, argnums=(0, 1))(state.x, state.y)
-        cross, hvp = at.products(state.z)
-        lower = advance(self.y, self.network, state.lower, at.gradient_y, self.lower_optimizer, key.step)
-        linear = advance(self.z, self.network, state.linear, optax.tree.sub(hvp, F_y), self.linear_optimizer, key.step)
-        return lower, self._in_ball(linear), optax.tree.sub(F_x, cross), (value, at.gradient_y)
+    def _simultaneous(self, levels: Levels, state: DecentralizedState, key: StepKey) -> Any:
+        """All directions at (x, y, v): SOBA's, each agent's own."""
+        move = self._moves()
+        value, direction = Joint()(*levels, Point(state.x, state.y, state.v))
+        lower = CORRECTIONS[self.y].advance(self.network, state.lower, direction.y, move.y, key.step)
+        linear = CORRECTIONS[self.v].advance(self.network, state.linear, direction.v, move.v, key.step)
+        return lower, self._in_ball(linear), direction.x, value, direction.y
 
     def _in_ball(self, copies: Copies) -> Copies:
         if self.radius is None:
             return copies
-        project = jax.vmap(lambda z: optax.projections.projection_l2_ball(z, self.radius))
+        project = jax.vmap(lambda v: optax.projections.projection_l2_ball(v, self.radius))
         return dataclasses.replace(copies, value=project(copies.value))
 
-    def _metrics(self, state: DecentralizedState, u: PyTree, measured: Any) -> dict[str, jax.Array]:
+    def _metrics(self, state: DecentralizedState, u: PyTree, value: Scalar, lower_y: PyTree) -> Metrics:
         p, q = (_agents.size_of(tree) // self.network.n for tree in (state.x, state.y))
-        y, z = self.lower_steps * mixings(self.y), self.linear_steps * mixings(self.z)
+        x, y, v = (CORRECTIONS[form].mixings for form in (self.x, self.y, self.v))
+        inner = self.lower_steps * y + self.linear_steps * v
         found = {
-            "communication_rounds": jnp.asarray(y + z + mixings(self.x), jnp.float32),
-            "communication_floats": jnp.asarray((y + z) * q + mixings(self.x) * p, jnp.float32),
+            "communication_rounds": jnp.asarray(inner + x, jnp.float32),
+            "communication_floats": jnp.asarray(inner * q + x * p, jnp.float32),
         }
         if not self.record:
             return found
-        value, gradient_y = measured
         return {
             "upper_loss": value / self.network.n,
             "hypergradient_norm": _agents.norm_of_mean(u),
-            "lower_residual": _agents.norm_of_mean(gradient_y),
+            "lower_residual": _agents.norm_of_mean(lower_y),
             "consensus_x": consensus_error(state.x),
             "consensus_y": consensus_error(state.y),
-            "consensus_z": consensus_error(state.z),
+            "consensus_v": consensus_error(state.v),
             **found,
         }
 
-    def status(self, state: DecentralizedState, metrics: dict[str, jax.Array], tol: Any) -> jax.Array:
+    def status(self, state: DecentralizedState, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED where the norms and the consensus errors are within the tolerance."""
         if not self.record:
             raise ValueError(
                 "solve(tol=...) with record=False: nothing is measured to compare with the tolerance. Set record=True."
             )
-        names = ("hypergradient_norm", "lower_residual", "consensus_x", "consensus_y")
-        return jnp.where(jnp.max(jnp.stack([metrics[name] for name in names])) <= tol, Result.CONVERGED.value, 0)
+        return within(tol, metrics, "hypergradient_norm", "lower_residual", "consensus_x", "consensus_y")
 
 
 def _repeat(steps: int, body: Any, copies: Copies) -> Copies:
     return body(0, copies) if steps == 1 else jax.lax.fori_loop(0, steps, body, copies)
-
-
-# ---------------------------------------------------------------- the named members
-
-
-def MADSBO(
-    network: Network,
-    upper_optimizer: Any = 0.01,
-    lower_optimizer: Any = 0.1,
-    linear_optimizer: Any = 0.05,
-    *,
-    lower_steps: int = 5,
-    linear_steps: int = 5,
-    averaging: float = 0.2,
-    **options: Any,
-) -> Decentralized:
-    """MA-DSBO: gossip for y and x, gradient tracking for z (the HIGP oracle), a moving average of hypergradients, used
-    one step late.
-
-        y <- W y - beta G_y                                            lower_steps times
-        z <- W z - gamma d,   d <- W d + s - s_before,   s = H z - F_y    linear_steps times
-        x <- W x - alpha r,   then   r <- (1 - a) r + a (F_x - J z)
-
-    The combine-then-adapt forms have small stable steps on graphs with negative eigenvalues (`network.lazy()` helps),
-    and the gossip of x and y leaves a bias of O(alpha) and O(beta) where agents differ: `GTDSBO` has neither. The
-    paper ties a to alpha; here it is a number of its own. Deviation: d persists from one outer step to the next.
-
-    Reference: Chen, Huang, Ma, Balasubramanian, "Decentralized Stochastic Bilevel Optimization with Improved
-    per-Iteration Complexity", ICML 2023.
-    """
-    forms: dict[str, Any] = {"x": "none-cta", "y": "none-cta", "z": "gt-cta", "late": True} | options
-    return Decentralized(
-        network, upper_optimizer, lower_optimizer, linear_optimizer,
-        lower_steps=lower_steps, linear_steps=linear_steps, averaging=averaging, **forms,
-    )  # fmt: skip
-
-
-def GTDSBO(
-    network: Network,
-    upper_optimizer: Any = 0.01,
-    lower_optimizer: Any = 0.1,
-    linear_optimizer: Any = 0.1,
-    *,
-    lower_steps: int = 5,
-    linear_steps: int = 5,
-    averaging: float = 1.0,
-    **options: Any,
-) -> Decentralized:
-    """Everything tracked: adapt-then-combine gradient tracking of y, z and x. No bias from heterogeneous agents; the
-    one to begin with.
-
-    MA-DSBO's loops with `gt` in place of gossip. Reference: as `MADSBO` and `Decentralized`.
-    """
-    forms: dict[str, Any] = {"x": "gt", "y": "gt", "z": "gt"} | options
-    return Decentralized(
-        network, upper_optimizer, lower_optimizer, linear_optimizer,
-        lower_steps=lower_steps, linear_steps=linear_steps, averaging=averaging, **forms,
-    )  # fmt: skip
-
-
-def DSOBA(
-    network: Network,
-    upper_optimizer: Any = 0.01,
-    lower_optimizer: Any = 0.1,
-    linear_optimizer: Any = 0.1,
-    *,
-    averaging: float = 0.2,
-    **options: Any,
-) -> Decentralized:
-    """D-SOBA: one diffusion step of y, z and x at once, from one linearisation, and a moving average of hypergradients.
-
-    The least communication, p + 2 q numbers to each neighbour a step; biased where agents differ.
-
-    Reference: Kong, Zhu, Lu, Huang, Yuan, "Decentralized Bilevel Optimization: A Perspective from Transient Iteration
-    Complexity", JMLR 26(240), 2025.
-    """
-    forms: dict[str, Any] = {"x": "none", "y": "none", "z": "none", "simultaneous": True} | options
-    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, averaging=averaging, **forms)
-
-
-def SPARKLE(
-    network: Network,
-    upper_optimizer: Any = 0.01,
-    lower_optimizer: Any = 0.1,
-    linear_optimizer: Any = 0.1,
-    *,
-    x: str = "ed",
-    y: str = "ed",
-    z: str = "ed",
-    averaging: float = 0.2,
-    **options: Any,
-) -> Decentralized:
-    """SPARKLE: single loop, a moving average, and a correction of its own for each variable (exact diffusion by
-    default).
-
-    ED and EXTRA send p + 2 q numbers to each neighbour a step, gradient tracking twice that. Correcting y and z
-    matters more than correcting x.
-
-    Reference: Zhu, Kong, Lu, Lin, Yuan, NeurIPS 2024.
-    """
-    return Decentralized(
-        network, upper_optimizer, lower_optimizer, linear_optimizer, x, y, z, averaging=averaging, **options
-    )
-
-
-def SLDBO(
-    network: Network,
-    upper_optimizer: Any = 0.01,
-    lower_optimizer: Any = 0.1,
-    linear_optimizer: Any = 0.1,
-    *,
-    radius: float | None = None,
-    **options: Any,
-) -> Decentralized:
-    """SLDBO: SOBA's simultaneous directions with gradient tracking of all three, z kept in a ball; deterministic, any
-    heterogeneity.
-
-    Reference: Dong, Ma, Yang, Yin, "A Single-Loop Algorithm for Decentralized Bilevel Optimization", Mathematics of
-    Operations Research 2025.
-    """
-    forms: dict[str, Any] = {"x": "gt", "y": "gt", "z": "gt", "simultaneous": True} | options
-    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, radius=radius, **forms)

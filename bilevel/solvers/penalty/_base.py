@@ -1,10 +1,8 @@
-"""What the penalty methods share: curvature estimates that set their steps, the diagnostics, and when a run has
-ended."""
+"""What the penalty methods share: the diagnostics, and when a run has ended."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilevel import curvature as estimates
 from bilevel import derivatives
 from bilevel.problem import Problem
 from bilevel.solution import Result
@@ -22,94 +21,13 @@ from bilevel.solvers.penalty._polish import solve_lower
 PyTree = Any
 
 norm = derivatives.norm
-
-
-def spectral_norm(product: Callable[[PyTree], PyTree], example: PyTree, steps: int = 30) -> jax.Array:
-    """The largest singular value of a symmetric map on pytrees, by power iteration from a fixed random start.
-
-    An estimate from below, within a few per cent as a rule; callers leave that much room in their steps.
-    """
-    leaves, structure = jax.tree.flatten(example)
-    key = jax.random.key(17)
-    v = jax.tree.unflatten(
-        structure,
-        [jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)],
-    )
-    tiny = jnp.finfo(jnp.result_type(*leaves)).tiny
-
-    def body(carry: Any, _: Any) -> Any:
-        v, _ = carry
-        length = norm(v)
-        v = optax.tree.scale(1 / jnp.maximum(length, tiny**0.5), v)
-        w = product(v)
-        return (w, norm(w)), None
-
-    return jax.lax.scan(body, (v, jnp.zeros((), jnp.result_type(*leaves))), None, length=steps)[0][1]
-
-
-def curvature(fn: Callable[[PyTree], jax.Array], at: PyTree) -> jax.Array:
-    """The spectral norm of the Hessian of `fn` at a point."""
-    return spectral_norm(jax.linearize(jax.grad(fn), at)[1], at)
-
-
-def operator_norm(operator: Callable[[PyTree], PyTree], at: PyTree) -> jax.Array:
-    """The spectral norm of the derivative of a map of pytrees at a point."""
-    push = jax.linearize(operator, at)[1]
-    pull = jax.linear_transpose(push, at)
-    return jnp.sqrt(spectral_norm(lambda v: pull(push(v))[0], at))
-
-
-def secant(estimate: Any, floor: Any, change: PyTree, moved: Any, size: Any, forget: float = 0.99) -> jax.Array:
-    """A curvature estimate brought up to date with |change of a gradient| / |move| (full batches only).
-
-    It relaxes towards `floor`, the estimate at the start, where nothing larger is seen. Moves below the resolution of
-    variables of norm `size` say nothing and are passed over.
-    """
-    resolved = moved > 1e4 * jnp.finfo(jnp.result_type(moved)).eps * size
-    observed = norm(change) / jnp.where(resolved, moved, 1.0)
-    relaxed = jnp.maximum(forget * estimate + (1 - forget) * floor, observed)
-    return jnp.where(resolved & jnp.isfinite(observed), relaxed, estimate)
+spectral_norm, curvature, operator_norm = estimates.spectral_norm, estimates.hessian_norm, estimates.jacobian_norm
+secant, probed, random_like = estimates.secant_estimate, estimates.probe_estimate, estimates.unit_direction
 
 
 def ratio(a: Any, b: Any) -> jax.Array:
     """a / b, one where b is nothing."""
     return jnp.where(b > 1e-12, a / jnp.where(b > 1e-12, b, 1.0), 1.0)
-
-
-# Every so many steps one Hessian-vector product looks for curvature that the iterates have not met yet.
-_PROBE_EVERY = 10
-
-
-def random_like(tree: PyTree) -> PyTree:
-    """A fixed random direction of norm one."""
-    leaves, structure = jax.tree.flatten(tree)
-    v = [
-        jax.random.normal(jax.random.fold_in(jax.random.key(23), i), leaf.shape, leaf.dtype)
-        for i, leaf in enumerate(leaves)
-    ]
-    v = jax.tree.unflatten(structure, v)
-    return optax.tree.scale(1 / norm(v), v)
-
-
-def probed(
-    fn: Callable[[PyTree], jax.Array], u: PyTree, k: Any, estimate: Any, direction: PyTree
-) -> tuple[Any, PyTree]:
-    """The curvature estimate and its direction after one more power step on the Hessian of `fn` at u, taken every
-    tenth step.
-
-    Curvature moves along a run (e^x does) in directions that a slowly moving iterate does not explore: the
-    differences of its gradients stay small until a step is far too long. The estimate falls by at most three per cent
-    a probe.
-    """
-
-    def probe(_: Any) -> tuple[Any, PyTree]:
-        product = jax.jvp(jax.grad(fn), (u,), (direction,))[1]
-        size = norm(product)
-        usable = jnp.isfinite(size) & (size > 1e-12)
-        turned = jax.tree.map(lambda p, d: jnp.where(usable, p / jnp.where(usable, size, 1.0), d), product, direction)
-        return jnp.where(usable, jnp.maximum(size, 0.97 * estimate), estimate).astype(jnp.result_type(estimate)), turned
-
-    return jax.lax.cond(jnp.asarray(k) % _PROBE_EVERY == 0, probe, lambda _: (estimate, direction), None)
 
 
 def limited(u: PyTree, step: PyTree) -> PyTree:
