@@ -20,16 +20,20 @@ from bilevel import (
     optimizers,
     projections,
     regularizers,
+    runs,
     solvers,
 )
 from bilevel._module import hyperparameters, state
 from bilevel.checkpoint import CheckpointError
+from bilevel.history import History
 from bilevel.level import Level, Levels
-from bilevel.multistart import Multistart, multistart
+from bilevel.loop import run
 from bilevel.problem import Problem, ProblemError
-from bilevel.solution import History, Result, Solution
-from bilevel.solve import Event, run, solve
-from bilevel.sweep import Sweep, sweep
+from bilevel.recorder import Event
+from bilevel.result import Result
+from bilevel.runs import Multistart, Sweep, multistart, sweep
+from bilevel.solution import Solution
+from bilevel.solve import solve
 
 __all__ = [
     "CheckpointError",
@@ -59,6 +63,7 @@ __all__ = [
     "projections",
     "regularizers",
     "run",
+    "runs",
     "solve",
     "solvers",
     "state",

@@ -413,6 +413,16 @@ class Keyed(Source, leaves=("source",)):
         return f"Keyed({self.source!r})"
 
 
+def as_keyed(owner: str, *batch: Any) -> tuple[PyTree, StepKey]:
+    """A batch of `data.Keyed` in its two parts; an error where it is another."""
+    if len(batch) == 1 and isinstance(batch[0], tuple) and len(batch[0]) == 2 and isinstance(batch[0][1], StepKey):
+        return batch[0]
+    raise ValueError(
+        f"{owner} needs the step's key with each batch: wrap the level's data, data.Keyed(data.Minibatches(...)), or "
+        "data.Keyed() where the level has no data."
+    )
+
+
 class Clients(Source, leaves=("arrays", "counts", "offsets")):
     """One data set per client, of unequal sizes.
 

@@ -32,7 +32,7 @@ import optax
 
 from bilevel import curvature, lower, optimizers, solve, solvers
 from bilevel.applications import supernet
-from bilevel.regularizers import EarlyStopping
+from bilevel.runs import EarlyStopping
 
 # name: (weight decay of y, largest drop-path). A search of 900 steps is twenty times shorter than the paper's, and a
 # decay acts through decay x rate x steps: these strengths stand beyond the paper's strongest, 0.0243.

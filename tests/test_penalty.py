@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bilevel import Problem, ProblemError, Result, data, run, solve
-from bilevel.multistart import multistart
+from bilevel.runs import multistart
 from bilevel.solvers import penalty
 from bilevel.solvers.penalty import (
     BLOCC,

@@ -23,13 +23,13 @@ from bilevel.hypergradients.stochastic import SAMA as AdaptiveIdentity
 from bilevel.hypergradients.stochastic import Neumann, StochasticImplicit
 from bilevel.keys import Draw
 from bilevel.lower import GradientDescent, LowerState
+from bilevel.runs import sweep
 from bilevel.solvers import _variance_reduction
 from bilevel.solvers._directions import Joint, Point, Series
 from bilevel.solvers._variance_reduction import PAGE, SAGA, SARAH, STORM, Momentum
 from bilevel.solvers.single_loop import FSLA, MASOBA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN, AdamSOBA, SingleLoop
 from bilevel.solvers.stochastic_nested import BSA, SAMA, TTSA, VRBO, AmIGO, StocBiO
 from bilevel.solvers.tuning_free import DTFBO, STFBO
-from bilevel.sweep import sweep
 
 N, M, SIZE, D, P = 12, 9, 3, 3, 2
 BLOCKS = N // SIZE

@@ -35,9 +35,11 @@ import optax
 
 from bilevel import derivatives
 from bilevel.data import Agents, Minibatches, StepKey
+from bilevel.history import History
 from bilevel.optimizers import as_optimizer
 from bilevel.problem import Problem
-from bilevel.solution import History, Result, Solution
+from bilevel.result import Result
+from bilevel.solution import Solution
 from bilevel.solvers import _agents
 from bilevel.solvers.federated._round import Round
 from bilevel.solvers.federated.hypergradients import ParallelHypergradient

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.problem import Problem, ProblemError
-from bilevel.solution import Result
+from bilevel.result import Result
 from bilevel.typing import Metrics, PyTree
 
 _PARTS = {

@@ -15,7 +15,7 @@ from bilevel.keys import StepKey
 from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
 from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral
 from bilevel.problem import Problem, ProblemError
-from bilevel.solution import Result
+from bilevel.result import Result
 from bilevel.solvers._base import refuse, scattered, within
 from bilevel.typing import Metrics, PyTree, Scalar
 

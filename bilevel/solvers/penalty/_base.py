@@ -13,7 +13,7 @@ import optax
 from bilevel import curvature as estimates
 from bilevel import derivatives
 from bilevel.problem import Problem
-from bilevel.solution import Result
+from bilevel.result import Result
 from bilevel.solvers._base import scattered
 from bilevel.solvers.penalty._constraints import Constraints
 from bilevel.solvers.penalty._polish import solve_lower

@@ -1,4 +1,4 @@
-"""Stop before the solution degenerates: a rule on the growth of an eigenvalue, and a callback that applies it in `solve`."""
+"""Stop before the solution degenerates: a rule on an eigenvalue's growth, and a callback that applies it in `solve`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.solution import History
-
-PyTree = Any
+from bilevel.history import History
+from bilevel.optimizers import check_count
+from bilevel.recorder import Event
+from bilevel.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +69,12 @@ class EarlyStopping:
     patience: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("window", "lag", "patience"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"EarlyStopping({name}={value!r}): a positive number of evaluations is needed.")
+        counts = {"window": self.window, "lag": self.lag, "patience": self.patience}
+        check_count("EarlyStopping", "a positive number of evaluations is needed", **counts)
         if not self.ratio > 1:
             raise ValueError(
-                f"EarlyStopping(ratio={self.ratio!r}): the ratio is new over old, above 1 (the paper writes old over new < 0.75: that is ratio=4/3)."
+                f"EarlyStopping(ratio={self.ratio!r}): the ratio is new over old, above 1 (the paper writes old over "
+                "new < 0.75: that is ratio=4/3)."
             )
         if not self.every > 0:
             raise ValueError(f"EarlyStopping(every={self.every!r}): the epochs between two evaluations are positive.")
@@ -86,8 +86,11 @@ class EarlyStopping:
 
     @classmethod
     def code(cls, **changes: Any) -> EarlyStopping:
-        """What the authors' code does: an evaluation every 2 epochs, averages over 5, compared 4 apart (8 epochs); stop where
-        new / old > 1.3, not before epoch 10. Their runs of 50 epochs never stop in the last one: `decide(..., total=50)`."""
+        """What the authors' code does: an evaluation every 2 epochs, averages over 5, compared 4 apart (8 epochs).
+
+        It stops where new / old > 1.3, not before epoch 10. Their runs of 50 epochs never stop in the last one:
+        `decide(..., total=50)`.
+        """
         return cls(**{**dict(window=5, lag=4, ratio=1.3, start=10, every=2, floor=-np.inf), **changes})
 
     @property
@@ -117,12 +120,14 @@ class EarlyStopping:
         Args:
           eigenvalues: one per evaluation, oldest first; any list or array.
           epochs: the epochs of the evaluations, increasing; None: 0, every, 2 every, ..., at most total - 1.
-          total: the run's epochs; an evaluation in the last one (epoch total - 1 or later) never decides. None: all may.
+          total: the run's epochs; an evaluation in the last one (epoch total - 1 or later) never decides. None: all
+            may.
         """
         values = np.asarray(eigenvalues, float)
         if values.ndim != 1:
             raise ValueError(
-                f"EarlyStopping.decide takes a list of numbers, one per evaluation, not an array of shape {list(values.shape)}."
+                "EarlyStopping.decide takes a list of numbers, one per evaluation, not an array of shape "
+                f"{list(values.shape)}."
             )
         if epochs is None:
             when = self.every * np.arange(len(values))
@@ -131,7 +136,8 @@ class EarlyStopping:
             when = np.asarray(epochs)
         if when.shape != values.shape:
             raise ValueError(
-                f"EarlyStopping.decide was given {len(values)} eigenvalues and {len(when)} epochs: one epoch per eigenvalue."
+                f"EarlyStopping.decide was given {len(values)} eigenvalues and {len(when)} epochs: one epoch per "
+                "eigenvalue."
             )
         averages = self.averages(values)
         streak = 0
@@ -167,7 +173,7 @@ class Snapshot:
 class Monitor:
     """A callback of `solve` that ends the run where an `EarlyStopping` rule fires, and has the variables to go back to.
 
-        monitor = regularizers.Monitor(EarlyStopping.code(), steps_per_epoch=100)
+        monitor = runs.Monitor(EarlyStopping.code(), steps_per_epoch=100)
         solution = solve(problem, x0, y0, solver, steps=5000,
                          metrics={"eigenvalue": (dominant_eigenvalue(validation_loss), batch)}, metrics_every=200,
                          callback=monitor)
@@ -186,8 +192,8 @@ class Monitor:
 
     Attributes:
       decision: the rule's `Decision`, or None.
-      stopped: the `Snapshot` to go back to, or None. After a resume from a checkpoint its variables can be from before the
-        interruption and gone: an error says so. `regularizers.adaptive` keeps them on the disk.
+      stopped: the `Snapshot` to go back to, or None. After a resume from a checkpoint its variables can be from before
+        the interruption and gone: an error says so. `runs.adaptive` keeps them on the disk.
     """
 
     def __init__(
@@ -212,8 +218,8 @@ class Monitor:
         """The rule's decision on a history."""
         if self.metric not in history:
             raise ValueError(
-                f"Monitor looks at the metric {self.metric!r}, and the history has {', '.join(history) or 'nothing'}: give solve "
-                f"metrics={{{self.metric!r}: (curvature.dominant_eigenvalue(F), batch)}}."
+                f"Monitor looks at the metric {self.metric!r}, and the history has {', '.join(history) or 'nothing'}: "
+                f"give solve metrics={{{self.metric!r}: (curvature.dominant_eigenvalue(F), batch)}}."
             )
         return self.rule.decide(history[self.metric], history.steps[self.metric] / self.steps_per_epoch, self.total)
 
@@ -221,21 +227,13 @@ class Monitor:
         """The outer steps that had been taken at the evaluation to go back to."""
         return int(history.steps[self.metric][decision.index])
 
-    def __call__(self, event: Any) -> bool:
+    def __call__(self, event: Event) -> bool:
         """Whether to end the run."""
         decision = self.decide(event.history)
         if event.history.last_step(self.metric) != event.step:
             return decision is not None
-        keep = self.keep_state
-        self._kept.append(
-            Snapshot(
-                event.step,
-                event.step / self.steps_per_epoch,
-                event.x,
-                event.y if keep else None,
-                event.state if keep else None,
-            )
-        )
+        y, state = (event.y, event.state) if self.keep_state else (None, None)
+        self._kept.append(Snapshot(event.step, event.step / self.steps_per_epoch, event.x, y, state))
         self.decision = decision
         self._stop_step = None if decision is None else self.step_of(decision, event.history)
         return decision is not None
@@ -249,6 +247,7 @@ class Monitor:
             if snapshot.step == self._stop_step:
                 return snapshot
         raise ValueError(
-            f"Monitor: the rule goes back to step {self._stop_step}, which this process has not seen (the start, or a part of the run "
-            "before an interruption). Take regularizers.adaptive, which keeps such points on the disk, or a rule with a later start."
+            f"Monitor: the rule goes back to step {self._stop_step}, which this process has not seen (the start, or a "
+            "part of the run before an interruption). Take runs.adaptive, which keeps such points on the disk, or a "
+            "rule with a later start."
         )

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 
-from bilevel.data import as_step_key
+from bilevel.checkpoint import Checkpoints, fingerprint
+from bilevel.keys import StepKey, as_step_key
 from bilevel.problem import Problem, as_variable
-from bilevel.regularizers.early_stopping import Decision, EarlyStopping, Monitor
-from bilevel.solution import Result, Solution
+from bilevel.recorder import Event
+from bilevel.result import Result
+from bilevel.runs.early_stopping import Decision, EarlyStopping, Monitor
+from bilevel.solution import Solution
 from bilevel.solve import solve
-
-PyTree = Any
+from bilevel.typing import PyTree, Solver, X, Y
 
 logger = logging.getLogger("bilevel")
 
@@ -41,7 +45,7 @@ class _OfSolution:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adaptive(_OfSolution):
+class Adaptive(_OfSolution, Generic[X, Y]):
     """What `adaptive` did.
 
     Attributes:
@@ -51,7 +55,7 @@ class Adaptive(_OfSolution):
       rolled_back_to: the step that each of those went back to.
     """
 
-    solution: Solution
+    solution: Solution[X, Y]
     strengths: tuple[float, ...]
     decisions: tuple[Decision, ...]
     rolled_back_to: tuple[int, ...]
@@ -64,10 +68,10 @@ class Adaptive(_OfSolution):
 
 
 def adaptive(
-    problem: Problem,
-    x0: PyTree,
-    y0: PyTree,
-    solver: Callable[[float], Any],
+    problem: Problem[X, Y],
+    x0: X,
+    y0: Y,
+    solver: Callable[[float], Solver],
     strength: float,
     *,
     eigenvalue: Any,
@@ -78,16 +82,16 @@ def adaptive(
     steps_per_epoch: float = 1,
     factor: float = 10.0,
     metrics: dict[str, Any] | None = None,
-    key: Any = 0,
-    checkpoint: Any = None,
-    callback: Callable[[Any], Any] | None = None,
+    key: int | jax.Array | StepKey = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    callback: Callable[[Event[X, Y]], Any] | None = None,
     **options: Any,
-) -> Adaptive:
+) -> Adaptive[X, Y]:
     """Search with a regularisation that grows, and take back what was done with too little of it (DARTS-ADA).
 
-    The run is watched by an `EarlyStopping` rule. Where it fires, everything (x, y, the optimisers' memories, the history of
-    eigenvalues) is set back to the evaluation that the rule names, the strength is multiplied by `factor`, at most to
-    `largest`, and the run goes on to the same number of steps. Steps keep their numbers: schedules and
+    The run is watched by an `EarlyStopping` rule. Where it fires, everything (x, y, the optimisers' memories, the
+    history of eigenvalues) is set back to the evaluation that the rule names, the strength is multiplied by `factor`,
+    at most to `largest`, and the run goes on to the same number of steps. Steps keep their numbers: schedules and
     batches go on as if nothing had happened. With `largest` the run is no longer watched.
 
         adaptive(problem, x0, y0, lambda wd: solvers.DARTS(weight_decay=wd), 3e-4, largest=3e-2,
@@ -96,8 +100,8 @@ def adaptive(
 
     Args:
       problem, x0, y0: as in `solve`.
-      solver: `strength -> solver`; the solvers differ in numbers only, so that their states are alike. If the number is a leaf
-        (`DARTS(weight_decay=...)`), all of it is one compiled program.
+      solver: `strength -> solver`; the solvers differ in numbers only, so that their states are alike. If the number is
+        a leaf (`DARTS(weight_decay=...)`), all of it is one compiled program.
       strength: the first one.
       eigenvalue: the metric to watch, a function of (x, y) or a pair (function, data), as in `solve`.
       largest: the last strength (the authors' script: 0.03, from 3e-4, with factor 10).
@@ -137,45 +141,67 @@ def adaptive(
     options |= {"steps": steps, "key": key, "metrics": {monitor.metric: eigenvalue, **(metrics or {})}}
     options |= {"metrics_every": every, "callback_every": every, "checkpoint_every": every}
     options |= {"checkpoint_keep": -(-steps // every) + 1}
-    if checkpoint is None:
-        with tempfile.TemporaryDirectory() as directory:
-            return _adaptive(
-                problem, x0, y0, solver, strength, largest, factor, monitor, Path(directory), callback, options
-            )
-    return _adaptive(problem, x0, y0, solver, strength, largest, factor, monitor, Path(checkpoint), callback, options)
+    where = tempfile.TemporaryDirectory() if checkpoint is None else contextlib.nullcontext(checkpoint)
+    with where as directory:
+        points = _Points(problem, x0, y0, solver, key, Path(directory), options["checkpoint_keep"])
+        return _follow(points, monitor, strength, largest, factor, callback, options)
 
 
-def _adaptive(
-    problem: Problem,
-    x0: PyTree,
-    y0: PyTree,
-    solver: Callable[[float], Any],
+@dataclasses.dataclass(frozen=True)
+class _Points:
+    """Where the runs of one path leave their checkpoints: the run with strength number i in `strength_<i>`."""
+
+    problem: Problem
+    x0: PyTree
+    y0: PyTree
+    solver: Callable[[float], Solver]
+    key: Any
+    directory: Path
+    keep: int
+
+    def path(self, number: int) -> Path:
+        """The directory of a run."""
+        return self.directory / f"strength_{number}"
+
+    def of(self, number: int, strength: float) -> Checkpoints:
+        """The checkpoints of a run."""
+        start = as_variable("x0", self.x0), as_variable("y0", self.y0)
+        what = fingerprint(
+            jax.tree.map(jnp.asarray, self.problem), self.solver(strength), *start, as_step_key(self.key)
+        )
+        return Checkpoints(self.path(number), what, self.keep)
+
+    def branch(self, strengths: list[float], following: float, step: int, state: Any) -> None:
+        """Have the run that comes after those of `strengths` begin where they were after this step."""
+        if step == 0:
+            return  # that is the start
+        target = self.of(len(strengths), following)
+        if target.restore(state, step) is not None:
+            return
+        # A point before the last roll-back lies with the run that came before it.
+        runs = reversed(list(enumerate(strengths)))
+        found = (self.of(number, strength).restore(state, step) for number, strength in runs)
+        target.save(*next(point for point in found if point is not None))
+
+
+def _follow(
+    points: _Points,
+    monitor: Monitor,
     strength: float,
     largest: float,
     factor: float,
-    monitor: Monitor,
-    directory: Path,
-    callback: Callable[[Any], Any] | None,
+    callback: Callable[[Event], Any] | None,
     options: dict[str, Any],
 ) -> Adaptive:
-    from bilevel.checkpoint import Checkpoints, fingerprint
-
-    def points(number: int, strength: float) -> Checkpoints:
-        """The checkpoints of the run with that strength."""
-        what = jax.tree.map(jnp.asarray, problem), solver(strength), as_variable("x0", x0), as_variable("y0", y0)
-        return Checkpoints(path(number), fingerprint(*what, as_step_key(options["key"])), options["checkpoint_keep"])
-
-    def path(number: int) -> Path:
-        return directory / f"strength_{number}"
-
-    def watch(event: Any) -> bool:
+    def watch(event: Event) -> bool:
         asked = callback is not None and bool(callback(event))
         return asked or (strength < largest and monitor.decide(event.history) is not None)
 
-    strengths, decisions, steps = [strength], [], []
+    strengths, steps = [strength], []
+    decisions: list[Decision] = []
     while True:
-        run = len(strengths) - 1
-        solution = solve(problem, x0, y0, solver(strength), callback=watch, checkpoint=path(run), **options)
+        start = points.problem, points.x0, points.y0, points.solver(strength)
+        solution = solve(*start, callback=watch, checkpoint=points.path(len(decisions)), **options)
         if strength >= largest or solution.result not in (Result.STOPPED, Result.MAX_STEPS):
             break
         decision = monitor.decide(solution.history)
@@ -183,19 +209,9 @@ def _adaptive(
             break
         back = monitor.step_of(decision, solution.history)
         following = min(strength * factor, largest)
-        if back > 0:  # step 0 needs no checkpoint: the new run begins at the start
-            target = points(run + 1, following)
-            if target.restore(solution.state, back) is None:
-                # A point before the last roll-back lies with the run that came before it.
-                found = (points(i, s).restore(solution.state, back) for i, s in reversed(list(enumerate(strengths))))
-                target.save(*next(point for point in found if point is not None))
-        logger.info(
-            "the rule fired at epoch %g: back to step %d, strength %g -> %g",
-            decision.decided_at,
-            back,
-            strength,
-            following,
-        )
+        points.branch(strengths, following, back, solution.state)
+        change = decision.decided_at, back, strength, following
+        logger.info("the rule fired at epoch %g: back to step %d, strength %g -> %g", *change)
         strength = following
         strengths.append(strength)
         decisions.append(decision)
@@ -227,7 +243,7 @@ class Best(_OfSolution):
 
 
 def keep_best(run: Callable[[Any], Any], strengths: Iterable[Any], evaluate: Callable[[PyTree, PyTree], Any]) -> Best:
-    """The R-DARTS protocol: search with several strengths of regularisation, keep what is best after a short retraining.
+    """The R-DARTS protocol: search with several strengths, and keep what is best after a short retraining.
 
         keep_best(lambda wd: solve(problem, x0, y0, solvers.DARTS(weight_decay=wd), steps=5000),
                   (3e-4, 9e-4, 27e-4, 81e-4), evaluate=validation_error_after_retraining)
@@ -236,11 +252,12 @@ def keep_best(run: Callable[[Any], Any], strengths: Iterable[Any], evaluate: Cal
     architecture is worst.
 
     Args:
-      run: `strength -> Solution` (anything with `x` and `y`, such as an `Adaptive`). A strength is whatever it takes: a weight decay,
-        a rate of drop-path or cutout.
-      strengths: what to try, at least one. The paper's: weight decays 3e-4 times 1, 3, 9, 27, 81; drop-path 0, 0.2, 0.4, 0.6.
-      evaluate: `(x, y) -> scalar`, lower is better, such as the validation error of the derived model after a short training.
-        A run that has diverged is not evaluated.
+      run: `strength -> Solution` (anything with `x` and `y`, such as an `Adaptive`). A strength is whatever it takes: a
+        weight decay, a rate of drop-path or cutout.
+      strengths: what to try, at least one. The paper's: weight decays 3e-4 times 1, 3, 9, 27, 81; drop-path 0, 0.2,
+        0.4, 0.6.
+      evaluate: `(x, y) -> scalar`, lower is better, such as the validation error of the derived model after a short
+        training. A run that has diverged is not evaluated.
 
     Reference: Zela et al., "Understanding and Robustifying Differentiable Architecture Search", ICLR 2020.
     """

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import as_step_key
+from bilevel.keys import StepKey, as_step_key
+from bilevel.loop import run
 from bilevel.problem import Problem, ProblemError
-from bilevel.solve import run
-
-PyTree = Any
+from bilevel.typing import Solver, X, Y
 
 __all__ = ["Multistart", "multistart"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Multistart:
+class Multistart(Generic[X, Y]):
     """The ends of all starts.
 
     Attributes:
@@ -30,30 +29,31 @@ class Multistart:
       states: the solver's states.
     """
 
-    x: PyTree
-    y: PyTree
+    x: X
+    y: Y
     best: int
-    xs: PyTree
-    ys: PyTree
+    xs: X
+    ys: Y
     metrics: dict[str, np.ndarray]
     states: Any
 
 
 def multistart(
-    problem: Problem,
-    x0s: PyTree,
-    y0s: PyTree,
-    solver: Any,
+    problem: Problem[X, Y],
+    x0s: X,
+    y0s: Y,
+    solver: Solver,
     steps: int = 1000,
-    key: Any = 0,
+    key: int | jax.Array | StepKey = 0,
     feasible: float = 1e-3,
     settled: float = float("inf"),
-) -> Multistart:
+) -> Multistart[X, Y]:
     """Run the solver from many starts at once (`vmap`) and return the best feasible end.
 
     Bilevel methods are local: where either level has several solutions the start decides. An end counts where it is
-    finite, its `violation` (of methods that measure it) is at most `feasible` and its `hypergradient_norm` at most `settled`;
-    among those the lowest `upper_loss` wins, with `bias` (how far a penalty holds F below its true value) added.
+    finite, its `violation` (of methods that measure it) is at most `feasible` and its `hypergradient_norm` at most
+    `settled`; among those the lowest `upper_loss` wins, with `bias` (how far a penalty holds F below its true value)
+    added.
 
     Args:
       problem: the problem.
@@ -75,8 +75,8 @@ def multistart(
     base = as_step_key(key)
 
     @jax.jit
-    def all_runs(problem: Problem, x0s: PyTree, y0s: PyTree) -> Any:
-        def one(x: PyTree, y: PyTree) -> Any:
+    def all_runs(problem: Problem[X, Y], x0s: X, y0s: Y) -> Any:
+        def one(x: X, y: Y) -> Any:
             state, metrics = run(problem, solver, x, y, steps, base)
             return state, state.x, state.y, jax.tree.map(lambda m: m[-1], metrics)
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import as_step_key
+from bilevel.keys import StepKey, as_step_key
+from bilevel.loop import run
 from bilevel.problem import Problem, ProblemError, as_variable
-from bilevel.solve import run
-
-PyTree = Any
+from bilevel.typing import Scalar, Solver, X, Y
 
 __all__ = ["Sweep", "sweep"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class Sweep(Generic[X, Y]):
     """What a sweep found.
 
     Attributes:
@@ -32,9 +31,9 @@ class Sweep:
       state: all final states, stacked along a leading axis.
     """
 
-    solver: Any
-    x: PyTree
-    y: PyTree
+    solver: Solver
+    x: X
+    y: Y
     score: float
     scores: np.ndarray
     state: Any
@@ -46,7 +45,7 @@ class Sweep:
 
 @functools.partial(jax.jit, static_argnames=("steps", "score"))
 def _run_all(
-    problem: Problem, solvers: Any, x0: PyTree, y0: PyTree, key: Any, steps: int, score: Any
+    problem: Problem[X, Y], solvers: Any, x0: X, y0: Y, key: StepKey, steps: int, score: Callable[[X, Y], Scalar] | None
 ) -> tuple[Any, jax.Array]:
     def one(solver: Any) -> tuple[Any, jax.Array]:
         state, _ = run(problem, solver, x0, y0, steps, key)
@@ -57,16 +56,16 @@ def _run_all(
 
 
 def sweep(
-    problem: Problem,
-    solvers: Sequence[Any],
-    x0: PyTree,
-    y0: PyTree,
+    problem: Problem[X, Y],
+    solvers: Sequence[Solver],
+    x0: X,
+    y0: Y,
     *,
     steps: int = 1000,
-    key: Any = 0,
-    score: Callable[[PyTree, PyTree], jax.Array] | None = None,
-) -> Sweep:
-    """Run `solvers`, alike but for their numbers, as one `vmap` under one compile, with common batches; return the best.
+    key: int | jax.Array | StepKey = 0,
+    score: Callable[[X, Y], Scalar] | None = None,
+) -> Sweep[X, Y]:
+    """Run `solvers`, alike but for their numbers, as one `vmap` under one compile; return the best.
 
         sweep(problem, [SOBA(b, a) for a in (0.03, 0.1, 0.3) for b in (0.01, 0.1, 1.0)], x0, y0, steps=5000)
 
@@ -88,8 +87,9 @@ def sweep(
     for i, structure in enumerate(structures):
         if structure != structures[0]:  # type: ignore[operator]
             raise ValueError(
-                f"sweep runs solvers that differ in numbers only, and solver {i} differs from solver 0 in something else (a count, a flag, an optax "
-                f"rule): {solvers[i]} against {solvers[0]}. Give step sizes as numbers, and sweep over counts in separate calls."
+                f"sweep runs solvers that differ in numbers only, and solver {i} differs from solver 0 in something "
+                f"else (a count, a flag, an optax rule): {solvers[i]} against {solvers[0]}. Give step sizes as "
+                "numbers, and sweep over counts in separate calls."
             )
     if not jax.tree.leaves(solvers[0]):
         raise ValueError(
