@@ -39,8 +39,8 @@ import jax
 import optax
 
 from bilevel._module import state
-from bilevel.optimizers import as_optimizer
 from bilevel.network import Network
+from bilevel.optimizers import as_optimizer
 
 PyTree = Any
 

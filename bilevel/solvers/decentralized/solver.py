@@ -13,14 +13,14 @@ import optax
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
 from bilevel.data import StepKey
-from bilevel.optimizers import check_optimizer
 from bilevel.network import Network, consensus_error
+from bilevel.optimizers import check_optimizer
 from bilevel.problem import Problem, ProblemError
 from bilevel.solution import Result
 from bilevel.solvers import _agents
 from bilevel.solvers._base import refuse
-from bilevel.typing import PyTree
 from bilevel.solvers.decentralized.corrections import CORRECTIONS, Copies, advance, mixings, start, step_limit
+from bilevel.typing import PyTree
 
 logger = logging.getLogger("bilevel")
 

@@ -14,8 +14,8 @@ from bilevel.optimizers import as_optimizer, check_optimizer
 from bilevel.problem import Problem
 from bilevel.solvers import _agents
 from bilevel.solvers._base import refuse
-from bilevel.typing import PyTree
 from bilevel.solvers.federated._round import Round, check_clients, check_count, norms, traffic
+from bilevel.typing import PyTree
 
 
 @state

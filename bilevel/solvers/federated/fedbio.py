@@ -13,9 +13,9 @@ from bilevel.data import StepKey
 from bilevel.problem import Problem
 from bilevel.solvers import _agents
 from bilevel.solvers._base import refuse
-from bilevel.typing import PyTree
 from bilevel.solvers.federated._round import Round, check_clients, check_count, norms, traffic
 from bilevel.solvers.federated.simfbo import FederatedSingleLoop, directions
+from bilevel.typing import PyTree
 
 
 def FedBiO(

@@ -14,9 +14,9 @@ from bilevel.optimizers import as_optimizer, check_optimizer
 from bilevel.problem import Problem
 from bilevel.solvers import _agents
 from bilevel.solvers._base import refuse
-from bilevel.typing import PyTree
 from bilevel.solvers.federated._round import Round, check_clients, check_count, curvature_bound, norms, traffic
 from bilevel.solvers.federated.hypergradients import LocalHypergradient, ParallelHypergradient, SharedHypergradient
+from bilevel.typing import PyTree
 
 LOWER = ("minibatch", "svrg", "local")
 

@@ -4,16 +4,12 @@ schedule."""
 from __future__ import annotations
 
 from bilevel.solvers.penalty._base import Diagnosed
-from bilevel.solvers.penalty._choose import choose
 from bilevel.solvers.penalty._schedule import Continuation, Path, Polynomial
-from bilevel.solvers.penalty.aipod import AiPOD
 from bilevel.solvers.penalty.blocc import BLOCC
 from bilevel.solvers.penalty.bome import BOME
 from bilevel.solvers.penalty.bvfsm import BVFSM
 from bilevel.solvers.penalty.f2sa import F2BA, F2SA, CentralF2SA, SingleLoopF2SA
 from bilevel.solvers.penalty.gaffa import BiCGAFFA
-from bilevel.solvers.penalty.galet import GALET
-from bilevel.solvers.penalty.gam import GAM
 from bilevel.solvers.penalty.lvhba import LVHBA
 from bilevel.solvers.penalty.meha import MEHA
 from bilevel.solvers.penalty.pbgd import GPBGD, VPBGD
@@ -26,14 +22,11 @@ __all__ = [
     "BVFSM",
     "F2BA",
     "F2SA",
-    "GALET",
-    "GAM",
     "GPBGD",
     "LVHBA",
     "MEHA",
     "SFLCB",
     "VPBGD",
-    "AiPOD",
     "BiCGAFFA",
     "BiGSAM",
     "CentralF2SA",
@@ -43,5 +36,4 @@ __all__ = [
     "Path",
     "Polynomial",
     "SingleLoopF2SA",
-    "choose",
 ]
