@@ -28,20 +28,18 @@ import numpy as np
 import optax
 
 from bilevel import Problem, run
+from bilevel.solvers import GALET, GAM, AiPOD
 from bilevel.solvers.penalty import (
     BLOCC,
     BOME,
     BVFSM,
     F2BA,
     F2SA,
-    GALET,
-    GAM,
     GPBGD,
     LVHBA,
     MEHA,
     SFLCB,
     VPBGD,
-    AiPOD,
     BiCGAFFA,
     CentralF2SA,
     Polynomial,

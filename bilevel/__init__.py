@@ -23,8 +23,8 @@ from bilevel import (
 )
 from bilevel._module import hyperparameters, state
 from bilevel.checkpoint import CheckpointError
-from bilevel.multistart import Multistart, multistart
 from bilevel.level import Level, Levels
+from bilevel.multistart import Multistart, multistart
 from bilevel.problem import Problem, ProblemError
 from bilevel.solution import History, Result, Solution
 from bilevel.solve import Event, run, solve

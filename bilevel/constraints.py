@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.extend.core import Literal
 
 from bilevel.level import Level
 from bilevel.typing import PyTree
 
-__all__ = ["Constraints", "depends", "is_affine", "row_norms"]
+__all__ = ["Constraints", "Equalities", "depends", "is_affine", "row_norms"]
 
 
 class Constraints:
@@ -99,6 +101,44 @@ class Constraints:
         largest = jnp.max(norms, initial=0.0)
         usable = norms > 1e-6 * jnp.where(largest > 0, largest, 1.0)
         return self._scaled(jnp.where(usable, 1 / jnp.where(usable, norms, 1.0), 1.0).astype(self.dtype))
+
+
+class Equalities(NamedTuple):
+    """The rows c(y) = A y - b of one x that are affine in y, and the projections that belong to them.
+
+    Attributes:
+      rows: y -> (p,).
+      push, pull: v -> A v and q -> A' q.
+      inverse: (p, p), a generalised inverse of A A'.
+    """
+
+    rows: Callable[[PyTree], jax.Array]
+    push: Callable[[PyTree], jax.Array]
+    pull: Callable[[jax.Array], PyTree]
+    inverse: jax.Array
+
+    @classmethod
+    def of(cls, level: Level, x: PyTree, y: PyTree) -> Equalities:
+        """Those of a level at x: p products with A and A', and one factorisation."""
+        all_rows = Constraints(level, x, y)
+        rows = lambda y: all_rows.raw(x, y)  # noqa: E731
+        push = jax.linearize(rows, y)[1]
+        transposed = jax.linear_transpose(push, y)
+        pull = lambda q: transposed(q)[0]  # noqa: E731
+        matrix = jax.vmap(lambda q: push(pull(q)))(jnp.eye(all_rows.count, dtype=all_rows.dtype))
+        size = jnp.diag(matrix)
+        unit = jnp.where(size > 0, 1 / jnp.sqrt(jnp.where(size > 0, size, 1)), 1.0)
+        rtol = 1e3 * jnp.finfo(all_rows.dtype).eps
+        inverse = unit[:, None] * jnp.linalg.pinv(unit[:, None] * matrix * unit, rtol=rtol, hermitian=True) * unit
+        return cls(rows, push, pull, inverse)
+
+    def onto(self, y: PyTree) -> PyTree:
+        """The projection of y on {c = 0}."""
+        return optax.tree.sub(y, self.pull(self.inverse @ self.rows(y)))
+
+    def along(self, v: PyTree) -> PyTree:
+        """The projection of v on the null space of A."""
+        return optax.tree.sub(v, self.pull(self.inverse @ self.push(v)))
 
 
 # Above this many rows their norms are estimated: E (Jv)_i^2 = |J_i|^2 for random signs v.

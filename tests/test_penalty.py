@@ -12,6 +12,7 @@ import pytest
 from bilevel import Problem, ProblemError, Result, data, run, solve
 from bilevel.constraints import Constraints
 from bilevel.multistart import multistart
+from bilevel.solvers import GALET, GAM, AiPOD
 from bilevel.solvers.default import choose
 from bilevel.solvers.penalty import (
     BLOCC,
@@ -19,14 +20,11 @@ from bilevel.solvers.penalty import (
     BVFSM,
     F2BA,
     F2SA,
-    GALET,
-    GAM,
     GPBGD,
     LVHBA,
     MEHA,
     SFLCB,
     VPBGD,
-    AiPOD,
     BiCGAFFA,
     BiGSAM,
     CentralF2SA,
@@ -514,9 +512,7 @@ def test_solvers_refuse_what_they_cannot_honour():
 def test_choose_follows_the_problem():
     problem, _, _, x0, y0 = active()
     assert isinstance(choose(problem, x0, y0)[0], LVHBA)
-    assert isinstance(
-        choose(dataclasses.replace(problem, constraint=lambda x, y: y**2 - x), x0, y0)[0], BiCGAFFA
-    )
+    assert isinstance(choose(dataclasses.replace(problem, constraint=lambda x, y: y**2 - x), x0, y0)[0], BiCGAFFA)
     soft = lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
     assert isinstance(choose(dataclasses.replace(quadratic()[0], prox_lower=soft), *quadratic()[3:])[0], MEHA)
     assert choose(quadratic()[0], *quadratic()[3:]) is None

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bilevel import Problem, projections
+from bilevel.constraints import Constraints, depends, is_affine, row_norms
+from bilevel.lower.accurate import augmented_lagrangian, minimise
 from bilevel.solvers.penalty import Continuation, Polynomial
 from bilevel.solvers.penalty._base import curvature, operator_norm
-from bilevel.constraints import Constraints, depends, is_affine, row_norms
-from bilevel.lower.accurate import minimise, augmented_lagrangian
 
 pytestmark = pytest.mark.usefixtures("x64")
 

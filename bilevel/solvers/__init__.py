@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bilevel.solvers._base import refuse
 from bilevel.solvers.darts import DARTS, UpperFirst
 from bilevel.solvers.default import default_solver
+from bilevel.solvers.kkt import GALET, GAM, AiPOD
 from bilevel.solvers.nested import AID, IMAML, ITD, T1T2, HypergradientDescent, OneStep, TruncatedITD
 from bilevel.solvers.single_loop import FSLA, MASOBA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN, AdamSOBA, SingleLoop
 from bilevel.solvers.stochastic_nested import BSA, SAMA, TTSA, VRBO, AmIGO, StocBiO
@@ -33,14 +34,11 @@ if TYPE_CHECKING:
         BVFSM,
         F2BA,
         F2SA,
-        GALET,
-        GAM,
         GPBGD,
         LVHBA,
         MEHA,
         SFLCB,
         VPBGD,
-        AiPOD,
         BiCGAFFA,
         BiGSAM,
         CentralF2SA,
@@ -72,14 +70,11 @@ _LAZY = {
         "BVFSM",
         "F2BA",
         "F2SA",
-        "GALET",
-        "GAM",
         "GPBGD",
         "LVHBA",
         "MEHA",
         "SFLCB",
         "VPBGD",
-        "AiPOD",
         "BiCGAFFA",
         "BiGSAM",
         "CentralF2SA",

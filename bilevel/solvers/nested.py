@@ -76,8 +76,8 @@ class HypergradientDescent:
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> NestedState:
         """The state before the first step."""
-        honours = getattr(self.hypergradient, "honours", ())
-        refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower", *honours))
+        honours = getattr(self.hypergradient, "honours", ("project_lower", "prox_lower"))
+        refuse(self, problem, x, honours=("project_upper", *honours), instead="solvers.LVHBA or solvers.MEHA")
         memory = as_lower_solver(self.lower_solver).init(y).memory
         carry = self.hypergradient.init(problem.draw_lower(key), x, y)
         upper = self._move(problem).init(x)
@@ -123,8 +123,9 @@ class HypergradientDescent:
         return NestedState(x, y, trial, found.lower.memory, found.carry, memory, state.start), metrics
 
     def status(self, state: NestedState, metrics: Metrics, tol: Any) -> jax.Array:
-        """CONVERGED where the hypergradient and the lower level's residual are within the tolerance."""
-        return within(tol, metrics, "hypergradient_norm", "lower_residual")
+        """CONVERGED where the hypergradient and the lower level's residual are within the tolerance (and what else the
+        estimator says)."""
+        return within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
 
     def finish(
         self, problem: Problem, state: NestedState, result: Result, metrics: dict[str, float], tol: Any
@@ -132,15 +133,27 @@ class HypergradientDescent:
         """At the end of a run that met its tolerance: whether y minimises the lower level, or only is stationary there.
 
         An independent solve of the lower level from several starts; CONVERGED becomes LOWER_LEVEL where it ends lower (a
-        double well, a saddle point). For full batches, at most 10,000 lower unknowns, and no projection or prox.
+        double well, a saddle point). For full batches, at most 10,000 lower unknowns, and no projection or prox; under
+        coupled constraints as for penalty methods (`certificate.thorough`).
         """
         if result is not Result.CONVERGED or problem.stochastic:
             return {}, result, ""
-        if problem.project_lower is not None or problem.prox_lower is not None or optax.tree.size(state.y) > certificate.MANY:
+        if problem.constraint is not None or problem.equality is not None:
+            weight = certificate.weight_of_lower(problem, state.y, metrics, tol)
+            measures = certificate.thorough(problem, state.x, state.y, weight)
+            return certificate.verdict(measures, result, metrics, tol, weight)
+        if problem.project_lower is not None or problem.prox_lower is not None:
+            return {}, result, ""
+        if optax.tree.size(state.y) > certificate.MANY:
             return {}, result, ""
         measures = certificate.quick(problem, state.x, state.y)
-        measures, found, why = certificate.verdict(measures, result, metrics, tol, least=1e-3)
-        return ({}, result, "") if found is result else ({"polished_gap": measures["polished_gap"]}, found, why)
+        numbers, found, why = certificate.verdict(measures, result, metrics, tol, least=1e-3)
+        return ({}, result, "") if found is result else ({"polished_gap": numbers["polished_gap"]}, found, why)
+
+    def multipliers(self, problem: Problem, state: NestedState) -> dict[str, PyTree]:
+        """The lower level's multipliers in the user's units, where the estimator knows them; else none."""
+        known = getattr(self.hypergradient, "multipliers", None)
+        return {} if known is None else known(problem.full_lower(), state.x, state.y, state.carry)
 
 
 def _with_gradient(estimate: Any, x: PyTree) -> Scalar:

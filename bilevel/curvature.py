@@ -1,0 +1,258 @@
+"""How curved a function is: eigenvalues of its Hessian, spectral norms, and estimates that follow a run.
+
+| wanted | function | products |
+|---|---|---|
+| both ends of a symmetric map's spectrum | `extreme_eigenvalues` | `steps`, or one per unknown |
+| the largest eigenvalue of F_xx, as a metric of `solve` | `dominant_eigenvalue` | the same |
+| norms of a symmetric map, a Hessian, a Jacobian | `spectral_norm`, `hessian_norm`, `jacobian_norm` | `steps` |
+| a spectral norm kept up to date along a run | `secant_estimate`, `probe_estimate` | none, one in ten steps |
+
+Norms and ends of spectra by iteration are estimates from inside, within a few per cent as a rule: whoever sets a step
+by one leaves that much room. All functions are pure and run under `jit`, `vmap` and `scan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from bilevel.derivatives import norm
+from bilevel.typing import PyTree
+
+LinearMap = Callable[[PyTree], PyTree]
+
+__all__ = [
+    "dominant_eigenvalue",
+    "extreme_eigenvalues",
+    "hessian_norm",
+    "jacobian_norm",
+    "probe_estimate",
+    "secant_estimate",
+    "spectral_norm",
+    "unit_direction",
+]
+
+
+# Eigenvalues.
+
+
+def extreme_eigenvalues(
+    matvec: LinearMap, like: PyTree, key: Any = 0, steps: int = 40, *, dense: int = 64, chunk: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The algebraically smallest and largest eigenvalue of a symmetric linear map on pytrees.
+
+    For at most `dense` unknowns the map is made a matrix and the answer exact. Above, it is that of `steps` steps of
+    the Lanczos process, beta_{j+1} q_{j+1} = A q_j - alpha_j q_j - beta_j q_{j-1}, with full reorthogonalisation from a
+    random q_0: the smallest is an upper, the largest a lower bound, and both are usually close (extreme eigenvalues
+    converge first). Cost: one product per unknown, or `steps` of them.
+
+    Args:
+      matvec: v -> A v with A symmetric; may be indefinite.
+      like: a pytree with the shapes and dtypes of v.
+      key: seed or key of the random start.
+      steps: Lanczos steps.
+      dense: the most unknowns for which the matrix is formed.
+      chunk: columns of the matrix that are computed at once (with more of them memory grows and time falls); None: all.
+
+    Reference: Golub, Van Loan, "Matrix Computations", chapter 10.
+    """
+    flat, unravel = ravel_pytree(like)
+    d = flat.size
+    multiply = lambda v: ravel_pytree(matvec(unravel(v)))[0].astype(flat.dtype)  # noqa: E731
+    if d <= dense:
+        columns = jnp.eye(d, dtype=flat.dtype)
+        matrix = jax.vmap(multiply)(columns) if chunk is None else jax.lax.map(multiply, columns, batch_size=chunk)
+        values = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)
+        return values[0], values[-1]
+    steps = min(steps, d)
+    start = jax.random.normal(_key(key), (d,), flat.dtype)
+
+    def step(j: jax.Array, carry: Any) -> Any:
+        basis, alpha, beta = carry
+        q = basis[j]
+        w = multiply(q)
+        a = jnp.vdot(q, w)
+        w = w - basis.T @ (basis @ w)  # against all of the basis, twice: rounding would bring copies of found vectors
+        w = w - basis.T @ (basis @ w)
+        b = jnp.linalg.norm(w)
+        broke = b <= 10 * jnp.finfo(flat.dtype).eps * (jnp.abs(a) + 1e-30)
+        following = jnp.where(broke, 0, w / jnp.where(broke, 1, b))
+        return basis.at[j + 1].set(following), alpha.at[j].set(a), beta.at[j].set(jnp.where(broke, 0, b))
+
+    basis = jnp.zeros((steps + 1, d), flat.dtype).at[0].set(start / jnp.linalg.norm(start))
+    zeros = jnp.zeros(steps, flat.dtype)
+    basis, alpha, beta = jax.lax.fori_loop(0, steps, step, (basis, zeros, zeros))
+    used = jnp.linalg.norm(basis[:steps], axis=1) > 0.5  # after a breakdown the rest of the basis is zero
+    fill = jnp.where(used, alpha, alpha[0])
+    off = jnp.where(used[1:], beta[:-1], 0)
+    values = jnp.linalg.eigvalsh(jnp.diag(fill) + jnp.diag(off, 1) + jnp.diag(off, -1))
+    return values[0], values[-1]
+
+
+def dominant_eigenvalue(
+    loss: Callable[..., jax.Array],
+    *,
+    weight_decay: float = 0.0,
+    dense: int = 256,
+    chunk: int = 8,
+    steps: int = 64,
+    key: int = 0,
+) -> Callable[..., jax.Array]:
+    """A metric: the algebraically largest eigenvalue of the Hessian of `loss` in x, at the current y.
+
+        solve(..., metrics={"eigenvalue": (dominant_eigenvalue(validation_loss), batch)}, metrics_every=100)
+
+    It is the direct second derivative F_xx(x, y), in all leaves of x together, and not the curvature of x -> F(x,
+    y*(x)): the sharpness that RobustDARTS tracks, whose growth announces that an architecture search degenerates. The
+    Hessian may be indefinite; a negative eigenvalue of larger modulus is not mistaken for it.
+
+    Args:
+      loss: the upper loss, `F(x, y)` or `F(x, y, batch)`.
+      weight_decay: of the upper variable; the Hessian of (weight_decay / 2) |x|^2 adds it to every eigenvalue, as in
+        the authors' logs (1e-3).
+      dense, chunk, steps, key: as in `extreme_eigenvalues`.
+
+    Returns:
+      A function of (x, y) or (x, y, batch), for `solve(metrics=...)`. Equal arguments give equal functions, so that a
+      program compiled for one serves the other. Cost: one gradient, and one Hessian-vector product per unknown or
+      Lanczos step.
+
+    Reference: Zela et al., "Understanding and Robustifying Differentiable Architecture Search", ICLR 2020.
+    """
+    if not callable(loss):
+        raise TypeError(f"dominant_eigenvalue takes a loss, a function F(x, y[, batch]), not {type(loss).__name__}.")
+    return _DominantEigenvalue(loss, weight_decay, dense, chunk, steps, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DominantEigenvalue:
+    loss: Callable[..., jax.Array]
+    weight_decay: float
+    dense: int
+    chunk: int
+    steps: int
+    key: int
+
+    def __call__(self, x: PyTree, y: PyTree, *batch: Any) -> jax.Array:
+        _, hvp = jax.linearize(jax.grad(lambda x: self.loss(x, y, *batch)), x)
+        largest = extreme_eigenvalues(hvp, x, self.key, self.steps, dense=self.dense, chunk=self.chunk)[1]
+        return largest + self.weight_decay
+
+
+# Spectral norms.
+
+
+def spectral_norm(
+    product: LinearMap, example: PyTree, steps: int = 30, *, key: Any = 17, stacked: bool = False
+) -> jax.Array:
+    """The largest |eigenvalue| of a symmetric linear map A on pytrees, by power iteration from a fixed random start.
+
+        v <- A v / |v|,    `steps` times; then |v|
+
+    Args:
+      product: v -> A v; may be indefinite.
+      example: a pytree with the shapes and dtypes of v.
+      steps: the products with A.
+      key: seed or key of the random start.
+      stacked: A acts on each entry of the leaves' leading axis by itself (each agent's Hessian, stacked).
+
+    Returns:
+      A scalar, or with `stacked` one per entry of the leading axis; at most the true norm, up to rounding.
+    """
+    length = jax.vmap(norm) if stacked else norm
+
+    def power(_: Any, v: PyTree) -> PyTree:
+        scale = length(v)
+        scale = jnp.maximum(scale, jnp.finfo(scale.dtype).tiny ** 0.5)  # a map that is zero stays zero
+        widened = lambda a: scale.reshape(scale.shape + (1,) * (a.ndim - scale.ndim)).astype(a.dtype)  # noqa: E731
+        return product(jax.tree.map(lambda a: a / widened(a), v))
+
+    return length(jax.lax.fori_loop(0, steps, power, optax.tree.random_like(_key(key), example, jax.random.normal)))
+
+
+def hessian_norm(fn: Callable[[PyTree], jax.Array], at: PyTree, steps: int = 30) -> jax.Array:
+    """The spectral norm of the Hessian of `fn` at a point: |fn''(u)|, the least L of a gradient that is L-Lipschitz."""
+    return spectral_norm(jax.linearize(jax.grad(fn), at)[1], at, steps)
+
+
+def jacobian_norm(fn: LinearMap, at: PyTree, steps: int = 30) -> jax.Array:
+    """The spectral norm of the derivative J of a map of pytrees at a point: the root of |J'J|."""
+    push = jax.linearize(fn, at)[1]
+    pull = jax.linear_transpose(push, at)
+    return jnp.sqrt(spectral_norm(lambda v: pull(push(v))[0], at, steps))
+
+
+def unit_direction(like: PyTree, key: Any = 23) -> PyTree:
+    """A random direction of norm one, shaped like `like`; by default always the same."""
+    v = optax.tree.random_like(_key(key), like, jax.random.normal)
+    return optax.tree.cast_like(optax.tree.scale(1 / norm(v), v), v)
+
+
+# Estimates that follow a run.
+
+
+def secant_estimate(
+    estimate: Any, floor: Any, change: PyTree, moved: Any, size: Any, forget: float = 0.99
+) -> jax.Array:
+    """A curvature estimate L brought up to date with what the last move has shown (full batches only).
+
+        L <- max(forget L + (1 - forget) L_0,  |g(u_new) - g(u)| / |u_new - u|)
+
+    It relaxes towards L_0, the estimate at the start, where nothing larger is seen. Moves below the resolution of the
+    variables' dtype say nothing and are passed over.
+
+    Args:
+      estimate: L.
+      floor: L_0.
+      change: the difference of the gradients, a pytree.
+      moved: |u_new - u|.
+      size: |u|, by which the move is judged.
+      forget: how slowly L falls.
+    """
+    resolved = moved > 1e4 * jnp.finfo(jnp.result_type(moved)).eps * size
+    observed = norm(change) / jnp.where(resolved, moved, 1.0)
+    relaxed = jnp.maximum(forget * estimate + (1 - forget) * floor, observed)
+    return jnp.where(resolved & jnp.isfinite(observed), relaxed, estimate)
+
+
+def probe_estimate(
+    fn: Callable[[PyTree], jax.Array], at: PyTree, k: Any, estimate: Any, direction: PyTree, every: int = 10
+) -> tuple[Any, PyTree]:
+    """A curvature estimate L and its direction d after one more power step on the Hessian of `fn`, each `every` steps.
+
+        p = fn''(u) d;    L <- max(|p|, 0.97 L);    d <- p / |p|
+
+    Curvature moves along a run (that of e^x does) in directions that a slowly moving iterate does not explore: the
+    differences of its gradients stay small until a step is far too long. The estimate falls by at most three per cent
+    a probe.
+
+    Args:
+      fn: a scalar function.
+      at: u.
+      k: the run's step; at multiples of `every` there is a probe, and otherwise nothing changes.
+      estimate: L.
+      direction: d, of norm one and shaped like u: `unit_direction(u)` at the start.
+      every: steps from one probe to the next.
+
+    Returns:
+      L and d.
+    """
+
+    def probe(_: Any) -> tuple[Any, PyTree]:
+        product = jax.jvp(jax.grad(fn), (at,), (direction,))[1]
+        size = norm(product)
+        usable = jnp.isfinite(size) & (size > 1e-12)
+        turned = jax.tree.map(lambda p, d: jnp.where(usable, p / jnp.where(usable, size, 1.0), d), product, direction)
+        return jnp.where(usable, jnp.maximum(size, 0.97 * estimate), estimate).astype(jnp.result_type(estimate)), turned
+
+    return jax.lax.cond(jnp.asarray(k) % every == 0, probe, lambda _: (estimate, direction), None)
+
+
+def _key(key: Any) -> jax.Array:
+    return jax.random.key(key) if isinstance(key, int) else key
