@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bilevel import Problem, projections
-from bilevel.solvers.penalty import Continuation, Polynomial
-from bilevel.solvers.penalty._constraints import Constraints, depends, is_affine, row_norms
-from bilevel.solvers.penalty._polish import minimise, solve_lower
+from bilevel.constraints import Constraints, depends, is_affine, row_norms
+from bilevel.lower.accurate import augmented_lagrangian, minimise
+from bilevel.solvers import Continuation, Polynomial
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -88,12 +88,12 @@ def test_dependence_is_read_off_the_trace():
 
 
 def test_row_norms_exact_and_estimated(monkeypatch):
-    from bilevel.solvers.penalty import _constraints
+    from bilevel import constraints
 
     scaled = lambda x, y: jnp.concatenate([100.0 * (A @ x), B @ y])
     expected = np.concatenate([100 * np.linalg.norm(A, axis=1), np.linalg.norm(B, axis=1)])
     np.testing.assert_allclose(row_norms(scaled, *U), expected, rtol=1e-12)
-    monkeypatch.setattr(_constraints, "_EXACT_ROWS", 1)
+    monkeypatch.setattr(constraints, "_EXACT_ROWS", 1)
     np.testing.assert_allclose(row_norms(scaled, *U), expected, rtol=0.4)
     ball = lambda x, y: jnp.stack([y @ y - 1])
     assert float(row_norms(ball, U[0], jnp.zeros(4))[0]) > 0.1
@@ -107,7 +107,7 @@ def test_constraints_of_two_kinds_are_one_vector():
         equality=lambda x, y: y[0] - 1,
     )
     x, y = jnp.asarray(0.0), jnp.asarray([-1.0, 2.0])
-    c = Constraints(problem, problem.draw_lower(0), x, y).at(x, y)
+    c = Constraints(problem.draw_lower(0), x, y).at(x, y)
     assert c.count == 4 and list(c.inequality) == [True, True, True, False]
     np.testing.assert_allclose(c(x, y), [1.0, -2.0, 1 / np.sqrt(3), -2.0])
     np.testing.assert_allclose(c.violation(x, y), 2.0)
@@ -135,8 +135,8 @@ def test_the_polish_finds_multipliers():
         constraint=lambda x, y: y[0] - 1,
         equality=lambda x, y: y[0] + y[1],
     )
-    c = Constraints(problem, problem.draw_lower(0), jnp.zeros(1), jnp.zeros(2))
-    found = jax.jit(lambda: solve_lower(problem.draw_lower(0), c, jnp.zeros(1), jnp.zeros(2)))()
+    c = Constraints(problem.draw_lower(0), jnp.zeros(1), jnp.zeros(2))
+    found = jax.jit(lambda: augmented_lagrangian(problem.draw_lower(0), c, jnp.zeros(1), jnp.zeros(2)))()
     np.testing.assert_allclose(found.y, [1, -1], atol=1e-7)
     # Stationarity: (y - (4, 0)) + lam (1, 0) + mu (1, 1) = 0.
     np.testing.assert_allclose(found.multipliers, [2, 1], atol=1e-5)

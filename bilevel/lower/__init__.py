@@ -11,16 +11,21 @@ Most are made of steps (`Steps`): a kernel, run by one of two loops, for a count
 a solver of another library, is one line.
 """
 
+from bilevel.lower.accurate import Accurate
 from bilevel.lower.foreign import Function, as_lower_solver, jaxopt, optimistix
 from bilevel.lower.loops import LowerState, repeat, until
+from bilevel.lower.scaled import EqualityDescent, ScaledDescent
 from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Steps
 
 __all__ = [
     "LBFGS",
+    "Accurate",
+    "EqualityDescent",
     "Function",
     "GradientDescent",
     "LowerState",
     "MomentumSGD",
+    "ScaledDescent",
     "Steps",
     "as_lower_solver",
     "jaxopt",

@@ -1,4 +1,8 @@
-"""A lower-level solve for diagnostics and for methods that need an accurate one: robust first, cheap second."""
+"""Accurate lower solves, with constraints and without: robust first, cheap second.
+
+`minimise` is a minimum of a function over a simple set or with a prox, `augmented_lagrangian` one of a level under its
+coupled constraints, with multipliers, and `Accurate` both as a lower solver.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,25 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
+from bilevel._module import hyperparameters
+from bilevel.constraints import Constraints
+from bilevel.level import Level
+from bilevel.lower.loops import LowerState
+from bilevel.optimizers import check_count
+from bilevel.typing import PyTree
 
-PyTree = Any
+__all__ = ["Accurate", "Solved", "augmented_lagrangian", "minimise"]
 
 
 class Solved(NamedTuple):
-    """What `solve_lower` found: y, scaled multipliers, f(x, y), the constraints' violation there."""
+    """What `augmented_lagrangian` found.
+
+    Attributes:
+      y: the minimum.
+      multipliers: (p,), of the rows as they were given (scaled).
+      value: f(x, y).
+      violation: the largest violation of a row there.
+    """
 
     y: PyTree
     multipliers: jax.Array
@@ -34,6 +51,14 @@ def minimise(
     """The minimum of a smooth function, over a simple set or with a proximal term, from y.
 
     L-BFGS with a line search where there is neither; else accelerated proximal gradient with backtracking and restarts.
+
+    Args:
+      fn: y -> scalar, to be minimised.
+      y: the start.
+      project: the projection `y -> y` on the set, or None.
+      prox: the proximal operator `(y, scaling) -> y`, or None.
+      steps: the most steps.
+      tol: on the norm of the gradient (of the proximal gradient).
     """
     if project is None and prox is None:
         return _lbfgs(fn, y, steps, tol)
@@ -105,12 +130,12 @@ def _fista(fn: Callable[[PyTree], jax.Array], y: PyTree, project: Any, prox: Any
     )[1]
 
 
-def solve_lower(
-    lower: Any,
-    rows: Any,
+def augmented_lagrangian(
+    lower: Level,
+    rows: Constraints,
     x: PyTree,
     y: PyTree,
-    multipliers: Any = None,
+    multipliers: jax.Array | None = None,
     steps: int = 200,
     rounds: int = 15,
     tol: Any = 1e-9,
@@ -121,7 +146,7 @@ def solve_lower(
 
     with P the projection on nonnegative numbers for inequalities; rho grows tenfold where the violation has not
     fallen to a quarter. Without constraints one minimisation. With a `prox` the nonsmooth term is not in the returned
-    value.
+    value. `steps` and `tol` are those of each minimisation, `rounds` the most updates of the multipliers.
     """
     prox = None if lower.prox is None else (lambda u, size: lower.prox(u, x, size))
     if not rows.count:
@@ -149,3 +174,38 @@ def solve_lower(
         lambda c: (c[0] < rounds) & ((c[4] > feasible) | (c[0] < 3)), body, start
     )
     return Solved(y, lam, lower(x, y), violation)
+
+
+@hyperparameters
+class Accurate:
+    """A lower solver to high accuracy that needs no step size, under coupled constraints too.
+
+    `minimise` without constraints, `augmented_lagrangian` with them; the state's memory is then the multipliers in the
+    user's units, shape (p,), which the next solve starts from (None: zeros). For full batches; not differentiable in
+    reverse.
+
+    Attributes:
+      steps: the most steps of each minimisation.
+      rounds: the most updates of the multipliers.
+      tol: on the gradient's norm; None: eps^(3/4) of y's dtype.
+    """
+
+    steps: int = 200
+    rounds: int = 15
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_count("Accurate", steps=self.steps, rounds=self.rounds)
+
+    def init(self, y: PyTree) -> LowerState:
+        """y, and no multipliers yet."""
+        return LowerState(y, None)
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        """The minimum from `state`."""
+        rows = Constraints(level, x, state.y)
+        rows = rows.at(x, state.y)
+        tol = float(jnp.finfo(rows.dtype).eps) ** 0.75 if self.tol is None else self.tol
+        start = None if state.memory is None else state.memory / rows.scale
+        found = augmented_lagrangian(level, rows, x, state.y, start, self.steps, self.rounds, tol)
+        return LowerState(found.y, found.multipliers * rows.scale if rows.count else None)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.extend.core import Literal
 
-from bilevel.problem import Level, Problem
+from bilevel.level import Level
+from bilevel.typing import PyTree
 
-PyTree = Any
+__all__ = ["Constraints", "Equalities", "depends", "is_affine", "row_norms"]
 
 
 class Constraints:
     """c(x, y) in R^p, inequalities c_i <= 0 first, then equalities c_i = 0, each row divided by its norm at the start.
 
-    A saddle point is only as well conditioned as its constraints: a row of norm 17 makes a step 300 times too long or
-      too
-    short. All penalty methods therefore work on scaled rows, with multipliers in the units of those; `multipliers`
-    gives them back in the user's units, for f + lam . g + mu . h.
+    A saddle point is only as well conditioned as its constraints: a row of norm 17 makes a step 300 times too long or too
+    short. Methods therefore work on scaled rows, with multipliers in the units of those; `multipliers` gives them back in
+    the user's units, for f + lam . g + mu . h.
+
+    Args:
+      level: the level whose `constraint` and `equality` these are.
+      x, y: a point, for the shapes.
+      scale: (p,), what each row is multiplied with; None: ones. `at` gives rows of norm one.
 
     Attributes:
       count: p; zero where the problem has no coupled constraint.
@@ -28,7 +35,7 @@ class Constraints:
       scale: (p,), what each row is multiplied with.
     """
 
-    def __init__(self, problem: Problem, level: Level, x: PyTree, y: PyTree, scale: Any = None) -> None:
+    def __init__(self, level: Level, x: PyTree, y: PyTree, scale: Any = None) -> None:
         self.parts = level.constraint, level.equality
         shapes = [jax.eval_shape(part, x, y) if part is not None else () for part in self.parts]
         counts = [sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shape)) for shape in shapes]
@@ -54,8 +61,7 @@ class Constraints:
         return jnp.where(self.inequality, jnp.maximum(value, 0), value)
 
     def violation(self, x: PyTree, y: PyTree) -> jax.Array:
-        """The largest |excess|; about the distance to the feasible set, because rows have norm one. Zero without
-        constraints."""
+        """The largest |excess|: about the distance to the feasible set where rows have norm one. Zero without rows."""
         return jnp.max(jnp.abs(self.excess(x, y)), initial=0.0)
 
     def clip(self, multipliers: jax.Array, cap: Any = jnp.inf) -> jax.Array:
@@ -77,18 +83,62 @@ class Constraints:
             found[name] = jax.tree.unflatten(structure, parts)
         return found
 
+    def times(self, factor: Any) -> Constraints:
+        """The same constraints with all rows multiplied by a number."""
+        return self._scaled(self.scale * factor)
+
+    def _scaled(self, scale: jax.Array) -> Constraints:
+        other = object.__new__(Constraints)
+        other.__dict__.update(self.__dict__)
+        other.scale = scale
+        return other
+
     def at(self, x: PyTree, y: PyTree) -> Constraints:
-        """The same constraints with each row scaled to norm one at (x, y); rows without a gradient there keep their
-        scale."""
+        """The same constraints with each row scaled to norm one at (x, y); rows without a gradient there keep theirs."""
         if not self.count:
             return self
         norms = row_norms(self.raw, x, y)
         largest = jnp.max(norms, initial=0.0)
         usable = norms > 1e-6 * jnp.where(largest > 0, largest, 1.0)
-        scaled = object.__new__(Constraints)
-        scaled.__dict__.update(self.__dict__)
-        scaled.scale = jnp.where(usable, 1 / jnp.where(usable, norms, 1.0), 1.0).astype(self.dtype)
-        return scaled
+        return self._scaled(jnp.where(usable, 1 / jnp.where(usable, norms, 1.0), 1.0).astype(self.dtype))
+
+
+class Equalities(NamedTuple):
+    """The rows c(y) = A y - b of one x that are affine in y, and the projections that belong to them.
+
+    Attributes:
+      rows: y -> (p,).
+      push, pull: v -> A v and q -> A' q.
+      inverse: (p, p), a generalised inverse of A A'.
+    """
+
+    rows: Callable[[PyTree], jax.Array]
+    push: Callable[[PyTree], jax.Array]
+    pull: Callable[[jax.Array], PyTree]
+    inverse: jax.Array
+
+    @classmethod
+    def of(cls, level: Level, x: PyTree, y: PyTree) -> Equalities:
+        """Those of a level at x: p products with A and A', and one factorisation."""
+        all_rows = Constraints(level, x, y)
+        rows = lambda y: all_rows.raw(x, y)  # noqa: E731
+        push = jax.linearize(rows, y)[1]
+        transposed = jax.linear_transpose(push, y)
+        pull = lambda q: transposed(q)[0]  # noqa: E731
+        matrix = jax.vmap(lambda q: push(pull(q)))(jnp.eye(all_rows.count, dtype=all_rows.dtype))
+        size = jnp.diag(matrix)
+        unit = jnp.where(size > 0, 1 / jnp.sqrt(jnp.where(size > 0, size, 1)), 1.0)
+        rtol = 1e3 * jnp.finfo(all_rows.dtype).eps
+        inverse = unit[:, None] * jnp.linalg.pinv(unit[:, None] * matrix * unit, rtol=rtol, hermitian=True) * unit
+        return cls(rows, push, pull, inverse)
+
+    def onto(self, y: PyTree) -> PyTree:
+        """The projection of y on {c = 0}."""
+        return optax.tree.sub(y, self.pull(self.inverse @ self.rows(y)))
+
+    def along(self, v: PyTree) -> PyTree:
+        """The projection of v on the null space of A."""
+        return optax.tree.sub(v, self.pull(self.inverse @ self.push(v)))
 
 
 # Above this many rows their norms are estimated: E (Jv)_i^2 = |J_i|^2 for random signs v.
@@ -137,8 +187,7 @@ def row_norms(fn: Any, x: PyTree, y: PyTree) -> jax.Array:
 
 
 def depends(fn: Any, *args: PyTree, on: int = 0) -> bool:
-    """Whether fn's value depends on argument number `on`, read off its trace (a static answer, under `jit` and `vmap`
-    too)."""
+    """Whether fn's value depends on argument number `on`, read off its trace: static, under `jit` and `vmap` too."""
     sizes = [len(jax.tree.leaves(arg)) for arg in args]
     first = sum(sizes[:on])
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
