@@ -62,7 +62,7 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
 
 def choose(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str] | None:
     """A penalty method for a constrained, simple or nonsmooth problem, and why; None: leave it to others."""
-    from bilevel.solvers.penalty import BOME, LVHBA, MEHA, BiCGAFFA, IterativeRegularization  # imported where needed
+    from bilevel.solvers import BOME, LVHBA, MEHA, BiCGAFFA, IterativeRegularization  # imported where needed
 
     if problem.constraint is not None or problem.equality is not None:
         if problem.prox_lower is not None or not jax.tree.leaves(x):
