@@ -97,7 +97,7 @@ def test_the_oldest_versions_are_the_lower_bounds():
     """`.ci/oldest.txt` pins each bound that pyproject.toml states for what the package imports."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    stated = project["dependencies"] + [r for name in ("plot", "examples", "pandas", "optimistix") for r in extras[name]]
+    stated = project["dependencies"] + [r for name in ("plot", "examples", "pandas") for r in extras[name]]
     bounds = {re.match(r"[\w.-]+", r)[0]: re.search(r">=([\d.]+)", r)[1] for r in stated}
     lines = [line for line in (ROOT / ".ci/oldest.txt").read_text().splitlines() if line and line[0] != "#"]
     pinned = dict(line.split("==") for line in lines)
