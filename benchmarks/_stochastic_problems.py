@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import Problem, data
-from bilevel.problems import datasets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +291,8 @@ def covtype(lower_count: int = 371_840, upper_count: int = 92_928, batch: int = 
 
 def fashion_mnist() -> tuple[np.ndarray, np.ndarray] | None:
     """Fashion-MNIST as rows of pixels and labels, where the loader finds it (it has MNIST's shape)."""
+    from bilevel.problems import datasets
+
     try:
         images, labels = datasets.fashion_mnist("train")
     except datasets.DatasetNotFoundError:
