@@ -1,7 +1,7 @@
 """Hessian-free and constrained methods side by side: the paper's toys, one problem per class, and the price of a step.
 
     python benchmarks/constrained.py                       # all sections
-    python benchmarks/constrained.py --section toys --out docs/tutorials/lvhba_toys.png
+    python benchmarks/constrained.py --section toys --out docs/methods/lvhba_toys.png
     python benchmarks/constrained.py --section members
     python benchmarks/constrained.py --section price
 
