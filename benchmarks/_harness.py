@@ -1,8 +1,8 @@
-"""What the benchmarks share: the command line, one core, rounds in which the sides take turns, ratios with their spread.
+"""What the benchmarks share: the command line, one core, rounds in which the sides take turns, ratios with spread.
 
-Nothing here imports JAX before `start` has put the process on its core: XLA and torch size their pools of threads when they first
-compute. XLA's own flags for one thread will not do: they leave a second thread that spins while it waits, which is counted as
-CPU time.
+Nothing here imports JAX before `start` has put the process on its core: XLA and torch size their pools of threads
+when they first compute. XLA's own flags for one thread will not do: they leave a second thread that spins while it
+waits, which is counted as CPU time.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def start(
     Args:
       packages: the peers, whose versions are printed too.
       pin: keep the process on one core, so that CPU times mean one thread's work on every side.
-      quick: the values that options take under `--quick` (`rounds` is 1).
+      quick: the defaults of options under `--quick` (`rounds` is 1); what the command line says counts all the same.
     """
     options = parser.parse_args(given)
     if options.quick:
-        vars(options).update({"rounds": 1, **quick})
+        parser.set_defaults(rounds=1, **quick)
+        options = parser.parse_args(given)
     if pin:
         one_core()
     print(versions(*packages), flush=True)

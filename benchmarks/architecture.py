@@ -2,13 +2,13 @@
 
     python benchmarks/architecture.py [--rounds 7] [--cells 8] [--channels 16] [--batch 64] [--orders 1 2]
 
-The setting is DARTS': 16 channels, 8 cells, batch 64, 28 x 28 pixels, momentum SGD with clipping and decay below, Adam
-above. The reference is written here with torch modules in the shape of the original (one module per operation and
-edge, batch normalisation without scales, NCHW); it asks autograd for the gradient in the architecture alone where only
-that is needed, which the original does not. Both sides run on one core in one process; rounds alternate between
-them, and medians of the process CPU time are printed, with the median, smallest and largest of the rounds' ratios. Memory is the peak
-resident size of a process of its own for each side, less what it held before the first step. The gradients of both
-sides are compared once, from equal weights, before anything is timed.
+The setting is DARTS': 16 channels, 8 cells, batch 64, 28 x 28 pixels, momentum SGD with clipping and decay below,
+Adam above. The reference is written here with torch modules in the shape of the original (one module per operation
+and edge, batch normalisation without scales, NCHW); it asks autograd for the gradient in the architecture alone where
+only that is needed, which the original does not. Both sides run on one core in one process; rounds alternate between
+them, and medians of the process CPU time are printed, with the median, smallest and largest of the rounds' ratios.
+Memory is the peak resident size of a process of its own for each side, less what it held before the first step. The
+gradients of both sides are compared once, from equal weights, before anything is timed.
 """
 
 from __future__ import annotations

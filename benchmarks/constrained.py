@@ -9,8 +9,8 @@ toys     LV-HBA on its two toy problems (n = 100) from their official starts, no
          re-implementation of the published method and settings (raw rows, one saddle step, c_k = c0 (k+1)^p).
 members  every member of the family on one strongly convex, one non-singleton and two constrained problems with known
          solutions, and beside it the same member with the steps and penalties of its public code ("published").
-price    the time of one LV-HBA step against its six gradient evaluations (f_y at theta and at y, f_x at theta and at y, F_x,
-         F_y), on a problem where they dominate and on toy LLC.
+price    the time of one LV-HBA step against its six gradient evaluations (f_y at theta and at y, f_x at theta and at
+         y, F_x, F_y), on a problem where they dominate and on toy LLC.
 
 All in float64. Times are CPU seconds of the process on one core without compilation: medians of interleaved rounds.
 """
@@ -477,7 +477,7 @@ def main():
     parser.add_argument("--section", choices=("toys", "members", "price"), default=None)
     parser.add_argument("--steps", type=int, default=5000, help="of the toys")
     parser.add_argument("--out", type=Path, default=None, help="a picture of the toys")
-    args = _harness.start(parser, "optax", steps=50)
+    args = _harness.start(parser, "optax", section="price", steps=1000)
     most = 20 if args.quick else 1_000_000
     if args.section in (None, "toys"):
         toys(args.steps, args.out)

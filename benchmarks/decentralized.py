@@ -4,7 +4,8 @@
 
 1. Microseconds per outer step of n agents (ridge regression with a weight per feature, every agent its own samples),
    against n times the step of a single agent, on a ring, an exponential graph and with a dense matrix.
-2. Microseconds per round of SimFBO and FedMBO with n clients sampled of many: the numbers of ten_thousand_clients.md in docs/.
+2. Microseconds per round of SimFBO and FedMBO with n clients sampled of many: the numbers of ten_thousand_clients.md
+   in docs/.
 3. The collectives in the compiled step of a ring whose agents lie on several devices.
 
 CPU time of this process is counted, the least of the rounds: other work on the machine does not enter.

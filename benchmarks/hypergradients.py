@@ -4,14 +4,16 @@
     python benchmarks/hypergradients.py --rounds 9 --only ridge
 
 Two problems (synthetic data of the named shapes):
-  ridge     400 x 100, one penalty exp(x_j) per feature (100 upper variables), float32; the hypergradient has a closed form.
-  cleaning  1,000 x 784, 10 classes, softmax regression (7,840 lower variables) with one weight per sample (1,000 upper variables).
+  ridge     400 x 100, one penalty exp(x_j) per feature (100 upper variables), float32; the hypergradient has a closed
+            form.
+  cleaning  1,000 x 784, 10 classes, softmax regression (7,840 lower variables) with one weight per sample (1,000
+            upper variables).
 
-Every method runs the same outer loop: `INNER` gradient steps from the last y, `CG` steps of conjugate gradients from zero, one
-gradient step on x. The iterates are compared first; then the loops are timed in turn (A B C ... A B C ...) in this one process, by
-process CPU time per outer step, compilation excluded and printed apart. Ratios are ours over theirs, the median over rounds with the
-smallest and largest. Optional peers: torch (hand-written), torchopt and higher are timed where they can be
-imported, hypertorch from a checkout that `--hypertorch` names.
+Every method runs the same outer loop: `INNER` gradient steps from the last y, `CG` steps of conjugate gradients from
+zero, one gradient step on x. The iterates are compared first; then the loops are timed in turn (A B C ... A B C ...)
+in this one process, by process CPU time per outer step, compilation excluded and printed apart. Ratios are ours over
+theirs, the median over rounds with the smallest and largest. Optional peers: torch (hand-written), torchopt and
+higher are timed where they can be imported, hypertorch from a checkout that `--hypertorch` names.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ def cleaning():
     return b
 
 
-# JAX methods: each returns a jitted function (x, y, train, val) -> (x, y, hypergradient of the last step) over OUTER steps.
+# JAX methods: each returns a jitted function (x, y, train, val) -> (x, y, hypergradient of the last step) over OUTER
+# steps.
 
 
 def scan_outer(b, one_step):
@@ -328,7 +331,13 @@ def bench(b, rounds, hypertorch):
     sizes = f"{b.x0.size} upper and {b.y0.size} lower variables"
     print(f"\n{b.name}: {sizes}, {INNER} gradient steps and {CG} CG steps, {OUTER} outer steps a run")
     args = tuple(jax.tree.map(jnp.asarray, v) for v in (b.x0, b.y0, b.train, b.val))
-    makers = {"bilevel": ours, "JAX by hand": by_hand, "jaxopt (solve_cg)": with_jaxopt, "jaxopt (default)": functools.partial(with_jaxopt, default=True), "optimistix": with_optimistix}  # fmt: skip
+    makers = {
+        "bilevel": ours,
+        "JAX by hand": by_hand,
+        "jaxopt (solve_cg)": with_jaxopt,
+        "jaxopt (default)": functools.partial(with_jaxopt, default=True),
+        "optimistix": with_optimistix,
+    }
     torch_makers = {"torch by hand": torch_by_hand, "TorchOpt": with_torchopt, "higher (unrolled)": with_higher}
     if hypertorch:
         torch_makers["hypertorch"] = functools.partial(with_hypertorch, path=hypertorch)

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4000)
     parser.add_argument("--d", type=int, default=200)
     parser.add_argument("--lr", type=float, default=20.0)
-    options = _harness.start(parser, steps=2, n=200, d=20)
+    options = _harness.start(parser, steps=2, n=400, d=60)
     jax.config.update("jax_enable_x64", True)
     train, validation = jax.tree.map(jnp.asarray, synthetic_logistic(options.n, options.d))
 

@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py
 
-Interleaved in one process, wall-clock and CPU time per step of warm programs, ratios with their spread. The problem is synthetic:
-10 upper and 10 lower variables, full batches of 100 samples, one lower gradient step and one upper step.
+Interleaved in one process, wall-clock and CPU time per step of warm programs, ratios with their spread. The problem
+is synthetic: 10 upper and 10 lower variables, full batches of 100 samples, one lower gradient step and one upper
+step.
 """
 
 from __future__ import annotations

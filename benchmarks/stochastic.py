@@ -1,8 +1,10 @@
 """Stochastic methods on the problems of benchopt's benchmark_bilevel, alone or against that suite's own solver classes.
 
     python benchmarks/stochastic.py                                  ours alone
-    python benchmarks/stochastic.py --peer PATH --problem ijcnn1     against a checkout of benchmark_bilevel (needs `pip install benchopt`)
+    python benchmarks/stochastic.py --peer PATH --problem ijcnn1     against a checkout of benchmark_bilevel
     python benchmarks/stochastic.py --peer PATH --race               time to accuracy as well, with a figure
+
+The peer needs `pip install benchopt`.
 
 The data are synthetic, but for "mnist", which is Fashion-MNIST where its loader finds it. Both run in this process,
 interleaved, on one pinned core, with the same losses, batches and steps. Times are CPU times of finished work
@@ -117,9 +119,13 @@ class Peer:
         try:
             self.solver = module.Solver.get_instance(step_size=step, outer_ratio=ratio, batch_size=64)
             self.solver.set_objective(
-                f_inner=case.lower_fn, f_outer=case.upper_fn, n_inner_samples=case.lower_count, n_outer_samples=case.upper_count,
-                inner_var0=case.y0, outer_var0=case.x0,
-            )  # fmt: skip
+                f_inner=case.lower_fn,
+                f_outer=case.upper_fn,
+                n_inner_samples=case.lower_count,
+                n_outer_samples=case.upper_count,
+                inner_var0=case.y0,
+                outer_var0=case.x0,
+            )
         finally:
             base.init_sampler = sampler
         self.restart()
@@ -165,7 +171,7 @@ def _replaying(orders: Any) -> Callable[..., Any]:
 
 
 def block_orders(case: problems.Case, name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The lower and the upper blocks that our solver draws in `steps` steps, in the order in which the peer's class draws them."""
+    """The lower and the upper blocks that our solver draws in `steps` steps, in the order of the peer's class."""
     lower, upper, base = case.problem.lower_data, case.problem.upper_data, as_step_key(0)
     n = 10
 
@@ -252,7 +258,7 @@ def agreement(case: problems.Case, name: str, steps: int) -> float:
 
 
 def race(case: problems.Case, key: str, arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
-    """The figure of merit against CPU time, evaluated between chunks and off the clock; with the published best steps."""
+    """The figure of merit against CPU time, evaluated between chunks, off the clock; with the published best steps."""
     curves = {}
     untuned = {"STFBO": lambda: Ours(case, "STFBO", 0.0, 0.0), "AID": lambda: FullBatch(case)}
     for name in ("SABA", "SRBA", "SOBA", *untuned):
@@ -282,8 +288,8 @@ def race(case: problems.Case, key: str, arguments: argparse.Namespace) -> dict[s
             when = next((t for t, v in zip(times, values, strict=True) if v <= target), None)
             reached = f"{when:.2f} CPU s" if when is not None else "not reached"
             print(
-                f"  {label:<12} {case.measured} {values[0]:.3g} -> {values[-1]:.3g} in {spent:.1f} CPU s, {run.done} steps; "
-                f"to {target:.3g}: {reached}",
+                f"  {label:<12} {case.measured} {values[0]:.3g} -> {values[-1]:.3g} in {spent:.1f} CPU s, "
+                f"{run.done} steps; to {target:.3g}: {reached}",
                 flush=True,
             )
     return curves

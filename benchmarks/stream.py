@@ -2,11 +2,11 @@
 
     python benchmarks/stream.py [--wait 0 1 4] [--steps 2000] [--rounds 5]
 
-A synthetic softmax regression at MNIST's shape, SOBA on batches of 256. The reader copies each batch out of an array and
-then sleeps for `--wait` milliseconds, as a disk or a network would make it wait. "Reader alone" is the same reader with nothing
-computed. With perfect overlap a step takes the longer of the two, max(reader, device), or where the cores are all busy
-their processor time over the number of cores; without any overlap it takes the sum. Per step: medians of rounds in which
-the kinds of run take turns.
+A synthetic softmax regression at MNIST's shape, SOBA on batches of 256. The reader copies each batch out of an array
+and then sleeps for `--wait` milliseconds, as a disk or a network would make it wait. "Reader alone" is the same
+reader with nothing computed. With perfect overlap a step takes the longer of the two, max(reader, device), or where
+the cores are all busy their processor time over the number of cores; without any overlap it takes the sum. Per step:
+medians of rounds in which the kinds of run take turns.
 """
 
 from __future__ import annotations

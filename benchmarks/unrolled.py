@@ -2,9 +2,10 @@
 
     python benchmarks/unrolled.py
 
-16 SGD steps on a multilayer perceptron (64 - 128 x 12 - 10, gelu, batch 1,024, synthetic data), one weight per sample as upper variable.
-Plain: `jax.grad` through a scan of `y - eta jax.grad(f)`. Ours: `Unrolled()`, one checkpoint per step and the mixed-mode gradient; also each of
-the two alone. Temporaries are those that XLA reserves for the compiled program; times are interleaved in one process.
+16 SGD steps on a multilayer perceptron (64 - 128 x 12 - 10, gelu, batch 1,024, synthetic data), one weight per sample
+as upper variable. Plain: `jax.grad` through a scan of `y - eta jax.grad(f)`. Ours: `Unrolled()`, one checkpoint per
+step and the mixed-mode gradient; also each of the two alone. Temporaries are those that XLA reserves for the compiled
+program; times are interleaved in one process.
 """
 
 from __future__ import annotations

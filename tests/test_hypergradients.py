@@ -316,7 +316,7 @@ def test_libraries_underneath(x64):
 
 
 def test_three_levels(x64):
-    """z*(x, y) = x y inside y*(x) = argmin (y - 1)^2 + (z - 2)^2 = (1 + 2x) / (1 + x^2): an argmin nested in a lower loss."""
+    """z*(x, y) = x y inside y*(x) = argmin (y - 1)^2 + (z - 2)^2 = (1 + 2x) / (1 + x^2): an argmin in a lower loss."""
     from bilevel.implicit import argmin
 
     innermost = argmin(lambda xy, z: (z - xy[0] * xy[1]) ** 2, lambda f, xy, z: xy[0] * xy[1] + 0.0 * z)
