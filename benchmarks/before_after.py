@@ -2,10 +2,11 @@
 
     python benchmarks/before_after.py OLD_CHECKOUT [--rounds N] [--only NAME ...]
 
-Each checkout has a process of its own, both pinned to one core. They hold their compiled programs and take turns, one
-case at a time (old new, new old, ...), so that what disturbs the machine disturbs both. Times are CPU times per step;
-the import is timed in fresh processes. The script uses only what both trees have; where a name has moved, the first
-that exists is taken. All data are synthetic.
+Each checkout has a process of its own, both pinned to one core, and there are several such pairs, since where a
+process happens to lie in memory makes steps of microseconds a few per cent faster or slower. They hold their compiled
+programs and take turns, one case at a time (old new, new old, ...), so that what disturbs the machine disturbs both.
+Times are CPU times per step; the import is timed in fresh processes. The script uses only what both trees have; where
+a name has moved, the first that exists is taken. All data are synthetic.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ IMPORT = "import time, jax, optax; begun = time.process_time(); import bilevel; 
 def first_of(room: Any, *names: str) -> Any:
     """The first of the names that the room has."""
     return next(getattr(room, name) for name in names if hasattr(room, name))
+
+
+IMPORTING = "import bilevel, above jax and optax"
 
 
 # One side: what runs in a checkout's process ------------------------------------------------------------------------
@@ -157,68 +161,70 @@ def side(options: Any) -> None:
 # Both sides ---------------------------------------------------------------------------------------------------------
 
 
+class Served:
+    """A checkout's process, which answers with its timings; used in a `with` statement."""
+
+    def __init__(self, checkout: Path, options: Any) -> None:
+        path = f"{checkout}{os.pathsep}{HERE.parent}"
+        self.environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
+        command = [sys.executable, str(HERE), str(options.old), "--side", "--scale", str(options.scale), "--only"]
+        self.process = subprocess.Popen(
+            [*command, *options.only], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
+        )
+        self.process.stdout.readline()  # the versions
+        where, self.names, self.failed = json.loads(self.process.stdout.readline())
+        assert Path(where).is_relative_to(checkout), f"{where} was imported, which is not in {checkout}."
+
+    def seconds(self, case: str) -> float:
+        """CPU seconds per step; of an import, in a fresh process."""
+        if case == IMPORTING:
+            command = [sys.executable, "-c", IMPORT]
+            done = subprocess.run(command, capture_output=True, text=True, env=self.environment, check=True)
+            return float(done.stdout)
+        self.process.stdin.write(f"{case}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
 def main() -> None:
     """Print the ratios."""
-    parser = _harness.arguments(__doc__, rounds=9)
+    parser = _harness.arguments(__doc__, rounds=5)
     parser.add_argument("old", type=Path, help="a checkout of the old tree")
     parser.add_argument("--new", type=Path, default=HERE.parents[1], help="of the new one (default: this)")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of processes, one after the other")
     parser.add_argument("--only", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--scale", type=float, default=1.0, help="steps of one timing, as a part of the usual number")
     parser.add_argument("--side", action="store_true", help="serve one checkout's timings (used by itself)")
-    options = _harness.start(parser, "optax", scale=0.02)
+    options = _harness.start(parser, "optax", pairs=1, scale=0.02)
     if options.side:
         return side(options)
     checkouts = {"old": options.old.resolve(), "new": options.new.resolve()}
-    environments = {
-        name: {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{HERE.parent}", "PYTHONDONTWRITEBYTECODE": ""}
-        for name, path in checkouts.items()
-    }
-    command = [sys.executable, str(HERE), str(options.old), "--side", "--scale", str(options.scale), "--only"]
-    served = {
-        name: subprocess.Popen(
-            [*command, *options.only], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for name, environment in environments.items()
-    }
-    names = {}
-    for name, process in served.items():
-        process.stdout.readline()  # the versions
-        where, names[name], failed = json.loads(process.stdout.readline())
-        assert Path(where).is_relative_to(checkouts[name]), f"{name}: imported {where}, not from {checkouts[name]}."
-        for family, error in failed.items():
-            print(f"{name}: {family} is not timed: {error.splitlines()[0]}")
-
-    def ask(name: str, case: str) -> float:
-        served[name].stdin.write(f"{case}\n")
-        served[name].stdin.flush()
-        return float(served[name].stdout.readline())
-
-    def importing(name: str) -> float:
-        done = subprocess.run(
-            [sys.executable, "-c", IMPORT], capture_output=True, text=True, env=environments[name], check=True
-        )
-        return float(done.stdout.split()[0])
-
-    cases: dict[str, tuple[Callable[[str], float], float, str]] = {
-        case: (lambda name, case=case: ask(name, case), 1e6, "us") for case in names["old"] if case in names["new"]
-    }
-    cases["import bilevel, above jax and optax"] = (importing, 1e3, "ms")
+    times: dict[str, dict[str, _harness.Times]] = {}
     begun = time.perf_counter()
+    for pair in range(options.pairs):
+        with Served(checkouts["old"], options) as old, Served(checkouts["new"], options) as new:
+            sides = {"old": old, "new": new}
+            for name, served in sides.items():
+                for family, error in served.failed.items():
+                    print(f"{name}: {family} is not timed: {error.splitlines()[0]}", flush=True)
+            for case in (*(name for name in old.names if name in new.names), IMPORTING):
+                spent = times.setdefault(case, {name: _harness.Times() for name in sides})
+                for number in range(options.rounds):
+                    for name in ("old", "new") if (number + pair) % 2 else ("new", "old"):
+                        spent[name].cpu.append(sides[name].seconds(case))
     rows = [("", "old", "new", "new / old: median (min, max)")]
-    for case, (measure, unit, label) in cases.items():
-        times = {name: _harness.Times() for name in served}
-        for number in range(options.rounds + 1):
-            for name in ("old", "new") if number % 2 else ("new", "old"):
-                spent = measure(name)
-                if number:
-                    times[name].cpu.append(spent)
-        each = [f"{times[name].median(unit=unit):.2f} {label}" for name in ("old", "new")]
-        rows.append((case, *each, _harness.ratio(times["new"], times["old"])))
+    for case, spent in times.items():
+        each = [f"{spent[name].median(unit=1e6):.2f} us" for name in ("old", "new")]
+        rows.append((case, *each, _harness.ratio(spent["new"], spent["old"])))
     _harness.table(*rows)
-    print(f"{options.rounds} rounds on one core, {time.perf_counter() - begun:.0f} s")
-    for process in served.values():
-        process.stdin.close()
-        process.wait()
+    print(f"{options.pairs} pairs of processes, {options.rounds} rounds each; {time.perf_counter() - begun:.0f} s")
     return None
 
 
