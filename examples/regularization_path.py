@@ -119,8 +119,8 @@ def main():
     overfit = [name for name, score in scores.items() if score[0] < fit and score[1] > unseen]
     if overfit:
         print(
-            f"{' and '.join(overfit)}: {dim} penalties fit the {len(validation[1])} validation samples better than the grid's one, and the "
-            "test samples worse. They overfit: take more validation data, or fewer penalties."
+            f"{' and '.join(overfit)}: {dim} penalties fit the {len(validation[1])} validation samples better than the "
+            "grid's one, and the test samples worse. They overfit: take more validation data, or fewer penalties."
         )
     plot(grid, losses, curves, rows, Path(args.out))
     print(f"saved {args.out}")

@@ -133,7 +133,8 @@ def main():
     batches = data.Minibatches(train, min(args.batch, len(train[1])))
     problem = Problem(upper=balanced_loss, lower=weighted_loss, upper_data=held, lower_data=batches)
     print(
-        f"{args.data}: {len(train[1])} training samples, {counts.max()} to {counts.min()} a class; {len(held[1])} balanced; {len(test[1])} test"
+        f"{args.data}: {len(train[1])} training samples, {counts.max()} to {counts.min()} a class; "
+        f"{len(held[1])} balanced; {len(test[1])} test"
     )
 
     began = time.perf_counter()
