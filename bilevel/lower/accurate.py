@@ -148,7 +148,8 @@ def augmented_lagrangian(
     fallen to a quarter. Without constraints one minimisation. With a `prox` the nonsmooth term is not in the returned
     value. `steps` and `tol` are those of each minimisation, `rounds` the most updates of the multipliers.
     """
-    prox = None if lower.prox is None else (lambda u, size: lower.prox(u, x, size))
+    operator = lower.prox
+    prox = None if operator is None else (lambda u, size: operator(u, x, size))
     if not rows.count:
         y = minimise(lambda y: lower(x, y), y, lower.project, prox, steps, tol)
         return Solved(y, jnp.zeros((0,), rows.dtype), lower(x, y), jnp.zeros((), rows.dtype))

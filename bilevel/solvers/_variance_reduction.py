@@ -321,7 +321,8 @@ class SAGA:
     def table_bytes(self, problem: Problem, x: PyTree, y: PyTree) -> int:
         """Bytes of the tables for this problem, nothing being allocated."""
         upper, lower = (
-            source.blocks or (source.count // source.size if source.cuttable else 0) for source in problem.sources
+            source.blocks or ((source.count or 0) // (source.size or 1) if source.cuttable else 0)
+            for source in problem.sources
         )
         return (2 * _bytes(y) + _bytes(x)) * lower + (_bytes(y) + _bytes(x)) * upper
 
