@@ -69,7 +69,10 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def _candidates(equation: Any) -> Iterator[tuple[int, Any]]:
-    """The sides (0: left, 1: right) on which a product's factor may be shared, and what members of a bundle agree in."""
+    """The sides (0: left, 1.
+
+    Right) on which a product's factor may be shared, and what members of a bundle agree in.
+    """
     if equation.primitive.name != "dot_general" or any(isinstance(atom, Literal) for atom in equation.invars):
         return
     contracted, batched = equation.params["dimension_numbers"]

@@ -20,9 +20,10 @@ __all__ = ["Constraints", "Equalities", "depends", "is_affine", "row_norms"]
 class Constraints:
     """c(x, y) in R^p, inequalities c_i <= 0 first, then equalities c_i = 0, each row divided by its norm at the start.
 
-    A saddle point is only as well conditioned as its constraints: a row of norm 17 makes a step 300 times too long or too
-    short. Methods therefore work on scaled rows, with multipliers in the units of those; `multipliers` gives them back in
-    the user's units, for f + lam . g + mu . h.
+    A saddle point is only as well conditioned as its constraints: a row of norm 17 makes a step 300 times too long or
+      too
+    short. Methods therefore work on scaled rows, with multipliers in the units of those; `multipliers` gives them back
+    in the user's units, for f + lam . g + mu . h.
 
     Args:
       level: the level whose `constraint` and `equality` these are.
@@ -94,7 +95,10 @@ class Constraints:
         return other
 
     def at(self, x: PyTree, y: PyTree) -> Constraints:
-        """The same constraints with each row scaled to norm one at (x, y); rows without a gradient there keep theirs."""
+        """The same constraints with each row scaled to norm one at (x, y).
+
+        Rows without a gradient there keep theirs.
+        """
         if not self.count:
             return self
         norms = row_norms(self.raw, x, y)

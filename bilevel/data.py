@@ -467,7 +467,10 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
         return self.arrays if self.size is None else Minibatches(self.arrays, self.size).draw(key)
 
     def draw_client(self, key: StepKey, client: Any, size: int) -> PyTree:
-        """`size` of one client's samples, without replacement within an epoch of that client (`client`: also traced)."""
+        """`size` of one client's samples, without replacement within an epoch of that client (`client`.
+
+        Also traced).
+        """
         count = jnp.asarray(self.counts)[client].astype(jnp.uint32)
         per_epoch = jnp.maximum(count // jnp.uint32(size), 1)
         seed = mix(epoch_seed(stream_seed(key), key.step // per_epoch) ^ jnp.asarray(client, jnp.uint32))

@@ -92,7 +92,10 @@ class Level:
         return self.drawn(self.key.inner(i, total)) if self.source.varies else self
 
     def stream(self, tag: int) -> Level:
-        """The level with a batch of the stream `tag` (`keys.Draw`), independent of this one's; itself where all are the same."""
+        """The level with a batch of the stream `tag` (`keys.Draw`), independent of this one's.
+
+        Itself where all are the same.
+        """
         return self.drawn(self.key.fold_in(tag)) if self.source.varies else self
 
     def on(self, batch: PyTree) -> Level:

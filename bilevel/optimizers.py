@@ -189,14 +189,17 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
 
         x_k - t g_k,    t = <s, s> / <s, z>   (twice the last step where <s, z> <= 0),
 
-    with t at most as large as moves x by `largest` (1 + rms(x)) in root mean square. A trial whose value exceeds the largest
-    of the last `memory` accepted ones less 1e-4 <g, s>, or is not finite, is withdrawn: the next trial starts at x_k
-    again with a quarter of t. The first t moves x by a tenth of `largest`.
+    with t at most as large as moves x by `largest` (1 + rms(x)) in root mean square. A trial whose value exceeds the
+    largest of the last `memory` accepted ones less 1e-4 <g, s>, or is not finite, is withdrawn: the next trial starts
+    at x_k again with a quarter of t. The first t moves x by a tenth of `largest`.
 
-    For deterministic objectives: `update` needs `value=`, which `HypergradientDescent` and the lower solvers give. With a projection
-    applied after the step it is the spectral projected gradient method, with the line search taken over outer iterations.
+    For deterministic objectives: `update` needs `value=`, which `HypergradientDescent` and the lower solvers give. With
+      a projection
+    applied after the step it is the spectral projected gradient method, with the line search taken over outer
+    iterations.
 
-    References: Barzilai, Borwein, "Two-Point Step Size Gradient Methods", IMA J. Numer. Anal. 1988; Birgin, Martinez, Raydan,
+    References: Barzilai, Borwein, "Two-Point Step Size Gradient Methods", IMA J. Numer. Anal. 1988; Birgin, Martinez,
+      Raydan,
     "Nonmonotone Spectral Projected Gradient Methods on Convex Sets", SIAM J. Optim. 2000.
     """
 
@@ -249,7 +252,10 @@ def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
 
 @state
 class QuasiNewtonState(Withdrawing):
-    """The accepted point, its gradient and value; the direction being tried and its length; the pairs (s, z), newest first."""
+    """The accepted point, its gradient and value; the direction being tried and its length.
+
+    The pairs (s, z), newest first.
+    """
 
     x: PyTree
     gradient: PyTree
@@ -267,17 +273,20 @@ class QuasiNewtonState(Withdrawing):
 def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransformationExtraArgs:
     """L-BFGS with its backtracking spread over outer iterations: one evaluation per step, and no step size to choose.
 
-    At an accepted point x_k the direction d = -H g_k is that of L-BFGS with the last `memory` pairs of positive curvature, and the
-    trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` (1 + rms(x)) in root mean square. A
-    trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is withdrawn, and the next one has a
-    quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two values agree to half the digits of the
-    dtype (a lower solution is only so exact) the slopes decide: a trial is kept if its slope is at most 0.9998 of the one at x_k.
+    At an accepted point x_k the direction d = -H g_k is that of L-BFGS with the last `memory` pairs of positive
+    curvature, and the trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` (1 + rms(x))
+    in root mean square. A trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is
+    withdrawn, and the next one has a quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two
+    values agree to half the digits of the dtype (a lower solution is only so exact) the slopes decide: a trial is kept
+    if its slope is at most 0.9998 of the one at x_k.
 
-    For deterministic objectives without a projection: `update` needs `value=`, which `HypergradientDescent` and the lower
+    For deterministic objectives without a projection: `update` needs `value=`, which `HypergradientDescent` and the
+      lower
     solvers give. Under a projection take `spectral`.
 
     Reference: Nocedal, Wright, "Numerical Optimization", 2nd ed., algorithms 7.4 and 3.1; Hager, Zhang, "A New
-    Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", SIAM J. Optim. 2005 (the last rule).
+    Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", SIAM J. Optim. 2005 (the last
+    rule).
     """
 
     def init(params: PyTree) -> QuasiNewtonState:

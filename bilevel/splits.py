@@ -59,7 +59,10 @@ class Split:
 
     @property
     def skew(self) -> float:
-        """The mean total-variation distance of clients' label shares from the whole's: 0 alike, towards 1 a class each."""
+        """The mean total-variation distance of clients' label shares from the whole's.
+
+        0 alike, towards 1 a class each.
+        """
         assert self.labels is not None
         whole = (self.labels[:, None] == np.unique(self.labels)).mean(axis=0)
         return float(np.abs(self.label_shares - whole).sum(axis=1).mean() / 2)

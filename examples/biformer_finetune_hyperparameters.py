@@ -2,9 +2,9 @@
 
 A small BiFormer is pretrained on five classes of Fashion-MNIST and fine-tuned on the other five, of which there are
 few samples. Each layer has a learning rate and a weight decay, chosen by the loss on a validation set: see
-`bilevel.applications.biformer.fine_tuning`. The hypergradient is that of the whole fine-tuning run (`solvers.ITD`). Random
-search draws all of them, log-uniformly around the same start, and stops at the same time on the clock (compilation
-apart on both sides).
+`bilevel.applications.biformer.fine_tuning`. The hypergradient is that of the whole fine-tuning run (`solvers.ITD`).
+Random search draws all of them, log-uniformly around the same start, and stops at the same time on the clock
+(compilation apart on both sides).
 
     python examples/biformer_finetune_hyperparameters.py
     python examples/biformer_finetune_hyperparameters.py --outer 40 --seeds 3

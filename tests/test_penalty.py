@@ -254,8 +254,8 @@ def test_extrapolation_is_as_exact_as_its_stages():
     lack.
 
     A stage ends with a residual of settle |F_y| / c, hence within that of its solution in x (the second derivative of
-    F(x, y(x)) is at least one), so that the error is at most 5 settle |F_y| / c: a constant share of the plain bias, and
-    the gain is 1 / settle, not c^2.
+    F(x, y(x)) is at least one), so that the error is at most 5 settle |F_y| / c: a constant share of the plain bias,
+    and the gain is 1 / settle, not c^2.
     """
     problem, x, y, x0, y0 = quadratic()
     slope = float(jnp.linalg.norm(jax.grad(problem.upper, argnums=1)(jnp.asarray(x), jnp.asarray(y))))

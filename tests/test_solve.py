@@ -1,4 +1,7 @@
-"""The front door: `solve` and `run` on a problem whose solution is known, and everything that can go wrong with them."""
+"""The front door.
+
+`solve` and `run` on a problem whose solution is known, and everything that can go wrong with them.
+"""
 
 from __future__ import annotations
 
@@ -250,7 +253,10 @@ def test_named_methods_end_at_their_fixed_point(name):
 
 
 def test_imaml_is_the_implicit_gradient_of_its_tasks(x64):
-    """Tasks |y_i - t_i|^2/2 + (lam/2)|y_i - x|^2: y_i = (t_i + lam x)/(1 + lam); the optimum of the mean loss at v_i is closed."""
+    """Tasks |y_i - t_i|^2/2 + (lam/2)|y_i - x|^2: y_i = (t_i + lam x)/(1 + lam).
+
+    The optimum of the mean loss at v_i is closed.
+    """
     lam, t = 2.0, np.array([[1.0, 2.0], [3.0, -1.0]])
     v = t + np.array([[0.3, 0.1], [0.2, -0.4]])
     problem = Problem(

@@ -45,7 +45,8 @@ class PZOBO(_Perturbing):
         delta_q = (y_T(x + mu u_q) - y_T(x)) / mu,    u_q ~ N(0, I)
         dF/dx ~ F_x + (1/Q) sum over q of u_q <delta_q, F_y>
 
-    All Q + 1 lower runs start at the same y and see the same batches. Unbiased for the mu-smoothed Jacobian; the variance
+    All Q + 1 lower runs start at the same y and see the same batches. Unbiased for the mu-smoothed Jacobian; the
+    variance
     grows with dim x and falls with Q. Cost: Q + 1 lower runs (vmapped), one upper gradient.
 
     Attributes:

@@ -197,7 +197,10 @@ class MomentumSGD(Steps):
 
 
 def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:
-    """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|: no step size to choose. For full batches without a projection."""
+    """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|: no step size to choose.
+
+    For full batches without a projection.
+    """
     return GradientDescent(quasi_newton(memory_size), steps, tol)
 
 

@@ -70,9 +70,12 @@ def _mean_over_pieces(fn: Callable[[Level], PyTree], level: Level, pieces: int) 
 
 
 def _pieces(source: Source) -> int:
-    """The number of equal pieces, of `PIECE_BYTES` or little more, to pass over the samples in; 1 where it does not pay."""
-    # Where batches are all samples anyway, or carry more than samples, there is nothing to cut. On other back-ends launches
-    # would cost more than a cache saves, and slices of shards would travel.
+    """The number of equal pieces, of `PIECE_BYTES` or little more, to pass over the samples in.
+
+    1 where it does not pay.
+    """
+    # Where batches are all samples anyway, or carry more than samples, there is nothing to cut. On other back-ends
+    # launches would cost more than a cache saves, and slices of shards would travel.
     if not source.cuttable or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return 1
     leaves = jax.tree.leaves(source.arrays)
@@ -137,7 +140,8 @@ class Recursion:
 class STORM:
     """Momentum that is corrected with the *same* batch at the last point.
 
-        m_t = D(z_t; B_t) + (1 - eta_t) (m_{t-1} - D(z_{t-1}; B_t)),    eta_t = eta / (t + 1)^eta_decay,    m_0 = D(z_0; B_0)
+        m_t = D(z_t; B_t) + (1 - eta_t) (m_{t-1} - D(z_{t-1}; B_t)),    eta_t = eta / (t + 1)^eta_decay,    m_0 = D(z_0;
+        B_0)
 
     Attributes:
       eta, eta_decay: the schedule of the weight.

@@ -43,7 +43,8 @@ class Findings:
     """What a verdict is read from.
 
     Attributes:
-      measures: of the search: `lower_loss`, `polished_gap`, `polished_violation`, `polished_change`, as far as measured.
+      measures: of the search: `lower_loss`, `polished_gap`, `polished_violation`, `polished_change`, as far as
+        measured.
       metrics: of the run's last step.
       tol: the tolerance that the run was given, or None; `asked` that or 1e-3.
       result: what the run ended by.

@@ -132,9 +132,9 @@ class HypergradientDescent:
     ) -> tuple[dict[str, Any], Result, str]:
         """At the end of a run that met its tolerance: whether y minimises the lower level, or only is stationary there.
 
-        An independent solve of the lower level from several starts; CONVERGED becomes LOWER_LEVEL where it ends lower (a
-        double well, a saddle point). For full batches, at most 10,000 lower unknowns, and no projection or prox; under
-        coupled constraints as for penalty methods (`certificate.thorough`).
+        An independent solve of the lower level from several starts; CONVERGED becomes LOWER_LEVEL where it ends lower
+        (a double well, a saddle point). For full batches, at most 10,000 lower unknowns, and no projection or prox;
+        under coupled constraints as for penalty methods (`certificate.thorough`).
         """
         if result is not Result.CONVERGED or problem.stochastic:
             return {}, result, ""
@@ -182,7 +182,8 @@ def AID(
     (`linear.GMRES` with a projection or prox on the lower level), `optimizers.quasi_newton()` (`optimizers.spectral()`
     with a projection on the upper level).
 
-    References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation", ICML 2020.
+    References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation",
+      ICML 2020.
     """
     return HypergradientDescent(
         Implicit(linear_solver),

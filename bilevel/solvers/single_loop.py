@@ -65,22 +65,25 @@ class SingleLoop:
         (D_x, D_y, D_v) = reduction(directions(B_t))
         y <- y - a_t D_y,    v <- v - a_t D_v,    x <- project_upper(x - b_t D_x)
 
-    all at the old point. With the default directions D_y = f_y, D_v = f_yy v - F_y and D_x = F_x - f_xy v (v is
-    minus that of SOBA's paper): a fixed point of the expected directions is f_y = 0, v = f_yy^{-1} F_y and a zero of the hypergradient, exactly.
+    all at the old point. With the default directions D_y = f_y, D_v = f_yy v - F_y and D_x = F_x - f_xy v (v is minus
+    that of SOBA's paper): a fixed point of the expected directions is f_y = 0, v = f_yy^{-1} F_y and a zero of the
+    hypergradient, exactly.
 
     Attributes:
       lower_optimizer, upper_optimizer: optax rules or step sizes a and b.
       linear_optimizer: the rule of v; None: `lower_optimizer`.
       reduction: `Plain()`, `Momentum`, `SAGA`, `STORM`, `SARAH` or `PAGE`.
       directions: `Joint()` or `Series(...)`.
-      lower_decay, upper_decay: exponents e of a_t = a / (t + 1)^e and b_t; with an optax rule its updates are scaled so.
+      lower_decay, upper_decay: exponents e of a_t = a / (t + 1)^e and b_t; with an optax rule its updates are scaled
+        so.
         None: constant.
 
-    Metrics: `upper_loss` on the batch, `hypergradient_norm` = |D_x|, `lower_residual` = |D_y|, `linear_residual` = |D_v|, of
+    Metrics: `upper_loss` on the batch, `hypergradient_norm` = |D_x|, `lower_residual` = |D_y|, `linear_residual` =
+      |D_v|, of
     the directions taken (noisy where the batches are). With a tolerance a run has converged when all are within it.
 
-    Assumes f(x, .) strongly convex (v's iteration contracts) and a below 2/L. Refuses projections of the lower level, proxes and
-    constraints.
+    Assumes f(x, .) strongly convex (v's iteration contracts) and a below 2/L. Refuses projections of the lower level,
+    proxes and constraints.
     """
 
     lower_optimizer: float | optax.GradientTransformation = 0.1
@@ -155,10 +158,12 @@ def SOBA(
 ) -> SingleLoop:
     """Plain SGD on the three directions, all steps decaying as t^-1/2 (`decay=None`: constant, for full batches).
 
-    Per step: one joint linearisation of f with one product (1 gradient + 1 HVP + 1 cross product) and one gradient of F.
+    Per step: one joint linearisation of f with one product (1 gradient + 1 HVP + 1 cross product) and one gradient of
+      F.
     Stalls at its noise floor with constant steps.
 
-    Reference: Dagreou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global variance
+    Reference: Dagreou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global
+      variance
     reduction algorithms", NeurIPS 2022.
     """
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, lower_decay=decay, upper_decay=decay)

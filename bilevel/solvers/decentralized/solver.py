@@ -1,4 +1,7 @@
-"""Decentralised bilevel optimisation: one solver, in SPARKLE's form. Local directions are `_directions.Joint`'s, then mixed."""
+"""Decentralised bilevel optimisation: one solver, in SPARKLE's form.
+
+Local directions are `_directions.Joint`'s, then mixed.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,8 @@ class Decentralized:
         x <- correct_x(x, r)
 
     where `correct` is one of the forms of `decentralized.corrections`: local directions plus mixing with the
-    neighbours. v solves (mean_i f_yy,i) v = mean_i F_y,i: a mean of local hypergradients would be another, wrong direction.
+    neighbours. v solves (mean_i f_yy,i) v = mean_i F_y,i: a mean of local hypergradients would be another, wrong
+    direction.
     Trackers and flows stay in the state from one outer step to the next: restarting them brings the heterogeneity back.
 
     The data of both levels are `data.Agents` (or `data.Clients` with a batch size). `state.x` and `state.y` (also

@@ -83,7 +83,8 @@ def report(
 ) -> Metrics:
     """The family's metrics (`Diagnosed`); `path` is the one after the step.
 
-    The bias is c times the gap where none is given, and at most slope = |grad F| times the last change by extrapolation.
+    The bias is c times the gap where none is given, and at most slope = |grad F| times the last change by
+    extrapolation.
     """
     bias = jnp.abs(penalty * gap) if bias is None else bias
     bias = jnp.where(jnp.isfinite(path.change), jnp.minimum(slope * path.change, bias), bias)

@@ -78,8 +78,8 @@ class JointState(Reported):
     ) -> S:
         """The state with the curvature `f` brought up to date.
 
-        `curved(x, y)` is what has the curvature; `apart` the gap's gradient, which varies with up to `factor` times that
-        over the last step (and a length `also` besides).
+        `curved(x, y)` is what has the curvature; `apart` the gap's gradient, which varies with up to `factor` times
+        that over the last step (and a length `also` besides).
         """
         if self.watch is None:
             return self

@@ -29,7 +29,8 @@ class BOME(Joint):
         lam    = max((phi - <grad F, grad q>) / |grad q|^2, 0),        phi = barrier |grad q|^2 (`by_value`: barrier q)
         (x, y) <- (x, y) - xi (grad F + lam grad q)
 
-    Problem class: f unconstrained, PL in y at least locally; the minimiser need not be unique. Takes x0=None: the dynamic
+    Problem class: f unconstrained, PL in y at least locally; the minimiser need not be unique. Takes x0=None: the
+      dynamic
     barrier method of simple bilevel problems. Oracle calls a step: lower_steps f_y, 1 gradient of F, 2 of f.
 
     Attributes:

@@ -33,8 +33,10 @@ class BVFSM(ValueMethod):
     with mu = theta = regulariser / (k + 1)^power and c growing. Coupled constraints enter both inner problems as
     (c / 2) |excess|^2.
 
-    Problem class: f may be nonconvex, but z must then be its *global* minimiser: it is the best of `starts` solves, from
-    the last z and from random points `spread` around it. Oracle calls a step: (starts + 2) inner solves of `inner_steps`
+    Problem class: f may be nonconvex, but z must then be its *global* minimiser: it is the best of `starts` solves,
+      from
+    the last z and from random points `spread` around it. Oracle calls a step: (starts + 2) inner solves of
+      `inner_steps`
     steps.
 
     Attributes:

@@ -34,7 +34,8 @@ class F2SA(ValueMethod):
     y and z start where they ended; on minibatches both solves see the same batches, because their difference is
     multiplied by c.
 
-    Problem class: f strongly convex in y over a simple set Y. One-sided, the minimiser of f need not be unique; the central
+    Problem class: f strongly convex in y over a simple set Y. One-sided, the minimiser of f need not be unique; the
+      central
     difference needs strong convexity, for f - nu F is unbounded where f is flat. Oracle calls a step: 2 lower solves, 2
     gradients of F and 2 of f in x.
 
@@ -50,8 +51,8 @@ class F2SA(ValueMethod):
     The reference implementations take steps of y with f's gradient at z in one place; here it is at y.
 
     References: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bilevel Optimization", ICML 2023
-    (F2SA); Chen, Ma, Zhang, "Near-Optimal Nonconvex-Strongly-Convex Bilevel Optimization with Fully First-Order Oracles",
-    JMLR 2025 (F2BA); for differences of higher order arXiv 2509.02937 (F2SA-p).
+    (F2SA); Chen, Ma, Zhang, "Near-Optimal Nonconvex-Strongly-Convex Bilevel Optimization with Fully First-Order
+    Oracles", JMLR 2025 (F2BA); for differences of higher order arXiv 2509.02937 (F2SA-p).
     """
 
     central: bool = False
@@ -132,7 +133,10 @@ def F2BA(lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = N
 def CentralF2SA(
     lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = 300.0, lower_steps: int = 10
 ) -> F2SA:
-    """The central difference (F2SA-p with p = 2): the same two solves, an error of O(1 / c^2). For strongly convex f."""
+    """The central difference (F2SA-p with p = 2): the same two solves, an error of O(1 / c^2).
+
+    For strongly convex f.
+    """
     return F2SA(True, lower_solver, lower_steps, upper_optimizer, penalty)
 
 

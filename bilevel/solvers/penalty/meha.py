@@ -32,8 +32,10 @@ class MEHA(Joint):
         x     <- Proj_X(x - alpha (F_x / c + phi_x(x, y) - phi_x(x, theta)))
         y     <- prox_{alpha r(x,.)}(y - alpha (F_y(x, y) / c + f_y(x, y) - (y - theta) / gamma))         at the new x
 
-    Problem class: f weakly convex in y, r convex in y, Y simple; no coupled constraints. Where f is not convex the method
-    characterises stationary points of the lower level, not its global minimisers. Oracle calls a step: 2 f_y, 2 f_x, F_x,
+    Problem class: f weakly convex in y, r convex in y, Y simple; no coupled constraints. Where f is not convex the
+      method
+    characterises stationary points of the lower level, not its global minimisers. Oracle calls a step: 2 f_y, 2 f_x,
+      F_x,
     F_y.
 
     Attributes:

@@ -73,7 +73,8 @@ class GPBGD(Joint):
 
         (x, y) <- Proj_{X x Y}((x, y) - alpha ((F_x, F_y) / c + (f_xy f_y, f_yy f_y) / L))
 
-    Problem class: f unconstrained and PL in y. True to *stationarity* of the lower level only: where f is not PL, any of
+    Problem class: f unconstrained and PL in y. True to *stationarity* of the lower level only: where f is not PL, any
+      of
     its stationary points passes. Oracle calls a step: 1 gradient of F, 1 gradient of |f_y|^2.
 
     Attributes:

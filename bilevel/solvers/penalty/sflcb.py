@@ -32,7 +32,8 @@ class SFLCB(Joint):
         (x, y) <- Proj_{X x Y}((x, y) - s K_{x, y}),           u <- u + sigma rho A_u,     rho A_u = Proj(u + rho c) - u
 
     Problem class: f strongly convex in y, c affine with full row rank in y, lower level feasible for all x. Fails for a
-    linear f and where the lower level becomes infeasible. Oracle calls a step: 1 f_y, 1 gradient of F, 2 of f in (x, y).
+    linear f and where the lower level becomes infeasible. Oracle calls a step: 1 f_y, 1 gradient of F, 2 of f in (x,
+      y).
 
     Attributes:
       step_size: s; None: 1 / (2 L + 2 rho |J|^2 + L_F / c).

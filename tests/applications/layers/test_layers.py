@@ -1,4 +1,7 @@
-"""What the applications share: convolutions and sums against their definitions, and their derivatives of every order."""
+"""What the applications share.
+
+Convolutions and sums against their definitions, and their derivatives of every order.
+"""
 
 from __future__ import annotations
 
