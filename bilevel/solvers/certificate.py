@@ -292,7 +292,7 @@ def _quick(problem: Problem, x: PyTree, y: PyTree) -> tuple[Scalar, Scalar]:
 
 @functools.partial(jax.jit, static_argnames="starts")
 def _thorough(problem: Problem, x: PyTree, y: PyTree, nu: Any, starts: int) -> dict[str, Scalar]:
-    lower, upper = problem.full_levels()
+    upper, lower = problem.full_levels()
     rows = Constraints(lower, x, y).at(x, y)
 
     def solve_from(i: Any) -> Solved:
