@@ -105,8 +105,10 @@ def _product(equations: list[Any], side: int, read: Callable[[Any], Any]) -> lis
 
 
 def _schedule(equations: list[Any]) -> tuple[dict[int, tuple[list[int], int]], list[list[int]]]:
-    """The bundles of products (by their first member: all members, and the side of the shared factor), and the equations in
-    an order of execution, bundles together."""
+    """The bundles of products (by their first member: all members, and the side of the shared factor).
+
+    With them the equations in an order of execution, bundles together.
+    """
     made = {out: i for i, equation in enumerate(equations) for out in equation.outvars}
     needs = [{made[a] for a in equation.invars if not isinstance(a, Literal) and a in made} for equation in equations]
     groups: dict[Any, list[int]] = {}

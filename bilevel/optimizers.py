@@ -146,12 +146,14 @@ def accepted(memory: PyTree, params: PyTree) -> tuple[PyTree, Any]:
         return params, True
     if len(found) > 1:
         raise ValueError(
-            f"{len(found)} step rules of one chain withdraw steps (quasi_newton, spectral), and cannot agree on where the "
+            f"{len(found)} step rules of one chain withdraw steps (quasi_newton, spectral), and cannot agree on where "
+            "the "
             "variable stands: keep one of them."
         )
     if jax.tree.structure(found[0].x) != jax.tree.structure(params):  # type: ignore[operator]
         raise ValueError(
-            "A step rule that withdraws steps (quasi_newton, spectral) moves only a part of the variable here (optax.masked, "
+            "A step rule that withdraws steps (quasi_newton, spectral) moves only a part of the variable here "
+            "(optax.masked, "
             "optax.partition), while the rest moves on: give it the whole variable, or take another rule."
         )
     return found[0].x, found[0].accepted
@@ -219,7 +221,8 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
     def update(gradient: PyTree, s: SpectralState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
         if params is None or value is None:
             raise ValueError(
-                "optimizers.spectral needs update(gradient, state, params, value=value): the value decides whether a step is kept."
+                "optimizers.spectral needs update(gradient, state, params, value=value): the value decides whether a "
+                "step is kept."
             )
         dtype = s.step.dtype
         value = jnp.asarray(value, dtype)
@@ -294,14 +297,15 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         zero = optax.tree.zeros_like(params)
         pairs = jax.tree.map(lambda leaf: jnp.zeros((memory, *jnp.shape(leaf)), jnp.result_type(leaf)), params)
         nothing = jnp.zeros((), dtype)
-        return QuasiNewtonState(
-            jax.tree.map(jnp.asarray, params), zero, nothing, zero, nothing, pairs, pairs, jnp.zeros((memory,), dtype), jnp.zeros((), jnp.int32), jnp.asarray(True)
-        )  # fmt: skip
+        here, rho = jax.tree.map(jnp.asarray, params), jnp.zeros((memory,), dtype)
+        count = jnp.zeros((), jnp.int32)
+        return QuasiNewtonState(here, zero, nothing, zero, nothing, pairs, pairs, rho, count, jnp.asarray(True))
 
     def update(gradient: PyTree, old: QuasiNewtonState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
         if params is None or value is None:
             raise ValueError(
-                "optimizers.quasi_newton needs update(gradient, state, params, value=value): the value decides whether a step is kept."
+                "optimizers.quasi_newton needs update(gradient, state, params, value=value): the value decides whether "
+                "a step is kept."
             )
         dtype = old.step.dtype
         value = jnp.asarray(value, dtype)

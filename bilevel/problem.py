@@ -182,7 +182,8 @@ def _check_loss(name: str, fn: Callable[..., Scalar], source: Source, x: PyTree,
     if len(leaves) != 1 or leaves[0].shape != ():
         got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
         raise ProblemError(
-            f"{name}(x, y{', batch' if source.given else ''}) returned {got}; a loss is one scalar. Take a mean or a sum."
+            f"{name}(x, y{', batch' if source.given else ''}) returned {got}; a loss is one scalar. Take a mean or a "
+            "sum."
         )
     if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
         raise ProblemError(f"{name} returned the dtype {leaves[0].dtype}; a loss is a floating-point scalar.")
@@ -239,7 +240,8 @@ def _check_parties(upper: Source, lower: Source) -> None:
     if None not in (upper.parties, lower.parties) and upper.parties != lower.parties:
         what = upper.owners
         raise ProblemError(
-            f"upper_data has {upper.parties} {what}s and lower_data {lower.parties}: one data set per {what} in each level."
+            f"upper_data has {upper.parties} {what}s and lower_data {lower.parties}: one data set per {what} in each "
+            "level."
         )
 
 
@@ -248,7 +250,8 @@ def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> Py
         return jax.eval_shape(fn, *args)
     except Exception as error:
         shapes = ", ".join(
-            f"{label}: {jax.tree.map(lambda a: f'{jnp.result_type(a)}{list(np.shape(a))}', getattr(arg, 'arrays', arg))}"
+            f"{label}: "
+            f"{jax.tree.map(lambda a: f'{jnp.result_type(a)}{list(np.shape(a))}', getattr(arg, 'arrays', arg))}"
             for label, arg in zip(("x", "y", "batch"), args, strict=False)
         )
         raise ProblemError(
@@ -260,14 +263,16 @@ def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree)
     out = _shapes(name, "", fn, value)
     if jax.tree.structure(out) != jax.tree.structure(value):  # type: ignore[operator]
         raise ProblemError(
-            f"{name} changes the structure of {variable} from {jax.tree.structure(value)} to {jax.tree.structure(out)}; it must keep it."
+            f"{name} changes the structure of {variable} from {jax.tree.structure(value)} to "
+            f"{jax.tree.structure(out)}; it must keep it."
         )
     before = jax.tree_util.tree_leaves_with_path(value)
     for (path, leaf), new in zip(before, jax.tree.leaves(out), strict=True):
         where = f"{variable}{jax.tree_util.keystr(path)}"
         if new.shape != np.shape(leaf):
             raise ProblemError(
-                f"{name} changes the shape of {where} from {list(np.shape(leaf))} to {list(new.shape)}; it must keep it."
+                f"{name} changes the shape of {where} from {list(np.shape(leaf))} to {list(new.shape)}; it must keep "
+                "it."
             )
         if new.dtype != jnp.result_type(leaf):
             raise ProblemError(

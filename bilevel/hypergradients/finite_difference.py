@@ -97,7 +97,8 @@ class FiniteDifference(Ahead):
             )
         if not hasattr(solver, "virtual") or solver.looks(start):
             raise ValueError(
-                "FiniteDifference(virtual_step=None) differentiates a lower solver that takes one step along the gradient; "
+                "FiniteDifference(virtual_step=None) differentiates a lower solver that takes one step along the "
+                "gradient; "
                 "this one evaluates the loss itself. Take GradientDescent with an optax rule and steps=1, or give a "
                 "virtual_step."
             )

@@ -53,8 +53,10 @@ class Implicit:
             return linear.GMRES(tol=tol) if nonsmooth else linear.CG(tol=tol)
         if nonsmooth and getattr(self.linear_solver, "symmetric", False):
             raise ValueError(
-                f"Implicit(linear_solver={type(self.linear_solver).__name__}(...)) assumes a symmetric system, but with a projection or prox on "
-                "the lower level it is not: take linear.GMRES(), linear.BiCGStab(), linear.NormalCG() or linear.Dense(symmetric=False)."
+                f"Implicit(linear_solver={type(self.linear_solver).__name__}(...)) assumes a symmetric system, but "
+                "with a projection or prox on "
+                "the lower level it is not: take linear.GMRES(), linear.BiCGStab(), linear.NormalCG() or "
+                "linear.Dense(symmetric=False)."
             )
         return self.linear_solver
 

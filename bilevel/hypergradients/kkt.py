@@ -21,7 +21,7 @@ from bilevel.typing import LowerSolver, PyTree
 
 @hyperparameters
 class ActiveSet:
-    """GAM's hypergradient: the KKT system of the active constraints, and a subgradient where activity is about to change.
+    """GAM's hypergradient: the KKT system of the active constraints, a subgradient where activity is about to change.
 
         (y, lam) = solution and multipliers of the lower level,     L = f + lam . c
         A = {i : lam_i > eps, or an equality},     W = {i not in A : c_i > -eps}
@@ -31,8 +31,8 @@ class ActiveSet:
     and the estimate is the shortest convex combination of the gradients for A and for A + W. c are rows of norm one.
 
     For f strongly convex in y and convex constraints with linearly independent active gradients, Y the whole space. The
-    lower solver must remember multipliers, as `lower.Accurate` does; they are carried here. Per call: the lower solve and
-    two dense systems of size m + p.
+    lower solver must remember multipliers, as `lower.Accurate` does; they are carried here. Per call: the lower solve
+    and two dense systems of size m + p.
 
     Attributes:
       eps: what counts as weakly active.
@@ -61,7 +61,8 @@ class ActiveSet:
         y, given = solved.y, carry if solved.memory is None else solved.memory
         if jnp.shape(given) != carry.shape:
             raise ProblemError(
-                f"ActiveSet needs a lower solver that remembers the {carry.size} multipliers, and this one does not: take "
+                f"ActiveSet needs a lower solver that remembers the {carry.size} multipliers, and this one does not: "
+                "take "
                 "lower.Accurate()."
             )
         rows = Constraints(lower, x, y).at(x, y)
@@ -135,7 +136,8 @@ class NullSpace:
         rows = Constraints(lower, x, y)
         if not is_affine(lambda y: rows.raw(x, y), y):
             raise ProblemError(
-                "NullSpace (AiPOD) needs an equality that is affine in y with a constant matrix, and this is not (by its "
+                "NullSpace (AiPOD) needs an equality that is affine in y with a constant matrix, and this is not (by "
+                "its "
                 "trace). Take solvers.BiCGAFFA instead."
             )
         return optax.tree.zeros_like(y)

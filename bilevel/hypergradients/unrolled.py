@@ -83,12 +83,14 @@ class Unrolled:
         """The last steps of the run alone, which begin where the others, not differentiated, have ended."""
         if not hasattr(solver, "advance"):
             raise ValueError(
-                f"Unrolled(last={self.last}) differentiates the last steps of the lower solver and needs one made of steps: "
+                f"Unrolled(last={self.last}) differentiates the last steps of the lower solver and needs one made of "
+                "steps: "
                 f"lower.GradientDescent(...) or lower.MomentumSGD(...), not {type(solver).__name__}."
             )
         if self.last > solver.steps:
             raise ValueError(
-                f"Unrolled(last={self.last}) differentiates {self.last} steps but the lower solver takes {solver.steps}: "
+                f"Unrolled(last={self.last}) differentiates {self.last} steps but the lower solver takes "
+                f"{solver.steps}: "
                 "raise steps or lower last."
             )
         first = solver.steps - self.last

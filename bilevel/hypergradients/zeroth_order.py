@@ -76,7 +76,9 @@ class PZOBO(_Perturbing):
 
 @hyperparameters
 class HOZOG(_Perturbing):
-    """Zeroth order in the whole of h(x) = F(x, y_T(x)): works with black-box lower solvers and losses without derivatives.
+    """Zeroth order in the whole of h(x) = F(x, y_T(x)).
+
+    Works with black-box lower solvers and losses without derivatives.
 
         dF/dx ~ (1/q) sum over i of u_i [h(x + mu u_i) - h(x)] / mu,    u_i ~ N(0, I)
 

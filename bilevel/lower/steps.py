@@ -46,7 +46,8 @@ class Steps:
     def step_size(self) -> Any:
         """The length of a step as a number, which a prox is scaled with."""
         raise ValueError(
-            f"{type(self).__name__} with a prox_lower takes a plain step size as its optimizer: the prox is scaled with it."
+            f"{type(self).__name__} with a prox_lower takes a plain step size as its optimizer: the prox is scaled "
+            "with it."
         )
 
     def virtual(self) -> Steps:

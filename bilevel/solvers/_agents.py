@@ -34,7 +34,8 @@ def number_of_agents(problem: Problem, owner: str) -> int | None:
             continue
         if source.parties is None:
             raise ProblemError(
-                f"{owner} needs to know whose samples are whose: {name} is one set of arrays for all ({source!r}). Give "
+                f"{owner} needs to know whose samples are whose: {name} is one set of arrays for all ({source!r}). "
+                "Give "
                 "data.Agents(arrays) with leading axes (agents, samples), or data.Clients([...]) for unequal sizes."
             )
         if not source.random and not source.even:

@@ -163,7 +163,8 @@ VERDICTS = (
         _CONVERGED,
         Result.PENALTY_LIMITED,
         lambda f: (
-            f"With the lower level weighted {f.heavier:.0e} times more the upper loss at this x grows by {f.change:.2g}: "
+            f"With the lower level weighted {f.heavier:.0e} times more the upper loss at this x grows by "
+            f"{f.change:.2g}: "
             "the lower level is too flat for this penalty. Raise it, or tighten the tolerance."
         ),
     ),
@@ -260,11 +261,13 @@ def weight_of_lower(problem: Problem, y: PyTree, metrics: dict[str, float], tol:
 
 
 def thorough(problem: Problem, x: PyTree, y: PyTree, weight: float) -> dict[str, Scalar]:
-    """Lower solves by augmented Lagrangians with line searches, from y and, up to 10,000 unknowns, from seven other points.
+    """Lower solves by augmented Lagrangians with line searches.
 
-    `lower_loss` = f(x, y); `polished_gap` = f(x, y) - v(x), v the least value found; `polished_violation`: what that solve
-    could not repair of the constraints; `polished_change`, with a `weight`: F at the y that minimises F / weight + f from
-    y, less F at y.
+    They start at y and, up to 10,000 unknowns, at seven other points.
+
+    `lower_loss` = f(x, y); `polished_gap` = f(x, y) - v(x), v the least value found; `polished_violation`: what that
+    solve could not repair of the constraints; `polished_change`, with a `weight`: F at the y that minimises F / weight
+    + f from y, less F at y.
     """
     starts = _STARTS if optax.tree.size(y) <= MANY else 1
     found = dict(_thorough(problem, x, y, 1 / weight if weight else 0.0, starts=starts))

@@ -35,28 +35,35 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
         return chosen[0], f"Chose {chosen[1]}"
     if problem.constraint is not None or problem.equality is not None or not jax.tree.leaves(x):
         raise ProblemError(
-            "No solver is chosen automatically for this combination of constraints, prox and x0=None: name one of bilevel.solvers."
+            "No solver is chosen automatically for this combination of constraints, prox and x0=None: name one of "
+            "bilevel.solvers."
         )
     nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
     if not problem.stochastic:
         if nonsmooth:
             solver = AID(lower_solver=GradientDescent(0.1, 1000, tol=1e-6))
             return solver, (
-                "Chose AID (implicit differentiation of the forward-backward map, with GMRES; lower steps of 0.1): full batches, "
+                "Chose AID (implicit differentiation of the forward-backward map, with GMRES; lower steps of 0.1): "
+                "full batches, "
                 "a projected or proximal lower level."
             )
         return (
             AID(),
-            "Chose AID (implicit differentiation with warm-started CG; no step sizes to set): full batches, no coupled constraints.",
+            "Chose AID (implicit differentiation with warm-started CG; no step sizes to set): full batches, no "
+            "coupled constraints.",
         )
     if nonsmooth:
         raise ProblemError(
-            "No solver is chosen automatically for minibatches with a projected or proximal lower level: name one, such as "
+            "No solver is chosen automatically for minibatches with a projected or proximal lower level: name one, "
+            "such as "
             "solvers.VPBGD or solvers.MEHA, or give full batches."
         )
     return (
         STFBO(),
-        "Chose STFBO (a single loop with step sizes from accumulated gradient norms; none to set): minibatches, no coupled constraints.",
+        (
+            "Chose STFBO (a single loop with step sizes from accumulated gradient norms; none to set): minibatches, no "
+            "coupled constraints."
+        ),
     )
 
 

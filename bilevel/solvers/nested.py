@@ -13,7 +13,7 @@ from bilevel._module import hyperparameters, state
 from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
 from bilevel.keys import StepKey
 from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
-from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral
+from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.solvers import certificate
@@ -81,17 +81,17 @@ class HypergradientDescent:
         memory = as_lower_solver(self.lower_solver).init(y).memory
         carry = self.hypergradient.init(problem.draw_lower(key), x, y)
         upper = self._move(problem).init(x)
+        if problem.stochastic and withdraws(upper):
+            raise ProblemError(
+                "HypergradientDescent's upper step rule compares values and needs full batches; this problem draws "
+                "minibatches. Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
+            )
         return NestedState(x, y, x, memory, carry, upper, None if self.warm_start else y)
 
     def _move(self, problem: Problem) -> Move:
         """How x moves."""
         if self.upper_optimizer is not None:
             return Move(self.upper_optimizer, problem.project_upper)
-        if problem.stochastic:
-            raise ProblemError(
-                "HypergradientDescent's default step rule compares values and needs full batches; this problem draws "
-                "minibatches. Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
-            )
         return Move(quasi_newton() if problem.project_upper is None else spectral(), problem.project_upper)
 
     def step(self, problem: Problem, state: NestedState, key: StepKey) -> tuple[NestedState, Metrics]:
@@ -242,10 +242,12 @@ def T1T2(lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, scale: float =
 def IMAML(
     lower_steps: int = 16, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.001, cg_steps: int = 5
 ) -> HypergradientDescent:
-    """Implicit MAML: each task starts at the meta-parameters x and is held near them; the hypergradient by `cg_steps` of CG.
+    """Implicit MAML: each task starts at the meta-parameters x and is held near them.
 
-    The lower loss is the sum over tasks of loss_i(y_i) + (lam/2) |y_i - x|^2, which the user states (with `vmap` over tasks, y
-    stacked along a leading axis); each lower solve starts at y_i = x.
+    The hypergradient by `cg_steps` of CG.
+
+    The lower loss is the sum over tasks of loss_i(y_i) + (lam/2) |y_i - x|^2, which the user states (with `vmap` over
+    tasks, y stacked along a leading axis); each lower solve starts at y_i = x.
 
     Reference: Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019.
     """

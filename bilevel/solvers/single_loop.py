@@ -172,7 +172,9 @@ def SOBA(
 def MASOBA(
     upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, theta: float = 0.1
 ) -> SingleLoop:
-    """SOBA with a moving average of the upper direction and constant steps, all of the order of theta ~ 1/sqrt(total steps).
+    """SOBA with a moving average of the upper direction and constant steps.
+
+    Steps are of the order of theta ~ 1/sqrt(total steps).
 
     Cost of SOBA; one more x of memory.
 
@@ -222,16 +224,17 @@ def SPABA(
 
     The paper's clipping of v is not applied.
 
-    Reference: Chu, Xu, Yao, Zhang, "SPABA: A Single-Loop and Probabilistic Stochastic Bilevel Algorithm Achieving Optimal
+    Reference: Chu, Xu, Yao, Zhang, "SPABA: A Single-Loop and Probabilistic Stochastic Bilevel Algorithm Achieving
+      Optimal
     Sample Complexity", ICML 2024.
     """
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, PAGE(probability=probability))
 
 
 def AdamSOBA(upper_rate: float = 1e-2, lower_rate: float = 1e-2, linear_rate: float | None = None) -> SingleLoop:
-    """SOBA's directions, each preconditioned by Adam (optax's defaults but for the rates; `linear_rate=None`: the lower's).
+    """SOBA's directions, each preconditioned by Adam (optax's defaults but for the rates).
 
-    Not one paper's method: the step rule that deep learning uses, on SOBA's directions.
+    `linear_rate` None is the lower's. Not one paper's method: deep learning's step rule on SOBA's directions.
     """
     rule = optax.inject_hyperparams(optax.adam)
     linear = lower_rate if linear_rate is None else linear_rate
@@ -245,7 +248,8 @@ def SUSTAIN(
 
     Per step two gradients of each level and (K - 1) HVPs on average, K = `hvp_steps`.
 
-    Reference: Khanduri et al., "A Near-Optimal Algorithm for Stochastic Bilevel Optimization via Double-Momentum", NeurIPS 2021.
+    Reference: Khanduri et al., "A Near-Optimal Algorithm for Stochastic Bilevel Optimization via Double-Momentum",
+      NeurIPS 2021.
     """
     return SingleLoop(
         lower_optimizer, upper_optimizer, None, STORM(eta), Series(hvp_step, hvp_steps, True), 1 / 3, 1 / 3
@@ -290,10 +294,12 @@ class FSLA:
       eta: eta_t = eta / (t + 1)^decay.
       decay: the exponent of a_t, b_t and eta_t.
 
-    Metrics: as `SingleLoop`, each norm at the point where its direction is taken. Per step 1 gradient, 1 HVP and 2 cross
+    Metrics: as `SingleLoop`, each norm at the point where its direction is taken. Per step 1 gradient, 1 HVP and 2
+      cross
     products of f and 3 gradients of F.
 
-    Reference: Li, Gu, Huang, "A Fully Single Loop Algorithm for Bilevel Optimization without Hessian Inverse", AAAI 2022.
+    Reference: Li, Gu, Huang, "A Fully Single Loop Algorithm for Bilevel Optimization without Hessian Inverse", AAAI
+      2022.
     """
 
     lower_optimizer: float | optax.GradientTransformation = 0.1

@@ -42,7 +42,7 @@ small_s2 = darts_space("S2", ("skip_connect", "sep_conv_3x3"), nodes=2)
 def small_network(
     seed: int = 0, space: SearchSpace = small_s2, *, image: tuple[int, int, int] = (16, 16, 1), **changes: Any
 ) -> Supernet:
-    """Normal, reduction, normal cell (or one cell a stage, where reductions are fixed), 8 channels, 8 x 8 pixels at most.
+    """Normal, reduction, normal cell (one a stage where reductions are fixed), 8 channels, 8 x 8 pixels at most.
 
     Args:
         seed: of the parameters.

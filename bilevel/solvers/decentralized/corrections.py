@@ -64,7 +64,7 @@ class Copies:
 
 
 class Correction:
-    """One form: how it starts, how it moves the copies along local directions, what it costs, how long its steps may be.
+    """One form: how it starts and moves the copies along local directions, what it costs, how long steps may be.
 
     Attributes:
       tracks, accumulates: whether the last directions and a tracker, or a flow, are remembered.

@@ -19,7 +19,9 @@ _FLAT = 1e-5
 
 @state
 class Path:
-    """Where a run stands on the penalty's path. What belongs to the extrapolation is None where nothing is extrapolated.
+    """Where a run stands on the penalty's path.
+
+    What belongs to the extrapolation is None where nothing is extrapolated.
 
     Attributes:
       penalty: c, the weight of the lower level against the upper loss.

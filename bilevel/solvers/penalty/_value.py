@@ -90,8 +90,10 @@ def default_upper() -> optax.GradientTransformation:
 
 
 def lower_rule(problem: Problem, steepness: Any, steps: int, dtype: Any) -> GradientDescent:
-    """The default lower solver: L-BFGS (with a projection: spectral projected gradients) on full batches, `steps` steps of
-    length 1 / (2 curvature) on minibatches."""
+    """The default lower solver: L-BFGS (with a projection: spectral projected gradients) on full batches.
+
+    `steps` steps of length 1 / (2 curvature) on minibatches.
+    """
     if problem.stochastic:
         return GradientDescent(0.5 / jnp.maximum(steepness, 1e-12), steps)
     tol = 3 * float(jnp.finfo(dtype).eps) ** 0.75

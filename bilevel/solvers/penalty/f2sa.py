@@ -141,7 +141,9 @@ def CentralF2SA(
 
 
 def SingleLoopF2SA(lower_step: float = 0.1, upper_optimizer: Any = 0.01, penalty: Any = None) -> F2SA:
-    """F2SA with one lower step of each kind per upper step; c ~ k^(1/7), k^(1/5), k^(1/3) where both levels are noisy, the
-    upper one, none."""
+    """F2SA with one lower step of each kind per upper step.
+
+    c grows as k^(1/7) where both levels are noisy, k^(1/5) where the upper one is, k^(1/3) where none is.
+    """
     schedule = Polynomial(10.0, 1 / 7) if penalty is None else penalty
     return F2SA(False, GradientDescent(lower_step, 1), 1, upper_optimizer, schedule)

@@ -25,7 +25,7 @@ from bilevel.typing import Metrics, PyTree, Scalar
 
 @state
 class LVHBAState(JointState):
-    """A joint state, theta and lam the approximate saddle point of the proximal Lagrangian, and the memory of projections.
+    """A joint state (theta and lam: the approximate saddle point of the proximal Lagrangian), and projections' memory.
 
     Attributes:
       projection: (p,), the dual variable that the next projection on C starts from.
@@ -53,14 +53,15 @@ class LVHBA(Joint):
         z            <- Proj_Z(z + beta (lam - z) / gamma2)
 
     Problem class: f convex in y (the solution need not be unique) and weakly convex in (x, y); C convex and cheap to
-    project on; a multiplier exists. Oracle calls a step: 2 f_y and 2 products J'v in the saddle step (half of it without
-    `extragradient`), 1 gradient of F, 2 of f in (x, y), 1 product J'v, 1 projection on C; on full batches one
-    Hessian-vector product every ten steps watches the curvature (`init` spends some 90 on its first estimate). With alpha
-    set by hand there is none.
+    project on; a multiplier exists. Oracle calls a step: 2 f_y and 2 products J'v in the saddle step (half of it
+    without `extragradient`), 1 gradient of F, 2 of f in (x, y), 1 product J'v, 1 projection on C; on full batches one
+    Hessian-vector product every ten steps watches the curvature (`init` spends some 90 on its first estimate). With
+    alpha set by hand there is none.
 
-    There is one scaling of the constraints: all rows together have the spectral norm of f's curvature in y at the start,
-    so that a multiplier is a distance, as many steps away as theta is. `gamma2`, `beta` and the metrics are those of rows
-    of norm one.
+    There is one scaling of the constraints: all rows together have the spectral norm of f's curvature in y at the
+      start,
+    so that a multiplier is a distance, as many steps away as theta is. `gamma2`, `beta` and the metrics are those of
+    rows of norm one.
 
     Attributes:
       alpha, beta, eta: steps; None: from the curvature L of f, L_F of F and |B'| of the saddle operator,
@@ -164,7 +165,10 @@ class LVHBA(Joint):
     def _saddle_step(
         self, problem: Problem, rows: Constraints, saddle: Any, start: PyTree, eta: Any, L: dict[str, jax.Array]
     ) -> tuple[PyTree, jax.Array, Scalar]:
-        """theta and lam after an (extra)gradient step from `start`, and the operator's curvature as far as it is known."""
+        """theta and lam after an (extra)gradient step from `start`,
+
+        and the operator's curvature as far as it is known.
+        """
 
         def forward(forces: PyTree) -> tuple[PyTree, jax.Array]:
             theta, lam = optax.tree.add_scale(start, -eta, forces)
