@@ -1,5 +1,4 @@
-"""Federated solvers: variance and bias of the estimators, floors, equalities with centralised methods, sampling,
-splits' edge cases."""
+"""Federated solvers: variance and bias of the estimators, floors, equalities with centralised methods, sampling."""
 
 from __future__ import annotations
 
@@ -13,6 +12,7 @@ import pytest
 from distributed_problems import RHO, arrays, hypergradient, lower, quadratic, solution, upper
 
 from bilevel import Problem, ProblemError, data, run, solve
+from bilevel.keys import Draw
 from bilevel.solvers.federated import (
     AggITD,
     FedBiO,
@@ -20,12 +20,14 @@ from bilevel.solvers.federated import (
     FederatedNested,
     FedMBO,
     FedNest,
+    InProcess,
     LFedNest,
     LocalHypergradient,
     ParallelHypergradient,
     SharedHypergradient,
     ShroFBO,
     SimFBO,
+    oracles,
 )  # fmt: skip
 
 _run = jax.jit(run, static_argnames="steps")
@@ -51,7 +53,7 @@ def _moments(problem, estimator, curvature, clients: int, draws: int):
     x, y = jnp.ones(3), jnp.ones(4)
     keys = jax.random.split(jax.random.key(clients), draws)
     found = jax.lax.map(
-        lambda k: estimator(problem, x, y, data.as_step_key(k), curvature, clients)[1], keys, batch_size=250
+        lambda k: estimator(InProcess(problem, data.as_step_key(k), clients), x, y, curvature)[1], keys, batch_size=250
     )
     return found.mean(axis=0), found.var(axis=0).sum()
 
@@ -106,10 +108,10 @@ def test_the_sum_has_less_variance_than_random_lengths_and_a_shared_length_has_a
 def test_local_hypergradients_are_biased_by_what_the_closed_form_says(x64: None) -> None:
     problem, _ = quadratic(16, het=0.5)
     x, y = np.ones(3), np.ones(4)
-    key = data.as_step_key(0)
+    everyone = InProcess(problem, data.as_step_key(0))
     L = _curvature(problem)
-    local = LocalHypergradient(400)(problem, jnp.ones(3), jnp.ones(4), key, L, None)[1]
-    shared = SharedHypergradient(400, random=False)(problem, jnp.ones(3), jnp.ones(4), key, L, None)[1]
+    local = LocalHypergradient(400)(everyone, jnp.ones(3), jnp.ones(4), L)[1]
+    shared = SharedHypergradient(400, random=False)(everyone, jnp.ones(3), jnp.ones(4), L)[1]
     c, d, A, B, _ = (np.asarray(a)[:, 0] for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
     of_each = 0.5 * x + d + np.einsum("nji,nj->ni", B, np.linalg.solve(A, (y - c)[..., None])[..., 0])
     np.testing.assert_allclose(local, of_each.mean(axis=0), rtol=1e-8)
@@ -188,9 +190,9 @@ def test_one_client_is_the_centralised_single_loop(local_steps: int, x64: None) 
     solver = SimFBO(1, *steps) if local_steps == 1 else FedBiO(1, *steps, local_steps=local_steps)
     state, metrics = _end(problem, solver, 20)
     c, d, A, B, b = (np.asarray(a)[0, 0] for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
-    x, y, z = np.zeros(p), np.zeros(q), np.zeros(q)
+    x, y, v = np.zeros(p), np.zeros(q), np.zeros(q)
     for _ in range(20 * local_steps):
-        x, y, z = x - 0.05 * (0.5 * x + d + B.T @ z), y - 0.1 * (A @ y - B @ x - b), z - 0.15 * (A @ z - (y - c))
+        x, y, v = x - 0.05 * (0.5 * x + d + B.T @ v), y - 0.1 * (A @ y - B @ x - b), v - 0.15 * (A @ v - (y - c))
     np.testing.assert_allclose(state.x, x, atol=1e-13)
     np.testing.assert_allclose(state.y, y, atol=1e-13)
     assert (metrics["communication_rounds"] == 1).all()
@@ -213,10 +215,10 @@ def test_accelerated_fedbio_is_storm(x64: None) -> None:
     problem, (p, q) = quadratic(1)
     state, _ = _end(problem, FedBiOAcc(1, 0.1, 1.0, 1.0, delta=0.2, offset=8.0, local_steps=2), 15)
     c, d, A, B, b = (np.asarray(a)[0, 0] for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
-    x, y, z = np.zeros(p), np.zeros(q), np.zeros(q)
+    x, y, v = np.zeros(p), np.zeros(q), np.zeros(q)
     for t in range(1, 30):  # the first step only fills the momentum
         a = 0.2 / np.cbrt(8.0 + t)
-        x, y, z = x - a * 0.1 * (0.5 * x + d + B.T @ z), y - a * (A @ y - B @ x - b), z - a * (A @ z - (y - c))
+        x, y, v = x - a * 0.1 * (0.5 * x + d + B.T @ v), y - a * (A @ y - B @ x - b), v - a * (A @ v - (y - c))
     np.testing.assert_allclose(state.x, x, atol=1e-12)
 
 
@@ -241,8 +243,6 @@ def _clients(sizes, size: int | None) -> Problem:
 
 def test_unequal_clients_count_by_their_samples() -> None:
     """The weighted mean over all clients, averaged over an epoch of batches, is the pooled gradient."""
-    from bilevel.solvers.federated._round import Round
-
     sizes = (2, 4, 8)
     problem = _clients(sizes, 2)
     x, y = jnp.ones(3), jnp.ones(4)
@@ -250,8 +250,8 @@ def test_unequal_clients_count_by_their_samples() -> None:
 
     def mean_gradient(weighting: str):
         def one(k):
-            at = Round(problem, data.as_step_key(0, k), None, weighting)
-            return at.mean(jax.grad(at.lower(), argnums=1)(at.copies(x), at.copies(y)), "lower")
+            at = InProcess(problem, data.as_step_key(0, k), None, weighting).round(Draw.ROUND)
+            return at.ask(oracles.grad_y, oracles.Point(x, y, None)).mean.y
 
         return jax.vmap(one)(jnp.arange(4, dtype=jnp.uint32)).mean(
             axis=0
@@ -262,10 +262,12 @@ def test_unequal_clients_count_by_their_samples() -> None:
 
 
 def test_clients_are_sampled_without_replacement_and_uniformly() -> None:
-    from bilevel.solvers.federated._round import Round
-
     problem, _ = quadratic(10)
-    who = jax.vmap(lambda k: Round(problem, data.as_step_key(0, k), 4).who())(jnp.arange(2000, dtype=jnp.uint32))
+
+    def sampled(k):
+        return InProcess(problem, data.as_step_key(0, k), 4).round(Draw.ROUND).who
+
+    who = jax.vmap(sampled)(jnp.arange(2000, dtype=jnp.uint32))
     assert all(len(set(row.tolist())) == 4 for row in np.asarray(who)[:100])
     share = np.bincount(np.asarray(who).ravel(), minlength=10) / 2000
     np.testing.assert_allclose(share, 0.4, atol=0.05)

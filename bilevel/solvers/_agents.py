@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel import derivatives
 from bilevel.curvature import spectral_norm
-from bilevel.data import as_source
 from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree, Scalar
@@ -50,29 +49,6 @@ def number_of_agents(problem: Problem, owner: str) -> int | None:
             f"{counts['lower_data']}: one data set per agent in each level."
         )
     return next(iter(counts.values()), None)
-
-
-def is_random(data: Any) -> bool:
-    """Whether drawing again gives another batch."""
-    return data is not None and data.size is not None
-
-
-def draw(data: Any, key: StepKey, agents: Any = None) -> PyTree:
-    """The batches of the given agents (None: of all), stacked; None where the level has no data."""
-    return None if data is None else as_source(data).draw_each(key, agents)
-
-
-def bound(fn: Callable[..., jax.Array], data: Any) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
-    """The loss as a function (x, y, batch), whether it takes a batch or not."""
-    return (lambda x, y, batch: fn(x, y)) if data is None else fn
-
-
-def stacked(fn: Callable[..., jax.Array], data: Any, batches: PyTree) -> Stacked:
-    """sum_i f(x_i, y_i, batch_i) as a function of the stacked variables."""
-    loss = bound(fn, data)
-    if data is None:
-        return lambda x, y: jnp.sum(jax.vmap(fn)(x, y))
-    return lambda x, y: jnp.sum(jax.vmap(loss)(x, y, batches))
 
 
 def mean(tree: PyTree) -> PyTree:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bilevel.solvers._directions import Point
+from bilevel.solvers.federated import oracles
 from bilevel.solvers.federated.aggitd import AggITD
+from bilevel.solvers.federated.engine import Answers, Engine, Federated, InProcess
 from bilevel.solvers.federated.fedbio import FedBiO, FedBiOAcc
 from bilevel.solvers.federated.hypergradients import (
     LocalHypergradient,
@@ -14,16 +17,22 @@ from bilevel.solvers.federated.simfbo import FederatedSingleLoop, ShroFBO, SimFB
 
 __all__ = [
     "AggITD",
+    "Answers",
+    "Engine",
     "FedBiO",
     "FedBiOAcc",
     "FedMBO",
     "FedNest",
+    "Federated",
     "FederatedNested",
     "FederatedSingleLoop",
+    "InProcess",
     "LFedNest",
     "LocalHypergradient",
     "ParallelHypergradient",
+    "Point",
     "SharedHypergradient",
     "ShroFBO",
     "SimFBO",
+    "oracles",
 ]

@@ -7,15 +7,13 @@ from typing import Any
 import jax
 import optax
 
-from bilevel import derivatives
 from bilevel._module import hyperparameters, state
-from bilevel.data import StepKey
-from bilevel.optimizers import as_optimizer, check_optimizer
-from bilevel.problem import Problem
-from bilevel.solvers import _agents
-from bilevel.solvers._base import refuse
-from bilevel.solvers.federated._round import Round, check_clients, check_count, norms, traffic
-from bilevel.typing import PyTree
+from bilevel.keys import Draw
+from bilevel.optimizers import Move, check_optimizer
+from bilevel.solvers._directions import Point
+from bilevel.solvers.federated import oracles
+from bilevel.solvers.federated.engine import Engine, Federated, Oracle, measures
+from bilevel.typing import Metrics, PyTree
 
 
 @state
@@ -28,16 +26,17 @@ class AggITDState:
 
 
 @hyperparameters
-class AggITD:
+class AggITD(Federated):
     """Aggregated iterative differentiation: one exchange per lower step carries a gradient and a Hessian-vector product.
 
-        z = 0;   `rounds` times, clients sampled afresh each time:
-            y <- y - b mean_i G_i(x, y),     z <- z - b mean_i (H_i z - F_y,i)       both at the y before the step
-        h = mean_i (F_x - J z),   x <- x + upper_optimizer(h)
+        v = 0;   `rounds` times, clients sampled afresh each time:
+            y <- y - b mean_i D_y,i,     v <- v - b mean_i D_v,i      both at the y before the step
+        h = mean_i D_x,i,   x <- x + upper_optimizer(h)
 
-    z is the sum over the lower steps t of prod_{s > t} (I - b H(y_s)) b F_y(y_t): the matrix products of unrolled
-    differentiation, aggregated over clients while y is still moving. The published method draws the step at which the
-    product starts at random; the sum over all starts has the same expectation and less variance.
+    with D_y = f_y, D_v = f_yy v - F_y, D_x = F_x - f_xy v. v is the sum over the lower steps t of
+    prod_{s > t} (I - b f_yy(y_s)) b F_y(y_t): the matrix products of unrolled differentiation, aggregated over clients
+    while y is still moving. The published method draws the step at which the product starts at random; the sum over all
+    starts has the same expectation and less variance.
 
     Attributes:
       clients: how many take part in each round; None: all.
@@ -60,46 +59,32 @@ class AggITD:
     weighting: str = "samples"
 
     def __post_init__(self) -> None:
-        check_count("AggITD", clients=self.clients, rounds=self.rounds)
+        self._check("rounds")
         check_optimizer("AggITD", "upper_optimizer", self.upper_optimizer)
         check_optimizer("AggITD", "lower_step", self.lower_step)
-        if self.weighting not in ("samples", "clients"):
-            raise ValueError(f"AggITD(weighting={self.weighting!r}): 'samples' or 'clients'.")
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> AggITDState:
+    @property
+    def asks(self) -> tuple[Oracle, ...]:
+        """The oracles of this method's rounds."""
+        return oracles.aggitd, oracles.hyper
+
+    def begin(self, engine: Engine, x: PyTree, y: PyTree) -> AggITDState:
         """The server before the first round."""
-        refuse(self, problem, x)
-        check_clients(problem, "AggITD", self.clients)
-        return AggITDState(x, y, as_optimizer(self.upper_optimizer).init(x))
+        return AggITDState(x, y, Move(self.upper_optimizer).init(x))
 
-    def step(self, problem: Problem, state: AggITDState, key: StepKey) -> tuple[AggITDState, dict[str, jax.Array]]:
-        """One outer iteration."""
+    def advance(self, engine: Engine, state: AggITDState) -> tuple[AggITDState, Metrics]:
+        """The rounds of one outer iteration."""
         x = state.x
 
-        def exchange(t: Any, carry: Any) -> Any:
-            y, z, _ = carry
-            at = Round(problem, key.fold_in(10).inner(t, self.rounds), self.clients, self.weighting)
-            xs, ys = at.copies(x), at.copies(y)
-            lower = derivatives.linearised(at.lower(), xs, ys)
-            G = at.mean(lower.gradient_y, "lower")
-            F_y = at.mean(jax.grad(at.upper(), argnums=1)(xs, ys), "upper")
-            residual = optax.tree.sub(at.mean(lower.hvp(at.copies(z)), "lower"), F_y)
-
-            def down(v, g):
-                return jax.tree.map(lambda v, g: v - self.lower_step * g, v, g)
-
-            return down(y, G), down(z, residual), G
+        def exchange(at: Any, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
+            y, v, _ = carry
+            D = at.ask(oracles.aggitd, Point(x, y, v)).mean
+            y, v = jax.tree.map(lambda a, d: a - self.lower_step * d, (y, v), (D.y, D.v))
+            return y, v, D.y
 
         zero = optax.tree.zeros_like(state.y)
-        y, z, G = jax.lax.fori_loop(0, self.rounds, exchange, (state.y, zero, zero))
-
-        at = Round(problem, key.fold_in(23), self.clients, self.weighting)
-        xs, ys = at.copies(x), at.copies(y)
-        value, F_x = jax.value_and_grad(at.upper(), argnums=0)(xs, ys)
-        cross = derivatives.cross_product(at.lower(), xs, ys, at.copies(z))
-        h = optax.tree.sub(at.mean(F_x, "upper"), at.mean(cross, "lower"))
-        updates, upper = as_optimizer(self.upper_optimizer).update(h, state.upper, x)
-        p, q = _agents.size_of(x), _agents.size_of(y)
-        floats = at.size * (self.rounds * (p + 4 * q) + 2 * p + 2 * q)
-        metrics = {"upper_loss": value / at.size, **norms(h, G), **traffic(self.rounds + 1, floats)}
-        return AggITDState(optax.apply_updates(x, updates), y, upper), metrics
+        y, v, G = engine.repeat(Draw.ROUND, self.rounds, exchange, (state.y, zero, zero))
+        last = engine.round(Draw.LAST).ask(oracles.hyper, Point(x, y, v))
+        h = last.mean.x
+        x, upper = Move(self.upper_optimizer)(h, state.upper, x)
+        return AggITDState(x, y, upper), measures(last.value, h, G)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters, state
-from bilevel.data import StepKey
-from bilevel.problem import Problem
-from bilevel.solvers import _agents
-from bilevel.solvers._base import refuse
-from bilevel.solvers.federated._round import Round, check_clients, check_count, norms, traffic
-from bilevel.solvers.federated.simfbo import FederatedSingleLoop, directions
-from bilevel.typing import PyTree
+from bilevel.keys import Draw
+from bilevel.optimizers import check_count
+from bilevel.solvers._directions import Point
+from bilevel.solvers.federated import oracles
+from bilevel.solvers.federated.engine import Engine, Federated, Oracle, measures
+from bilevel.solvers.federated.simfbo import FederatedSingleLoop
+from bilevel.typing import Metrics, PyTree
 
 
 def FedBiO(
@@ -27,7 +27,7 @@ def FedBiO(
     local_steps: int = 5,
     **options: Any,
 ) -> FederatedSingleLoop:
-    """FedBiO: x, y and z walk `local_steps` local steps and are averaged.
+    """FedBiO: x, y and v walk `local_steps` local steps and are averaged.
 
     The server's average of the clients' variables is a server step along their summed directions: `FederatedSingleLoop`
     with the server's steps `local_steps` times the clients'.
@@ -36,48 +36,41 @@ def FedBiO(
     Level Problems", NeurIPS 2023 (the global lower level problem).
     """
     check_count("FedBiO", local_steps=local_steps)
-    server = (upper_step * local_steps, lower_step * local_steps, linear_step * local_steps)
-    return FederatedSingleLoop(
-        clients,
-        *server,
-        local_steps,
-        local_upper=upper_step,
-        local_lower=lower_step,
-        local_linear=linear_step,
-        **options,
-    )
+    steps = upper_step, lower_step, linear_step
+    x, y, v = (step * local_steps for step in steps)
+    return FederatedSingleLoop(clients, x, y, v, local_steps, *steps, **options)
 
 
 @state
 class AcceleratedState:
-    """The server's x, y, z and their momenta, averaged over clients at the end of each round."""
+    """The server's x, y, v and their momenta, averaged over clients at the end of each round."""
 
     x: PyTree
     y: PyTree
-    z: PyTree
-    momenta: Any
+    v: PyTree
+    momenta: Point
 
 
 @hyperparameters
-class FedBiOAcc:
+class FedBiOAcc(Federated):
     """FedBiO with a STORM momentum on each of its three directions.
 
     Local step t of a round, with a_t = delta / (offset + t)^(1/3), t counted over all rounds, and D the client's
     directions:
 
-        (x, y, z)+ = (x, y, z) - a_t (upper_step m_x, lower_step m_y, linear_step m_z)
-        m+ = D((x, y, z)+; sample) + (1 - momentum a_t^2) (m - D((x, y, z); the same sample))
+        (x, y, v)+ = (x, y, v) - a_t (upper_step m_x, lower_step m_y, linear_step m_v)
+        m+ = D((x, y, v)+; sample) + (1 - momentum a_t^2) (m - D((x, y, v); the same sample))
 
     After `local_steps` of them the server averages variables and momenta. Deviation: at the last local step the
     momentum is corrected at the client's own point and then averaged, not at the averaged point.
 
     Attributes:
       clients: how many take part in each round; None: all (what the paper assumes).
-      upper_step, lower_step, linear_step: relative step sizes of x, y and z.
+      upper_step, lower_step, linear_step: relative step sizes of x, y and v.
       delta, offset: of the schedule; the first step is delta / offset^(1/3).
       momentum: the constant c of the forgetting rate c a_t^2.
       local_steps: local steps per round.
-      weighting: as in `FederatedSingleLoop`.
+      weighting: "samples": a client's losses count by its number of samples (`data.Clients`); "clients": all alike.
 
     Two evaluations of each oracle per local step. Metrics as in `FederatedSingleLoop` (the norms are those of the
     averaged momenta).
@@ -96,49 +89,33 @@ class FedBiOAcc:
     weighting: str = "samples"
 
     def __post_init__(self) -> None:
-        check_count("FedBiOAcc", clients=self.clients, local_steps=self.local_steps)
+        self._check("local_steps")
         for name in ("upper_step", "lower_step", "linear_step", "delta", "offset", "momentum"):
             value = getattr(self, name)
             if isinstance(value, float) and not value > 0:
                 raise ValueError(f"FedBiOAcc({name}={value}): a positive number is needed.")
-        if self.weighting not in ("samples", "clients"):
-            raise ValueError(f"FedBiOAcc(weighting={self.weighting!r}): 'samples' or 'clients'.")
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> AcceleratedState:
+    @property
+    def asks(self) -> tuple[Oracle, ...]:
+        """The oracles of this method's rounds."""
+        return (oracles.storm,)
+
+    def begin(self, engine: Engine, x: PyTree, y: PyTree) -> AcceleratedState:
         """The server before the first round; momenta start with the first sample."""
-        refuse(self, problem, x)
-        check_clients(problem, "FedBiOAcc", self.clients)
-        z = optax.tree.zeros_like(y)
-        return AcceleratedState(x, y, z, optax.tree.zeros_like((x, y, z)))
+        v = optax.tree.zeros_like(y)
+        return AcceleratedState(x, y, v, optax.tree.zeros_like(Point(x, y, v)))
 
-    def step(
-        self, problem: Problem, state: AcceleratedState, key: StepKey
-    ) -> tuple[AcceleratedState, dict[str, jax.Array]]:
+    def advance(self, engine: Engine, state: AcceleratedState) -> tuple[AcceleratedState, Metrics]:
         """One round."""
-        at = Round(problem, key.fold_in(10), self.clients, self.weighting)
-        relative = (self.upper_step, self.lower_step, self.linear_step)
 
-        def local(i: Any, carry: Any) -> Any:
-            mine, momenta, _ = carry
-            t = key.inner(i, self.local_steps).step
+        def schedule(t: jax.Array) -> tuple[Point, jax.Array]:
             a = self.delta / jnp.cbrt(self.offset + t)
-            moved = tuple(
-                jax.tree.map(lambda v, m, s=s: (v - a * s * m).astype(v.dtype), v, m)
-                for s, v, m in zip(relative, mine, momenta, strict=True)
-            )
-            sample = at.key.inner(i, self.local_steps)
-            value, new = directions(at, sample, *moved)
-            _, old = directions(at, sample, *mine)
             kept = jnp.where(t == 0, 0.0, jnp.maximum(1 - self.momentum * a * a, 0.0))
-            momenta = jax.tree.map(lambda n, m, o: (n + kept * (m - o)).astype(n.dtype), new, momenta, old)
-            return moved, momenta, value
+            return Point(a * self.upper_step, a * self.lower_step, a * self.linear_step), kept
 
-        start = (at.copies((state.x, state.y, state.z)), at.copies(state.momenta))
-        value = jax.eval_shape(lambda: directions(at, at.key, *start[0])[0])
-        mine, momenta, loss = jax.lax.fori_loop(
-            0, self.local_steps, local, (*start, jnp.zeros(value.shape, value.dtype))
-        )
-        (x, y, z), momenta = _agents.mean(mine), _agents.mean(momenta)
-        p, q = _agents.size_of(x), _agents.size_of(y)
-        metrics = {"upper_loss": loss, **norms(momenta[0], momenta[1]), **traffic(1, at.size * 4 * (p + 2 * q))}
-        return AcceleratedState(x, y, z, momenta), metrics
+        sent = Point(state.x, state.y, state.v), state.momenta
+        first = engine.key.inner(0, self.local_steps).step
+        options = {"first": first, "local_steps": self.local_steps, "schedule": schedule}
+        found = engine.round(Draw.ROUND).ask(oracles.storm, sent, weighted=True, **options)
+        at, momenta = found.mean
+        return AcceleratedState(at.x, at.y, at.v, momenta), measures(found.value, momenta.x, momenta.y)

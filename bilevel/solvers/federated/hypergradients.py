@@ -4,52 +4,68 @@
 
 with L at least the largest eigenvalue of any H_i.
 
-No client knows H; a product of factors, each of another freshly sampled client, has the right expectation.
+No client knows H; a product of factors, each of another freshly sampled client, has the right expectation. An estimator is
+called with the engine, x, y and L, and gives (the mean upper loss, h).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import derivatives
 from bilevel._module import hyperparameters
-from bilevel.data import StepKey
-from bilevel.problem import Problem
-from bilevel.solvers import _agents
-from bilevel.solvers.federated._round import Round, check_count
+from bilevel.keys import Draw
+from bilevel.optimizers import check_count
+from bilevel.solvers._directions import Point
+from bilevel.solvers.federated import oracles
+from bilevel.solvers.federated.engine import Engine, Oracle
+from bilevel.typing import PyTree
 
-PyTree = Any
-
-
-def _where(keep: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(keep.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
-
-
-def _less(p: PyTree, hp: PyTree, L: Any) -> PyTree:
-    """(I - H/L) p."""
-    return jax.tree.map(lambda p, hp: (p - hp / L).astype(p.dtype), p, hp)
+__all__ = ["LocalHypergradient", "ParallelHypergradient", "SharedHypergradient"]
 
 
 class _Series:
-    """What the estimators with a truncated series share; the counts are those of one factor a round."""
+    """The truncated series, factor by factor: each chain by itself, or one chain of averages."""
 
     terms: int
+    random: bool
+    apart: ClassVar[bool]
+    asks: ClassVar[tuple[Oracle, ...]] = (oracles.f_y, oracles.hvp, oracles.hyper)
 
     def __post_init__(self) -> None:
         check_count(type(self).__name__, terms=self.terms)
 
-    def rounds(self) -> int:
-        """Rounds of one estimate."""
-        return self.terms + 1
+    def __call__(self, engine: Engine, x: PyTree, y: PyTree, curvature: Any) -> tuple[Any, PyTree]:
+        """(upper loss, h) at (x, y): one draw of the estimator."""
+        found = engine.round(Draw.FIRST).ask(oracles.f_y, Point(x, y, None))
+        p = optax.tree.scale(-self.terms if self.random else -1.0, (found.each if self.apart else found.mean).v)
+        shape = jax.tree.leaves(p)[0].shape[:1] if self.apart else ()
+        left = jax.random.randint(engine.key.fold_in(Draw.LENGTH).random, shape, 0, self.terms)
 
-    def floats(self, p: int, q: int) -> int:
-        """Numbers to and from one client in one estimate: each chain round takes (x, y) and its own vector to another
-        client."""
-        return (p + 2 * q) + (self.terms - 1) * (p + 3 * q) + (2 * p + 2 * q)
+        def factor(at: Any, chain: tuple[PyTree, PyTree, jax.Array]) -> tuple[PyTree, PyTree, jax.Array]:
+            if self.apart:
+                chain = at.pass_on(chain)
+                moving = chain[2] > 0 if self.random else None
+                found = at.ask(oracles.hvp, Point(x, y, chain[0]), own=chain, only=moving)
+                product, (p, v, left) = found.each.v, found.own
+            else:
+                p, v, left = chain
+                product = at.ask(oracles.hvp, Point(x, y, p)).mean.v
+            new = oracles.factor(p, product, curvature)
+            if not self.random:
+                return new, optax.tree.add(v, new), left
+            p = jax.tree.map(lambda a, b: jnp.where(oracles.rows(left > 0, a), a, b), new, p)
+            return p, p, left - 1
+
+        _, v, _ = engine.repeat(Draw.FACTOR, self.terms - 1, factor, (p, p, left))
+        v = jax.tree.map(lambda a: (a / curvature).astype(a.dtype), v)
+        last = engine.round(Draw.LAST)
+        v = last.pass_on(v) if self.apart else v
+        found = last.ask(oracles.hyper, Point(x, y, v), own=v if self.apart else None)
+        return found.value, found.mean.x
 
 
 @hyperparameters
@@ -58,9 +74,9 @@ class ParallelHypergradient(_Series):
 
         round 0:      fresh clients S_0;  chain i:  p_i = F_y of client s_0(i)
         rounds j:     fresh clients S_j;  p_i <- p_i - H_{s_j(i)} p_i / L,     j = 1, ..., terms - 1
-        last round:   fresh clients S;    h = mean_i (F_x - J q_i)
+        last round:   fresh clients S;    h = mean_i (F_x - J v_i)
 
-    with q_i = (1/L) sum_j p_i^(j) (`random=False`, the default), or with the paper's `random=True` q_i = (terms/L) p_i
+    with v_i = (1/L) sum_j p_i^(j) (`random=False`, the default), or with the paper's `random=True` v_i = (terms/L) p_i
     after a number of factors drawn uniformly from 0, ..., terms - 1 for each chain by itself. Both are unbiased up to
     (1 - mu/L)^terms and their variance falls with the number of clients; the sum's is several times smaller, for the
     same communication.
@@ -76,37 +92,7 @@ class ParallelHypergradient(_Series):
 
     terms: int = 10
     random: bool = False
-
-    def __call__(
-        self,
-        problem: Problem,
-        x: PyTree,
-        y: PyTree,
-        key: StepKey,
-        curvature: Any,
-        clients: int | None,
-        weighting: str = "samples",
-    ) -> Any:
-        """(upper loss, h) at (x, y): one draw of the estimator."""
-        first = Round(problem, key.fold_in(20), clients, weighting)
-        xs, ys = first.copies(x), first.copies(y)
-        p = first.weigh(jax.grad(first.upper(), argnums=1)(xs, ys), "upper")
-        q = optax.tree.scale(self.terms if self.random else 1.0, p)
-        lengths = jax.random.randint(key.fold_in(21).random, (first.size,), 0, self.terms)
-
-        def factor(j: Any, chains: Any) -> Any:
-            at = Round(problem, key.fold_in(22).inner(j, self.terms), clients, weighting)
-            p, q, lengths = at.pass_on(chains)
-            if self.random:
-                product = at.weigh(derivatives.hvp(at.lower(), xs, ys, q), "lower")
-                return p, _where(j < lengths, _less(q, product, curvature), q), lengths
-            p = _less(p, at.weigh(derivatives.hvp(at.lower(), xs, ys, p), "lower"), curvature)
-            return p, optax.tree.add(q, p), lengths
-
-        p, q, _ = jax.lax.fori_loop(0, self.terms - 1, factor, (p, q, lengths))
-        q = jax.tree.map(lambda a: (a / curvature).astype(a.dtype), q)
-        last = Round(problem, key.fold_in(23), clients, weighting)
-        return _last_round(last, xs, ys, last.pass_on(q))
+    apart: ClassVar[bool] = True
 
 
 @hyperparameters
@@ -129,44 +115,11 @@ class SharedHypergradient(_Series):
 
     terms: int = 10
     random: bool = True
-
-    def __call__(
-        self,
-        problem: Problem,
-        x: PyTree,
-        y: PyTree,
-        key: StepKey,
-        curvature: Any,
-        clients: int | None,
-        weighting: str = "samples",
-    ) -> Any:
-        """(upper loss, h) at (x, y): one draw of the estimator."""
-        first = Round(problem, key.fold_in(20), clients, weighting)
-        xs, ys = first.copies(x), first.copies(y)
-        p = first.mean(jax.grad(first.upper(), argnums=1)(xs, ys), "upper")
-        q = optax.tree.scale(self.terms if self.random else 1.0, p)
-        length = jax.random.randint(key.fold_in(21).random, (), 0, self.terms)
-
-        def factor(j: Any, chain: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            p, q = chain
-            at = Round(problem, key.fold_in(22).inner(j, self.terms), clients, weighting)
-
-            def product(v):
-                return at.mean(derivatives.hvp(at.lower(), xs, ys, at.copies(v)), "lower")
-
-            if self.random:
-                return p, jax.tree.map(lambda a, b: jnp.where(j < length, a, b), _less(q, product(q), curvature), q)
-            p = _less(p, product(p), curvature)
-            return p, optax.tree.add(q, p)
-
-        p, q = jax.lax.fori_loop(0, self.terms - 1, factor, (p, q))
-        q = jax.tree.map(lambda a: (a / curvature).astype(a.dtype), q)
-        last = Round(problem, key.fold_in(23), clients, weighting)
-        return _last_round(last, xs, ys, last.copies(q))
+    apart: ClassVar[bool] = False
 
 
 @hyperparameters
-class LocalHypergradient(_Series):
+class LocalHypergradient:
     """LFedNest's: every client inverts its own Hessian. One round, and biased: the mean of local hypergradients is
     another direction.
 
@@ -177,53 +130,13 @@ class LocalHypergradient(_Series):
     """
 
     terms: int = 10
+    asks: ClassVar[tuple[Oracle, ...]] = (oracles.local_hyper,)
 
-    def __call__(
-        self,
-        problem: Problem,
-        x: PyTree,
-        y: PyTree,
-        key: StepKey,
-        curvature: Any,
-        clients: int | None,
-        weighting: str = "samples",
-    ) -> Any:
+    def __post_init__(self) -> None:
+        check_count("LocalHypergradient", terms=self.terms)
+
+    def __call__(self, engine: Engine, x: PyTree, y: PyTree, curvature: Any) -> tuple[Any, PyTree]:
         """(upper loss, h) at (x, y): one draw of the estimator."""
-        at = Round(problem, key.fold_in(20), clients, weighting)
-        xs, ys = at.copies(x), at.copies(y)
-        value, (F_x, F_y) = jax.value_and_grad(at.upper(), argnums=(0, 1))(xs, ys)
-        lower = derivatives.linearised(at.lower(), xs, ys)
-
-        def factor(_: Any, chains: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            p, q = chains
-            p = _less(p, lower.hvp(p), curvature)
-            return p, optax.tree.add(q, p)
-
-        _, q = jax.lax.fori_loop(0, self.terms - 1, factor, (F_y, F_y))
-        q = jax.tree.map(lambda a: (a / curvature).astype(a.dtype), q)
-        return value / at.size, at.mean(optax.tree.sub(F_x, lower.cross(q)), "upper")
-
-    def rounds(self) -> int:
-        """Rounds of one estimate."""
-        return 1
-
-    def floats(self, p: int, q: int) -> int:
-        """Numbers to and from one client in one estimate."""
-        return 2 * p + q
-
-
-def _last_round(at: Round, xs: PyTree, ys: PyTree, q: PyTree) -> tuple[jax.Array, PyTree]:
-    """(upper loss, mean_i (F_x - J q_i))."""
-    upper = at.upper()
-    values, pull = upper(xs, ys), jax.grad(upper, argnums=0)(xs, ys)
-    cross = derivatives.cross_product(at.lower(), xs, ys, q)
-    return values / at.size, optax.tree.sub(at.mean(pull, "upper"), at.mean(cross, "lower"))
-
-
-def exact_hypergradient(problem: Problem, x: PyTree, y: PyTree, curvature: Any, terms: int = 1000) -> PyTree:
-    """F_x - J H^-1 F_y of the mean losses on full batches at (x, y), all clients taking part: what the estimators
-    estimate."""
-    at = Round(problem, StepKey(jax.random.key(0), jnp.uint32(0), jnp.uint32(0)))
-    if any(_agents.is_random(d) for d in (problem.upper_data, problem.lower_data)):
-        raise ValueError("exact_hypergradient needs full batches: data.Agents(arrays) without a size.")
-    return SharedHypergradient(terms, random=False)(problem, x, y, at.key, curvature, None)[1]
+        at = engine.round(Draw.FIRST)
+        found = at.ask(oracles.local_hyper, Point(x, y, None), terms=self.terms, curvature=curvature)
+        return found.value, found.mean.x

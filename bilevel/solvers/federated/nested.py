@@ -9,16 +9,40 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters, state
-from bilevel.data import StepKey
-from bilevel.optimizers import as_optimizer, check_optimizer
-from bilevel.problem import Problem
-from bilevel.solvers import _agents
-from bilevel.solvers._base import refuse
-from bilevel.solvers.federated._round import Round, check_clients, check_count, curvature_bound, norms, traffic
+from bilevel.keys import Draw
+from bilevel.optimizers import Move, check_optimizer, is_rule
+from bilevel.solvers._directions import Point
+from bilevel.solvers.federated import oracles
+from bilevel.solvers.federated.engine import Engine, Federated, Oracle, measures
 from bilevel.solvers.federated.hypergradients import LocalHypergradient, ParallelHypergradient, SharedHypergradient
-from bilevel.typing import PyTree
+from bilevel.typing import Metrics, PyTree
 
-LOWER = ("minibatch", "svrg", "local")
+
+def _minibatch(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    G = at.ask(oracles.grad_y, Point(x, y, None)).mean.y
+    return *Move(solver.lower_optimizer)(G, memory, y), G
+
+
+def _local(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    own = {"local_steps": solver.local_steps, "step_size": solver.lower_optimizer}
+    moved = at.ask(oracles.local, Point(x, y, None), **own).mean.y
+    residual = jax.tree.map(lambda d: -d / (solver.local_steps * solver.lower_optimizer), moved)
+    return optax.tree.add(y, moved), memory, residual
+
+
+def _svrg(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    own = {"local_steps": solver.local_steps, "step_size": solver.lower_optimizer}
+    G = at.ask(oracles.grad_y, Point(x, y, None)).mean.y
+    moved = at.ask(oracles.local, Point(x, y, G), held=True, **own).mean.y
+    return optax.tree.add(y, moved), memory, G
+
+
+LOWER: dict[str, tuple[Any, tuple[Oracle, ...]]] = {
+    "minibatch": (_minibatch, (oracles.grad_y,)),
+    "svrg": (_svrg, (oracles.grad_y, oracles.local)),
+    "local": (_local, (oracles.local,)),
+}
+"""The lower rounds: (solver, clients, x, y, memory) -> (y, memory, residual), and the oracles that they ask."""
 
 
 @state
@@ -33,7 +57,7 @@ class FederatedState:
 
 
 @hyperparameters
-class FederatedNested:
+class FederatedNested(Federated):
     """A server solves min_x F(x, y*(x)), y*(x) = argmin_y f(x, y) for averages F, f over clients whose data it never sees.
 
         y <- lower_rounds of `lower` at x
@@ -77,119 +101,53 @@ class FederatedNested:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        check_count(
-            owner,
-            clients=self.clients,
-            lower_rounds=self.lower_rounds,
-            local_steps=self.local_steps,
-            local_upper_steps=self.local_upper_steps,
-        )
+        self._check("lower_rounds", "local_steps", "local_upper_steps")
         check_optimizer(owner, "upper_optimizer", self.upper_optimizer)
         check_optimizer(owner, "lower_optimizer", self.lower_optimizer)
         if self.lower not in LOWER:
             raise ValueError(
                 f"{owner}(lower={self.lower!r}): the lower rounds are one of {', '.join(map(repr, LOWER))}."
             )
-        if self.weighting not in ("samples", "clients"):
-            raise ValueError(f"{owner}(weighting={self.weighting!r}): 'samples' or 'clients'.")
-        if self.lower != "minibatch" and isinstance(self.lower_optimizer, optax.GradientTransformation):
+        if self.lower != "minibatch" and is_rule(self.lower_optimizer):
             raise ValueError(
-                f"{owner}(lower={self.lower!r}) takes its steps on the clients: lower_optimizer must be a step "
-                f"size, not an optax rule."
+                f"{owner}(lower={self.lower!r}) takes its steps on the clients: lower_optimizer must be a step size, "
+                "not an optax rule."
             )
-        if self.local_upper_steps > 1 and isinstance(self.upper_optimizer, optax.GradientTransformation):
+        if self.local_upper_steps > 1 and is_rule(self.upper_optimizer):
             raise ValueError(
-                f"{owner}(local_upper_steps={self.local_upper_steps}): upper_optimizer must be a step size, not "
-                f"an optax rule."
+                f"{owner}(local_upper_steps={self.local_upper_steps}): upper_optimizer must be a step size, not an "
+                "optax rule."
             )
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> FederatedState:
+    @property
+    def asks(self) -> tuple[Oracle, ...]:
+        """The oracles of this method's rounds."""
+        walk = (oracles.fedout,) if self.local_upper_steps > 1 else ()
+        return *LOWER[self.lower][1], *self.hypergradient.asks, *walk
+
+    def begin(self, engine: Engine, x: PyTree, y: PyTree) -> FederatedState:
         """The server before the first round."""
-        refuse(self, problem, x)
-        check_clients(problem, type(self).__name__, self.clients)
-        L = curvature_bound(problem, x, y, key) if self.curvature is None else jnp.asarray(self.curvature)
-        rules = as_optimizer(self.upper_optimizer), as_optimizer(self.lower_optimizer)
-        return FederatedState(x, y, rules[0].init(x), rules[1].init(y), L)
+        L = 1.2 * engine.curvature(x, y) if self.curvature is None else self.curvature
+        memories = Move(self.upper_optimizer).init(x), Move(self.lower_optimizer).init(y)
+        return FederatedState(x, y, *memories, jnp.asarray(L))
 
-    def step(
-        self, problem: Problem, state: FederatedState, key: StepKey
-    ) -> tuple[FederatedState, dict[str, jax.Array]]:
-        """One outer iteration."""
-        x = state.x
+    def advance(self, engine: Engine, state: FederatedState) -> tuple[FederatedState, Metrics]:
+        """The rounds of one outer iteration."""
+        x, (take, _) = state.x, LOWER[self.lower]
 
-        def lower_round(t: Any, carry: Any) -> Any:
-            y, memory, _ = carry
-            at = Round(problem, key.fold_in(10).inner(t, self.lower_rounds), self.clients, self.weighting)
-            return getattr(self, "_" + self.lower)(at, x, y, memory)
+        def lower_round(at: Any, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
+            return take(self, at, x, *carry[:2])
 
         start = (state.y, state.lower, optax.tree.zeros_like(state.y))
-        y, memory, residual = jax.lax.fori_loop(0, self.lower_rounds, lower_round, start)
-
-        value, h = self.hypergradient(problem, x, y, key, state.curvature, self.clients, self.weighting)
-        direction = h if self.local_upper_steps == 1 else self._walk(problem, x, y, h, key)
-        updates, upper = as_optimizer(self.upper_optimizer).update(direction, state.upper, x)
-        new = FederatedState(optax.apply_updates(x, updates), y, upper, memory, state.curvature)
-        return new, {"upper_loss": value, **norms(h, residual), **self._traffic(problem, x, y)}
-
-    def _minibatch(self, at: Round, x: PyTree, y: PyTree, memory: PyTree) -> Any:
-        G = at.mean(jax.grad(at.lower(), argnums=1)(at.copies(x), at.copies(y)), "lower")
-        updates, memory = as_optimizer(self.lower_optimizer).update(G, memory, y)
-        return optax.apply_updates(y, updates), memory, G
-
-    def _svrg(self, at: Round, x: PyTree, y: PyTree, memory: PyTree) -> Any:
-        xs, ys = at.copies(x), at.copies(y)
-        G = at.mean(jax.grad(at.lower(), argnums=1)(xs, ys), "lower")
-        everywhere = at.copies(G)
-
-        def local(v: Any, mine: PyTree) -> PyTree:
-            gradient = jax.grad(at.lower(at.key.fold_in(2).inner(v, self.local_steps)), argnums=1)
-            moved, here = gradient(xs, mine), gradient(xs, ys)
-            return jax.tree.map(
-                lambda y, a, b, q: y - self.lower_optimizer * (a - b + q), mine, moved, here, everywhere
-            )
-
-        mine = jax.lax.fori_loop(0, self.local_steps, local, ys)
-        return self._averaged(at, mine, y), memory, G
-
-    def _local(self, at: Round, x: PyTree, y: PyTree, memory: PyTree) -> Any:
-        xs, ys = at.copies(x), at.copies(y)
-
-        def local(v: Any, mine: PyTree) -> PyTree:
-            G = jax.grad(at.lower(at.key.fold_in(2).inner(v, self.local_steps)), argnums=1)(xs, mine)
-            return jax.tree.map(lambda y, g: y - self.lower_optimizer * g, mine, G)
-
-        new = self._averaged(at, jax.lax.fori_loop(0, self.local_steps, local, ys), y)
-        moved = jax.tree.map(lambda a, b: (a - b) / (self.local_steps * self.lower_optimizer), y, new)
-        return new, memory, moved
-
-    def _averaged(self, at: Round, mine: PyTree, y: PyTree) -> PyTree:
-        """y plus the weighted mean displacement."""
-        return optax.tree.add(y, at.mean(optax.tree.sub(mine, at.copies(y)), "lower"))
-
-    def _walk(self, problem: Problem, x: PyTree, y: PyTree, h: PyTree, key: StepKey) -> PyTree:
-        """FedNest's FedOut: the mean over clients of the sum of their local directions."""
-        at = Round(problem, key.fold_in(30), self.clients, self.weighting)
-        xs, ys, hs = at.copies(x), at.copies(y), at.copies(h)
-
-        def local(v: Any, carry: Any) -> Any:
-            mine, total = carry
-            gradient = jax.grad(at.upper(at.key.fold_in(2).inner(v, self.local_upper_steps)), argnums=0)
-            direction = optax.tree.add(hs, at.weigh(optax.tree.sub(gradient(mine, ys), gradient(xs, ys)), "upper"))
-            return jax.tree.map(lambda x, d: x - self.upper_optimizer * d, mine, direction), optax.tree.add(
-                total, direction
-            )
-
-        return _agents.mean(jax.lax.fori_loop(0, self.local_upper_steps, local, (xs, optax.tree.zeros_like(xs)))[1])
-
-    def _traffic(self, problem: Problem, x: PyTree, y: PyTree) -> dict[str, jax.Array]:
-        p, q = _agents.size_of(x), _agents.size_of(y)
-        n = Round(problem, StepKey(None, None, None), self.clients).size  # type: ignore[arg-type]
-        per_round = 2 if self.lower == "svrg" else 1
-        rounds = self.lower_rounds * per_round + self.hypergradient.rounds()
-        floats = self.lower_rounds * (p + 2 * q + (per_round - 1) * 2 * q) + self.hypergradient.floats(p, q)
+        y, memory, residual = engine.repeat(Draw.ROUND, self.lower_rounds, lower_round, start)
+        value, h = self.hypergradient(engine, x, y, state.curvature)
+        direction = h
         if self.local_upper_steps > 1:
-            rounds, floats = rounds + 1, floats + 3 * p + q
-        return traffic(rounds, n * floats)
+            own = {"local_steps": self.local_upper_steps, "step_size": self.upper_optimizer}
+            found = engine.round(Draw.WALK).ask(oracles.fedout, Point(x, y, h), weighted=True, **own)
+            direction = found.mean.x
+        x, upper = Move(self.upper_optimizer)(direction, state.upper, x)
+        return FederatedState(x, y, upper, memory, state.curvature), measures(value, h, residual)
 
 
 def FedMBO(

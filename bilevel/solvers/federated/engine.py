@@ -1,0 +1,266 @@
+"""How a server asks its clients: one interface, whether they are rows of arrays in this process or far away.
+
+A federated method is written once, against an `Engine`, as rounds of asks. An ask names an oracle (`oracles`) and the point
+that is sent; the answers come back weighted, both levels' terms put together, stacked over those who answered.
+
+    at = engine.round(Draw.ROUND)                           clients sampled afresh
+    D = at.ask(oracles.simfbo, Point(x, y, v)).mean         one exchange
+
+`InProcess` stacks the clients and stays inside the compiled step; `integrations.flower` sends messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import derivatives
+from bilevel.data import ProblemError, Source
+from bilevel.keys import Draw, StepKey, permute
+from bilevel.level import Levels
+from bilevel.optimizers import check_count
+from bilevel.problem import Problem
+from bilevel.solvers import _agents
+from bilevel.solvers._base import refuse
+from bilevel.solvers._directions import Point
+from bilevel.solvers.federated import oracles
+from bilevel.typing import Metrics, PyTree, Scalar
+
+Oracle = Callable[..., oracles.Terms]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What the clients of one ask sent back.
+
+    Attributes:
+      value: the mean of their upper losses, where the oracle gives it.
+      each: the answers, stacked, each times what its client counts.
+      own: the rows, in the answers' order, of what was handed to each client by itself.
+    """
+
+    value: Scalar | None
+    each: Any
+    own: Any = None
+
+    @property
+    def mean(self) -> Any:
+        """The server's average."""
+        return _agents.mean(self.each)
+
+
+class Engine(Protocol):
+    """Where the clients are. What stands for a round's clients has `ask` and `pass_on`, see `Round`."""
+
+    @property
+    def key(self) -> StepKey:
+        """The step's."""
+
+    def round(self, draw: int) -> Any:
+        """Clients sampled afresh."""
+
+    def repeat(self, draw: int, count: int, body: Callable[[Any, PyTree], PyTree], carry: PyTree) -> PyTree:
+        """`count` rounds: body(clients, carry) -> carry."""
+
+    def curvature(self, x: PyTree, y: PyTree) -> Any:
+        """The largest curvature of the clients' lower levels at (x, y)."""
+
+
+class InProcess:
+    """All clients in this process, stacked along a leading axis: every exchange is a part of the compiled step.
+
+    Args:
+      problem: whose losses and data.
+      key: the step's key: the clients of a round and their batches follow from it.
+      clients: how many take part in a round; None: all.
+      weighting: "samples": F and f are the means over all samples, so that a client counts by its number of them;
+        "clients": the means over clients.
+    """
+
+    def __init__(self, problem: Problem, key: StepKey, clients: int | None = None, weighting: str = "samples") -> None:
+        self.problem, self.key, self.weighting = problem, key, weighting
+        self.total = next(source.parties for source in problem.sources if source.parties is not None)
+        self.size = self.total if clients is None else clients
+        self.rounds, self.floats = 0, 0
+
+    def round(self, draw: int) -> Round:
+        """Clients sampled afresh."""
+        return Round(self, self.key.fold_in(draw))
+
+    def repeat(self, draw: int, count: int, body: Callable[[Round, PyTree], PyTree], carry: PyTree) -> PyTree:
+        """`count` rounds in a compiled loop."""
+        key, rounds, floats = self.key.fold_in(draw), self.rounds, self.floats
+
+        def one(i: Any, carry: PyTree) -> PyTree:
+            self.rounds, self.floats = rounds, floats  # however often the body is traced, it counts once
+            return body(Round(self, key.inner(i, count)), carry)
+
+        carry = jax.lax.fori_loop(0, count, one, carry)
+        self.rounds, self.floats = (
+            before + count * (now - before) for before, now in ((rounds, self.rounds), (floats, self.floats))
+        )
+        return carry
+
+    def curvature(self, x: PyTree, y: PyTree, most: int = 64) -> jax.Array:
+        """The largest curvature of up to `most` clients' lower levels."""
+        some = jnp.asarray(np.unique(np.linspace(0, self.total - 1, min(self.total, most)).astype(int)))
+        at = _copies((x, y), len(some))
+        return _agents.largest_curvature(self.problem, *at, self.key, some)
+
+    @property
+    def traffic(self) -> Metrics:
+        """Exchanges so far, and the numbers that all their clients together received and sent."""
+        return {
+            "communication_rounds": jnp.asarray(self.rounds, jnp.float32),
+            "communication_floats": jnp.asarray(self.floats, jnp.float32),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """The clients of one round of an `InProcess` engine."""
+
+    engine: InProcess
+    key: StepKey
+
+    def _permuted(self, draw: Draw, count: int) -> jax.Array:
+        seed = jax.random.bits(self.key.fold_in(draw).random, dtype=jnp.uint32)
+        return permute(jnp.arange(count), self.engine.total, seed)
+
+    @functools.cached_property
+    def who(self) -> Literal["all"] | jax.Array:
+        """The clients' numbers, drawn without replacement: images of a keyed permutation, so that millions cost no more
+        than a few."""
+        size = self.engine.size
+        return "all" if size == self.engine.total else self._permuted(Draw.CLIENTS, size)
+
+    def pass_on(self, chains: PyTree) -> PyTree:
+        """Rows handed to this round's clients at random: permuted where all take part, else they are random anyway."""
+        if not isinstance(self.who, str):
+            return chains
+        order = self._permuted(Draw.ORDER, self.engine.total)
+        return jax.tree.map(lambda a: a[order], chains)
+
+    def of(self, numbers: jax.Array) -> jax.Array:
+        """These clients' rows of an array with a row for every client."""
+        return numbers if isinstance(self.who, str) else numbers[self.who]
+
+    def importance(self, source: Source) -> jax.Array | None:
+        """m p_i of these clients, p_i their share of a level's objective: with it a plain mean over them is unbiased."""
+        if self.engine.weighting == "clients" or not source.given:
+            return None
+        return self.of(source.shares())
+
+    def ask(
+        self,
+        oracle: Oracle,
+        sent: Any,
+        own: Any = None,
+        only: Any = None,
+        *,
+        held: bool = False,
+        weighted: bool = False,
+        **options: Any,
+    ) -> Answers:
+        """One exchange.
+
+        Args:
+          oracle: one of `oracles`.
+          sent: the `Point` that all are sent.
+          own: None, or a stacked tree with a row for each client, and then `sent.v` is stacked too: client i is sent
+            row i of it. Rows whose client does not answer are lost.
+          only: which rows need an answer; those of the others may be anything.
+          held: the clients have x and y already, from this round's first ask.
+          weighted: the clients compute with what they count as a factor of their losses, and answer with what is to be
+            averaged (as the upper terms).
+          **options: the oracle's.
+        """
+        engine = self.engine
+        levels = engine.problem.levels(self.key, self.who)
+        weights = [self.importance(level.source) for level in levels]
+        here = _copies(sent if own is None else Point(sent.x, sent.y, None), engine.size)
+        here = here if own is None else Point(here.x, here.y, sent.v)
+        if weighted:
+            levels = Levels(*(dataclasses.replace(level, weights=w) for level, w in zip(levels, weights, strict=True)))
+            found = oracle(levels, here, **options)
+            each = found.upper
+        else:
+            found = oracle(levels, here, **options)
+            each = oracles.joined(_weighed(found.upper, weights[0]), _weighed(found.lower, weights[1]))
+        engine.rounds += 1
+        engine.floats += _agents.size_of(here.v if held else here) + _agents.size_of(each)
+        return Answers(None if found.value is None else found.value / engine.size, each, own)
+
+
+def _copies(tree: PyTree, count: int) -> Any:
+    """What the server sends to each: the same, stacked."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *jnp.shape(a))), tree)
+
+
+def _weighed(terms: PyTree, weights: jax.Array | None) -> PyTree:
+    if weights is None:
+        return terms
+    return jax.tree.map(lambda a: a * oracles.rows(weights, a).astype(a.dtype), terms)
+
+
+class Federated:
+    """What federated methods share: they begin and advance on any engine, and as solvers in this process.
+
+    A method gives `begin(engine, x, y) -> state`, `advance(engine, state) -> (state, metrics)`, and the oracles that it
+    `asks`, so that an engine that cannot ask one of them refuses the method.
+    """
+
+    clients: int | None
+    weighting: str
+
+    @property
+    def asks(self) -> tuple[Oracle, ...]:
+        """The oracles of this method's rounds."""
+        raise NotImplementedError
+
+    def _check(self, *counts: str) -> None:
+        owner = type(self).__name__
+        check_count(owner, **{name: getattr(self, name) for name in ("clients", *counts)})
+        if self.weighting not in ("samples", "clients"):
+            raise ValueError(f"{owner}(weighting={self.weighting!r}): 'samples' or 'clients'.")
+
+    def begin(self, engine: Engine, x: PyTree, y: PyTree) -> Any:
+        """The server before the first round."""
+        raise NotImplementedError
+
+    def advance(self, engine: Engine, state: Any) -> tuple[Any, Metrics]:
+        """The rounds of one outer iteration."""
+        raise NotImplementedError
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> Any:
+        """The server before the first round, its clients in this process."""
+        refuse(self, problem, x)
+        owner, clients = type(self).__name__, self.clients
+        total = _agents.number_of_agents(problem, owner)
+        if total is None:
+            raise ProblemError(
+                f"{owner} samples clients, and neither level has data: give data.Agents or data.Clients."
+            )
+        if clients is not None and clients > total:
+            raise ProblemError(
+                f"{owner}(clients={clients}) samples more clients than the {total} that exist: take clients={total} "
+                "or fewer, or None for all."
+            )
+        return self.begin(InProcess(problem, key, clients, self.weighting), x, y)
+
+    def step(self, problem: Problem, state: Any, key: StepKey) -> tuple[Any, Metrics]:
+        """One outer iteration."""
+        engine = InProcess(problem, key, self.clients, self.weighting)
+        state, metrics = self.advance(engine, state)
+        return state, metrics | engine.traffic
+
+
+def measures(value: Any, h: PyTree, G: PyTree) -> Metrics:
+    """The upper loss and the two measures of stationarity."""
+    return {"upper_loss": value, "hypergradient_norm": derivatives.norm(h), "lower_residual": derivatives.norm(G)}

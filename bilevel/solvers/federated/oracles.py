@@ -1,0 +1,202 @@
+"""What a client computes when the server asks: its own terms of the joint direction, at the point that it was sent.
+
+    D_y = f_y,    D_v = f_yy v - F_y,    D_x = F_x - f_xy v
+
+An oracle takes the client's levels, the point, and options; all clients of a round stand along a leading axis (over Flower
+a client is a round of one). It gives `Terms`, what each level contributes, apart because a client may count differently in each;
+`joined` puts them together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel import derivatives
+from bilevel.curvature import spectral_norm
+from bilevel.keys import Draw
+from bilevel.level import Levels
+from bilevel.solvers._directions import Joint, Point
+from bilevel.typing import PyTree
+
+
+class Terms(NamedTuple):
+    """What the levels contribute at a client: its upper loss, and the terms of each; None where an oracle has none.
+
+    Those of `Joint` are a `Point` of f_xy v, f_y, f_yy v (lower) and one of F_x, None, F_y (upper).
+    """
+
+    value: Any = None
+    lower: Any = None
+    upper: Any = None
+
+
+def grad_y(levels: Levels, at: Point) -> Terms:
+    """D_y: the lower gradient."""
+    return Terms(lower=Point(None, levels.lower.gradient(at.x, at.y), None))
+
+
+def f_y(levels: Levels, at: Point) -> Terms:
+    """D_v at v = 0, which is -F_y: a linear system begins with it."""
+    return Terms(upper=Point(None, None, jax.grad(levels.upper, argnums=1)(at.x, at.y)))
+
+
+def hvp(levels: Levels, at: Point) -> Terms:
+    """f_yy v."""
+    return Terms(lower=Point(None, None, derivatives.hvp(levels.lower, at.x, at.y, at.v)))
+
+
+def hyper(levels: Levels, at: Point) -> Terms:
+    """D_x, and the upper loss."""
+    value, F_x = jax.value_and_grad(levels.upper, argnums=0)(at.x, at.y)
+    cross = derivatives.cross_product(levels.lower, at.x, at.y, at.v)
+    return Terms(value, Point(cross, None, None), Point(F_x, None, None))
+
+
+def aggitd(levels: Levels, at: Point) -> Terms:
+    """D_y and D_v."""
+    lower = derivatives.linearised(levels.lower, at.x, at.y)
+    F_y = jax.grad(levels.upper, argnums=1)(at.x, at.y)
+    return Terms(lower=Point(None, lower.gradient_y, lower.hvp(at.v)), upper=Point(None, None, F_y))
+
+
+def simfbo(levels: Levels, at: Point, local_steps: int = 1, steps: Any = ()) -> Terms:
+    """All three directions, averaged along `local_steps` local steps of the sizes `steps` (of x, y, v)."""
+    if local_steps == 1:
+        return _joint(levels, at)
+    total = _walked(levels, at, local_steps, steps, None)
+    return Terms(total.value, *optax.tree.scale(1 / local_steps, (total.lower, total.upper)))
+
+
+def _joint(levels: Levels, at: Point) -> Terms:
+    found = Joint().components(levels.upper, levels.lower, at)
+    return Terms(found.value, found.lower, found.upper)
+
+
+def uneven(levels: Levels, at: Point, counts: jax.Array, most: int, steps: Any, divisor: jax.Array) -> Terms:
+    """The sums of the directions along each client's own number of local steps (`counts`, at most `most`), divided."""
+    total = _walked(levels, at, most, steps, counts)
+    shared = jax.tree.map(lambda d: d / rows(divisor, d).astype(d.dtype), (total.lower, total.upper))
+    return Terms(total.value, *shared)
+
+
+def _walked(levels: Levels, at: Point, most: int, steps: Any, counts: jax.Array | None) -> Terms:
+    """The sums of the directions along local steps; the loss is that of the first."""
+
+    def step(k: Any, carry: tuple[Point, Terms]) -> tuple[Point, Terms]:
+        at, total = carry
+        found = _joint(Levels(*(level.redraw(k, most) for level in levels)), at)
+        if counts is not None:
+            stopped = jax.tree.map(lambda d: jnp.where(rows(k < counts, d), d, 0), (found.lower, found.upper))
+            found = Terms(found.value, *stopped)
+        D = joined(found.upper, found.lower)
+        down = [
+            jax.tree.map(lambda a, d, s=s: a - s * d, a, d)
+            for s, a, d in zip(steps, (at.x, at.y, at.v), (D.x, D.y, D.v), strict=True)
+        ]
+        first = Terms(jnp.where(k == 0, found.value, 0), found.lower, found.upper)
+        return Point(*down), optax.tree.add(total, first)
+
+    shapes = jax.eval_shape(lambda at: _joint(levels, at), at)
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return jax.lax.fori_loop(0, most, step, (at, zero))[1]
+
+
+def storm(levels: Levels, at: tuple[Point, Point], first: jax.Array, local_steps: int, schedule: Any) -> Terms:
+    """Where the three variables and their momenta go in `local_steps` steps, numbers `first`, first + 1, ... of a run.
+
+    `schedule(t)` gives the steps' sizes (a `Point`) and the share of the momentum's error that is kept.
+    """
+
+    def step(k: Any, carry: tuple[Point, Point, Any]) -> tuple[Point, Point, Any]:
+        at, momenta, _ = carry
+        sizes, kept = schedule(first + k)
+        moved = Point(*(
+            jax.tree.map(lambda a, m, s=s: (a - s * m).astype(a.dtype), a, m)
+            for s, a, m in zip(*((t.x, t.y, t.v) for t in (sizes, at, momenta)), strict=True)
+        ))  # fmt: skip
+        upper, lower = levels.upper.redraw(k, local_steps), levels.lower.redraw(k, local_steps)
+        value, new = Joint()(upper, lower, moved)
+        _, old = Joint()(upper, lower, at)
+        momenta = jax.tree.map(lambda n, m, o: (n + kept * (m - o)).astype(n.dtype), new, momenta, old)
+        return moved, momenta, value
+
+    value = jax.eval_shape(levels.upper, at[0].x, at[0].y)
+    moved, momenta, loss = jax.lax.fori_loop(0, local_steps, step, (*at, jnp.zeros(value.shape, value.dtype)))
+    return Terms(loss, upper=(moved, momenta))
+
+
+def local(levels: Levels, at: Point, local_steps: int, step_size: Any) -> Terms:
+    """How far y goes in `local_steps` steps of the client's own; with v, the mean gradient of all clients at y, their
+    variance is reduced: f_y(y_i) - f_y(y) + v, both at one sample."""
+    lower = levels.lower.stream(Draw.LOCAL)
+
+    def step(k: Any, y: PyTree) -> PyTree:
+        gradient = lower.redraw(k, local_steps).gradient
+        G = gradient(at.x, y)
+        if at.v is not None:
+            G = optax.tree.add(optax.tree.sub(G, gradient(at.x, at.y)), at.v)
+        return jax.tree.map(lambda y, g: y - step_size * g, y, G)
+
+    y = jax.lax.fori_loop(0, local_steps, step, at.y)
+    return Terms(lower=Point(None, optax.tree.sub(y, at.y), None))
+
+
+def fedout(levels: Levels, at: Point, local_steps: int, step_size: Any) -> Terms:
+    """The sum of the directions of a walk in x that corrects the hypergradient (v) by the change of F_x."""
+    upper = levels.upper.stream(Draw.LOCAL)
+
+    def step(k: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        x, total = carry
+        gradient = jax.grad(upper.redraw(k, local_steps), argnums=0)
+        direction = optax.tree.add(at.v, optax.tree.sub(gradient(x, at.y), gradient(at.x, at.y)))
+        return jax.tree.map(lambda x, d: x - step_size * d, x, direction), optax.tree.add(total, direction)
+
+    total = jax.lax.fori_loop(0, local_steps, step, (at.x, optax.tree.zeros_like(at.x)))[1]
+    return Terms(upper=Point(total, None, None))
+
+
+def local_hyper(levels: Levels, at: Point, terms: int, curvature: Any) -> Terms:
+    """The hypergradient of a client for itself: its own Hessian, inverted by `terms` terms of the series."""
+    value, (F_x, F_y) = jax.value_and_grad(levels.upper, argnums=(0, 1))(at.x, at.y)
+    lower = derivatives.linearised(levels.lower, at.x, at.y)
+
+    def term(_: Any, chain: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        p = factor(chain[0], lower.hvp(chain[0]), curvature)
+        return p, optax.tree.add(chain[1], p)
+
+    v = jax.lax.fori_loop(0, terms - 1, term, (F_y, F_y))[1]
+    v = jax.tree.map(lambda a: (a / curvature).astype(a.dtype), v)
+    return Terms(value, upper=Point(optax.tree.sub(F_x, lower.cross(v)), None, None))
+
+
+def curvature(levels: Levels, at: Point) -> Terms:
+    """The largest |eigenvalue| of any of these clients' lower Hessians, as the value."""
+    hvp = derivatives.linearised(levels.lower, at.x, at.y).hvp
+    return Terms(jnp.max(spectral_norm(hvp, at.y, stacked=True)))
+
+
+def joined(upper: Point | None, lower: Point | None) -> Point:
+    """The direction (F_x - f_xy v, f_y, f_yy v - F_y) made of both levels' terms, a tree without leaves being none."""
+    nothing = Point(None, None, None)
+    upper, lower = upper or nothing, lower or nothing
+    return Point(_less(upper.x, lower.x), lower.y, _less(lower.v, upper.v))
+
+
+def _less(a: PyTree, b: PyTree) -> PyTree:
+    if not jax.tree.leaves(b):
+        return a
+    return optax.tree.sub(a, b) if jax.tree.leaves(a) else optax.tree.scale(-1, b)
+
+
+def factor(p: PyTree, product: PyTree, curvature: Any) -> PyTree:
+    """(I - H/L) p, one factor of the series for H^-1."""
+    return jax.tree.map(lambda p, hp: (p - hp / curvature).astype(p.dtype), p, product)
+
+
+def rows(numbers: jax.Array, like: jax.Array) -> jax.Array:
+    """One number per client, broadcast against stacked arrays."""
+    return numbers.reshape(*numbers.shape, *[1] * (like.ndim - numbers.ndim))
