@@ -1,14 +1,11 @@
-"""What decentralised and federated methods share: each agent's own batch, all agents' losses as one, where copies lie.
+"""What decentralised and federated methods share: whom the data belong to, means over agents, where copies lie.
 
-All agents' copies stand along a leading axis. The sum over agents of f_i(x_i, y_i) is one loss of the stacked
-variables whose gradient, Hessian-vector and cross products are those of each agent, stacked: the calculus of one level
-does for many.
+All agents' copies stand along a leading axis; their losses as one are the levels of `problem.levels(key, who)`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,8 +19,6 @@ from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree, Scalar
 
-Stacked = Callable[[PyTree, PyTree], jax.Array]
-
 
 def number_of_agents(problem: Problem, owner: str) -> int | None:
     """How many agents the data are for; None where neither level has data. Errors where the levels disagree."""
@@ -34,8 +29,8 @@ def number_of_agents(problem: Problem, owner: str) -> int | None:
         if source.parties is None:
             raise ProblemError(
                 f"{owner} needs to know whose samples are whose: {name} is one set of arrays for all ({source!r}). "
-                "Give "
-                "data.Agents(arrays) with leading axes (agents, samples), or data.Clients([...]) for unequal sizes."
+                "Give data.Agents(arrays) with leading axes (agents, samples), or data.Clients([...]) for unequal "
+                "sizes."
             )
         if not source.random and not source.even:
             raise ProblemError(

@@ -2,9 +2,9 @@
 
     D_y = f_y,    D_v = f_yy v - F_y,    D_x = F_x - f_xy v
 
-An oracle takes the client's levels, the point, and options; all clients of a round stand along a leading axis (over Flower
-a client is a round of one). It gives `Terms`, what each level contributes, apart because a client may count differently in each;
-`joined` puts them together.
+An oracle takes the client's levels, the point, and options; all clients of a round stand along a leading axis (over
+Flower a client is a round of one). It gives `Terms`, what each level contributes, apart because a client may count
+differently in each; `joined` puts them together.
 """
 
 from __future__ import annotations
