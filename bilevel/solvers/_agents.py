@@ -5,7 +5,6 @@ All agents' copies stand along a leading axis; their losses as one are the level
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel import derivatives
 from bilevel.curvature import spectral_norm
-from bilevel.keys import StepKey
+from bilevel.level import Level
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree, Scalar
 
@@ -90,14 +89,6 @@ def traced(*trees: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-@functools.partial(jax.jit, static_argnames="iterations")
-def largest_curvature(
-    problem: Problem, x: PyTree, y: PyTree, key: StepKey, agents: jax.Array | None = None, iterations: int = 30
-) -> Scalar:
-    """The largest |eigenvalue| of any agent's lower Hessian at (x, y) (both stacked), by power iteration.
-
-    `agents`: the indices of those asked; None: all.
-    """
-    level = problem.levels(key, "all" if agents is None else agents).lower
-    hvp = derivatives.linearised(level, x, y).hvp
-    return jnp.max(spectral_norm(hvp, y, iterations, stacked=True))
+def largest_curvature(level: Level, x: PyTree, y: PyTree) -> Scalar:
+    """The largest |eigenvalue| of any agent's Hessian in y, of a level that is many, at (x, y) (both stacked)."""
+    return jnp.max(spectral_norm(derivatives.linearised(level, x, y).hvp, y, stacked=True))

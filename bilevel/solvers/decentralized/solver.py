@@ -180,7 +180,7 @@ class Decentralized:
             )
         x, y = _agents.spread(x, n, problem), _agents.spread(y, n, problem)
         if self.check_stability and not _agents.traced(problem, x, y, self):
-            self._check(float(_agents.largest_curvature(problem, x, y, key)))
+            self._check(float(_curvature(problem, x, y, key)))
         move = self._moves()
         return DecentralizedState(
             CORRECTIONS[self.x].start(x, move.x),
@@ -287,6 +287,11 @@ class Decentralized:
                 "solve(tol=...) with record=False: nothing is measured to compare with the tolerance. Set record=True."
             )
         return within(tol, metrics, "hypergradient_norm", "lower_residual", "consensus_x", "consensus_y")
+
+
+@jax.jit
+def _curvature(problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> Scalar:
+    return _agents.largest_curvature(problem.levels(key, "all").lower, x, y)
 
 
 def _repeat(steps: int, body: Any, copies: Copies) -> Copies:

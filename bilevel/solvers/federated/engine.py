@@ -110,8 +110,7 @@ class InProcess:
     def curvature(self, x: PyTree, y: PyTree, most: int = 64) -> jax.Array:
         """The largest curvature of up to `most` clients' lower levels."""
         some = jnp.asarray(np.unique(np.linspace(0, self.total - 1, min(self.total, most)).astype(int)))
-        at = _copies((x, y), len(some))
-        return _agents.largest_curvature(self.problem, *at, self.key, some)
+        return _curvature(self.problem, self.key, some, Point(x, y, None))
 
     @property
     def traffic(self) -> Metrics:
@@ -199,6 +198,11 @@ class Round:
         engine.rounds += 1
         engine.floats += _agents.size_of(here.v if held else here) + _agents.size_of(each)
         return Answers(None if found.value is None else found.value / engine.size, each, own)
+
+
+@jax.jit
+def _curvature(problem: Problem, key: StepKey, who: jax.Array, at: Point) -> jax.Array:
+    return oracles.curvature(problem.levels(key, who), _copies(at, len(who))).value
 
 
 def _copies(tree: PyTree, count: int) -> Any:

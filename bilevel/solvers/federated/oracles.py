@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
-from bilevel.curvature import spectral_norm
 from bilevel.keys import Draw
 from bilevel.level import Levels
+from bilevel.solvers import _agents
 from bilevel.solvers._directions import Joint, Point
 from bilevel.typing import PyTree
 
@@ -175,8 +175,7 @@ def local_hyper(levels: Levels, at: Point, terms: int, curvature: Any) -> Terms:
 
 def curvature(levels: Levels, at: Point) -> Terms:
     """The largest |eigenvalue| of any of these clients' lower Hessians, as the value."""
-    hvp = derivatives.linearised(levels.lower, at.x, at.y).hvp
-    return Terms(jnp.max(spectral_norm(hvp, at.y, stacked=True)))
+    return Terms(_agents.largest_curvature(levels.lower, at.x, at.y))
 
 
 def joined(upper: Point | None, lower: Point | None) -> Point:
