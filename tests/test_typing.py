@@ -1,7 +1,8 @@
 """A user's code keeps its types: mypy's verdict on snippets, all in one run.
 
 A snippet is a module of its own. Each of its lines `reveal_type(...)  # type` must reveal just that type (module names
-are left out of it; " | " stands between several of a line), and `# error: code` is a line that mypy must refuse; nothing else may be wrong under `--strict`.
+are left out of it; " | " stands between several of a line), and `# error: code` is a line that mypy must refuse;
+nothing else may be wrong under `--strict`.
 """
 
 from __future__ import annotations
