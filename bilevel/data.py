@@ -154,8 +154,8 @@ class Source:
         raise NotImplementedError
 
     def full(self, key: StepKey | None = None) -> PyTree:
-        """All samples as one batch (`key`: for what carries its key)."""
-        return self.arrays
+        """All samples as one batch, or one draw where there is no end of them; `key` is that of the draw."""
+        return self.arrays if self.count is not None else self.draw(as_step_key(0) if key is None else key)
 
     @property
     def count(self) -> int | None:
@@ -340,10 +340,6 @@ class Sampler(Source):
     def draw(self, key: StepKey) -> PyTree:
         """The batch of this step."""
         return self.fn(key.random, self.arrays)
-
-    def full(self, key: StepKey | None = None) -> PyTree:
-        """One draw: a sampler has no end."""
-        return self.draw(as_step_key(0) if key is None else key)
 
     def describe(self) -> Description:
         """The function and its arrays."""
@@ -603,33 +599,18 @@ class Stream(Source, leaves=None):
 
     def items(self, start: int = 0) -> Iterator[PyTree]:
         """Items from number `start` on, endlessly."""
-        if callable(self.iterable):
-            begun = start
-            while True:
-                produced = False
-                for item in self.iterable(begun):
-                    produced = True
-                    yield item
-                if not produced:
-                    raise ValueError("The stream is empty: it produced no batch. Give an iterable with at least one.")
-                begun = 0
-        skip, first = start, True
+        given, skip, first = self.iterable, start, True
         while True:
-            produced = False
-            for item in self.iterable:
-                produced = True
-                if skip:
-                    skip -= 1
-                else:
+            count = 0
+            for count, item in enumerate(given(skip) if callable(given) else given, 1):
+                if callable(given) or count > skip:
                     yield item
-            if not produced:
+            if not count:
                 what = (
-                    "The stream is empty: it produced no batch."
-                    if first
-                    else "The stream ended and cannot be iterated again (a generator?)."
+                    "is empty: it produced no batch" if first else "ended and cannot be iterated again (a generator?)"
                 )
-                raise ValueError(f"{what} Give a list, a loader object, or a function start -> iterator.")
-            first = False
+                raise ValueError(f"The stream {what}. Give a list, a loader object, or a function start -> iterator.")
+            skip, first = 0 if callable(given) else max(skip - count, 0), False
 
     def example(self) -> PyTree:
         """The first item."""
@@ -662,7 +643,3 @@ class Streamed(Source, leaves=("items",)):
         """Item `key.step mod draws` of this step."""
         which = (key.step % jnp.uint32(self.draws)).astype(jnp.int32)
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), self.items)
-
-    def full(self, key: StepKey | None = None) -> PyTree:
-        """One item: a stream has no end."""
-        return self.draw(as_step_key(0) if key is None else key)

@@ -51,15 +51,18 @@ class Level:
     weights: jax.Array | None = None
     mixed: bool = False
 
-    def drawn(self, key: StepKey) -> Level:
-        """The level with the batch of this key."""
-        if self.who is None:
+    def drawn(self, key: StepKey | None = None) -> Level:
+        """The level with the batch of this key (None: of its own)."""
+        key = self.key if key is None else key
+        if self.who is None or not self.source.given:
             batch = self.source.draw(key)
-        elif not self.source.given:
-            batch = None
         else:
             batch = self.source.draw_each(key, None if isinstance(self.who, str) else self.who)
         return dataclasses.replace(self, key=key, batch=batch)
+
+    def full(self) -> Level:
+        """The level on all its samples."""
+        return self.on(self.source.full(self.key))
 
     def _at(self, x: PyTree, y: PyTree, batch: PyTree) -> Scalar:
         loss = self.loss if self.source.given else lambda x, y, _: self.loss(x, y)

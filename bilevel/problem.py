@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.data import ProblemError, Source, as_source
-from bilevel.keys import Draw, StepKey, as_step_key
+from bilevel.keys import Draw, as_step_key
 from bilevel.level import Level, Levels, takes_batch
 from bilevel.typing import PyTree, Scalar, X, Y
 
@@ -79,20 +79,13 @@ class Problem(Generic[X, Y]):
         """The sources of the upper and the lower level's data."""
         return as_source(self.upper_data), as_source(self.lower_data)
 
-    def _unbound(self, key: StepKey, who: Any = None) -> Levels:
-        upper, lower = self.sources
+    def _unbound(self, key: Any, who: Any = None) -> Levels:
+        key, (upper, lower) = as_step_key(key), self.sources
+        sets = {"project": self.project_lower, "prox": self.prox_lower}
+        rows = {"inequality": self.constraint, "equation": self.equality}
         return Levels(
             Level(self.upper, upper, key.fold_in(Draw.UPPER), project=self.project_upper, who=who),
-            Level(
-                self.lower,
-                lower,
-                key.fold_in(Draw.LOWER),
-                project=self.project_lower,
-                prox=self.prox_lower,
-                inequality=self.constraint,
-                equation=self.equality,
-                who=who,
-            ),
+            Level(self.lower, lower, key.fold_in(Draw.LOWER), **sets, **rows, who=who),  # type: ignore[arg-type]
         )
 
     def levels(self, key: Any, who: Literal["all"] | jax.Array | None = None) -> Levels:
@@ -103,31 +96,27 @@ class Problem(Generic[X, Y]):
           who: None: one upper and one lower level on pooled data. "all", or an array of indices: levels that are many,
             stacked over agents or clients; see `Level`.
         """
-        return Levels(*(level.drawn(level.key) for level in self._unbound(as_step_key(key), who)))
+        return Levels(*(level.drawn() for level in self._unbound(key, who)))
 
     def draw_upper(self, key: Any) -> Level:
         """The upper level alone, with the batch of this key bound."""
-        level = self._unbound(as_step_key(key)).upper
-        return level.drawn(level.key)
+        return self._unbound(key).upper.drawn()
 
     def draw_lower(self, key: Any) -> Level:
         """The lower level alone, with the batch of this key bound."""
-        level = self._unbound(as_step_key(key)).lower
-        return level.drawn(level.key)
+        return self._unbound(key).lower.drawn()
 
     def full_levels(self, key: Any = 0) -> Levels:
         """Both levels on all their samples (one draw where the data are a sampler's); `key`: for data that carry it."""
-        return Levels(*(level.on(level.source.full(level.key)) for level in self._unbound(as_step_key(key))))
+        return Levels(*(level.full() for level in self._unbound(key)))
 
     def full_upper(self) -> Level:
-        """The upper level on all its samples (one draw where the data are a sampler's)."""
-        level = self._unbound(as_step_key(0)).upper
-        return level.on(level.source.full(level.key))
+        """The upper level alone, on all its samples."""
+        return self._unbound(0).upper.full()
 
     def full_lower(self) -> Level:
-        """The lower level on all its samples (one draw where the data are a sampler's)."""
-        level = self._unbound(as_step_key(0)).lower
-        return level.on(level.source.full(level.key))
+        """The lower level alone, on all its samples."""
+        return self._unbound(0).lower.full()
 
     @property
     def stochastic(self) -> bool:
