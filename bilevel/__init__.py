@@ -25,10 +25,11 @@ from bilevel import (
 )
 from bilevel._module import hyperparameters, state
 from bilevel.checkpoint import CheckpointError
+from bilevel.data import ProblemError
 from bilevel.history import History
 from bilevel.level import Level, Levels
 from bilevel.loop import run
-from bilevel.problem import Problem, ProblemError
+from bilevel.problem import Problem
 from bilevel.recorder import Event
 from bilevel.result import Result
 from bilevel.runs import Multistart, Sweep, multistart, sweep

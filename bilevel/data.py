@@ -26,7 +26,6 @@ __all__ = [
     "Full",
     "Keyed",
     "Minibatches",
-    "ProblemError",
     "Sampler",
     "Source",
     "StepKey",

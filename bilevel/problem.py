@@ -16,7 +16,7 @@ from bilevel.keys import Draw, as_step_key
 from bilevel.level import Level, Levels, takes_batch
 from bilevel.typing import PyTree, Scalar, X, Y
 
-__all__ = ["Problem", "ProblemError"]
+__all__ = ["Problem"]
 
 _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", "constraint", "equality")
 

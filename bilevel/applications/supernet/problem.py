@@ -104,11 +104,11 @@ class Search(Application[dict[str, Array], PyTree]):
         """
 
         def changed(keyed: Any) -> Any:
-            images, labels, *rest = keyed.arrays.arrays
+            images, labels, *rest = keyed.arrays
             if not rest:
                 raise ValueError("This search has no drop-path: search(..., drop_path=0.0, steps=...).")
             new = np.full(len(labels), drop_path, np.asarray(images).dtype)
-            return data.Keyed(data.Minibatches((images, labels, new), keyed.arrays.size))
+            return data.Keyed(data.Minibatches((images, labels, new), keyed.size))
 
         problem = self.problem
         return dataclasses.replace(
