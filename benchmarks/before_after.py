@@ -106,7 +106,7 @@ def decentralized(scale: float) -> dict[str, tuple[int, Callable[[], Any]]]:
 
     import bilevel
     from bilevel import Problem, data, network
-    from bilevel.solvers.decentralized import GTDSBO
+    from bilevel.solvers import GTDSBO
 
     fit = lambda y, batch: jnp.mean((batch[0] @ y - batch[1]) ** 2) / 2
     cases, features = {}, 50
