@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import Problem, data
-from bilevel.problems import datasets
+from bilevel import Problem, data, datasets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +173,10 @@ def logistic_lower(x: Any, y: Any, batch: Any) -> Any:
 def logistic(
     train: Any = None, validation: Any = None, batch: int = 64, seed: int = 2442, name: str | None = None
 ) -> Case:
-    """ijcnn1's shape (22 features, 49,984 training and 91,648 validation samples: multiples of the batch) unless data are given."""
+    """ijcnn1's shape unless data are given.
+
+    It has 22 features, 49,984 training and 91,648 validation samples (multiples of the batch).
+    """
     rng = np.random.default_rng(seed)
     if train is None:
         truth = rng.standard_normal(22).astype(np.float32)
@@ -229,7 +231,7 @@ def _logistic_measure(train: Any, validation: Any) -> Callable[[Any, Any], float
     return measure
 
 
-# ---------------------------------------------------------------- softmax regression: a penalty per class; cleaning of labels
+# ---------------------------------------------------------------- softmax regression: a penalty per class; cleaning
 
 
 def _softmax_losses(weights: Any, features: Any, targets: Any) -> Any:

@@ -2,24 +2,22 @@
 
     python benchmarks/architecture.py [--rounds 7] [--cells 8] [--channels 16] [--batch 64] [--orders 1 2]
 
-The setting is DARTS': 16 channels, 8 cells, batch 64, 28 x 28 pixels, momentum SGD with clipping and decay below, Adam
-above. The reference is written here with torch modules in the shape of the original (one module per operation and
-edge, batch normalisation without scales, NCHW); it asks autograd for the gradient in the architecture alone where only
-that is needed, which the original does not. Both sides run on one core in one process; rounds alternate between
-them, and medians of the process CPU time are printed, with the quartiles of the rounds' ratios. Memory is the peak
-resident size of a process of its own for each side, less what it held before the first step. The gradients of both
-sides are compared once, from equal weights, before anything is timed.
+The setting is DARTS': 16 channels, 8 cells, batch 64, 28 x 28 pixels, momentum SGD with clipping and decay below,
+Adam above. The reference is written here with torch modules in the shape of the original (one module per operation
+and edge, batch normalisation without scales, NCHW); it asks autograd for the gradient in the architecture alone where
+only that is needed, which the original does not. Both sides run on one core in one process; rounds alternate between
+them, and medians of the process CPU time are printed, with the median, smallest and largest of the rounds' ratios.
+Memory is the peak resident size of a process of its own for each side, less what it held before the first step. The
+gradients of both sides are compared once, from equal weights, before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-import time
 
-import _one_core  # noqa: F401 - before JAX and torch start their threads
+import _harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,10 +26,11 @@ import torch.nn.functional as F
 from flax import nnx
 from torch import nn
 
+from bilevel.applications.supernet import S2, Supernet, search
 from bilevel.data import as_step_key
-from bilevel.models.supernet import S2, Supernet
-from bilevel.problems import architecture
-from bilevel.solvers.darts import DARTS, MomentumSGD, coupled_adam
+from bilevel.lower import MomentumSGD
+from bilevel.optimizers import coupled_adam
+from bilevel.solvers import DARTS
 
 
 def norm(channels, affine=False):
@@ -217,7 +216,7 @@ class Ours:
             rngs=nnx.Rngs(seed),
         )
         n = options.batch
-        self.search = architecture.search(images(n, 0), images(n, 1), self.network, batch=n)
+        self.search = search(images(n, 0), images(n, 1), self.network, batch=n)
         self.solver = DARTS(order, MomentumSGD(0.025), coupled_adam())
         key = as_step_key(0)
         self.state = self.solver.init(self.search.problem, self.search.x0, self.search.y0, key)
@@ -226,10 +225,7 @@ class Ours:
     def compile(self):
         problem, solver = jax.tree.map(jnp.asarray, self.search.problem), self.solver
         step = jax.jit(lambda problem, state, key: solver.step(problem, state, key), donate_argnums=1)
-        cpu, wall = time.process_time(), time.perf_counter()
-        lowered = step.lower(problem, self.state, self.key)
-        self.program = lowered.compile()
-        self.seconds = time.perf_counter() - wall, time.process_time() - cpu
+        self.program, self.compiling = _harness.compiled(step, problem, self.state, self.key)
         self.problem = problem
         return self
 
@@ -274,15 +270,8 @@ def peak():
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
-def timed(call):
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = _harness.arguments(__doc__, rounds=7)
     parser.add_argument("--channels", type=int, default=16)
     parser.add_argument("--cells", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)
@@ -291,36 +280,27 @@ def main():
     parser.add_argument(
         "--side", choices=("torch", "ours"), help="run one side, print its peak memory (used by itself)"
     )
-    options = parser.parse_args()
+    options = _harness.start(parser, "torch", "flax", cells=3, channels=4, batch=8, orders=[1])
     torch.set_num_threads(1)
     if options.side:
         return print(side(options))
-    print(f"jax {jax.__version__} on {jax.default_backend()}, torch {torch.__version__}, one core")
     compare(options)
     for order in options.orders:
         ours = Ours(options, order).compile()
         reference, train, validation = theirs(options)
-        print(f"order {order}: compiled in {ours.seconds[0]:.1f} s wall, {ours.seconds[1]:.1f} s CPU")
+        wall, cpu = ours.compiling.median("wall"), ours.compiling.median()
+        print(f"order {order}: compiled in {wall:.1f} s wall, {cpu:.1f} s CPU")
         calls = {"torch": lambda r=reference, a=train, b=validation, o=order: r.step(a, b, o), "ours": ours.step}
-        times = {name: [] for name in calls}
-        for i in range(options.rounds + 1):
-            for name, call in calls.items():
-                seconds = timed(call)
-                if i:
-                    times[name].append(seconds)
-        ratios = sorted(a / b for a, b in zip(times["ours"], times["torch"], strict=True))
-        low, high = (ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4])
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        print(
-            f"  CPU s per step: torch {medians['torch']:.2f}, ours {medians['ours']:.2f}; ratio "
-            f"{statistics.median(ratios):.2f} (quartiles {low:.2f} to {high:.2f})",
-            flush=True,
-        )
+        times = _harness.interleaved(calls, options.rounds)
+        each = ", ".join(f"{name} {taken.median():.2f}" for name, taken in times.items())
+        print(f"  CPU s per step: {each}; ratio {_harness.ratio(times['ours'], times['torch'])}", flush=True)
         command = [sys.executable, __file__, "--channels", options.channels, "--cells", options.cells]
         command += ["--batch", options.batch, "--scan", options.scan, "--orders", order]
         peaks = {
             name: float(
-                subprocess.run([*map(str, command), "--side", name], capture_output=True, check=True, text=True).stdout
+                subprocess.run(
+                    [*map(str, command), "--side", name], capture_output=True, check=True, text=True
+                ).stdout.splitlines()[-1]
             )
             for name in ("torch", "ours")
         }

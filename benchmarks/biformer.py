@@ -9,12 +9,9 @@ alternate between the sides, and the median of the process CPU time is printed, 
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import statistics
-import time
 
-import _one_core  # noqa: F401 - before JAX and torch start their threads
+import _harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +19,8 @@ import torch
 from flax import nnx
 from torch import nn
 
-from bilevel.models import from_nnx
-from bilevel.models.biformer import RoutingAttention, biformer_tiny, load_original
+from bilevel.applications.biformer import RoutingAttention, biformer_tiny, load_original
+from bilevel.integrations.flax import from_nnx
 
 
 class TorchBRA(nn.Module):
@@ -112,14 +109,7 @@ class TorchTiny(nn.Module):
 
 def cpu_medians(rounds, **calls):
     """The median process CPU time of each call in milliseconds, rounds interleaved, after one warm-up round."""
-    times = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            if i:
-                times[name].append(1e3 * (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: taken.median(unit=1e3) for name, taken in _harness.interleaved(calls, rounds).items()}
 
 
 def rounded(values):
@@ -214,12 +204,10 @@ def compile_time(rounds):
     del rounds
     params, apply = from_nnx(biformer_tiny(rngs=nnx.Rngs(0)))
     x = jnp.zeros((1, 224, 224, 3))
-    start = time.perf_counter()
-    traced = jax.jit(apply).lower(params, x)
-    lowered = time.perf_counter()
-    traced.compile()
-    end = time.perf_counter()
-    print(f"BiFormer-T compile, batch 1: trace and lower {lowered - start:.1f} s, compile {end - lowered:.1f} s (wall)")
+    traced, tracing = _harness.measured(lambda: jax.jit(apply).lower(params, x))
+    _, compiling = _harness.measured(traced.compile)
+    spent = f"trace and lower {tracing.median('wall'):.1f} s, compile {compiling.median('wall'):.1f} s (wall)"
+    print(f"BiFormer-T compile, batch 1: {spent}")
 
 
 def gpu(rounds):
@@ -248,16 +236,9 @@ def gpu(rounds):
             torch.cuda.reset_peak_memory_stats()
             run_torch()
             peak = torch.cuda.max_memory_allocated()
-            seconds = {"torch": [], "ours": []}
-            for _ in range(rounds + 2):
-                for name, call in (
-                    ("torch", run_torch),
-                    ("ours", lambda f=forward, p=params, x=x: f(p, x).block_until_ready()),
-                ):
-                    start = time.perf_counter()
-                    call()
-                    seconds[name].append(time.perf_counter() - start)
-            rates = {name: batch / statistics.median(values[2:]) for name, values in seconds.items()}
+            calls = {"torch": run_torch, "ours": lambda f=forward, p=params, x=x: f(p, x)}
+            times = _harness.interleaved(calls, rounds, warm=2)
+            rates = {name: batch / taken.median("wall") for name, taken in times.items()}
             print(
                 f"  {dtype} batch {batch}: images/s {rounded(rates)}; temporary memory ours "
                 f"{memory.temp_size_in_bytes / 2**20:.0f} MiB, torch peak {peak / 2**20:.0f} MiB"
@@ -274,27 +255,18 @@ def gpu(rounds):
                 jax.jit(apply),
                 (jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), x),
             )
-        times = {}
-        for name, call in calls.items():
-            jax.block_until_ready(call(*arguments[name]))
-            samples = []
-            for _ in range(rounds):
-                start = time.perf_counter()
-                jax.block_until_ready(call(*arguments[name]))
-                samples.append(1e3 * (time.perf_counter() - start))
-            times[name] = statistics.median(samples)
+        times = _harness.interleaved({name: lambda n=name: calls[n](*arguments[n]) for name in calls}, rounds)
+        times = {name: taken.median("wall", 1e3) for name, taken in times.items()}
         print(f"  {side}x{side} S{n_win} k{topk} batch 16, bfloat16, wall ms: {rounded(times)}")
 
 
 PARTS = {"models": models, "layers": layers, "gradients": gradients, "compile": compile_time, "gpu": gpu}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = _harness.arguments(__doc__, rounds=9)
     parser.add_argument("--only", choices=list(PARTS))
-    options = parser.parse_args()
+    options = _harness.start(parser, "torch", "flax", only="compile")
     torch.set_num_threads(1)
-    print(f"jax {jax.__version__} on {jax.default_backend()}, torch {torch.__version__}, one core")
     for name, part in PARTS.items():
         if options.only in (None, name):
             part(options.rounds)

@@ -1,7 +1,7 @@
 """Hessian-free and constrained methods side by side: the paper's toys, one problem per class, and the price of a step.
 
     python benchmarks/constrained.py                       # all sections
-    python benchmarks/constrained.py --section toys --out docs/tutorials/lvhba_toys.png
+    python benchmarks/constrained.py --section toys --out docs/methods/lvhba_toys.png
     python benchmarks/constrained.py --section members
     python benchmarks/constrained.py --section price
 
@@ -9,26 +9,25 @@ toys     LV-HBA on its two toy problems (n = 100) from their official starts, no
          re-implementation of the published method and settings (raw rows, one saddle step, c_k = c0 (k+1)^p).
 members  every member of the family on one strongly convex, one non-singleton and two constrained problems with known
          solutions, and beside it the same member with the steps and penalties of its public code ("published").
-price    the time of one LV-HBA step against its six gradient evaluations (f_y at theta and at y, f_x at theta and at y, F_x,
-         F_y), on a problem where they dominate and on toy LLC.
+price    the time of one LV-HBA step against its six gradient evaluations (f_y at theta and at y, f_x at theta and at
+         y, F_x, F_y), on a problem where they dominate and on toy LLC.
 
-All in float64. Times are CPU seconds of the process (all threads) without compilation: medians of interleaved rounds.
+All in float64. Times are CPU seconds of the process on one core without compilation: medians of interleaved rounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import time
 from pathlib import Path
 
+import _harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from bilevel import Problem, run
-from bilevel.solvers.penalty import (
+from bilevel.solvers import (
     BLOCC,
     BOME,
     BVFSM,
@@ -350,9 +349,10 @@ def flat(u):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(u)])
 
 
-def members(rounds=5):
+def members(rounds, most):
     for title, make, solvers in CASES:
         problem, solution, start = make()
+        solvers = [(name, solver, min(steps, most)) for name, solver, steps in solvers]
         scale = max(1.0, float(np.linalg.norm(flat(solution))))
         calls = []
         for _, solver, steps in solvers:
@@ -366,17 +366,16 @@ def members(rounds=5):
                 go = jax.jit(lambda solver, start, problem=problem, steps=steps: run(problem, solver, *start, steps))
                 call = functools.partial(go, solver, start)
             calls.append((call, jax.block_until_ready(call())))
-        seconds = [[] for _ in calls]
-        for _ in range(rounds):
-            for taken, (call, _) in zip(seconds, calls, strict=True):
-                taken.append(_seconds(call))
+        times = _harness.interleaved(
+            {name: call for (name, _, _), (call, _) in zip(solvers, calls, strict=True)}, rounds
+        )
         print(f"\n{title}")
         print(
             f"  {'':<12} {'steps':>6} {'to 1e-2':>8} {'rel. error':>11} {'residual':>9} {'gap':>9} "
             f"{'violation':>10} {'penalty':>8} {'us/step':>8}"
         )
-        for (name, solver, steps), (_, found), taken in zip(solvers, calls, seconds, strict=True):
-            each = 1e6 * np.median(taken) / steps
+        for (name, solver, steps), (_, found) in zip(solvers, calls, strict=True):
+            each = times[name].median(unit=1e6) / steps
             if solver is None:
                 end, last = jax.tree.map(lambda path: path[-1], found), {}
             else:
@@ -442,13 +441,13 @@ def six_gradients(problem, x, y, theta):
     return x, small(y, jax.grad(upper, argnums=1)(x, y)), theta
 
 
-def price(rounds=11):
+def price(rounds, most):
     key = _Key()
     for title, (problem, x, y), repeats in (
         ("4,000 samples of 512 features, a weight each", weighted_regression(), 20),
         ("toy LLC, n = 100", toy_llc(), 2000),
     ):
-        calls = {}
+        calls, repeats = {}, min(repeats, most)
         for name, solver in (("LVHBA()", LVHBA()), ("LVHBA(extragradient=False)", LVHBA(extragradient=False))):
             state = solver.init(problem, x, y, key._replace_step(0))
             go = jax.jit(
@@ -465,36 +464,27 @@ def price(rounds=11):
             )[0]
         )
         calls["six gradients"] = functools.partial(six, problem, x, y, jax.tree.map(lambda leaf: leaf + 0.01, y))
-        for call in calls.values():
-            jax.block_until_ready(call())
-        seconds = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, call in calls.items():
-                seconds[name].append(_seconds(call) / repeats)
-        base = np.median(seconds["six gradients"])
+        times = _harness.interleaved(calls, rounds)
+        base = times["six gradients"]
         print(f"\nOne step, {title}: medians of {rounds} rounds of {repeats}")
-        for name, taken in seconds.items():
-            print(f"  {name:<28} {1e6 * np.median(taken):10.1f} us   {np.median(taken) / base:5.2f}")
-
-
-def _seconds(call):
-    began = time.process_time()
-    jax.block_until_ready(call())
-    return time.process_time() - began
+        for name, taken in times.items():
+            each = taken.median(unit=1e6) / repeats
+            print(f"  {name:<28} {each:10.1f} us   {_harness.ratio(taken, base)}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _harness.arguments(__doc__, rounds=7)
     parser.add_argument("--section", choices=("toys", "members", "price"), default=None)
     parser.add_argument("--steps", type=int, default=5000, help="of the toys")
     parser.add_argument("--out", type=Path, default=None, help="a picture of the toys")
-    args = parser.parse_args()
+    args = _harness.start(parser, "optax", section="price", steps=1000)
+    most = 20 if args.quick else 1_000_000
     if args.section in (None, "toys"):
         toys(args.steps, args.out)
     if args.section in (None, "members"):
-        members()
+        members(args.rounds, most)
     if args.section in (None, "price"):
-        price()
+        price(args.rounds, most)
 
 
 if __name__ == "__main__":

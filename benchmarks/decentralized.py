@@ -3,34 +3,30 @@
     python benchmarks/decentralized.py [--most 256] [--features 50] [--seconds 0.5] [--clients 10000]
 
 1. Microseconds per outer step of n agents (ridge regression with a weight per feature, every agent its own samples),
-against n times the
-   step of a single agent, on a ring, an exponential graph and with a dense matrix.
-2. Microseconds per round of SimFBO and FedMBO with n clients sampled of many: the numbers of
-docs/ten_thousand_clients.md.
+   against n times the step of a single agent, on a ring, an exponential graph and with a dense matrix.
+2. Microseconds per round of SimFBO and FedMBO with n clients sampled of many: the numbers of ten_thousand_clients.md
+   in docs/.
 3. The collectives in the compiled step of a ring whose agents lie on several devices.
 
-CPU time of this process (`time.process_time`) is counted, not the wall's clock: other work on the machine does not
-enter.
+CPU time of this process is counted, the least of the rounds: other work on the machine does not enter.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import re
 import subprocess
 import sys
-import time
 from typing import Any
 
+import _harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bilevel import Problem, data, network
-from bilevel.solvers.decentralized import GTDSBO
-from bilevel.solvers.federated import FedMBO, SimFBO
+from bilevel.solvers import GTDSBO, FedMBO, SimFBO
 
 
 def upper(x: jax.Array, y: jax.Array, batch: Any) -> jax.Array:
@@ -61,28 +57,18 @@ def many(problem: Problem, solver: Any, state: Any, key: data.StepKey, steps: in
     return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))[0]
 
 
-def cost(problem: Problem, solver: Any, features: int, seconds: float, repeats: int = 5) -> float:
+def cost(problem: Problem, solver: Any, features: int, seconds: float, repeats: int) -> float:
     """Microseconds of CPU per step, the least of several measurements, compilation left out."""
     key = data.as_step_key(0)
     state = solver.init(problem, jnp.zeros(features), jnp.zeros(features), key)
-    steps, spent = 8, 0.0
-    while True:
-        jax.block_until_ready(many(problem, solver, state, key, steps))
-        clock = time.process_time()
-        jax.block_until_ready(many(problem, solver, state, key, steps))
-        spent = time.process_time() - clock
-        if spent > seconds / repeats:
-            break
+    steps = 8
+    run = lambda: many(problem, solver, state, key, steps)
+    while (spent := min(_harness.interleaved({"": run}, 1)[""].cpu)) <= seconds / repeats:
         steps = int(steps * min(8, max(2, 1.5 * seconds / repeats / max(spent, 1e-4))))
-    found = [spent]
-    for _ in range(repeats - 1):
-        clock = time.process_time()
-        jax.block_until_ready(many(problem, solver, state, key, steps))
-        found.append(time.process_time() - clock)
-    return min(found) / steps * 1e6
+    return min(spent, *_harness.interleaved({"": run}, repeats, warm=0)[""].cpu) / steps * 1e6
 
 
-def agents(most: int, samples: int, features: int, seconds: float) -> None:
+def agents(most: int, samples: int, features: int, seconds: float, rounds: int) -> None:
     print(
         f"\nCPU microseconds per outer step (GTDSBO, one y and one z step), {samples} samples of {features} "
         f"features per agent"
@@ -96,7 +82,7 @@ def agents(most: int, samples: int, features: int, seconds: float) -> None:
         problem, row = problem_of(n, samples, features), []
         for graph in (network.ring(n), network.exponential(n), network.matrix(network.ring(n).matrix())):
             solver = GTDSBO(graph, 1e-4, 1e-3, 1e-3, lower_steps=1, linear_steps=1, check_stability=False)
-            row.append(cost(problem, solver, features, seconds))
+            row.append(cost(problem, solver, features, seconds, rounds))
         single = single or row[0]
         print(
             f"{n:>7} "
@@ -106,7 +92,7 @@ def agents(most: int, samples: int, features: int, seconds: float) -> None:
         n *= 4 if n < 64 or most > 64 else 2
 
 
-def clients(total: int, samples: int, features: int, seconds: float) -> None:
+def clients(total: int, samples: int, features: int, seconds: float, rounds: int) -> None:
     print(
         f"\nCPU microseconds per outer step, n clients sampled of {total}, {samples} samples of {features} "
         f"features each, batches of 8"
@@ -115,9 +101,9 @@ def clients(total: int, samples: int, features: int, seconds: float) -> None:
     problem = problem_of(total, samples, features, 8)
     n = 1
     while n <= min(total, 1000):
-        simfbo = cost(problem, SimFBO(n, 1e-4, 1e-3, 1e-3), features, seconds)
+        simfbo = cost(problem, SimFBO(n, 1e-4, 1e-3, 1e-3), features, seconds, rounds)
         solver = FedMBO(n, 1e-4, 1e-3, lower_rounds=5, terms=10, curvature=50.0)
-        fedmbo = cost(problem, solver, features, seconds)
+        fedmbo = cost(problem, solver, features, seconds, rounds)
         print(f"{n:>8} {simfbo:>10.1f} {simfbo / n:>11.2f} {fedmbo:>10.1f} {fedmbo / n / 16:>21.2f}", flush=True)
         n *= 10
 
@@ -143,7 +129,7 @@ def collectives(features: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _harness.arguments(__doc__, rounds=5)
     parser.add_argument("--most", type=int, default=256, help="agents at most")
     parser.add_argument("--samples", type=int, default=64, help="samples per agent")
     parser.add_argument("--features", type=int, default=50)
@@ -154,11 +140,11 @@ def main() -> None:
         action="store_true",
         help="only print the collectives of the compiled steps on this machine's devices",
     )
-    given = parser.parse_args()
+    given = _harness.start(parser, "optax", pin=True, most=4, seconds=0.01, clients=10)
     if given.collectives:
         return collectives(given.features)
-    agents(given.most, given.samples, given.features, given.seconds)
-    clients(given.clients, given.samples, given.features, given.seconds)
+    agents(given.most, given.samples, given.features, given.seconds, given.rounds)
+    clients(given.clients, given.samples, given.features, given.seconds, given.rounds)
     print("\nCollectives in the compiled step, 8 agents on 4 devices (metrics left out):", flush=True)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run([sys.executable, __file__, "--collectives"], env=environment, check=True)

@@ -4,23 +4,24 @@
     python benchmarks/hypergradients.py --rounds 9 --only ridge
 
 Two problems (synthetic data of the named shapes):
-  ridge     400 x 100, one penalty exp(x_j) per feature (100 upper variables), float32; the hypergradient has a closed form.
-  cleaning  1,000 x 784, 10 classes, softmax regression (7,840 lower variables) with one weight per sample (1,000 upper variables).
+  ridge     400 x 100, one penalty exp(x_j) per feature (100 upper variables), float32; the hypergradient has a closed
+            form.
+  cleaning  1,000 x 784, 10 classes, softmax regression (7,840 lower variables) with one weight per sample (1,000
+            upper variables).
 
-Every method runs the same outer loop: `INNER` gradient steps from the last y, `CG` steps of conjugate gradients from zero, one
-gradient step on x. The iterates are compared first; then the loops are timed in turn (A B C ... A B C ...) in this one process, by
-process CPU time per outer step, compilation excluded and printed apart. Ratios are ours over theirs, the median over rounds with the
-smallest and largest. Optional peers: torch (hand-written), torchopt and higher are timed where they can be
-imported, hypertorch from a checkout that `--hypertorch` names.
+Every method runs the same outer loop: `INNER` gradient steps from the last y, `CG` steps of conjugate gradients from
+zero, one gradient step on x. The iterates are compared first; then the loops are timed in turn (A B C ... A B C ...)
+in this one process, by process CPU time per outer step, compilation excluded and printed apart. Ratios are ours over
+theirs, the median over rounds with the smallest and largest. Optional peers: torch (hand-written), torchopt and
+higher are timed where they can be imported, hypertorch from a checkout that `--hypertorch` names.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import time
 import warnings
 
+import _harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +81,8 @@ def cleaning():
     return b
 
 
-# JAX methods: each returns a jitted function (x, y, train, val) -> (x, y, hypergradient of the last step) over OUTER steps.
+# JAX methods: each returns a jitted function (x, y, train, val) -> (x, y, hypergradient of the last step) over OUTER
+# steps.
 
 
 def scan_outer(b, one_step):
@@ -316,36 +318,36 @@ def with_hypertorch(b, path):
     return torch_loop(b, step)
 
 
-def relative(a, b):
-    return float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(np.asarray(b)))
-
-
 def hypergradient_error(b, x, y):
     """Ours at (x, y) with the benchmark's lower and linear steps, against the closed form."""
     problem = Problem(upper=b.upper, lower=b.lower, upper_data=b.val, lower_data=b.train)
     estimate = value_and_hypergradient(
         problem, Implicit(linear.CG(tol=None, max_steps=CG)), lower.GradientDescent(b.lr, INNER)
     )(x, y)
-    return relative(estimate.gradient, b.exact(np.asarray(x)))
+    return _harness.difference(estimate.gradient, b.exact(np.asarray(x)))
 
 
 def bench(b, rounds, hypertorch):
-    print(
-        f"\n{b.name}: {b.x0.size} upper and {b.y0.size} lower variables, {INNER} gradient steps and {CG} CG steps, {OUTER} outer steps a run"
-    )
+    sizes = f"{b.x0.size} upper and {b.y0.size} lower variables"
+    print(f"\n{b.name}: {sizes}, {INNER} gradient steps and {CG} CG steps, {OUTER} outer steps a run")
     args = tuple(jax.tree.map(jnp.asarray, v) for v in (b.x0, b.y0, b.train, b.val))
-    makers = {"bilevel": ours, "JAX by hand": by_hand, "jaxopt (solve_cg)": with_jaxopt, "jaxopt (default)": functools.partial(with_jaxopt, default=True), "optimistix": with_optimistix}  # fmt: skip
+    makers = {
+        "bilevel": ours,
+        "JAX by hand": by_hand,
+        "jaxopt (solve_cg)": with_jaxopt,
+        "jaxopt (default)": functools.partial(with_jaxopt, default=True),
+        "optimistix": with_optimistix,
+    }
     torch_makers = {"torch by hand": torch_by_hand, "TorchOpt": with_torchopt, "higher (unrolled)": with_higher}
     if hypertorch:
         torch_makers["hypertorch"] = functools.partial(with_hypertorch, path=hypertorch)
     runs, compile_seconds, results = {}, {}, {}
     for name, maker in {**makers, **torch_makers}.items():
         try:
-            began = time.process_time()
             if name in makers:
-                compiled = maker(b).lower(*args).compile()
-                compile_seconds[name] = time.process_time() - began
-                runs[name] = lambda c=compiled: jax.block_until_ready(c(*args))
+                compiled, spent = _harness.compiled(maker(b), *args)
+                compile_seconds[name] = spent.median()
+                runs[name] = functools.partial(compiled, *args)
             else:
                 runs[name] = maker(b)
             results[name] = runs[name]()
@@ -355,28 +357,19 @@ def bench(b, rounds, hypertorch):
     reference = results["JAX by hand"]
     for name, (x, y, g) in results.items():
         note = "" if np.isfinite(np.asarray(x)).all() else "  NOT FINITE"
-        error = (
-            f", last hypergradient against the closed form {relative(g, b.exact(x_before(b, x, g))):.1e}"
-            if b.exact and np.any(np.asarray(g))
-            else ""
-        )
-        print(
-            f"  {name:<20} x differs from the hand-written loop's by {relative(x, reference[0]):.1e}, y by {relative(y, reference[1]):.1e}{error}{note}"
-        )
-    times = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began = time.process_time()
-            run()
-            times[name].append((time.process_time() - began) / OUTER)
-    mine = np.asarray(times["bilevel"])
-    print(f"  {'':<20} {'CPU ms / outer step':>20}  {'bilevel / it: median (min, max)':>34}  {'compile CPU s':>13}")
+        error = ""
+        if b.exact and np.any(np.asarray(g)):
+            off = _harness.difference(g, b.exact(x_before(b, x, g)))
+            error = f", last hypergradient against the closed form {off:.1e}"
+        dx, dy = (_harness.difference(u, v) for u, v in zip((x, y), reference, strict=False))
+        print(f"  {name:<20} x differs from the hand-written loop's by {dx:.1e}, y by {dy:.1e}{error}{note}")
+    times = _harness.interleaved(runs, rounds, warm=0)
+    rows = [("", "CPU ms / outer step", "bilevel / it: median (min, max)", "compile CPU s")]
     for name, spent in times.items():
-        ratio = mine / np.asarray(spent)
         compiled = f"{compile_seconds[name]:.2f}" if name in compile_seconds else ""
-        print(
-            f"  {name:<20} {1e3 * np.median(spent):>20.3f}  {np.median(ratio):>14.3f} ({ratio.min():.3f}, {ratio.max():.3f})  {compiled:>18}"
-        )
+        each = f"{spent.median(unit=1e3) / OUTER:.3f}"
+        rows.append((f"  {name}", each, _harness.ratio(times["bilevel"], spent), compiled))
+    _harness.table(*rows)
 
 
 def x_before(b, x, g):
@@ -384,11 +377,10 @@ def x_before(b, x, g):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = _harness.arguments(__doc__, rounds=7)
     parser.add_argument("--only", choices=("ridge", "cleaning"), default=None)
     parser.add_argument("--hypertorch", default=None, help="a checkout of hypertorch, which no registry has")
-    args = parser.parse_args()
+    args = _harness.start(parser, "jaxopt", "optimistix", "torch", "torchopt", "higher", only="ridge")
     for make in (ridge, cleaning):
         if args.only in (None, make.__name__):
             bench(make(), args.rounds, args.hypertorch)

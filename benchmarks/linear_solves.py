@@ -13,9 +13,9 @@ column of their own: they are batched, as in one matrix product, and so cheaper 
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 
+import _harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,12 +38,12 @@ def synthetic_logistic(n: int, d: int, seed: int = 0):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = _harness.arguments(__doc__, rounds=1)  # counts: one round says all
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--n", type=int, default=4000)
     parser.add_argument("--d", type=int, default=200)
     parser.add_argument("--lr", type=float, default=20.0)
-    options = parser.parse_args()
+    options = _harness.start(parser, steps=2, n=400, d=60)
     jax.config.update("jax_enable_x64", True)
     train, validation = jax.tree.map(jnp.asarray, synthetic_logistic(options.n, options.d))
 

@@ -2,17 +2,17 @@
 
     python benchmarks/overhead.py
 
-Interleaved in one process, wall-clock and CPU time per step of warm programs, ratios with their spread. The problem is synthetic:
-10 upper and 10 lower variables, full batches of 100 samples, one lower gradient step and one upper step.
+Interleaved in one process, wall-clock and CPU time per step of warm programs, ratios with their spread. The problem
+is synthetic: 10 upper and 10 lower variables, full batches of 100 samples, one lower gradient step and one upper
+step.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
-import time
 
+import _harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +23,9 @@ from bilevel.hypergradients import Implicit
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = _harness.arguments(__doc__, rounds=9)
     parser.add_argument("--steps", type=int, default=400_000)
-    args = parser.parse_args()
+    args = _harness.start(parser, "optax", pin=False, steps=4000)
     rng = np.random.default_rng(0)
     a, t = rng.normal(size=(100, 10)).astype(np.float32), rng.normal(size=100).astype(np.float32)
     problem = Problem(
@@ -40,39 +39,24 @@ def main():
 
     bare = jax.jit(lambda p, x, y: bilevel.run(p, solver, x, y, args.steps))
     runs = {
-        "bare lax.scan": lambda: jax.block_until_ready(bare(problem, x0, y0)),
-        "solve": lambda: solve(problem, x0, y0, solver, steps=args.steps, progress=False),
+        "bare lax.scan": lambda: bare(problem, x0, y0),
+        "solve": lambda: solve(problem, x0, y0, solver, steps=args.steps, progress=False).x,
     }
-    for run in runs.values():
-        run()
-    cpu, wall = {n: [] for n in runs}, {n: [] for n in runs}
-    for _ in range(args.rounds):
-        for name, run in runs.items():
-            c, w = time.process_time(), time.perf_counter()
-            run()
-            cpu[name].append(1e6 * (time.process_time() - c) / args.steps)
-            wall[name].append(1e6 * (time.perf_counter() - w) / args.steps)
-    for kind, spent in (("CPU", cpu), ("wall-clock", wall)):
-        ratio = np.asarray(spent["solve"]) / np.asarray(spent["bare lax.scan"])
-        each = ", ".join(f"{name} {np.median(v):.2f} us" for name, v in spent.items())
-        print(f"{kind} per step: {each}; solve / scan {np.median(ratio):.3f} ({ratio.min():.3f}, {ratio.max():.3f})")
+    times = _harness.interleaved(runs, args.rounds)
+    for kind, title in (("cpu", "CPU"), ("wall", "wall-clock")):
+        each = ", ".join(f"{name} {spent.median(kind, 1e6) / args.steps:.2f} us" for name, spent in times.items())
+        print(f"{title} per step: {each}; solve / scan {_harness.ratio(times['solve'], times['bare lax.scan'], kind)}")
 
-    code = "import time; s = time.process_time(); import jax, optax; m = time.process_time(); import bilevel; print(m - s, time.process_time() - m)"
-    spent = np.array(
-        [
-            [
-                float(v)
-                for v in subprocess.run(
-                    [sys.executable, "-c", code], capture_output=True, text=True, check=True
-                ).stdout.split()
-            ]
-            for _ in range(args.rounds)
-        ]
+    code = (
+        "import time; s = time.process_time(); import jax, optax; m = time.process_time(); import bilevel; "
+        "print(m - s, time.process_time() - m)"
     )
+    command = [sys.executable, "-c", code]
+    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(args.rounds)]
+    spent = np.array([[float(v) for v in line.split()] for line in found])
     base, ours = np.median(spent, axis=0)
-    print(
-        f"import: jax and optax {base:.2f} s CPU, bilevel adds {ours:.3f} s ({spent[:, 1].min():.3f}, {spent[:, 1].max():.3f})"
-    )
+    low, high = spent[:, 1].min(), spent[:, 1].max()
+    print(f"import: jax and optax {base:.2f} s CPU, bilevel adds {ours:.3f} s ({low:.3f}, {high:.3f})")
 
 
 if __name__ == "__main__":

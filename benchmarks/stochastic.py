@@ -1,8 +1,10 @@
 """Stochastic methods on the problems of benchopt's benchmark_bilevel, alone or against that suite's own solver classes.
 
     python benchmarks/stochastic.py                                  ours alone
-    python benchmarks/stochastic.py --peer PATH --problem ijcnn1     against a checkout of benchmark_bilevel (needs `pip install benchopt`)
+    python benchmarks/stochastic.py --peer PATH --problem ijcnn1     against a checkout of benchmark_bilevel
     python benchmarks/stochastic.py --peer PATH --race               time to accuracy as well, with a figure
+
+The peer needs `pip install benchopt`.
 
 The data are synthetic, but for "mnist", which is Fashion-MNIST where its loader finds it. Both run in this process,
 interleaved, on one pinned core, with the same losses, batches and steps. Times are CPU times of finished work
@@ -17,12 +19,11 @@ import dataclasses
 import functools
 import importlib
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _one_core  # noqa: F401 - before JAX and torch start their threads
+import _harness
 import _stochastic_problems as problems
 import jax
 import jax.numpy as jnp
@@ -118,9 +119,13 @@ class Peer:
         try:
             self.solver = module.Solver.get_instance(step_size=step, outer_ratio=ratio, batch_size=64)
             self.solver.set_objective(
-                f_inner=case.lower_fn, f_outer=case.upper_fn, n_inner_samples=case.lower_count, n_outer_samples=case.upper_count,
-                inner_var0=case.y0, outer_var0=case.x0,
-            )  # fmt: skip
+                f_inner=case.lower_fn,
+                f_outer=case.upper_fn,
+                n_inner_samples=case.lower_count,
+                n_outer_samples=case.upper_count,
+                inner_var0=case.y0,
+                outer_var0=case.x0,
+            )
         finally:
             base.init_sampler = sampler
         self.restart()
@@ -166,7 +171,7 @@ def _replaying(orders: Any) -> Callable[..., Any]:
 
 
 def block_orders(case: problems.Case, name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The lower and the upper blocks that our solver draws in `steps` steps, in the order in which the peer's class draws them."""
+    """The lower and the upper blocks that our solver draws in `steps` steps, in the order of the peer's class."""
     lower, upper, base = case.problem.lower_data, case.problem.upper_data, as_step_key(0)
     n = 10
 
@@ -189,9 +194,7 @@ def block_orders(case: problems.Case, name: str, steps: int) -> tuple[np.ndarray
 
 def cpu(fn: Callable[[], Any]) -> float:
     """CPU seconds of `fn`, which waits for its results."""
-    begun = time.process_time()
-    fn()
-    return time.process_time() - begun
+    return _harness.measured(fn)[1].median()
 
 
 @dataclasses.dataclass
@@ -211,7 +214,9 @@ class Row:
         if self.peer is None or self.peer_compiled is None:
             return f"{left} {'':>10} {'':>6} {self.compiled:>8.2f}"
         agree = f"{self.agree:.0e}" if self.agree is not None else "-"
-        return f"{left} {self.peer:>10.1f} {self.ours / self.peer:>6.2f} {self.compiled:>8.2f} {self.peer_compiled:>8.2f} {self.compiled / self.peer_compiled:>6.2f} {agree:>8}"
+        steps = f"{self.peer:>10.1f} {self.ours / self.peer:>6.2f}"
+        compiled = f"{self.compiled:>8.2f} {self.peer_compiled:>8.2f} {self.compiled / self.peer_compiled:>6.2f}"
+        return f"{left} {steps} {compiled} {agree:>8}"
 
 
 def compare(case: problems.Case, key: str, name: str, arguments: argparse.Namespace) -> Row:
@@ -224,16 +229,18 @@ def compare(case: problems.Case, key: str, name: str, arguments: argparse.Namesp
         made: list[Peer] = []
         peer_first = cpu(lambda: (made.append(Peer(case, name, 0.1, 1.0)), made[0].run(steps)))
         theirs = made[0]
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(arguments.rounds):
-        for run, into in ((mine, times[0]), (theirs, times[1])):
-            if run is not None:
-                run.restart()
-                into.append(cpu(lambda run=run: run.run(steps)))
-    row = Row(case.name, name, 1e6 * float(np.median(times[0])) / steps, compiled=first - float(np.median(times[0])))
+    sides = {"ours": mine} if theirs is None else {"ours": mine, "peer": theirs}
+    times = _harness.interleaved(
+        {side: functools.partial(run.run, steps) for side, run in sides.items()},
+        arguments.rounds,
+        warm=0,
+        before={side: run.restart for side, run in sides.items()},
+    )
+    spent = {side: taken.median() for side, taken in times.items()}
+    row = Row(case.name, name, 1e6 * spent["ours"] / steps, compiled=first - spent["ours"])
     if theirs is not None:
-        row.peer = 1e6 * float(np.median(times[1])) / steps
-        row.peer_compiled = peer_first - float(np.median(times[1]))
+        row.peer = 1e6 * spent["peer"] / steps
+        row.peer_compiled = peer_first - spent["peer"]
         if arguments.agree and name in ("SOBA", "SABA", "SRBA", "StocBiO", "AmIGO"):
             row.agree = agreement(case, name, arguments.agree)
     return row
@@ -251,7 +258,7 @@ def agreement(case: problems.Case, name: str, steps: int) -> float:
 
 
 def race(case: problems.Case, key: str, arguments: argparse.Namespace) -> dict[str, tuple[list[float], list[float]]]:
-    """The figure of merit against CPU time, evaluated between chunks and off the clock; with the published best steps."""
+    """The figure of merit against CPU time, evaluated between chunks, off the clock; with the published best steps."""
     curves = {}
     untuned = {"STFBO": lambda: Ours(case, "STFBO", 0.0, 0.0), "AID": lambda: FullBatch(case)}
     for name in ("SABA", "SRBA", "SOBA", *untuned):
@@ -281,7 +288,8 @@ def race(case: problems.Case, key: str, arguments: argparse.Namespace) -> dict[s
             when = next((t for t, v in zip(times, values, strict=True) if v <= target), None)
             reached = f"{when:.2f} CPU s" if when is not None else "not reached"
             print(
-                f"  {label:<12} {case.measured} {values[0]:.3g} -> {values[-1]:.3g} in {spent:.1f} CPU s, {run.done} steps; to {target:.3g}: {reached}",
+                f"  {label:<12} {case.measured} {values[0]:.3g} -> {values[-1]:.3g} in {spent:.1f} CPU s, "
+                f"{run.done} steps; to {target:.3g}: {reached}",
                 flush=True,
             )
     return curves
@@ -312,7 +320,7 @@ def draw(curves: dict[str, Any], case: problems.Case, path: Path) -> None:
 
 def main() -> None:
     """Print the table, and with --race the times to accuracy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _harness.arguments(__doc__, rounds=7)
     parser.add_argument("--peer", help="a checkout of benchopt/benchmark_bilevel")
     parser.add_argument("--problem", nargs="+", choices=sorted(CASES), default=["simulated", "ijcnn1", "mnist"])
     parser.add_argument(
@@ -322,7 +330,6 @@ def main() -> None:
         help="also STFBO, SPABA, FSLA, SUSTAIN, MRBO, TTSA; in the race STFBO, and AID on full batches",
     )
     parser.add_argument("--steps", type=int, help="steps per timed call (default: by problem)")
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--agree", type=int, default=30, help="steps after which iterates are compared; 0: not")
     parser.add_argument("--race", action="store_true", help="time to accuracy instead of the table")
     parser.add_argument(
@@ -330,14 +337,13 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=float, default=20.0, help="CPU seconds per method in the race")
     parser.add_argument("--out", default="benchmarks/figures", help="where figures are saved")
-    arguments = parser.parse_args()
+    arguments = _harness.start(parser, "optax", "benchopt", problem=["ijcnn1"], steps=20, budget=0.1)
     if arguments.peer:
         sys.path.insert(0, arguments.peer)
+    print(f"{jax.devices()[0].device_kind}; CPU microseconds per iteration, medians of {arguments.rounds} rounds")
     print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, one core; CPU microseconds per iteration, medians of {arguments.rounds} rounds"
-    )
-    print(
-        f"{'problem':<28} {'solver':<8} {'ours':>10} {'peer':>10} {'ratio':>6} {'compile':>8} {'peer':>8} {'ratio':>6} {'agree':>8}",
+        f"{'problem':<28} {'solver':<8} {'ours':>10} {'peer':>10} {'ratio':>6} {'compile':>8} {'peer':>8} {'ratio':>6} "
+        f"{'agree':>8}",
         flush=True,
     )
     for key in arguments.problem:

@@ -2,21 +2,22 @@
 
     python benchmarks/stream.py [--wait 0 1 4] [--steps 2000] [--rounds 5]
 
-A synthetic softmax regression at MNIST's shape, SOBA on batches of 256. The reader copies each batch out of an array and
-then sleeps for `--wait` milliseconds, as a disk or a network would make it wait. "Reader alone" is the same reader with nothing
-computed. With perfect overlap a step takes the longer of the two, max(reader, device), or where the cores are all busy
-their processor time over the number of cores; without any overlap it takes the sum. Per step: medians of rounds in which
-the kinds of run take turns.
+A synthetic softmax regression at MNIST's shape, SOBA on batches of 256. The reader copies each batch out of an array
+and then sleeps for `--wait` milliseconds, as a disk or a network would make it wait. "Reader alone" is the same
+reader with nothing computed. With perfect overlap a step takes the longer of the two, max(reader, device), or where
+the cores are all busy their processor time over the number of cores; without any overlap it takes the sum. Per step:
+medians of rounds in which the kinds of run take turns.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import _harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,24 +55,20 @@ def reader(arrays: Any, wait: float) -> Any:
     return items
 
 
-def read(source: Any, steps: int) -> float:
-    """Milliseconds per item of the reader alone."""
-    if not isinstance(source, data.Stream):
-        return 0.0
-    items = source.items()
-    begun = time.perf_counter()
-    for _ in range(steps):
-        next(items)
-    return 1e3 * (time.perf_counter() - begun) / steps
+def read(source: Any, steps: int) -> None:
+    """The reader alone."""
+    if isinstance(source, data.Stream):
+        items = source.items()
+        for _ in range(steps):
+            next(items)
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _harness.arguments(__doc__, rounds=5)
     parser.add_argument("--wait", nargs="+", type=float, default=[0.0, 1.0, 4.0], help="milliseconds per batch")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = _harness.start(parser, "optax", pin=False, steps=100)
     rng = np.random.default_rng(0)
     arrays = rng.standard_normal((SAMPLES, 784), np.float32), rng.integers(0, 10, SAMPLES).astype(np.int32)
     held = data.Minibatches(tuple(a[:2048] for a in arrays), BATCH, blocks=True)
@@ -79,32 +76,24 @@ def main() -> None:
     sources = {"device": data.Minibatches(arrays, BATCH, blocks=True)}
     sources |= {f"host, {wait:g} ms": data.Stream(reader(arrays, wait / 1e3)) for wait in arguments.wait}
     problems = {name: Problem(validation, loss, held, source) for name, source in sources.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sources}
-    alone: dict[str, list[float]] = {name: [] for name in sources}
-    for number in range(arguments.rounds + 1):
-        for name, problem in problems.items():
-            begun, spent = time.perf_counter(), time.process_time()
-            solve(problem, x0, y0, solvers.SOBA(0.01, 0.05), steps=arguments.steps, progress=False)
-            if number:  # the first round compiles
-                passed = time.perf_counter() - begun, time.process_time() - spent
-                times[name].append(tuple(1e3 * t / arguments.steps for t in passed))  # type: ignore[arg-type]
-                alone[name].append(read(problem.lower_data, arguments.steps // 4))
+    steps, part = arguments.steps, arguments.steps // 4
+    calls = {}
+    for name, problem in problems.items():
+        run = functools.partial(solve, problem, x0, y0, solvers.SOBA(0.01, 0.05), steps=steps, progress=False)
+        calls[name] = lambda run=run: run().x
+        calls[f"{name}, reader"] = functools.partial(read, problem.lower_data, part)
+    times = _harness.interleaved(calls, arguments.rounds)
     cores = len(os.sched_getaffinity(0))
-    print(
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {cores} cores; ms per step, medians of {arguments.rounds} rounds"
-    )
-    print(
-        f"{'batches from':<14}{'wall':>8}{'spread':>16}{'cpu':>8}{'cpu/cores':>11}{'reader alone':>14}{'longer':>8}{'sum':>8}"
-    )
-    device = float(np.median([wall for wall, _ in times["device"]]))
-    for name, found in times.items():
-        wall, cpu = np.median(found, 0)
-        reading = float(np.median(alone[name]))
-        spread = f"{min(found)[0]:.2f} to {max(found)[0]:.2f}"
-        print(
-            f"{name:<14}{wall:>8.2f}{spread:>16}{cpu:>8.2f}{cpu / cores:>11.2f}{reading:>14.2f}"
-            f"{max(reading, device):>8.2f}{reading + device:>8.2f}"
-        )
+    print(f"{jax.devices()[0].device_kind}; ms per step, medians of {arguments.rounds} rounds")
+    rows: list[Any] = [("batches from", "wall", "spread", "cpu", "cpu/cores", "reader alone", "longer", "sum")]
+    device = times["device"].median("wall", 1e3) / steps
+    for name in sources:
+        found, reading = times[name], times[f"{name}, reader"].median("wall", 1e3) / part
+        wall, cpu = (found.median(kind, 1e3) / steps for kind in ("wall", "cpu"))
+        spread = f"{1e3 * min(found.wall) / steps:.2f} to {1e3 * max(found.wall) / steps:.2f}"
+        numbers = (cpu, cpu / cores, reading, max(reading, device), reading + device)
+        rows.append((name, f"{wall:.2f}", spread, *(f"{number:.2f}" for number in numbers)))
+    _harness.table(*rows)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,15 @@
 
     python benchmarks/unrolled.py
 
-16 SGD steps on a multilayer perceptron (64 - 128 x 12 - 10, gelu, batch 1,024, synthetic data), one weight per sample as upper variable.
-Plain: `jax.grad` through a scan of `y - eta jax.grad(f)`. Ours: `Unrolled()`, one checkpoint per step and the mixed-mode gradient; also each of
-the two alone. Temporaries are those that XLA reserves for the compiled program; times are interleaved in one process.
+16 SGD steps on a multilayer perceptron (64 - 128 x 12 - 10, gelu, batch 1,024, synthetic data), one weight per sample
+as upper variable. Plain: `jax.grad` through a scan of `y - eta jax.grad(f)`. Ours: `Unrolled()`, one checkpoint per
+step and the mixed-mode gradient; also each of the two alone. Temporaries are those that XLA reserves for the compiled
+program; times are interleaved in one process.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-
+import _harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,9 +41,7 @@ def validation(x, y, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = _harness.start(_harness.arguments(__doc__, rounds=5))
     rng = np.random.default_rng(0)
     y = [
         (jnp.asarray(rng.normal(size=s) * np.sqrt(2 / s[0]), jnp.float32), jnp.zeros(s[1]))
@@ -80,22 +77,17 @@ def main():
     }
     compiled = {name: f.lower(x, y, train, val).compile() for name, f in programs.items()}
     results = {name: c(x, y, train, val) for name, c in compiled.items()}
-    spent = {name: [] for name in compiled}
-    for _ in range(args.rounds):
-        for name, c in compiled.items():
-            began = time.process_time()
-            jax.block_until_ready(c(x, y, train, val))
-            spent[name].append(time.process_time() - began)
-    plain, base = np.asarray(spent["plain reverse"]), compiled["plain reverse"].memory_analysis().temp_size_in_bytes
+    times = _harness.interleaved(
+        {name: lambda c=c: c(x, y, train, val) for name, c in compiled.items()}, args.rounds, warm=0
+    )
+    plain = results["plain reverse"]
+    base = compiled["plain reverse"].memory_analysis().temp_size_in_bytes
     for name, c in compiled.items():
         memory = c.memory_analysis().temp_size_in_bytes
-        ratio = np.asarray(spent[name]) / plain
-        error = float(
-            jnp.linalg.norm(results[name] - results["plain reverse"]) / jnp.linalg.norm(results["plain reverse"])
-        )
         print(
-            f"{name:<14} temporaries {memory / 1e6:8.1f} MB (1/{base / memory:.1f} of plain), CPU {1e3 * np.median(spent[name]):7.1f} ms, "
-            f"ratio {np.median(ratio):.3f} ({ratio.min():.3f}, {ratio.max():.3f}), differs by {error:.1e}"
+            f"{name:<14} temporaries {memory / 1e6:8.1f} MB (1/{base / memory:.1f} of plain), "
+            f"CPU {times[name].median(unit=1e3):7.1f} ms, ratio {_harness.ratio(times[name], times['plain reverse'])}, "
+            f"differs by {_harness.difference(results[name], plain):.1e}"
         )
 
 

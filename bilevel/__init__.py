@@ -20,16 +20,21 @@ from bilevel import (
     optimizers,
     projections,
     regularizers,
+    runs,
     solvers,
 )
 from bilevel._module import hyperparameters, state
 from bilevel.checkpoint import CheckpointError
-from bilevel.multistart import Multistart, multistart
+from bilevel.data import ProblemError
+from bilevel.history import History
 from bilevel.level import Level, Levels
-from bilevel.problem import Problem, ProblemError
-from bilevel.solution import History, Result, Solution
-from bilevel.solve import Event, run, solve
-from bilevel.sweep import Sweep, sweep
+from bilevel.loop import run
+from bilevel.problem import Problem
+from bilevel.recorder import Event
+from bilevel.result import Result
+from bilevel.runs import Multistart, Sweep, multistart, sweep
+from bilevel.solution import Solution
+from bilevel.solve import solve
 
 __all__ = [
     "CheckpointError",
@@ -59,6 +64,7 @@ __all__ = [
     "projections",
     "regularizers",
     "run",
+    "runs",
     "solve",
     "solvers",
     "state",

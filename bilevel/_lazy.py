@@ -13,7 +13,7 @@ _ROW = re.compile(r"^from (\S+) import (\w+) as \2$", re.MULTILINE)
 
 
 def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package from the rows `from file import Name as Name` of its `__init__.pyi`."""
+    """A package's `__getattr__`, `__dir__` and `__all__` from the rows of its `__init__.pyi`."""
     module = sys.modules[package]
     table = {name: home for home, name in _ROW.findall(Path(str(module.__file__)).with_suffix(".pyi").read_text())}
 

@@ -69,7 +69,10 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def _candidates(equation: Any) -> Iterator[tuple[int, Any]]:
-    """The sides (0: left, 1: right) on which a product's factor may be shared, and what members of a bundle agree in."""
+    """The sides (0: left, 1.
+
+    Right) on which a product's factor may be shared, and what members of a bundle agree in.
+    """
     if equation.primitive.name != "dot_general" or any(isinstance(atom, Literal) for atom in equation.invars):
         return
     contracted, batched = equation.params["dimension_numbers"]
@@ -102,8 +105,10 @@ def _product(equations: list[Any], side: int, read: Callable[[Any], Any]) -> lis
 
 
 def _schedule(equations: list[Any]) -> tuple[dict[int, tuple[list[int], int]], list[list[int]]]:
-    """The bundles of products (by their first member: all members, and the side of the shared factor), and the equations in
-    an order of execution, bundles together."""
+    """The bundles of products (by their first member: all members, and the side of the shared factor).
+
+    With them the equations in an order of execution, bundles together.
+    """
     made = {out: i for i, equation in enumerate(equations) for out in equation.outvars}
     needs = [{made[a] for a in equation.invars if not isinstance(a, Literal) and a in made} for equation in equations]
     groups: dict[Any, list[int]] = {}

@@ -32,11 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel.data import StepKey, as_source
+from bilevel.data import as_source
+from bilevel.history import History
+from bilevel.keys import StepKey
 from bilevel.problem import Problem
-from bilevel.solution import History
-
-PyTree = Any
+from bilevel.typing import PyTree, Solver
 
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
@@ -50,7 +50,7 @@ class CheckpointError(ValueError):
 # ---------------------------------------------------------------- what a run is
 
 
-def fingerprint(problem: Problem, solver: Any, x: PyTree, y: PyTree, base: StepKey) -> dict[str, str]:
+def fingerprint(problem: Problem, solver: Solver, x: PyTree, y: PyTree, base: StepKey) -> dict[str, str]:
     """What makes a run this run: equal at its start and resumption, different for another problem, solver, data or key.
 
     Args:
@@ -106,7 +106,7 @@ def _package_version() -> str:
 
 def _name(fn_or_type: Any) -> str:
     """The qualified name without the module, so that a script and a notebook that imports it are the same run."""
-    return fn_or_type.__qualname__
+    return fn_or_type.__qualname__.replace(".<locals>", "")
 
 
 def _describe_fields(name: str, value: Any) -> dict[str, str]:
@@ -139,8 +139,7 @@ def _describe(value: Any, above: tuple[int, ...] = ()) -> str:
             return f"{_shape(value)} {np.asarray(value).reshape(()).item()!r}"
         return f"{_shape(value)} {_checksum(value)}"
     if isinstance(value, optax.GradientTransformation):
-        # `init` closes over the same numbers. scale_by_adam.<locals>.update_fn is called scale_by_adam.
-        return re.sub(r"\.<locals>\.update(_fn)?\b", "", inner(value.update))
+        return inner(value.update)  # `init` closes over the same numbers
     if isinstance(value, functools.partial):
         bound = [inner(a) for a in value.args] + [f"{k}={inner(v)}" for k, v in value.keywords.items()]
         return f"partial({', '.join([inner(value.func), *bound])})"
@@ -201,14 +200,23 @@ def _global(leaf: Any) -> np.ndarray:
     return np.asarray(array)
 
 
+def _orbax() -> Any:
+    """Orbax, imported where a run has checkpoints: it takes a second, and most runs have none."""
+    try:
+        import orbax.checkpoint
+    except ImportError as error:
+        raise ImportError(
+            "Checkpoints are written by orbax, which is not installed: pip install orbax-checkpoint."
+        ) from error
+    return orbax.checkpoint
+
+
 def _alone() -> dict[str, Any]:
     """Options with which orbax writes or reads in this process without waiting for the others."""
-    import orbax.checkpoint as ocp
-
     if jax.process_count() == 1:
         return {}
     me = jax.process_index()
-    return {"multiprocessing_options": ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})}
+    return {"multiprocessing_options": _orbax().options.MultiprocessingOptions(primary_host=me, active_processes={me})}
 
 
 def _shape(leaf: Any) -> str:
@@ -301,6 +309,7 @@ class Checkpoints:
         self.path = Path(directory).expanduser().absolute()
         self.fingerprint, self.keep = fingerprint, keep
         self._torn: set[int] = set()
+        _orbax()
         cure = "Give a directory that you may write to."
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"checkpoint={str(self.path)!r} is a file, and checkpoints are a directory. {cure}")
@@ -376,8 +385,7 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"bilevel checkpoint {step}")
 
     def _write(self, step: int, named: list[tuple[str, str, np.ndarray]], arrays: dict[str, np.ndarray]) -> None:
-        import orbax.checkpoint as ocp
-
+        ocp = _orbax()
         self._sweep()  # of a save that was interrupted
         writing = Path(tempfile.mkdtemp(prefix="writing_", dir=self.path)) / f"step_{step}"
         writing.mkdir()
@@ -403,9 +411,6 @@ class Checkpoints:
         self._torn.discard(step)
         for old in [s for s in self._found() if s not in self._torn][: -self.keep]:
             self._discard(self.path / f"step_{old}")
-
-    def close(self) -> None:
-        """Nothing is left to wait for: `save` returns when the checkpoint is on the disk."""
 
     def _found(self) -> list[int]:
         names = (_STEP.fullmatch(entry.name) for entry in self.path.iterdir())
@@ -438,8 +443,7 @@ class Checkpoints:
         return description
 
     def _arrays(self, path: Path, leaves: list[dict[str, Any]]) -> list[np.ndarray]:
-        import orbax.checkpoint as ocp
-
+        ocp = _orbax()
         stored = [str(i) for i, leaf in enumerate(leaves) if 0 not in leaf["shape"]]
         read: dict[str, Any] = {}
         if stored:

@@ -26,7 +26,6 @@ __all__ = [
     "Full",
     "Keyed",
     "Minibatches",
-    "ProblemError",
     "Sampler",
     "Source",
     "StepKey",
@@ -154,8 +153,8 @@ class Source:
         raise NotImplementedError
 
     def full(self, key: StepKey | None = None) -> PyTree:
-        """All samples as one batch (`key`: for what carries its key)."""
-        return self.arrays
+        """All samples as one batch, or one draw where there is no end of them; `key` is that of the draw."""
+        return self.arrays if self.count is not None else self.draw(as_step_key(0) if key is None else key)
 
     @property
     def count(self) -> int | None:
@@ -341,10 +340,6 @@ class Sampler(Source):
         """The batch of this step."""
         return self.fn(key.random, self.arrays)
 
-    def full(self, key: StepKey | None = None) -> PyTree:
-        """One draw: a sampler has no end."""
-        return self.draw(as_step_key(0) if key is None else key)
-
     def describe(self) -> Description:
         """The function and its arrays."""
         return Description("Sampler", {"fn": self.fn}, self.arrays)
@@ -413,6 +408,16 @@ class Keyed(Source, leaves=("source",)):
         return f"Keyed({self.source!r})"
 
 
+def as_keyed(owner: str, *batch: Any) -> tuple[PyTree, StepKey]:
+    """A batch of `data.Keyed` in its two parts; an error where it is another."""
+    if len(batch) == 1 and isinstance(batch[0], tuple) and len(batch[0]) == 2 and isinstance(batch[0][1], StepKey):
+        return batch[0]
+    raise ValueError(
+        f"{owner} needs the step's key with each batch: wrap the level's data, data.Keyed(data.Minibatches(...)), or "
+        "data.Keyed() where the level has no data."
+    )
+
+
 class Clients(Source, leaves=("arrays", "counts", "offsets")):
     """One data set per client, of unequal sizes.
 
@@ -457,7 +462,10 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
         return self.arrays if self.size is None else Minibatches(self.arrays, self.size).draw(key)
 
     def draw_client(self, key: StepKey, client: Any, size: int) -> PyTree:
-        """`size` of one client's samples, without replacement within an epoch of that client (`client`: also traced)."""
+        """`size` of one client's samples, without replacement within an epoch of that client (`client`.
+
+        Also traced).
+        """
         count = jnp.asarray(self.counts)[client].astype(jnp.uint32)
         per_epoch = jnp.maximum(count // jnp.uint32(size), 1)
         seed = mix(epoch_seed(stream_seed(key), key.step // per_epoch) ^ jnp.asarray(client, jnp.uint32))
@@ -590,33 +598,18 @@ class Stream(Source, leaves=None):
 
     def items(self, start: int = 0) -> Iterator[PyTree]:
         """Items from number `start` on, endlessly."""
-        if callable(self.iterable):
-            begun = start
-            while True:
-                produced = False
-                for item in self.iterable(begun):
-                    produced = True
-                    yield item
-                if not produced:
-                    raise ValueError("The stream is empty: it produced no batch. Give an iterable with at least one.")
-                begun = 0
-        skip, first = start, True
+        given, skip, first = self.iterable, start, True
         while True:
-            produced = False
-            for item in self.iterable:
-                produced = True
-                if skip:
-                    skip -= 1
-                else:
+            count = 0
+            for count, item in enumerate(given(skip) if callable(given) else given, 1):
+                if callable(given) or count > skip:
                     yield item
-            if not produced:
+            if not count:
                 what = (
-                    "The stream is empty: it produced no batch."
-                    if first
-                    else "The stream ended and cannot be iterated again (a generator?)."
+                    "is empty: it produced no batch" if first else "ended and cannot be iterated again (a generator?)"
                 )
-                raise ValueError(f"{what} Give a list, a loader object, or a function start -> iterator.")
-            first = False
+                raise ValueError(f"The stream {what}. Give a list, a loader object, or a function start -> iterator.")
+            skip, first = 0 if callable(given) else max(skip - count, 0), False
 
     def example(self) -> PyTree:
         """The first item."""
@@ -649,7 +642,3 @@ class Streamed(Source, leaves=("items",)):
         """Item `key.step mod draws` of this step."""
         which = (key.step % jnp.uint32(self.draws)).astype(jnp.int32)
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), self.items)
-
-    def full(self, key: StepKey | None = None) -> PyTree:
-        """One item: a stream has no end."""
-        return self.draw(as_step_key(0) if key is None else key)

@@ -83,7 +83,10 @@ def gradient_and_cross(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree
 
 
 def gradient_and_products(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    """f_y(x, y), f_xy(x, y) v and f_yy(x, y) v from one joint linearisation along a single v; see `linearised` for many."""
+    """f_y(x, y), f_xy(x, y) v and f_yy(x, y) v from one joint linearisation along a single v.
+
+    See `linearised` for many.
+    """
 
     def all_three(x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree, PyTree]:
         (_, gradient), products = jax.jvp(lambda y: jax.grad(f, argnums=(0, 1))(x, y), (y,), (v,))

@@ -99,10 +99,10 @@ _ROUNDS, _AT_ONCE = 9, 3
 def permute(i: Any, n: Any, seed: jax.Array) -> jax.Array:
     """The image of `i` under a keyed permutation of 0, ..., n-1, computed without the other n-1 images.
 
-    A random rotation, then eight rounds of swap-or-not: each pairs i with k - i mod n for a random k, and swaps the two or
-    not by a hashed coin, which depends on the pair alone. Every round is a bijection of 0..n-1 for any n, without a table.
-    A single image is uniform thanks to the rotation, and two images are independent but for about 2^-8: enough for the
-    order of batches.
+    A random rotation, then eight rounds of swap-or-not: each pairs i with k - i mod n for a random k, and swaps the two
+    or not by a hashed coin, which depends on the pair alone. Every round is a bijection of 0..n-1 for any n, without a
+    table. A single image is uniform thanks to the rotation, and two images are independent but for about 2^-8: enough
+    for the order of batches.
 
     Args:
       i: integer array of indices in 0..n-1.

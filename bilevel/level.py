@@ -51,15 +51,18 @@ class Level:
     weights: jax.Array | None = None
     mixed: bool = False
 
-    def drawn(self, key: StepKey) -> Level:
-        """The level with the batch of this key."""
-        if self.who is None:
+    def drawn(self, key: StepKey | None = None) -> Level:
+        """The level with the batch of this key (None: of its own)."""
+        key = self.key if key is None else key
+        if self.who is None or not self.source.given:
             batch = self.source.draw(key)
-        elif not self.source.given:
-            batch = None
         else:
             batch = self.source.draw_each(key, None if isinstance(self.who, str) else self.who)
         return dataclasses.replace(self, key=key, batch=batch)
+
+    def full(self) -> Level:
+        """The level on all its samples."""
+        return self.on(self.source.full(self.key))
 
     def _at(self, x: PyTree, y: PyTree, batch: PyTree) -> Scalar:
         loss = self.loss if self.source.given else lambda x, y, _: self.loss(x, y)
@@ -92,7 +95,10 @@ class Level:
         return self.drawn(self.key.inner(i, total)) if self.source.varies else self
 
     def stream(self, tag: int) -> Level:
-        """The level with a batch of the stream `tag` (`keys.Draw`), independent of this one's; itself where all are the same."""
+        """The level with a batch of the stream `tag` (`keys.Draw`), independent of this one's.
+
+        Itself where all are the same.
+        """
         return self.drawn(self.key.fold_in(tag)) if self.source.varies else self
 
     def on(self, batch: PyTree) -> Level:

@@ -275,7 +275,10 @@ class _Matrix(Network):
 
 
 def _links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Each agent's neighbours and their weights, (n, largest degree); None where a matrix product is the cheaper way."""
+    """Each agent's neighbours and their weights, (n, largest degree).
+
+    None where a matrix product is the cheaper way.
+    """
     others = weights - np.diag(np.diag(weights))
     degree = int((others != 0).sum(axis=1).max())
     if degree == 0 or 8 * degree > len(weights):

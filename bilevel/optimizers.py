@@ -146,12 +146,14 @@ def accepted(memory: PyTree, params: PyTree) -> tuple[PyTree, Any]:
         return params, True
     if len(found) > 1:
         raise ValueError(
-            f"{len(found)} step rules of one chain withdraw steps (quasi_newton, spectral), and cannot agree on where the "
+            f"{len(found)} step rules of one chain withdraw steps (quasi_newton, spectral), and cannot agree on where "
+            "the "
             "variable stands: keep one of them."
         )
     if jax.tree.structure(found[0].x) != jax.tree.structure(params):  # type: ignore[operator]
         raise ValueError(
-            "A step rule that withdraws steps (quasi_newton, spectral) moves only a part of the variable here (optax.masked, "
+            "A step rule that withdraws steps (quasi_newton, spectral) moves only a part of the variable here "
+            "(optax.masked, "
             "optax.partition), while the rest moves on: give it the whole variable, or take another rule."
         )
     return found[0].x, found[0].accepted
@@ -189,14 +191,17 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
 
         x_k - t g_k,    t = <s, s> / <s, z>   (twice the last step where <s, z> <= 0),
 
-    with t at most as large as moves x by `largest` (1 + rms(x)) in root mean square. A trial whose value exceeds the largest
-    of the last `memory` accepted ones less 1e-4 <g, s>, or is not finite, is withdrawn: the next trial starts at x_k
-    again with a quarter of t. The first t moves x by a tenth of `largest`.
+    with t at most as large as moves x by `largest` (1 + rms(x)) in root mean square. A trial whose value exceeds the
+    largest of the last `memory` accepted ones less 1e-4 <g, s>, or is not finite, is withdrawn: the next trial starts
+    at x_k again with a quarter of t. The first t moves x by a tenth of `largest`.
 
-    For deterministic objectives: `update` needs `value=`, which `HypergradientDescent` and the lower solvers give. With a projection
-    applied after the step it is the spectral projected gradient method, with the line search taken over outer iterations.
+    For deterministic objectives: `update` needs `value=`, which `HypergradientDescent` and the lower solvers give. With
+      a projection
+    applied after the step it is the spectral projected gradient method, with the line search taken over outer
+    iterations.
 
-    References: Barzilai, Borwein, "Two-Point Step Size Gradient Methods", IMA J. Numer. Anal. 1988; Birgin, Martinez, Raydan,
+    References: Barzilai, Borwein, "Two-Point Step Size Gradient Methods", IMA J. Numer. Anal. 1988; Birgin, Martinez,
+      Raydan,
     "Nonmonotone Spectral Projected Gradient Methods on Convex Sets", SIAM J. Optim. 2000.
     """
 
@@ -216,7 +221,8 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
     def update(gradient: PyTree, s: SpectralState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
         if params is None or value is None:
             raise ValueError(
-                "optimizers.spectral needs update(gradient, state, params, value=value): the value decides whether a step is kept."
+                "optimizers.spectral needs update(gradient, state, params, value=value): the value decides whether a "
+                "step is kept."
             )
         dtype = s.step.dtype
         value = jnp.asarray(value, dtype)
@@ -249,7 +255,10 @@ def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
 
 @state
 class QuasiNewtonState(Withdrawing):
-    """The accepted point, its gradient and value; the direction being tried and its length; the pairs (s, z), newest first."""
+    """The accepted point, its gradient and value; the direction being tried and its length.
+
+    The pairs (s, z), newest first.
+    """
 
     x: PyTree
     gradient: PyTree
@@ -267,17 +276,20 @@ class QuasiNewtonState(Withdrawing):
 def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransformationExtraArgs:
     """L-BFGS with its backtracking spread over outer iterations: one evaluation per step, and no step size to choose.
 
-    At an accepted point x_k the direction d = -H g_k is that of L-BFGS with the last `memory` pairs of positive curvature, and the
-    trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` (1 + rms(x)) in root mean square. A
-    trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is withdrawn, and the next one has a
-    quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two values agree to half the digits of the
-    dtype (a lower solution is only so exact) the slopes decide: a trial is kept if its slope is at most 0.9998 of the one at x_k.
+    At an accepted point x_k the direction d = -H g_k is that of L-BFGS with the last `memory` pairs of positive
+    curvature, and the trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` (1 + rms(x))
+    in root mean square. A trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is
+    withdrawn, and the next one has a quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two
+    values agree to half the digits of the dtype (a lower solution is only so exact) the slopes decide: a trial is kept
+    if its slope is at most 0.9998 of the one at x_k.
 
-    For deterministic objectives without a projection: `update` needs `value=`, which `HypergradientDescent` and the lower
+    For deterministic objectives without a projection: `update` needs `value=`, which `HypergradientDescent` and the
+      lower
     solvers give. Under a projection take `spectral`.
 
     Reference: Nocedal, Wright, "Numerical Optimization", 2nd ed., algorithms 7.4 and 3.1; Hager, Zhang, "A New
-    Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", SIAM J. Optim. 2005 (the last rule).
+    Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", SIAM J. Optim. 2005 (the last
+    rule).
     """
 
     def init(params: PyTree) -> QuasiNewtonState:
@@ -285,14 +297,15 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         zero = optax.tree.zeros_like(params)
         pairs = jax.tree.map(lambda leaf: jnp.zeros((memory, *jnp.shape(leaf)), jnp.result_type(leaf)), params)
         nothing = jnp.zeros((), dtype)
-        return QuasiNewtonState(
-            jax.tree.map(jnp.asarray, params), zero, nothing, zero, nothing, pairs, pairs, jnp.zeros((memory,), dtype), jnp.zeros((), jnp.int32), jnp.asarray(True)
-        )  # fmt: skip
+        here, rho = jax.tree.map(jnp.asarray, params), jnp.zeros((memory,), dtype)
+        count = jnp.zeros((), jnp.int32)
+        return QuasiNewtonState(here, zero, nothing, zero, nothing, pairs, pairs, rho, count, jnp.asarray(True))
 
     def update(gradient: PyTree, old: QuasiNewtonState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
         if params is None or value is None:
             raise ValueError(
-                "optimizers.quasi_newton needs update(gradient, state, params, value=value): the value decides whether a step is kept."
+                "optimizers.quasi_newton needs update(gradient, state, params, value=value): the value decides whether "
+                "a step is kept."
             )
         dtype = old.step.dtype
         value = jnp.asarray(value, dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.solution import History
+from bilevel.history import History
 
 __all__ = ["plot_history"]
 

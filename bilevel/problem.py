@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.data import ProblemError, Source, as_source
-from bilevel.keys import Draw, StepKey, as_step_key
+from bilevel.keys import Draw, as_step_key
 from bilevel.level import Level, Levels, takes_batch
 from bilevel.typing import PyTree, Scalar, X, Y
 
-__all__ = ["Problem", "ProblemError"]
+__all__ = ["Problem"]
 
 _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", "constraint", "equality")
 
@@ -26,7 +26,8 @@ _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", 
 class Problem(Generic[X, Y]):
     """The bilevel problem
 
-        min over x in X   F(x, y*(x))   subject to   y*(x) in argmin over y in Y of f(x, y),  g(x, y) <= 0,  h(x, y) = 0.
+        min over x in X   F(x, y*(x))   subject to   y*(x) in argmin over y in Y of f(x, y),  g(x, y) <= 0,  h(x, y) =
+        0.
 
     A `Problem` is a pytree: its functions are static, its data are leaves. Data are thus arguments of a compiled step
     and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems.
@@ -78,20 +79,13 @@ class Problem(Generic[X, Y]):
         """The sources of the upper and the lower level's data."""
         return as_source(self.upper_data), as_source(self.lower_data)
 
-    def _unbound(self, key: StepKey, who: Any = None) -> Levels:
-        upper, lower = self.sources
+    def _unbound(self, key: Any, who: Any = None) -> Levels:
+        key, (upper, lower) = as_step_key(key), self.sources
+        sets = {"project": self.project_lower, "prox": self.prox_lower}
+        rows = {"inequality": self.constraint, "equation": self.equality}
         return Levels(
             Level(self.upper, upper, key.fold_in(Draw.UPPER), project=self.project_upper, who=who),
-            Level(
-                self.lower,
-                lower,
-                key.fold_in(Draw.LOWER),
-                project=self.project_lower,
-                prox=self.prox_lower,
-                inequality=self.constraint,
-                equation=self.equality,
-                who=who,
-            ),
+            Level(self.lower, lower, key.fold_in(Draw.LOWER), **sets, **rows, who=who),  # type: ignore[arg-type]
         )
 
     def levels(self, key: Any, who: Literal["all"] | jax.Array | None = None) -> Levels:
@@ -102,31 +96,27 @@ class Problem(Generic[X, Y]):
           who: None: one upper and one lower level on pooled data. "all", or an array of indices: levels that are many,
             stacked over agents or clients; see `Level`.
         """
-        return Levels(*(level.drawn(level.key) for level in self._unbound(as_step_key(key), who)))
+        return Levels(*(level.drawn() for level in self._unbound(key, who)))
 
     def draw_upper(self, key: Any) -> Level:
         """The upper level alone, with the batch of this key bound."""
-        level = self._unbound(as_step_key(key)).upper
-        return level.drawn(level.key)
+        return self._unbound(key).upper.drawn()
 
     def draw_lower(self, key: Any) -> Level:
         """The lower level alone, with the batch of this key bound."""
-        level = self._unbound(as_step_key(key)).lower
-        return level.drawn(level.key)
+        return self._unbound(key).lower.drawn()
 
     def full_levels(self, key: Any = 0) -> Levels:
         """Both levels on all their samples (one draw where the data are a sampler's); `key`: for data that carry it."""
-        return Levels(*(level.on(level.source.full(level.key)) for level in self._unbound(as_step_key(key))))
+        return Levels(*(level.full() for level in self._unbound(key)))
 
     def full_upper(self) -> Level:
-        """The upper level on all its samples (one draw where the data are a sampler's)."""
-        level = self._unbound(as_step_key(0)).upper
-        return level.on(level.source.full(level.key))
+        """The upper level alone, on all its samples."""
+        return self._unbound(0).upper.full()
 
     def full_lower(self) -> Level:
-        """The lower level on all its samples (one draw where the data are a sampler's)."""
-        level = self._unbound(as_step_key(0)).lower
-        return level.on(level.source.full(level.key))
+        """The lower level alone, on all its samples."""
+        return self._unbound(0).lower.full()
 
     @property
     def stochastic(self) -> bool:
@@ -181,7 +171,8 @@ def _check_loss(name: str, fn: Callable[..., Scalar], source: Source, x: PyTree,
     if len(leaves) != 1 or leaves[0].shape != ():
         got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
         raise ProblemError(
-            f"{name}(x, y{', batch' if source.given else ''}) returned {got}; a loss is one scalar. Take a mean or a sum."
+            f"{name}(x, y{', batch' if source.given else ''}) returned {got}; a loss is one scalar. Take a mean or a "
+            "sum."
         )
     if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
         raise ProblemError(f"{name} returned the dtype {leaves[0].dtype}; a loss is a floating-point scalar.")
@@ -238,7 +229,8 @@ def _check_parties(upper: Source, lower: Source) -> None:
     if None not in (upper.parties, lower.parties) and upper.parties != lower.parties:
         what = upper.owners
         raise ProblemError(
-            f"upper_data has {upper.parties} {what}s and lower_data {lower.parties}: one data set per {what} in each level."
+            f"upper_data has {upper.parties} {what}s and lower_data {lower.parties}: one data set per {what} in each "
+            "level."
         )
 
 
@@ -247,7 +239,8 @@ def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> Py
         return jax.eval_shape(fn, *args)
     except Exception as error:
         shapes = ", ".join(
-            f"{label}: {jax.tree.map(lambda a: f'{jnp.result_type(a)}{list(np.shape(a))}', getattr(arg, 'arrays', arg))}"
+            f"{label}: "
+            f"{jax.tree.map(lambda a: f'{jnp.result_type(a)}{list(np.shape(a))}', getattr(arg, 'arrays', arg))}"
             for label, arg in zip(("x", "y", "batch"), args, strict=False)
         )
         raise ProblemError(
@@ -259,14 +252,16 @@ def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree)
     out = _shapes(name, "", fn, value)
     if jax.tree.structure(out) != jax.tree.structure(value):  # type: ignore[operator]
         raise ProblemError(
-            f"{name} changes the structure of {variable} from {jax.tree.structure(value)} to {jax.tree.structure(out)}; it must keep it."
+            f"{name} changes the structure of {variable} from {jax.tree.structure(value)} to "
+            f"{jax.tree.structure(out)}; it must keep it."
         )
     before = jax.tree_util.tree_leaves_with_path(value)
     for (path, leaf), new in zip(before, jax.tree.leaves(out), strict=True):
         where = f"{variable}{jax.tree_util.keystr(path)}"
         if new.shape != np.shape(leaf):
             raise ProblemError(
-                f"{name} changes the shape of {where} from {list(np.shape(leaf))} to {list(new.shape)}; it must keep it."
+                f"{name} changes the shape of {where} from {list(np.shape(leaf))} to {list(new.shape)}; it must keep "
+                "it."
             )
         if new.dtype != jnp.result_type(leaf):
             raise ProblemError(

@@ -4,41 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
-from bilevel.solution import History
+from bilevel.history import History
 
 __all__ = ["Reporter", "reporter"]
+
+logger = logging.getLogger("bilevel")
 
 _SECONDS_BETWEEN_UPDATES = 0.1
 _METRICS_SHOWN = 3
 
 
-class Reporter(Protocol):
-    """What `reporter` gives: told after every chunk where the run stands."""
+class Reporter:
+    """What `reporter` gives, told after every chunk where the run stands: a bar of rich, or nothing.
 
-    def update(self, done: int, history: History) -> None:
-        """`done` steps are taken, and this is the history so far."""
-        ...
+    Rich's own thread redraws the bar, so that the clock goes on while a chunk is compiled or runs.
+    """
 
-
-class _Silent:
-    def update(self, done: int, history: History) -> None:
-        pass
-
-
-class _Bar:
-    """A rich bar. Rich's own thread redraws it, so that the clock goes on while a chunk is compiled or runs."""
-
-    def __init__(self, progress: Any, task: Any) -> None:
+    def __init__(self, progress: Any = None, task: Any = None) -> None:
         self._progress, self._task = progress, task
         self._due = 0.0
         self._last: tuple[int, History] | None = None
 
     def update(self, done: int, history: History) -> None:
+        """`done` steps are taken, and this is the history so far."""
         self._last = done, history
         now = time.monotonic()
         if now >= self._due:
@@ -47,7 +41,7 @@ class _Bar:
 
     def show(self) -> None:
         """Draw what the last update said."""
-        if self._last is not None:
+        if self._progress is not None and self._last is not None:
             done, history = self._last
             self._progress.update(self._task, completed=done, metrics=_telling(history))
 
@@ -74,12 +68,15 @@ def reporter(total: int, done: int, show: bool | None) -> Iterator[Reporter]:
     Args:
       total: steps of the whole run.
       done: steps taken before (a resumed run).
-      show: True, False, or None: where stderr is a terminal. Without rich there is none.
+      show: True, False, or None: where stderr is a terminal. Without rich there is none, and the log says so.
     """
     if show is None:
         show = sys.stderr is not None and sys.stderr.isatty()
-    if not show or importlib.util.find_spec("rich") is None:
-        yield _Silent()
+    if show and importlib.util.find_spec("rich") is None:
+        logger.warning("The progress bar is drawn by rich, which is not installed: pip install rich.")
+        show = False
+    if not show:
+        yield Reporter()
         return
 
     from rich.console import Console
@@ -109,7 +106,7 @@ def reporter(total: int, done: int, show: bool | None) -> Iterator[Reporter]:
         redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
     )
     with progress:
-        bar = _Bar(progress, progress.add_task("", total=total, completed=done, metrics=""))
+        bar = Reporter(progress, progress.add_task("", total=total, completed=done, metrics=""))
         try:
             yield bar
         finally:

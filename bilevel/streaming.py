@@ -1,15 +1,105 @@
-"""Reading ahead: the items of a stream, copied by a thread into segments that the compiled loop takes whole."""
+"""Data read on the host: a thread copies a stream's items into segments, which the compiled loop takes whole."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from bilevel.data import Streamed, as_source
+from bilevel.problem import Problem
 from bilevel.typing import PyTree
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("items", "first"), meta_fields=("draws",))
+@dataclasses.dataclass(frozen=True)
+class Portion:
+    """A stream's items for consecutive steps, an argument of the compiled loop.
+
+    Attributes:
+      items: arrays with the items of step i (0, 1, ... within the portion) in rows (first + i) draws, ... of them.
+      first: uint32, the steps in the arrays that come before the portion.
+      draws: items per step; static.
+    """
+
+    items: PyTree
+    first: Any
+    draws: int
+
+    @property
+    def room(self) -> int:
+        """The steps that the arrays hold."""
+        return jax.tree.leaves(self.items)[0].shape[0] // self.draws
+
+    def of(self, i: jax.Array) -> Streamed:
+        """The items of step i."""
+        row = (self.first + i) * self.draws
+        mine = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, self.draws), self.items)
+        return Streamed(mine, self.draws)
+
+
+def on_device(problem: Problem, portions: Mapping[str, Portion], i: jax.Array) -> Problem:
+    """The problem with step i's items in the place of its streams."""
+    found: dict[str, Any] = {name: portion.of(i) for name, portion in portions.items()}
+    return dataclasses.replace(problem, **found)
+
+
+class Streams:
+    """The streams of a problem (often none), read ahead from `begin` to `close`.
+
+    Attributes:
+      rest: the problem without its streams, which travels into the compiled loop; `on_device` puts items in their
+        place.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        named = {name: as_source(getattr(problem, name)) for name in ("upper_data", "lower_data")}
+        self._problem = problem
+        self._streams: dict[str, Any] = {name: source for name, source in named.items() if source.host}
+        self._readers: dict[str, Prefetched] = {}
+        nothing: dict[str, Any] = dict.fromkeys(self._streams)
+        self.rest = dataclasses.replace(problem, **nothing)
+
+    def peeked(self) -> Problem:
+        """The problem with the first step's items in place, for what looks at it outside the loop."""
+        found: dict[str, Any] = {}
+        for name, stream in self._streams.items():
+            items = stream.items()
+            first = [next(items) for _ in range(stream.draws)]
+            found[name] = Streamed(jax.tree.map(lambda *leaves: jnp.stack(leaves), *first), stream.draws)
+        return dataclasses.replace(self._problem, **found)
+
+    def begin(self, step: int) -> None:
+        """Read from this step's items on."""
+        for name, stream in self._streams.items():
+            self._readers[name] = Prefetched(stream.items(step * stream.draws), stream.draws)
+
+    def ready(self, steps: int) -> tuple[dict[str, Portion], int]:
+        """Items of up to `steps` steps, without consuming them, and for how many steps they are."""
+        portions = {}
+        for name, reader in self._readers.items():
+            segment, first, count = reader.ready(steps)
+            portions[name] = Portion(segment, np.uint32(first), self._streams[name].draws)
+            steps = min(steps, count)
+        return portions, steps
+
+    def consume(self, steps: int) -> None:
+        """The first `steps` of the steps that are ready have been used."""
+        for reader in self._readers.values():
+            reader.consume(steps)
+
+    def close(self) -> None:
+        """Stop reading."""
+        for reader in self._readers.values():
+            reader.close()
+
 
 _SEGMENT_BYTES, _SEGMENT_STEPS, _SEGMENTS_AHEAD = 2**24, 4096, 4
 _PATIENCE = 0.05  # seconds that a loop with a step's items at hand waits for a fuller segment
@@ -18,10 +108,10 @@ _PATIENCE = 0.05  # seconds that a loop with a step's items at hand waits for a 
 class Prefetched:
     """The items of a stream, which a thread copies into segments ahead of the loop.
 
-    A segment is an array per leaf, with rows for as many steps as 16 MiB hold (1 to 4096): one shape, hence one compiled loop,
-    and one transfer for many steps. Four full ones are kept ahead. Where the source is the slower side the loop is handed a
-    segment with the steps that there are; rows beyond them hold zeros or older items. Errors of the source are raised
-    where its items would have been consumed.
+    A segment is an array per leaf, with rows for as many steps as 16 MiB hold (1 to 4096): one shape, hence one
+    compiled loop, and one transfer for many steps. Four full ones are kept ahead. Where the source is the slower side
+    the loop is handed a segment with the steps that there are; rows beyond them hold zeros or older items. Errors of
+    the source are raised where its items would have been consumed.
 
     Args:
       items: an endless iterator of pytrees of equal shapes and dtypes.
@@ -61,8 +151,8 @@ class Prefetched:
                     self.steps = min(max(_SEGMENT_BYTES // max(size, 1), 1), _SEGMENT_STEPS)
                 if shapes != first:
                     raise ValueError(
-                        f"Item {number} of the stream has the shapes and dtypes {shapes}, the first had {first}: give items of "
-                        "equal shapes (drop or pad a last batch that is smaller)."
+                        f"Item {number} of the stream has the shapes and dtypes {shapes}, the first had {first}: give "
+                        "items of equal shapes (drop or pad a last batch that is smaller)."
                     )
                 if segment is None:
                     segment, row = self._fresh(item), 0
@@ -95,7 +185,10 @@ class Prefetched:
         return bool(self._full) or self._error is not None or (self._filling is not None and self._filled >= steps)
 
     def ready(self, steps: int) -> tuple[PyTree, int, int]:
-        """Up to `steps` steps, without consuming them: `(segment, first, count)`, with the items of step i in rows (first + i) draws, ..."""
+        """Up to `steps` steps, without consuming them.
+
+        Returns `(segment, first, count)`, with the items of step i in rows (first + i) draws, ... of the segment.
+        """
         if self._first == self._end:
             self._next(steps)
         assert self._current is not None
@@ -139,8 +232,8 @@ class Prefetched:
 class _Segment:
     """Rows in host memory, and the device's arrays of them.
 
-    The memory begins on a boundary of 64 bytes, so that on a CPU the device's array is this memory and not a copy. It may be
-    written again only after `released`, and that only when nothing that was computed from the array is pending.
+    The memory begins on a boundary of 64 bytes, so that on a CPU the device's array is this memory and not a copy. It
+    may be written again only after `released`, and that only when nothing that was computed from the array is pending.
     """
 
     def __init__(self, item: PyTree, rows: int) -> None:

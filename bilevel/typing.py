@@ -1,7 +1,7 @@
 """The words of the package's signatures: trees, scalars, losses, and what a lower solver and a solver are.
 
-A `bilevel.Level` is one level with its batch bound, `Problem[X, Y]` and `Solution[X, Y]` carry the types of the upper and the
-lower variable through `solve`, and everything else is one of the names below.
+A `bilevel.Level` is one level with its batch bound, `Problem[X, Y]` and `Solution[X, Y]` carry the types of the upper
+and the lower variable through `solve`, and everything else is one of the names below.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ class Solver(Protocol):
     `key` is a `data.StepKey`: `problem.levels(key)` binds the step's batches, `key.random` is a key for `jax.random`.
 
     Optional: `status(state, metrics, tol) -> int32`, one of `Result`'s codes (0 to go on), asked after each step where
-    `solve` was given a tolerance. `finish(problem, state, result, metrics, tol) -> (measures, result, sentence)`, called on
-    the host after the last step with the last metrics: numbers for the history, the result to report, what to add to the
+    `solve` was given a tolerance. `finish(problem, state, result, metrics, tol) -> (measures, result, sentence)`,
+    called on
+    the host after the last step with the last metrics: numbers for the history, the result to report, what to add to
+      the
     reason.
     """
 

@@ -30,10 +30,9 @@ if "XLA_FLAGS" not in os.environ:  # runs side by side use the cores better than
 import numpy as np
 import optax
 
-from bilevel import curvature, solve, solvers
-from bilevel.models.supernet import NASBENCH201, parameter_free
-from bilevel.problems import architecture
-from bilevel.regularizers import EarlyStopping
+from bilevel import curvature, lower, optimizers, solve, solvers
+from bilevel.applications import supernet
+from bilevel.runs import EarlyStopping
 
 # name: (weight decay of y, largest drop-path). A search of 900 steps is twenty times shorter than the paper's, and a
 # decay acts through decay x rate x steps: these strengths stand beyond the paper's strongest, 0.0243.
@@ -48,8 +47,8 @@ def run(search, seed, name, schedule, args, sharpness, images):
     x0, y0 = search.start(seed)
     solver = solvers.DARTS(
         order=args.order,
-        lower_optimizer=solvers.MomentumSGD(schedule, weight_decay=decay),
-        upper_optimizer=solvers.coupled_adam(args.rate),
+        lower_optimizer=lower.MomentumSGD(schedule, weight_decay=decay),
+        upper_optimizer=optimizers.coupled_adam(args.rate),
     )
     trace = [x0]
     solution = solve(
@@ -59,7 +58,7 @@ def run(search, seed, name, schedule, args, sharpness, images):
         solver,
         steps=args.steps,
         key=seed,
-        metrics={"eigenvalue": sharpness, "accuracy": (search.accuracy, images.search_validation)},
+        metrics={"eigenvalue": sharpness, **search.metrics},
         metrics_every=args.every,
         callback=lambda event: trace.append(event.x) or False,
         progress=False,
@@ -88,13 +87,11 @@ def main():
     args.steps = args.steps or (270 if small else 900)
     began = time.perf_counter()
 
-    images = architecture.digits_small() if small else architecture.fashion_mnist_small()
-    space = NASBENCH201 if args.space == "nasbench201" else architecture.small_s2
+    images = supernet.digits_small() if small else supernet.fashion_mnist_small()
+    space = supernet.NASBENCH201 if args.space == "nasbench201" else supernet.small_s2
     shape = images.train[0].shape[1:]
-    network = functools.partial(architecture.small_network, space=space, image=shape)
-    search = architecture.search(
-        images.search_train, images.search_validation, network, drop_path=0.0, steps=args.steps
-    )
+    network = functools.partial(supernet.small_network, space=space, image=shape)
+    search = supernet.search(images.search_train, images.search_validation, network, drop_path=0.0, steps=args.steps)
     epoch = len(images.search_train[1]) // 64
     evaluations = 20 if args.space == "s2" else 10  # the Hessian of NAS-Bench-201's larger cells takes longer
     args.every = max(1, args.steps // (evaluations * epoch)) * epoch
@@ -121,7 +118,7 @@ def main():
             found[STOPPED, seed] = search.genotype(solution.x if decision is None else trace[decision.index])
     names = [n for n in ("DARTS", STOPPED, *list(VARIANTS)[1:]) if (n, 0) in found]
 
-    retrainer = architecture.Retrainer(images.train, images.test, network)
+    retrainer = supernet.Retrainer(images.train, images.test, network)
     distinct = list(dict.fromkeys((found[name, seed], seed) for name in names for seed in range(args.seeds)))
     fit = lambda job: retrainer(*job)
     scores = [fit(distinct[0])]
@@ -143,7 +140,7 @@ def report(args, names, found, results, stops, accuracy):
         seeds = range(args.seeds)
         genotypes = [found[name, seed] for seed in seeds]
         total = len(genotypes[0].normal) + len(genotypes[0].reduce)
-        free = " ".join(f"{round(parameter_free(g) * total)}" for g in genotypes) + f" of {total}"
+        free = " ".join(f"{round(supernet.parameter_free(g) * total)}" for g in genotypes) + f" of {total}"
         tests = [accuracy[g, seed] for seed, g in enumerate(genotypes)]
         if name == STOPPED:
             text = "stopped: " + " ".join(
@@ -159,7 +156,7 @@ def report(args, names, found, results, stops, accuracy):
 def report_nasbench201(args, names, found):
     print("\nvalidation accuracy of the cells in the public table, percent: CIFAR-10, CIFAR-100, ImageNet-16-120")
     for name in names:
-        rows = [architecture.nasbench201_accuracy(found[name, seed]) for seed in range(args.seeds)]
+        rows = [supernet.nasbench201_accuracy(found[name, seed]) for seed in range(args.seeds)]
         print(f"{name:<15} " + "   ".join(" ".join(f"{v:.1f}" for v in row.values()) for row in rows))
 
 
@@ -177,7 +174,7 @@ def draw(args, names, found, results, accuracy, search):
             solution, trace = results[name, seed]
             steps = solution.history.steps["eigenvalue"]
             curves.append(solution.history["eigenvalue"])
-            frees.append([parameter_free(search.genotype(x)) for x in trace])
+            frees.append([supernet.parameter_free(search.genotype(x)) for x in trace])
             sharp.plot(steps, curves[-1], color=COLOURS[name], lw=0.6, alpha=0.5)
             share.plot(steps, frees[-1], color=COLOURS[name], lw=0.6, alpha=0.5)
         sharp.plot(steps, np.mean(curves, axis=0), color=COLOURS[name], lw=2, label=name)

@@ -1,7 +1,7 @@
 """Find wrong labels of Fashion-MNIST while a BiFormer is trained on them.
 
 Half of the training labels are wrong. One weight per training sample is learnt with the network, so that the network
-does well on a few hundred clean samples: see `bilevel.problems.biformer.cleaning` for the problem. Two solvers are
+does well on a few hundred clean samples: see `bilevel.applications.biformer.cleaning` for the problem. Two solvers are
 compared, a single-loop one (y, the linear system and x move together) and an implicit one with the identity for the
 inverse Hessian, with training on the labels as they are, on the clean set alone, and on the true labels, all for the
 same number of steps. The picture shows what was found, and for one image which regions a query region routes to.
@@ -23,9 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import data, solve, solvers
-from bilevel.problems import datasets
-from bilevel.problems.biformer import calibrated, cleaning, prepare
+from bilevel import data, datasets, solve, solvers
+from bilevel.applications.biformer import calibrated, cleaning, prepare
 
 NAMES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 
@@ -79,7 +78,7 @@ def run(args, seed):
     test = (test_images[: args.test], test_labels[: args.test])
     noisy, flipped = datasets.corrupt_labels(train_set[1], args.rate, 10, seed)
 
-    ours = cleaning((train_set[0], noisy), clean, weigh=args.weigh, batch=args.batch)
+    ours = cleaning((train_set[0], noisy), clean, test=test, weigh=args.weigh, batch=args.batch)
     accuracies = {
         name: train_plainly(ours, samples, args.steps, seed, test)
         for name, samples in {
@@ -98,11 +97,11 @@ def run(args, seed):
             solver,
             steps=args.steps,
             key=seed,
-            metrics={"test accuracy": (ours.accuracy, test)},
+            metrics=ours.metrics,
             metrics_every=max(args.steps // 5, 1),
         )
         weights = np.asarray(ours.weights(solution.x))
-        accuracies[name] = float(solution.history["test accuracy"][-1])
+        accuracies[name] = float(solution.history["accuracy"][-1])
         found[name] = (ours, solution, weights)
         lowest = np.argsort(weights)[: flipped.sum()]
         print(
@@ -153,7 +152,7 @@ def draw(path, accuracies, found, samples, test):
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1.5, 1, 1.2))
     curves, hist = top.subplots(1, 2)
     for name, (_, each, _) in found.items():
-        curves.plot(each.history.steps["test accuracy"], each.history["test accuracy"], label=name)
+        curves.plot(each.history.steps["accuracy"], each.history["accuracy"], label=name)
     for name, color in (("labels as given", "C3"), ("clean set alone", "C7"), ("true labels", "C2")):
         curves.axhline(accuracies[name], color=color, ls="--", lw=1, label=name)
     curves.set(title="test accuracy", xlabel="outer step")

@@ -2,9 +2,9 @@
 
 A small BiFormer is pretrained on five classes of Fashion-MNIST and fine-tuned on the other five, of which there are
 few samples. Each layer has a learning rate and a weight decay, chosen by the loss on a validation set: see
-`bilevel.problems.biformer.fine_tuning`. The hypergradient is that of the whole fine-tuning run (`solvers.ITD`). Random
-search draws all of them, log-uniformly around the same start, and stops at the same time on the clock (compilation
-apart on both sides).
+`bilevel.applications.biformer.fine_tuning`. The hypergradient is that of the whole fine-tuning run (`solvers.ITD`).
+Random search draws all of them, log-uniformly around the same start, and stops at the same time on the clock
+(compilation apart on both sides).
 
     python examples/biformer_finetune_hyperparameters.py
     python examples/biformer_finetune_hyperparameters.py --outer 40 --seeds 3
@@ -21,10 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import solve, solvers
-from bilevel.models import from_nnx
-from bilevel.problems import datasets
-from bilevel.problems.biformer import fine_tuning, prepare, small_biformer
+from bilevel import datasets, solve, solvers
+from bilevel.applications.biformer import fine_tuning, prepare, small_biformer
+from bilevel.integrations.flax import from_nnx
 
 CLASSES = 5
 STEP = 0.05  # of gradient descent in the fine-tuning; the learnt rates multiply it

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, lower, solve
-from bilevel.problems import datasets
-from bilevel.solvers.penalty import BiCGAFFA, Continuation
+from bilevel import Problem, datasets, lower, solve
+from bilevel.solvers import BiCGAFFA, Continuation
 
 CLASSES = 10
 # w is kept in units in which its curvature (a 1/n per sample) is about that of W, and one step size serves both.

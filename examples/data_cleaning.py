@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, data, lower, solve, solvers
-from bilevel.problems import datasets
+from bilevel import Problem, data, datasets, lower, solve, solvers
 
 CLASSES, L2 = 10, 1e-3
 
@@ -102,8 +101,9 @@ def main():
     y0 = {"kernel": jnp.zeros((images.shape[1], CLASSES)), "bias": jnp.zeros(CLASSES)}
 
     score = jax.jit(accuracy)
-    before = {what: float(score(None, fit(batch, y0), test)) for what, batch in (
-        ("noisy labels", train), ("clean set alone", (*clean, np.arange(len(clean[1]), dtype=np.int32))), ("true labels", (images, truth, train[2])))}  # fmt: skip
+    alone = (*clean, np.arange(len(clean[1]), dtype=np.int32))
+    sets = {"noisy labels": train, "clean set alone": alone, "true labels": (images, truth, train[2])}
+    before = {what: float(score(None, fit(batch, y0), test)) for what, batch in sets.items()}
 
     problem = Problem(
         upper=clean_loss,
@@ -128,7 +128,8 @@ def main():
     dropped = weights < 0.5
     found = (dropped & flipped).sum()
     print(
-        f"\n{args.data}: {n} training samples, {flipped.sum()} labels flipped, {len(clean[1])} clean samples, {len(test[1])} for the test"
+        f"\n{args.data}: {n} training samples, {flipped.sum()} labels flipped, {len(clean[1])} clean samples, "
+        f"{len(test[1])} for the test"
     )
     for what, value in before.items():
         print(f"  test accuracy, trained on the {what:<16} {value:.3f}")
@@ -137,7 +138,8 @@ def main():
     refit = fit((*kept, np.arange(len(kept[1]), dtype=np.int32)), y0)
     print(f"  test accuracy, retrained on kept and clean  {float(score(None, refit, test)):.3f}")
     print(
-        f"  flips found (weight < 0.5): precision {found / max(dropped.sum(), 1):.3f}, recall {found / flipped.sum():.3f}"
+        f"  flips found (weight < 0.5): precision {found / max(dropped.sum(), 1):.3f}, "
+        f"recall {found / flipped.sum():.3f}"
     )
     draw(args.out, solution.history, weights, flipped, images, noisy, truth, before)
     print(f"  picture: {args.out}; {time.perf_counter() - began:.1f} s in all")

@@ -26,8 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, hypergradients, lower, solve, solvers
-from bilevel.problems import datasets
+from bilevel import Problem, datasets, hypergradients, lower, solve, solvers
 
 CLASSES, L2 = 10, 1e-3
 LABELS = np.arange(CLASSES)

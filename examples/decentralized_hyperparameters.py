@@ -21,9 +21,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import Problem, data, network, solve
-from bilevel.problems import datasets
-from bilevel.solvers.decentralized import DSOBA, GTDSBO, MADSBO, SPARKLE
+from bilevel import Problem, data, datasets, network, solve
+from bilevel.solvers import DSOBA, GTDSBO, MADSBO, SPARKLE
 
 PRIOR = 0.1
 

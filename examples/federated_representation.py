@@ -23,9 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, solve
-from bilevel.problems import datasets, splits
-from bilevel.solvers.federated import FedMBO, SimFBO
+from bilevel import Problem, datasets, solve, splits
+from bilevel.solvers import FedMBO, SimFBO
 
 CLASSES = 10
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels

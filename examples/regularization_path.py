@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import Problem, data, lower, solve, solvers, sweep
-from bilevel.problems import datasets
+from bilevel import Problem, data, datasets, lower, solve, solvers, sweep
 
 
 def logistic(y, batch):
@@ -120,8 +119,8 @@ def main():
     overfit = [name for name, score in scores.items() if score[0] < fit and score[1] > unseen]
     if overfit:
         print(
-            f"{' and '.join(overfit)}: {dim} penalties fit the {len(validation[1])} validation samples better than the grid's one, and the "
-            "test samples worse. They overfit: take more validation data, or fewer penalties."
+            f"{' and '.join(overfit)}: {dim} penalties fit the {len(validation[1])} validation samples better than the "
+            "grid's one, and the test samples worse. They overfit: take more validation data, or fewer penalties."
         )
     plot(grid, losses, curves, rows, Path(args.out))
     print(f"saved {args.out}")

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, data, solve, solvers
-from bilevel.problems import datasets
+from bilevel import Problem, data, datasets, solve, solvers
 
 CLASSES, HIDDEN, L2 = 10, 64, 1e-3
 
@@ -134,7 +133,8 @@ def main():
     batches = data.Minibatches(train, min(args.batch, len(train[1])))
     problem = Problem(upper=balanced_loss, lower=weighted_loss, upper_data=held, lower_data=batches)
     print(
-        f"{args.data}: {len(train[1])} training samples, {counts.max()} to {counts.min()} a class; {len(held[1])} balanced; {len(test[1])} test"
+        f"{args.data}: {len(train[1])} training samples, {counts.max()} to {counts.min()} a class; "
+        f"{len(held[1])} balanced; {len(test[1])} test"
     )
 
     began = time.perf_counter()

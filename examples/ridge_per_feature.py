@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import Problem, hypergradients, linear, lower, run, solve, solvers
-from bilevel.problems import datasets
+from bilevel import Problem, datasets, hypergradients, linear, lower, run, solve, solvers
 
 FEATURES = ("age", "sex", "bmi", "blood pressure", "tc", "ldl", "hdl", "tch", "ltg", "glu")
 SMALLEST, LARGEST = -10.0, 5.0  # bounds of x = log penalty: e^-10 is no penalty, e^5 drops the feature

@@ -22,14 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem, lower, solve, solvers
-from bilevel.problems import datasets
-from bilevel.solvers.penalty import MEHA, Continuation
+from bilevel import Problem, datasets, lower, solve, solvers
+from bilevel.solvers import MEHA, Continuation
 
 GROUPS, TERMS = 10, 5
 LOW, HIGH = -9.0, 1.0
-# MEHA moves x and y with one step size. A penalty's logarithm changes the lower loss by e^x |y|, which is about 0.01, and y by ten: in
-# units of 1 / SCALE both curve about equally.
+# MEHA moves x and y with one step size. A penalty's logarithm changes the lower loss by e^x |y|, which is about 0.01,
+# and y by ten: in units of 1 / SCALE both curve about equally.
 SCALE = 30.0
 
 

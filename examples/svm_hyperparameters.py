@@ -4,9 +4,9 @@
         a smooth count of errors
     s.t.         (w, b, xi) = argmin of  |w|^2 / 2 + sum_i e^{C_i} xi_i^2 / 2    s.t.  1 - xi_i - t_i (w.a_i + b) <= 0
 
-Constrained methods against a grid of one common C, for which the lower level is solved to the end, and against implicit
-differentiation of the lower level without its constraints: here xi = max(0, 1 - margin) can be substituted, which leaves
-a smooth problem in (w, b) and says where the constrained methods ought to end.
+Constrained methods against a grid of one common C, for which the lower level is solved to the end, and against
+implicit differentiation of the lower level without its constraints: here xi = max(0, 1 - margin) can be substituted,
+which leaves a smooth problem in (w, b) and says where the constrained methods ought to end.
 
     python examples/svm_hyperparameters.py                        # diabetes, made binary at its median
     python examples/svm_hyperparameters.py --data breast-cancer
@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import Problem, lower, solve, solvers
-from bilevel.problems import datasets
-from bilevel.solvers.penalty import LVHBA, BiCGAFFA, Continuation
+from bilevel import Problem, datasets, lower, solve, solvers
+from bilevel.solvers import LVHBA, BiCGAFFA, Continuation
 
 LOW, HIGH, START = -9.0, 2.0, -5.0
 # A first-order method moves all variables with one step size, so they are kept in units in which the lower loss curves

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
-import jax
 import pytest
+from problems import float64
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A background job starts with Ctrl-C ignored, and so would all that it starts; the tests of Ctrl-C are meant.
@@ -16,7 +16,5 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Float64 for one test."""
-    before = bool(jax.config.jax_enable_x64)
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    with float64():
+        yield

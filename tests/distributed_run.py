@@ -16,8 +16,7 @@ import numpy as np
 from distributed_problems import quadratic
 
 from bilevel import data, distributed, network, solve
-from bilevel.solvers.decentralized import GTDSBO, SPARKLE
-from bilevel.solvers.federated import FedMBO, SimFBO
+from bilevel.solvers import GTDSBO, SPARKLE, FedMBO, SimFBO
 
 METHODS = {
     "gt": lambda: GTDSBO(network.ring(8), 0.05, 0.1, 0.1, lower_steps=2, linear_steps=2),

@@ -26,9 +26,9 @@ import pytest
 from bilevel import Problem, Result, hypergradients, solve, solvers
 from bilevel.checkpoint import CheckpointError, Checkpoints, fingerprint
 from bilevel.data import Clients, Minibatches, Sampler, Stream, as_step_key
+from bilevel.history import History
 from bilevel.linear import Identity
 from bilevel.lower import GradientDescent
-from bilevel.solution import History
 
 STEPS = 60
 RNG = np.random.default_rng(0)
@@ -185,7 +185,7 @@ def test_an_array_over_several_devices_is_saved_whole_and_restored_as_the_templa
 import sys, jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from bilevel.checkpoint import Checkpoints
-from bilevel.solution import History
+from bilevel.history import History
 mesh = jax.make_mesh((4,), ("i",))
 whole = np.arange(8, dtype=np.float32)
 here = jax.device_put(whole, NamedSharding(mesh, P("i")))
@@ -312,7 +312,6 @@ def test_every_kind_of_leaf_comes_back_bit_for_bit(tmp_path):
     state, history = make_state(), make_history()
     saver = Checkpoints(tmp_path / "a" / "b", {"solver": "s"})
     saver.save(12, state, history)
-    saver.close()
     template = jax.tree.map(blank, state)
     step, found, found_history = Checkpoints(str(tmp_path / "a" / "b"), {"solver": "s"}).restore(template)
     assert step == 12

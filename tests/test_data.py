@@ -151,9 +151,8 @@ def test_stream_skips_and_repeats():
 @pytest.mark.parametrize("patience", [0.0, 10.0])
 @pytest.mark.parametrize("draws", [1, 3])
 def test_a_stream_keeps_its_order_whoever_is_the_slower(monkeypatch, patience, draws):
-    monkeypatch.setattr(
-        streaming, "_SEGMENT_BYTES", 7 * draws * 16
-    )  # seven steps of items of 16 bytes, and several segments reused
+    # Seven steps of items of 16 bytes, and several segments reused.
+    monkeypatch.setattr(streaming, "_SEGMENT_BYTES", 7 * draws * 16)
     monkeypatch.setattr(streaming, "_PATIENCE", patience)
     slow = np.random.default_rng(0).random(200 * draws) < 0.05
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bilevel.problems import datasets
+from bilevel import datasets
 
 
 def test_digits():

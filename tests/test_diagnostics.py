@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import Ridge
 
 from bilevel import Problem, ProblemError, data
 from bilevel.diagnostics import check
 
 
-def ridge(n=40, d=5):
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(n, d)), rng.normal(size=(n, d))
-    w = rng.normal(size=d)
-    train, val = (a, a @ w + rng.normal(size=n)), (b, b @ w + rng.normal(size=n))
-    lower = lambda x, y, batch: jnp.mean((batch[0] @ y - batch[1]) ** 2) / 2 + jnp.sum(jnp.exp(x) * y**2) / 2
-    upper = lambda x, y, batch: jnp.mean((batch[0] @ y - batch[1]) ** 2)
-    return upper, lower, train, val
-
-
 def test_the_report_has_the_true_curvature_and_ranks_the_estimators(x64):
-    upper, lower, train, val = ridge()
-    x = np.array([-1.0, -2.0, 0.0, -1.5, -3.0])
-    report = check(
-        Problem(upper=upper, lower=lower, upper_data=val, lower_data=data.Minibatches(train, 8)), x, np.zeros(5)
-    )
-    values = np.linalg.eigvalsh(train[0].T @ train[0] / 40 + np.diag(np.exp(x)))
+    ridge, x = Ridge.make(5, noise=1.0), np.array([-1.0, -2.0, 0.0, -1.5, -3.0])
+    minibatches = data.Minibatches(ridge.train, 8)
+    report = check(dataclasses.replace(ridge.problem, lower_data=minibatches), x, np.zeros(5))
+    values = np.linalg.eigvalsh(ridge.hessian(x))
     np.testing.assert_allclose(report.lower_eigenvalues, values[[0, -1]], rtol=1e-8)
     assert report.condition == pytest.approx(values[-1] / values[0], rel=1e-8)
     errors = {e.name.split(" ")[0]: e.error for e in report.estimators}

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from distributed_problems import quadratic
+from problems import float64
 
 from bilevel import Problem, data, distributed, network, solve
-from bilevel.solvers.decentralized import GTDSBO
+from bilevel.solvers import GTDSBO
 
 TESTS = Path(__file__).parent
 METHODS = ["gt", "ed", "simfbo", "fedmbo"]
@@ -68,12 +69,8 @@ def _same(found: Any, expected: dict[str, Any], methods: Sequence[str]) -> None:
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
     """The runs on one device of this process."""
-    before = bool(jax.config.jax_enable_x64)
-    jax.config.update("jax_enable_x64", True)
-    try:
+    with float64():
         return distributed_run.results(METHODS, 40, sharded=False)
-    finally:
-        jax.config.update("jax_enable_x64", before)
 
 
 @pytest.mark.slow

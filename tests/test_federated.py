@@ -135,8 +135,10 @@ def _truncated_solution(problem: Problem, L: float) -> tuple[np.ndarray, np.ndar
 
 @pytest.mark.slow
 def test_linear_speedup_end_to_end() -> None:
-    """n times the tail of E |x - x_N|^2 is constant within 25%, 16 seeds, x_N the point that a series of N terms leads to (its
-    distance from x* does not fall with n); FedNest saturates."""
+    """n times the tail of E |x - x_N|^2 is constant within 25%, 16 seeds.
+
+    x_N is the point that a series of N terms leads to (its distance from x* does not fall with n); FedNest saturates.
+    """
     problem, _ = quadratic(512, het=0.5)
     L = _curvature(problem)
     x, y = (jnp.asarray(a, jnp.float32) for a in _truncated_solution(problem, L))

@@ -9,6 +9,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import Ridge, float64
 
 from bilevel import Problem, linear, lower
 from bilevel.hypergradients import (
@@ -26,42 +27,10 @@ D, N = 6, 40
 ETA = 0.2
 
 
-def make_ridge():
-    """Ridge regression with one penalty exp(x_j) per feature: y*(x) = (A'A/n + diag exp x)^{-1} A't/n."""
-    rng = np.random.default_rng(0)
-    w = rng.normal(size=D)
-    a, b = rng.normal(size=(N, D)), rng.normal(size=(N, D))
-    return (a, a @ w + 0.3 * rng.normal(size=N)), (b, b @ w + 0.3 * rng.normal(size=N))
-
-
-TRAIN, VALIDATION = make_ridge()
-
-
-def ridge_lower(x, y, batch):
-    a, t = batch
-    return jnp.mean((a @ y["w"] - t) ** 2) / 2 + jnp.sum(jnp.exp(x) * y["w"] ** 2) / 2
-
-
-def ridge_upper(x, y, batch):
-    a, t = batch
-    return jnp.mean((a @ y["w"] - t) ** 2) / 2 + 0.01 * jnp.sum(x**2)
-
-
-PROBLEM = Problem(upper=ridge_upper, lower=ridge_lower, upper_data=VALIDATION, lower_data=TRAIN)
-
-
-def hessian(x):
-    return TRAIN[0].T @ TRAIN[0] / N + jnp.diag(jnp.exp(x))
-
-
-def solution(x):
-    return jnp.linalg.solve(hessian(x), TRAIN[0].T @ TRAIN[1] / N)
-
-
-def objective(x):
-    return ridge_upper(x, {"w": solution(x)}, VALIDATION)
-
-
+RIDGE = Ridge.make(D, N)
+PROBLEM, TRAIN, VALIDATION = RIDGE.problem, RIDGE.train, RIDGE.validation
+ridge_lower, ridge_upper = RIDGE.lower, RIDGE.upper
+hessian, solution, objective = RIDGE.hessian, RIDGE.solution, RIDGE.objective
 X = np.array([-1.0, -2.0, 0.0, -1.5, -3.0, -0.5])
 Y = {"w": np.zeros(D)}
 
@@ -292,7 +261,7 @@ shapes = st.lists(st.sampled_from([(), (1,), (2,), (3, 2), (2, 1, 2)]), min_size
 @given(x_shapes=shapes, y_shapes=shapes, seed=st.integers(0, 1000))
 def test_random_pytree_problems_against_central_differences(x_shapes, y_shapes, seed):
     """f(x, y) = |y - M x|^2 / 2 + sum log cosh(y): strongly convex, with y*(x) nonlinear in x."""
-    with jax.enable_x64(True):
+    with float64():
         rng = np.random.default_rng(seed)
         x = {f"x{i}": rng.normal(size=s) for i, s in enumerate(x_shapes)}
         y = [rng.normal(size=s) for s in y_shapes]
@@ -347,7 +316,7 @@ def test_libraries_underneath(x64):
 
 
 def test_three_levels(x64):
-    """z*(x, y) = x y inside y*(x) = argmin (y - 1)^2 + (z - 2)^2 = (1 + 2x) / (1 + x^2): an argmin nested in a lower loss."""
+    """z*(x, y) = x y inside y*(x) = argmin (y - 1)^2 + (z - 2)^2 = (1 + 2x) / (1 + x^2): an argmin in a lower loss."""
     from bilevel.implicit import argmin
 
     innermost = argmin(lambda xy, z: (z - xy[0] * xy[1]) ** 2, lambda f, xy, z: xy[0] * xy[1] + 0.0 * z)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optimistix
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -484,6 +483,8 @@ def test_an_optax_loop_underneath(x64: None) -> None:
 
 
 def test_optimistix_underneath(x64: None) -> None:
+    optimistix = pytest.importorskip("optimistix")
+
     @custom_root(optimality.stationarity(ridge))
     def solver(w: Any, lam: Any, X: Any, t: Any) -> Any:
         method = optimistix.BFGS(rtol=1e-12, atol=1e-12)

@@ -1,4 +1,7 @@
-"""Levels, alone and many; sources as a protocol; step rules that withdraw, wherever they stand; kernels and their loops."""
+"""Levels, alone and many; sources as a protocol; step rules that withdraw, wherever they stand.
+
+Kernels and their loops.
+"""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from bilevel import Problem, ProblemError, Result, data, run, solve
-from bilevel.multistart import multistart
-from bilevel.solvers import penalty
-from bilevel.solvers.penalty import (
+from bilevel.constraints import Constraints
+from bilevel.runs import multistart
+from bilevel.solvers import (
     BLOCC,
     BOME,
     BVFSM,
@@ -32,6 +32,7 @@ from bilevel.solvers.penalty import (
     Continuation,
     IterativeRegularization,
 )
+from bilevel.solvers.default import choose
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -163,17 +164,17 @@ def test_lvhba_bias_falls_like_one_over_c():
 
 def test_the_proximal_lagrangian_value_function_has_danskins_gradient():
     """The gradients of the gap at the saddle point against central differences of v itself."""
-    from bilevel.solvers.penalty.lvhba import _saddle
+    from bilevel.solvers.penalty.lvhba import proximal_saddle
 
     problem, _, _, x0, y0 = equality()
-    rows = penalty._base.Constraints(problem, problem.draw_lower(0), x0, y0)
+    rows = Constraints(problem.draw_lower(0), x0, y0)
     lower, gamma1, gamma2 = problem.draw_lower(0), 0.7, 2.0
 
     @jax.jit
     def saddle(x, y, z):
         step = lambda _, p: jax.tree.map(lambda a, b: a - 0.2 * b, p, halfway(p))
         halfway = lambda p: B(*jax.tree.map(lambda a, b: a - 0.2 * b, p, B(*p)))
-        B = lambda *p: _saddle(lower, rows, x, y, z, gamma1, gamma2, *p)
+        B = proximal_saddle(lower, rows, (x, y), z, gamma1, gamma2)
         return jax.lax.fori_loop(0, 3000, step, (y, z))
 
     def lagrangian(x, y, z, theta, lam):
@@ -253,8 +254,8 @@ def test_extrapolation_is_as_exact_as_its_stages():
     lack.
 
     A stage ends with a residual of settle |F_y| / c, hence within that of its solution in x (the second derivative of
-    F(x, y(x)) is at least one), so that the error is at most 5 settle |F_y| / c: a constant share of the plain bias, and
-    the gain is 1 / settle, not c^2.
+    F(x, y(x)) is at least one), so that the error is at most 5 settle |F_y| / c: a constant share of the plain bias,
+    and the gain is 1 / settle, not c^2.
     """
     problem, x, y, x0, y0 = quadratic()
     slope = float(jnp.linalg.norm(jax.grad(problem.upper, argnums=1)(jnp.asarray(x), jnp.asarray(y))))
@@ -384,7 +385,7 @@ def test_simple_bilevel(solver, atol):
 
 def test_solve_picks_a_solver_for_a_simple_problem_by_choose():
     problem, _ = minimum_norm()
-    solver, reason = penalty.choose(problem, None, jnp.ones(4))
+    solver, reason = choose(problem, None, jnp.ones(4))
     assert isinstance(solver, IterativeRegularization)
     assert "both levels own y" in reason
 
@@ -512,13 +513,11 @@ def test_solvers_refuse_what_they_cannot_honour():
 
 def test_choose_follows_the_problem():
     problem, _, _, x0, y0 = active()
-    assert isinstance(penalty.choose(problem, x0, y0)[0], LVHBA)
-    assert isinstance(
-        penalty.choose(dataclasses.replace(problem, constraint=lambda x, y: y**2 - x), x0, y0)[0], BiCGAFFA
-    )
+    assert isinstance(choose(problem, x0, y0)[0], LVHBA)
+    assert isinstance(choose(dataclasses.replace(problem, constraint=lambda x, y: y**2 - x), x0, y0)[0], BiCGAFFA)
     soft = lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
-    assert isinstance(penalty.choose(dataclasses.replace(quadratic()[0], prox_lower=soft), *quadratic()[3:])[0], MEHA)
-    assert penalty.choose(quadratic()[0], *quadratic()[3:]) is None
+    assert isinstance(choose(dataclasses.replace(quadratic()[0], prox_lower=soft), *quadratic()[3:])[0], MEHA)
+    assert choose(quadratic()[0], *quadratic()[3:]) is None
 
 
 def test_constraints_take_the_lower_levels_data():

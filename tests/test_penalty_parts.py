@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel import Problem, projections
-from bilevel.solvers.penalty import Continuation, Polynomial
-from bilevel.solvers.penalty._constraints import Constraints, depends, is_affine, row_norms
-from bilevel.solvers.penalty._polish import minimise, solve_lower
+from bilevel import Problem, projections, solvers
+from bilevel.constraints import Constraints, depends, is_affine, row_norms
+from bilevel.data import as_step_key
+from bilevel.lower.accurate import augmented_lagrangian, minimise
+from bilevel.solvers import Continuation, Polynomial
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -88,12 +89,12 @@ def test_dependence_is_read_off_the_trace():
 
 
 def test_row_norms_exact_and_estimated(monkeypatch):
-    from bilevel.solvers.penalty import _constraints
+    from bilevel import constraints
 
     scaled = lambda x, y: jnp.concatenate([100.0 * (A @ x), B @ y])
     expected = np.concatenate([100 * np.linalg.norm(A, axis=1), np.linalg.norm(B, axis=1)])
     np.testing.assert_allclose(row_norms(scaled, *U), expected, rtol=1e-12)
-    monkeypatch.setattr(_constraints, "_EXACT_ROWS", 1)
+    monkeypatch.setattr(constraints, "_EXACT_ROWS", 1)
     np.testing.assert_allclose(row_norms(scaled, *U), expected, rtol=0.4)
     ball = lambda x, y: jnp.stack([y @ y - 1])
     assert float(row_norms(ball, U[0], jnp.zeros(4))[0]) > 0.1
@@ -107,7 +108,7 @@ def test_constraints_of_two_kinds_are_one_vector():
         equality=lambda x, y: y[0] - 1,
     )
     x, y = jnp.asarray(0.0), jnp.asarray([-1.0, 2.0])
-    c = Constraints(problem, problem.draw_lower(0), x, y).at(x, y)
+    c = Constraints(problem.draw_lower(0), x, y).at(x, y)
     assert c.count == 4 and list(c.inequality) == [True, True, True, False]
     np.testing.assert_allclose(c(x, y), [1.0, -2.0, 1 / np.sqrt(3), -2.0])
     np.testing.assert_allclose(c.violation(x, y), 2.0)
@@ -135,8 +136,8 @@ def test_the_polish_finds_multipliers():
         constraint=lambda x, y: y[0] - 1,
         equality=lambda x, y: y[0] + y[1],
     )
-    c = Constraints(problem, problem.draw_lower(0), jnp.zeros(1), jnp.zeros(2))
-    found = jax.jit(lambda: solve_lower(problem.draw_lower(0), c, jnp.zeros(1), jnp.zeros(2)))()
+    c = Constraints(problem.draw_lower(0), jnp.zeros(1), jnp.zeros(2))
+    found = jax.jit(lambda: augmented_lagrangian(problem.draw_lower(0), c, jnp.zeros(1), jnp.zeros(2)))()
     np.testing.assert_allclose(found.y, [1, -1], atol=1e-7)
     # Stationarity: (y - (4, 0)) + lam (1, 0) + mu (1, 1) = 0.
     np.testing.assert_allclose(found.multipliers, [2, 1], atol=1e-5)
@@ -163,3 +164,55 @@ def test_schedules():
         rough = (jnp.full(2, float(path.penalty) ** (-1 / 3)), jnp.zeros(3))
         path = schedule.advance(path, k, rough, 0.0)
     np.testing.assert_allclose(path.reported[0], rough[0])
+
+
+# ---------------------------------------------------------------- what a state holds
+
+
+def _room(solver, simple=False):
+    """The numbers in a state over those in x and y, 300 each, nothing being run."""
+    n = 300
+    problem = Problem(
+        lambda x, y: jnp.sum((y - 1) ** 2) + (0.0 if simple else 0.1 * jnp.sum(x**2)),
+        lambda x, y: 0.5 * jnp.sum(y**2 if simple else (y - x) ** 2),
+    )
+    x = None if simple else jnp.zeros(n)
+    state = jax.eval_shape(lambda: solver.init(problem, x, jnp.zeros(n), as_step_key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(state)) / (n if simple else 2 * n)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c: solvers.LVHBA(penalty=c),
+        lambda c: solvers.MEHA(penalty=c),
+        lambda c: solvers.VPBGD(penalty=c),
+        lambda c: solvers.GPBGD(penalty=c),
+        lambda c: solvers.BiCGAFFA(penalty=c),
+        lambda c: solvers.SFLCB(penalty=c),
+        lambda c: solvers.BLOCC(penalty=c),
+        lambda c: solvers.BVFSM(penalty=c),
+        lambda c: solvers.F2SA(penalty=c),
+        lambda c: solvers.F2BA(penalty=c),
+        lambda c: solvers.CentralF2SA(penalty=c),
+        lambda c: solvers.SingleLoopF2SA(penalty=c),
+        lambda c: solvers.BOME(),
+    ],
+)
+@pytest.mark.parametrize("penalty", [20.0, Polynomial(10.0, 0.3), Continuation(extrapolate=False)])
+def test_without_extrapolation_a_state_is_at_most_four_times_the_variables(make, penalty):
+    assert _room(make(penalty)) < 4
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [solvers.IterativeRegularization(penalty=20.0), solvers.BiGSAM(), solvers.BOME(), solvers.VPBGD(penalty=20.0)],
+)
+def test_states_of_simple_problems_too(solver):
+    assert _room(solver, simple=True) < 4.2  # of the one variable there is, with the scalars
+
+
+def test_ends_of_stages_are_stored_where_they_are_extrapolated():
+    assert (
+        _room(solvers.MEHA(penalty=Continuation())) > 6 > _room(solvers.MEHA(penalty=Continuation(extrapolate=False)))
+    )

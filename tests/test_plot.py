@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
+from bilevel.history import History
 from bilevel.plot import plot_history
-from bilevel.solution import History
 
 pytest.importorskip("matplotlib")
 

@@ -14,8 +14,8 @@ import termios
 import numpy as np
 import pytest
 
+from bilevel.history import History
 from bilevel.progress import reporter
-from bilevel.solution import History
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
@@ -24,7 +24,7 @@ RUN = """
 import sys, time
 import numpy as np
 from bilevel.progress import reporter
-from bilevel.solution import History
+from bilevel.history import History
 
 how, show = sys.argv[1], eval(sys.argv[2])
 history = History()

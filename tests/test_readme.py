@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/moving_from_pytorch.md"]
+PAGES = ["README.md", "docs/how_to/moving_from_pytorch.md"]
 
 
 def python_blocks(page: str) -> str:

@@ -1,4 +1,7 @@
-"""The front door: `solve` and `run` on a problem whose solution is known, and everything that can go wrong with them."""
+"""The front door.
+
+`solve` and `run` on a problem whose solution is known, and everything that can go wrong with them.
+"""
 
 from __future__ import annotations
 
@@ -250,7 +253,10 @@ def test_named_methods_end_at_their_fixed_point(name):
 
 
 def test_imaml_is_the_implicit_gradient_of_its_tasks(x64):
-    """Tasks |y_i - t_i|^2/2 + (lam/2)|y_i - x|^2: y_i = (t_i + lam x)/(1 + lam); the optimum of the mean loss at v_i is closed."""
+    """Tasks |y_i - t_i|^2/2 + (lam/2)|y_i - x|^2: y_i = (t_i + lam x)/(1 + lam).
+
+    The optimum of the mean loss at v_i is closed.
+    """
     lam, t = 2.0, np.array([[1.0, 2.0], [3.0, -1.0]])
     v = t + np.array([[0.3, 0.1], [0.2, -0.4]])
     problem = Problem(
@@ -266,33 +272,69 @@ def test_imaml_is_the_implicit_gradient_of_its_tasks(x64):
 
 
 BAD_PROBLEMS = [
-    (lambda: (Problem(upper=lambda x, y: y["a"], lower=lower_loss), X0, Y0), r"upper\(x, y\) returned float32\[3\]; a loss is one scalar"),
+    (
+        lambda: (Problem(upper=lambda x, y: y["a"], lower=lower_loss), X0, Y0),
+        r"upper\(x, y\) returned float32\[3\]; a loss is one scalar",
+    ),
     (lambda: (Problem(upper=upper, lower=lambda x, y: jnp.int32(1)), X0, Y0), r"lower returned the dtype int32"),
-    (lambda: (PROBLEM, X0, {"a": np.zeros(3, np.int32)}), r"y0\['a'\] has dtype int32; variables are floating-point.*jnp.asarray"),
+    (
+        lambda: (PROBLEM, X0, {"a": np.zeros(3, np.int32)}),
+        r"y0\['a'\] has dtype int32; variables are floating-point.*jnp.asarray",
+    ),
     (lambda: (PROBLEM, np.array([0.0, np.nan, 0.0], np.float32), Y0), r"x0 is not finite"),
-    (lambda: (Problem(upper=upper, lower=noisy_lower, lower_data=np.full((4, 3), np.nan, np.float32)), X0, Y0), r"lower_data holds a NaN"),
+    (
+        lambda: (Problem(upper=upper, lower=noisy_lower, lower_data=np.full((4, 3), np.nan, np.float32)), X0, Y0),
+        r"lower_data holds a NaN",
+    ),
     (
         lambda: (Problem(upper=upper, lower=lambda x, y, b: 0.0, lower_data=(np.zeros(3), np.zeros(4))), X0, Y0),
         r"leaves of lower_data disagree on the number of samples: lower_data\[0\] has 3, lower_data\[1\] has 4",
     ),
-    (lambda: (Problem(upper=upper, lower=noisy_lower, lower_data=np.zeros((0, 3))), X0, Y0), "lower_data has zero samples"),
-    (lambda: (Problem(upper=upper, lower=noisy_lower, lower_data=np.zeros((4, 2), np.float32)), X0, Y0), r"lower\(x, y, batch\) fails on the given variables"),
+    (
+        lambda: (Problem(upper=upper, lower=noisy_lower, lower_data=np.zeros((0, 3))), X0, Y0),
+        "lower_data has zero samples",
+    ),
+    (
+        lambda: (Problem(upper=upper, lower=noisy_lower, lower_data=np.zeros((4, 2), np.float32)), X0, Y0),
+        r"lower\(x, y, batch\) fails on the given variables",
+    ),
     (
         lambda: (Problem(upper=upper, lower=lower_loss, project_upper=lambda x: x.astype(jnp.float16)), X0, Y0),
         r"project_upper changes the dtype of x0 from float32 to float16",
     ),
-    (lambda: (Problem(upper=upper, lower=lower_loss, project_upper=lambda x: x[:2]), X0, Y0), r"project_upper changes the shape of x0 from \[3\] to \[2\]"),
-    (lambda: (Problem(upper=upper, lower=lower_loss, project_lower=lambda y: y["a"]), X0, Y0), r"project_lower changes the structure of y0"),
+    (
+        lambda: (Problem(upper=upper, lower=lower_loss, project_upper=lambda x: x[:2]), X0, Y0),
+        r"project_upper changes the shape of x0 from \[3\] to \[2\]",
+    ),
+    (
+        lambda: (Problem(upper=upper, lower=lower_loss, project_lower=lambda y: y["a"]), X0, Y0),
+        r"project_lower changes the structure of y0",
+    ),
     (lambda: (PROBLEM, X0, {}), "y0 holds no arrays"),
     (lambda: (PROBLEM, None, Y0), "needs an upper variable: x0 is empty|fails on the given"),
-    (lambda: (Problem(upper=upper, lower=lower_loss, constraint=lambda x, y: y["a"] - x), X0, Y0), r"HypergradientDescent cannot honour the coupled inequality"),
-    (lambda: (Problem(upper=upper, lower=lower_loss, equality=lambda x, y: y["a"] - x), X0, Y0), r"HypergradientDescent cannot honour the coupled equality"),
+    (
+        lambda: (Problem(upper=upper, lower=lower_loss, constraint=lambda x, y: y["a"] - x), X0, Y0),
+        r"HypergradientDescent cannot honour the coupled inequality",
+    ),
+    (
+        lambda: (Problem(upper=upper, lower=lower_loss, equality=lambda x, y: y["a"] - x), X0, Y0),
+        r"HypergradientDescent cannot honour the coupled equality",
+    ),
     (lambda: (Problem(upper=upper, lower=noisy_lower, lower_data=data.Stream([])), X0, Y0), "The stream is empty"),
     (
-        lambda: (Problem(upper=lambda x, y, b: 0.0, lower=lambda x, y, b: 0.0, upper_data=data.Clients([SAMPLES]), lower_data=data.Clients([SAMPLES, SAMPLES])), X0, Y0),
+        lambda: (
+            Problem(
+                upper=lambda x, y, b: 0.0,
+                lower=lambda x, y, b: 0.0,
+                upper_data=data.Clients([SAMPLES]),
+                lower_data=data.Clients([SAMPLES, SAMPLES]),
+            ),
+            X0,
+            Y0,
+        ),
         "upper_data has 1 clients and lower_data 2",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("number", range(len(BAD_PROBLEMS)))

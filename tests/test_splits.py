@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bilevel.problems import splits
+from bilevel import splits
 
 LABELS = np.random.default_rng(0).integers(0, 10, size=2000)
 

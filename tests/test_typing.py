@@ -1,7 +1,8 @@
 """A user's code keeps its types: mypy's verdict on snippets, all in one run.
 
 A snippet is a module of its own. Each of its lines `reveal_type(...)  # type` must reveal just that type (module names
-are left out of it), and `# error: code` is a line that mypy must refuse; nothing else may be wrong under `--strict`.
+are left out of it; " | " stands between several of a line), and `# error: code` is a line that mypy must refuse;
+nothing else may be wrong under `--strict`.
 """
 
 from __future__ import annotations
@@ -95,7 +96,43 @@ reveal_type(argmin(lower, counted, has_aux=True)(x, y))  # tuple[Fit, int]
 reveal_type(argmin(lower, lambda lower, x, y: y)(x, y))  # Fit
 y_star(x, 3)  # error: arg-type
 """,
-    # Further rooms (Problem[X, Y], Solution[X, Y], hypergradients) have their snippets here.
+    "front_door": """
+from bilevel import Problem, data, multistart, run, solve, solvers, sweep
+
+def upper(x: Strength, y: Fit) -> jax.Array:
+    return jnp.sum(y.weights)
+
+def lower(x: Strength, y: Fit, batch: jax.Array) -> jax.Array:
+    return x.value * jnp.sum(y.weights)
+
+problem = Problem(upper, lower, lower_data=data.Minibatches(jnp.ones(8), 2))
+reveal_type(problem)  # Problem[Strength, Fit]
+solution = solve(problem, x, y, solvers.SOBA(0.1, 0.1), steps=3)
+reveal_type(solution)  # Solution[Strength, Fit]
+reveal_type(solution.x)  # Strength
+reveal_type(solution.y.weights)  # Array
+reveal_type(solve(problem, x, y, callback=lambda event: reveal_type(event.x)))  # Solution[Strength, Fit] | Strength
+reveal_type(problem.levels(0).lower(x, y))  # Array
+solve(problem, y, x)  # error: misc | error: misc
+solve(problem, x, 3.0)  # error: misc
+reveal_type(solvers.LVHBA())  # LVHBA
+reveal_type(solvers.AID())  # HypergradientDescent
+""",
+    "hypergradients": """
+from bilevel import Problem
+from bilevel.hypergradients import Implicit, value_and_hypergradient
+
+def upper(x: Strength, y: Fit) -> jax.Array:
+    return jnp.sum(y.weights)
+
+def lower(x: Strength, y: Fit) -> jax.Array:
+    return x.value * jnp.sum(y.weights)
+
+estimate = value_and_hypergradient(Problem(upper, lower), Implicit())(x, y)
+reveal_type(estimate)  # Estimate[Strength]
+reveal_type(estimate.gradient.value)  # Array
+reveal_type(estimate.value)  # Array
+""",
 }
 
 
@@ -140,7 +177,7 @@ def verdict(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, lis
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_users_code_keeps_its_types(name, verdict):
     expected = {
-        number: [line.split("  # ", 1)[1]]
+        number: line.split("  # ", 1)[1].split(" | ")
         for number, line in enumerate((COMMON + SNIPPETS[name]).splitlines(), 1)
         if "  # " in line
     }

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from bilevel.hypergradients._base import Estimate, Estimator
 from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
 from bilevel.hypergradients.implicit import Implicit, JacobianFree
+from bilevel.hypergradients.kkt import ActiveSet, NullSpace
+from bilevel.hypergradients.least_squares import LeastSquares
 from bilevel.hypergradients.stochastic import SAMA, StochasticImplicit
 from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
@@ -23,12 +25,15 @@ __all__ = [
     "HOZOG",
     "PZOBO",
     "SAMA",
+    "ActiveSet",
     "Estimate",
     "Estimator",
     "FiniteDifference",
     "FirstOrder",
     "Implicit",
     "JacobianFree",
+    "LeastSquares",
+    "NullSpace",
     "OneStep",
     "StochasticImplicit",
     "Unrolled",

@@ -51,7 +51,10 @@ class Estimator(Protocol):
 
 
 def central_difference(lower: Level, x: PyTree, y: PyTree, v: PyTree, radius: Any) -> PyTree:
-    """f_xy v by [f_x(x, y + e v) - f_x(x, y - e v)] / (2 e), e = radius / |v|; by a derivative where `radius` is None."""
+    """f_xy v by [f_x(x, y + e v) - f_x(x, y - e v)] / (2 e), e = radius / |v|.
+
+    By a derivative where `radius` is None.
+    """
     if radius is None:
         return derivatives.cross_product(lower, x, y, v)
     length = derivatives.norm(v)

@@ -16,7 +16,10 @@ from bilevel.typing import LowerSolver, Metrics, PyTree, Scalar
 
 
 class Ahead:
-    """An estimator that looks at the incoming y alone: `at` is the estimate there, and the lower solver runs after it."""
+    """An estimator that looks at the incoming y alone.
+
+    `at` is the estimate there, and the lower solver runs after it.
+    """
 
     def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
         """Nothing is kept."""
@@ -51,8 +54,8 @@ class FiniteDifference(Ahead):
       virtual_step: xi, the step of a plain virtual update (0: y' = y, and the estimate is F_x(x, y)). None: the virtual
         update is the lower solver's own step with its momentum, weight decay and schedule, from where the
         solver stands; U and its derivative are then those of the solver's rule, which must take one step.
-      radius: the length of the perturbation e v; DARTS's default 0.01. None: the cross product f_xy v itself, which makes
-        the estimate the exact derivative of F(x, y'(x)).
+      radius: the length of the perturbation e v; DARTS's default 0.01. None: the cross product f_xy v itself, which
+        makes the estimate the exact derivative of F(x, y'(x)).
 
     Per call: 1 lower gradient, 1 upper gradient, 2 gradients in x, then the lower solver, run from the incoming y. The
     bias is that of one step, plus O(radius^2) (O(radius) where f_x is not three times differentiable in y).
@@ -94,7 +97,8 @@ class FiniteDifference(Ahead):
             )
         if not hasattr(solver, "virtual") or solver.looks(start):
             raise ValueError(
-                "FiniteDifference(virtual_step=None) differentiates a lower solver that takes one step along the gradient; "
+                "FiniteDifference(virtual_step=None) differentiates a lower solver that takes one step along the "
+                "gradient; "
                 "this one evaluates the loss itself. Take GradientDescent with an optax rule and steps=1, or give a "
                 "virtual_step."
             )

@@ -36,9 +36,9 @@ class Implicit:
       step: the step of the forward-backward map; only used with a projection or prox. Any positive number is exact;
         near 1/L the system is best conditioned.
 
-    Per call: the lower solve, one gradient of the upper level, one joint linearisation of the lower level, one
-    HVP per iteration of the linear solver, one cross product. Assumes f_yy(x, y*) to be invertible (positive definite for
-    CG). The error is O(|y - y*|) plus that of the linear solve.
+    Per call: the lower solve, one gradient of the upper level, one joint linearisation of the lower level, one HVP per
+    iteration of the linear solver, one cross product. Assumes f_yy(x, y*) to be invertible (positive definite for CG).
+    The error is O(|y - y*|) plus that of the linear solve.
 
     References: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016; Blondel et al.,
     "Efficient and Modular Implicit Differentiation", NeurIPS 2022 (the fixed-point form).
@@ -53,8 +53,10 @@ class Implicit:
             return linear.GMRES(tol=tol) if nonsmooth else linear.CG(tol=tol)
         if nonsmooth and getattr(self.linear_solver, "symmetric", False):
             raise ValueError(
-                f"Implicit(linear_solver={type(self.linear_solver).__name__}(...)) assumes a symmetric system, but with a projection or prox on "
-                "the lower level it is not: take linear.GMRES(), linear.BiCGStab(), linear.NormalCG() or linear.Dense(symmetric=False)."
+                f"Implicit(linear_solver={type(self.linear_solver).__name__}(...)) assumes a symmetric system, but "
+                "with a projection or prox on "
+                "the lower level it is not: take linear.GMRES(), linear.BiCGStab(), linear.NormalCG() or "
+                "linear.Dense(symmetric=False)."
             )
         return self.linear_solver
 

@@ -1,4 +1,7 @@
-"""Hypergradients whose linear system is solved with a fresh minibatch per Hessian-vector product; SAMA's without any."""
+"""Hypergradients whose linear system is solved with a fresh minibatch per Hessian-vector product.
+
+SAMA's without any.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,8 @@ class StochasticImplicit:
 
     `warm_start=True` (AmIGO): SGD on the linear system from the last w, w <- w - eta (f_yy(B_j) w - F_y).
     `warm_start=False`, `randomised=False` (StocBiO): w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y.
-    `warm_start=False`, `randomised=True` (BSA, TTSA): w = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y, P uniform on 0..K-1.
+    `warm_start=False`, `randomised=True` (BSA, TTSA): w = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y, P uniform on
+    0..K-1.
 
     Attributes:
       step_size: eta, below 2/L.
@@ -148,8 +152,8 @@ class SAMA:
     Attributes:
       radius: the length of the perturbation e v, the paper's 1.0. None: the cross product f_xy v exactly, by a `jvp`.
 
-    Needs a lower solver made of steps of an optax rule (`lower.GradientDescent`, `lower.MomentumSGD`). Per call: the lower
-    solve, 1 gradient of F, 1 of f, 2 gradients in x.
+    Needs a lower solver made of steps of an optax rule (`lower.GradientDescent`, `lower.MomentumSGD`). Per call: the
+    lower solve, 1 gradient of F, 1 of f, 2 gradients in x.
 
     Reference: Choe et al., "Making Scalable Meta Learning Practical", NeurIPS 2023.
     """
@@ -177,7 +181,8 @@ class SAMA:
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         lower_y = lower.gradient(x, y)
         adapted = jax.jvp(lambda g: rule.update(g, found.memory, y)[0], (lower_y,), (upper_y,))[1]
-        # Adam's update has no derivative where a gradient has been zero all along (the root of a second moment of zero).
+        # Adam's update has no derivative where a gradient has been zero all along (the root of a second moment of
+        # zero).
         v = jax.tree.map(lambda a, g: jnp.where((g == 0) & ~jnp.isfinite(a), 0, -a), adapted, lower_y)
         cross = central_difference(lower, x, y, v, self.radius)
         metrics = {"lower_residual": derivatives.norm(lower_y)}

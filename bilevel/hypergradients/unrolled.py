@@ -33,11 +33,11 @@ class Unrolled:
         second derivative taken in mixed mode (`derivatives.mixed_mode_gradient`). False: plain reverse mode.
 
     Cost per call: reverse, T gradients and T (HVP + cross product), memory T copies of y and the optimiser's moments;
-    forward, p T HVPs. Works through any differentiable optimiser. With Adam-like optimisers give `eps_root > 0`: the derivative
-    of the square root at zero is infinite.
+    forward, p T HVPs. Works through any differentiable optimiser. With Adam-like optimisers give `eps_root > 0`: the
+    derivative of the square root at zero is infinite.
 
-    References: Franceschi et al., "Forward and Reverse Gradient-Based Hyperparameter Optimization", ICML 2017;
-    Shaban et al., "Truncated Back-propagation for Bilevel Optimization", AISTATS 2019; Kemaev et al., ICML 2025 (mixed mode).
+    References: Franceschi et al., "Forward and Reverse Gradient-Based Hyperparameter Optimization", ICML 2017; Shaban
+    et al., "Truncated Back-propagation for Bilevel Optimization", AISTATS 2019; Kemaev et al., ICML 2025 (mixed mode).
     """
 
     last: int | None = None
@@ -83,12 +83,14 @@ class Unrolled:
         """The last steps of the run alone, which begin where the others, not differentiated, have ended."""
         if not hasattr(solver, "advance"):
             raise ValueError(
-                f"Unrolled(last={self.last}) differentiates the last steps of the lower solver and needs one made of steps: "
+                f"Unrolled(last={self.last}) differentiates the last steps of the lower solver and needs one made of "
+                "steps: "
                 f"lower.GradientDescent(...) or lower.MomentumSGD(...), not {type(solver).__name__}."
             )
         if self.last > solver.steps:
             raise ValueError(
-                f"Unrolled(last={self.last}) differentiates {self.last} steps but the lower solver takes {solver.steps}: "
+                f"Unrolled(last={self.last}) differentiates {self.last} steps but the lower solver takes "
+                f"{solver.steps}: "
                 "raise steps or lower last."
             )
         first = solver.steps - self.last
@@ -99,8 +101,8 @@ class Unrolled:
 def OneStep() -> Unrolled:
     """Differentiate the last step of the lower solver only: F_x + (d_x Phi)' F_y.
 
-    For plain gradient descent with step eta this is F_x - eta f_xy F_y. Its bias is bounded by a multiple of rho/(1 - rho) for a
-    contraction rho, and vanishes for superlinear solvers.
+    For plain gradient descent with step eta this is F_x - eta f_xy F_y. Its bias is bounded by a multiple of rho/(1 -
+    rho) for a contraction rho, and vanishes for superlinear solvers.
 
     Reference: Bolte, Pauwels, Vaiter, "One-step differentiation of iterative algorithms", NeurIPS 2023.
     """

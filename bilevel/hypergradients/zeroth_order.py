@@ -45,7 +45,8 @@ class PZOBO(_Perturbing):
         delta_q = (y_T(x + mu u_q) - y_T(x)) / mu,    u_q ~ N(0, I)
         dF/dx ~ F_x + (1/Q) sum over q of u_q <delta_q, F_y>
 
-    All Q + 1 lower runs start at the same y and see the same batches. Unbiased for the mu-smoothed Jacobian; the variance
+    All Q + 1 lower runs start at the same y and see the same batches. Unbiased for the mu-smoothed Jacobian; the
+    variance
     grows with dim x and falls with Q. Cost: Q + 1 lower runs (vmapped), one upper gradient.
 
     Attributes:
@@ -75,7 +76,9 @@ class PZOBO(_Perturbing):
 
 @hyperparameters
 class HOZOG(_Perturbing):
-    """Zeroth order in the whole of h(x) = F(x, y_T(x)): works with black-box lower solvers and losses without derivatives.
+    """Zeroth order in the whole of h(x) = F(x, y_T(x)).
+
+    Works with black-box lower solvers and losses without derivatives.
 
         dF/dx ~ (1/q) sum over i of u_i [h(x + mu u_i) - h(x)] / mu,    u_i ~ N(0, I)
 

@@ -35,9 +35,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.data import Agents, as_source
+from bilevel.history import History
 from bilevel.keys import StepKey
 from bilevel.problem import Problem
-from bilevel.solution import History, Result, Solution
+from bilevel.result import Result
+from bilevel.solution import Solution
 from bilevel.solvers.federated import Answers, Federated, Point, oracles
 from bilevel.solvers.federated.oracles import Terms
 from bilevel.typing import PyTree

@@ -6,21 +6,26 @@ A lower solver has two pure methods,
     __call__(level, x, state) -> LowerState
 
 where `level` is a `bilevel.Level`, a plain function of (x, y) with `.gradient(x, y)`, `.batch`, `.redraw(i, total)`.
-Most are made of steps (`Steps`): a kernel, run by one of two loops, for a count of steps (`repeat`) or until a tolerance
-(`until`). Any function `(level, x, y) -> y` is accepted in place of a solver (`as_lower_solver`), so a closed form, or
-a solver of another library, is one line.
+Most are made of steps (`Steps`): a kernel, run by one of two loops, for a count of steps (`repeat`) or until a
+tolerance (`until`). Any function `(level, x, y) -> y` is accepted in place of a solver (`as_lower_solver`), so a closed
+form, or a solver of another library, is one line.
 """
 
+from bilevel.lower.accurate import Accurate
 from bilevel.lower.foreign import Function, as_lower_solver, jaxopt, optimistix
 from bilevel.lower.loops import LowerState, repeat, until
+from bilevel.lower.scaled import EqualityDescent, ScaledDescent
 from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Steps
 
 __all__ = [
     "LBFGS",
+    "Accurate",
+    "EqualityDescent",
     "Function",
     "GradientDescent",
     "LowerState",
     "MomentumSGD",
+    "ScaledDescent",
     "Steps",
     "as_lower_solver",
     "jaxopt",

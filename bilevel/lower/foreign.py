@@ -47,7 +47,9 @@ def as_lower_solver(solver: Any) -> LowerSolver:
 
 
 def jaxopt(solver_class: Any, **options: Any) -> Function:
-    """A jaxopt solver, e.g. `lower.jaxopt(jaxopt.LBFGS, maxiter=100, tol=1e-8)`; it minimises y -> f(x, y) from the incoming y.
+    """A jaxopt solver, which minimises y -> f(x, y) from the incoming y.
+
+        lower.jaxopt(jaxopt.LBFGS, maxiter=100, tol=1e-8)
 
     Derivatives through it follow the options (`implicit_diff`, `unroll`); implicit estimators need none, and
     `implicit_diff=False` is set unless given.
@@ -61,7 +63,10 @@ def jaxopt(solver_class: Any, **options: Any) -> Function:
 
 
 def optimistix(solver: Any, **options: Any) -> Function:
-    """An optimistix minimiser, e.g. `lower.optimistix(optimistix.BFGS(1e-8, 1e-8), max_steps=100)`, from the incoming y."""
+    """An optimistix minimiser, e.g.
+
+    `lower.optimistix(optimistix.BFGS(1e-8, 1e-8), max_steps=100)`, from the incoming y.
+    """
     options = {"throw": False, **options}
 
     def solve(level: Level, x: PyTree, y: PyTree) -> PyTree:

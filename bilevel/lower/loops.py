@@ -58,8 +58,9 @@ def repeat(
 
 
 def until(kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any) -> LowerState:
-    """Steps until the residual is at most `tol`, at most `kernel.steps`, and no further than 25 without a smaller residual
-    (the precision of the dtype is reached then). Not differentiable in reverse.
+    """Steps until the residual is at most `tol`, or 25 have not made it smaller; at most `kernel.steps`.
+
+    After 25 without a smaller residual the precision of the dtype is reached. Not differentiable in reverse.
 
     The residual is that of the point before the step: a step more than needed is taken, and none wasted on a test. The
     point that meets the tolerance is what is returned.

@@ -46,7 +46,8 @@ class Steps:
     def step_size(self) -> Any:
         """The length of a step as a number, which a prox is scaled with."""
         raise ValueError(
-            f"{type(self).__name__} with a prox_lower takes a plain step size as its optimizer: the prox is scaled with it."
+            f"{type(self).__name__} with a prox_lower takes a plain step size as its optimizer: the prox is scaled "
+            "with it."
         )
 
     def virtual(self) -> Steps:
@@ -197,7 +198,10 @@ class MomentumSGD(Steps):
 
 
 def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:
-    """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|: no step size to choose. For full batches without a projection."""
+    """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|: no step size to choose.
+
+    For full batches without a projection.
+    """
     return GradientDescent(quasi_newton(memory_size), steps, tol)
 
 

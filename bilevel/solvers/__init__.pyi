@@ -21,6 +21,9 @@ from bilevel.solvers.federated import FedNest as FedNest
 from bilevel.solvers.federated import LFedNest as LFedNest
 from bilevel.solvers.federated import ShroFBO as ShroFBO
 from bilevel.solvers.federated import SimFBO as SimFBO
+from bilevel.solvers.kkt import GALET as GALET
+from bilevel.solvers.kkt import GAM as GAM
+from bilevel.solvers.kkt import AiPOD as AiPOD
 from bilevel.solvers.nested import AID as AID
 from bilevel.solvers.nested import IMAML as IMAML
 from bilevel.solvers.nested import ITD as ITD
@@ -31,7 +34,6 @@ from bilevel.solvers.nested import TruncatedITD as TruncatedITD
 from bilevel.solvers.penalty._schedule import Continuation as Continuation
 from bilevel.solvers.penalty._schedule import Path as Path
 from bilevel.solvers.penalty._schedule import Polynomial as Polynomial
-from bilevel.solvers.penalty.aipod import AiPOD as AiPOD
 from bilevel.solvers.penalty.blocc import BLOCC as BLOCC
 from bilevel.solvers.penalty.bome import BOME as BOME
 from bilevel.solvers.penalty.bvfsm import BVFSM as BVFSM
@@ -40,8 +42,6 @@ from bilevel.solvers.penalty.f2sa import F2SA as F2SA
 from bilevel.solvers.penalty.f2sa import CentralF2SA as CentralF2SA
 from bilevel.solvers.penalty.f2sa import SingleLoopF2SA as SingleLoopF2SA
 from bilevel.solvers.penalty.gaffa import BiCGAFFA as BiCGAFFA
-from bilevel.solvers.penalty.galet import GALET as GALET
-from bilevel.solvers.penalty.gam import GAM as GAM
 from bilevel.solvers.penalty.lvhba import LVHBA as LVHBA
 from bilevel.solvers.penalty.meha import MEHA as MEHA
 from bilevel.solvers.penalty.pbgd import GPBGD as GPBGD

@@ -1,29 +1,22 @@
-"""What decentralised and federated methods share: each agent's own batch, all agents' losses as one, where copies lie.
+"""What decentralised and federated methods share: whom the data belong to, means over agents, where copies lie.
 
-All agents' copies stand along a leading axis. The sum over agents of f_i(x_i, y_i) is one loss of the stacked
-variables whose gradient, Hessian-vector and cross products are those of each agent, stacked: the calculus of one level
-does for many.
+All agents' copies stand along a leading axis; their losses as one are the levels of `problem.levels(key, who)`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel import derivatives
-from bilevel.data import as_source
-from bilevel.keys import StepKey
+from bilevel.curvature import spectral_norm
+from bilevel.level import Level
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree, Scalar
-
-Stacked = Callable[[PyTree, PyTree], jax.Array]
 
 
 def number_of_agents(problem: Problem, owner: str) -> int | None:
@@ -34,8 +27,9 @@ def number_of_agents(problem: Problem, owner: str) -> int | None:
             continue
         if source.parties is None:
             raise ProblemError(
-                f"{owner} needs to know whose samples are whose: {name} is one set of arrays for all ({source!r}). Give "
-                "data.Agents(arrays) with leading axes (agents, samples), or data.Clients([...]) for unequal sizes."
+                f"{owner} needs to know whose samples are whose: {name} is one set of arrays for all ({source!r}). "
+                "Give data.Agents(arrays) with leading axes (agents, samples), or data.Clients([...]) for unequal "
+                "sizes."
             )
         if not source.random and not source.even:
             raise ProblemError(
@@ -49,29 +43,6 @@ def number_of_agents(problem: Problem, owner: str) -> int | None:
             f"{counts['lower_data']}: one data set per agent in each level."
         )
     return next(iter(counts.values()), None)
-
-
-def is_random(data: Any) -> bool:
-    """Whether drawing again gives another batch."""
-    return data is not None and data.size is not None
-
-
-def draw(data: Any, key: StepKey, agents: Any = None) -> PyTree:
-    """The batches of the given agents (None: of all), stacked; None where the level has no data."""
-    return None if data is None else as_source(data).draw_each(key, agents)
-
-
-def bound(fn: Callable[..., jax.Array], data: Any) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
-    """The loss as a function (x, y, batch), whether it takes a batch or not."""
-    return (lambda x, y, batch: fn(x, y)) if data is None else fn
-
-
-def stacked(fn: Callable[..., jax.Array], data: Any, batches: PyTree) -> Stacked:
-    """sum_i f(x_i, y_i, batch_i) as a function of the stacked variables."""
-    loss = bound(fn, data)
-    if data is None:
-        return lambda x, y: jnp.sum(jax.vmap(fn)(x, y))
-    return lambda x, y: jnp.sum(jax.vmap(loss)(x, y, batches))
 
 
 def mean(tree: PyTree) -> PyTree:
@@ -118,24 +89,6 @@ def traced(*trees: PyTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-@functools.partial(jax.jit, static_argnames="iterations")
-def largest_curvature(
-    problem: Problem, x: PyTree, y: PyTree, key: StepKey, agents: jax.Array | None = None, iterations: int = 30
-) -> Scalar:
-    """The largest |eigenvalue| of any agent's lower Hessian at (x, y) (both stacked), by power iteration.
-
-    `agents`: the indices of those asked; None: all.
-    """
-    level = problem.levels(key, "all" if agents is None else agents).lower
-    hvp = derivatives.linearised(level, x, y).hvp
-
-    def lengths(v: PyTree) -> jax.Array:
-        return jnp.sqrt(sum(jnp.sum(leaf.reshape(leaf.shape[0], -1) ** 2, axis=1) for leaf in jax.tree.leaves(v)))
-
-    def unit(v: PyTree) -> PyTree:
-        length = jnp.maximum(lengths(v), jnp.finfo(jax.tree.leaves(v)[0].dtype).tiny)
-        return jax.tree.map(lambda a: a / length.reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype), v)
-
-    start = unit(optax.tree.random_like(jax.random.key(0), y))
-    v = jax.lax.fori_loop(0, iterations, lambda _, v: unit(hvp(v)), start)
-    return jnp.max(lengths(hvp(v)))
+def largest_curvature(level: Level, x: PyTree, y: PyTree) -> Scalar:
+    """The largest |eigenvalue| of any agent's Hessian in y, of a level that is many, at (x, y) (both stacked)."""
+    return jnp.max(spectral_norm(derivatives.linearised(level, x, y).hvp, y, stacked=True))

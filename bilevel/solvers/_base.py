@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.problem import Problem, ProblemError
-from bilevel.solution import Result
+from bilevel.result import Result
 from bilevel.typing import Metrics, PyTree
 
 _PARTS = {
@@ -48,17 +48,3 @@ def within(tol: Any, metrics: Metrics, *names: str) -> jax.Array:
     """CONVERGED where all these metrics, as far as they are measured, are at most tol; 0, to go on, elsewhere."""
     worst = jnp.max(jnp.stack([metrics[name] for name in names if name in metrics]))
     return jnp.where(worst <= tol, Result.CONVERGED.value, 0)
-
-
-def scattered(y: PyTree, i: Any) -> PyTree:
-    """Start number i = 1, 2, ... around y for an independent lower solve: noise of three sizes in turn, on y's scale. 0: y itself."""
-    leaves, structure = jax.tree.flatten(y)
-    spread = jnp.where(i == 0, 0.0, 0.3 * 3.0 ** (i % 3))
-    moved = [
-        leaf
-        + spread
-        * (1 + jnp.sqrt(jnp.mean(leaf**2)))
-        * jax.random.normal(jax.random.fold_in(jax.random.key(i), j), leaf.shape, leaf.dtype)
-        for j, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(structure, moved)

@@ -19,7 +19,10 @@ from bilevel.typing import PyTree, Scalar
 
 @state
 class Point:
-    """The three variables, or a direction for each: x (upper), y (lower), v (linear system; None where it is no variable)."""
+    """The three variables, or a direction for each: x (upper), y (lower), v (linear system.
+
+    None where it is no variable).
+    """
 
     x: PyTree
     y: PyTree
@@ -52,8 +55,8 @@ class Joint:
 
         D_y = f_y,    D_v = f_yy v - F_y,    D_x = F_x - f_xy v
 
-    One joint linearisation of the lower level gives f_y, f_yy v and f_xy v (the tangent of the joint gradient along v), and
-    one gradient the upper level's share.
+    One joint linearisation of the lower level gives f_y, f_yy v and f_xy v (the tangent of the joint gradient along v),
+    and one gradient the upper level's share.
     """
 
     def start(self, y: PyTree) -> PyTree:
@@ -89,8 +92,8 @@ class Series:
 
     with, over K = `steps` batches B_1, ..., B_K of the lower level,
 
-        w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y                     (`randomised=False`)
-        w = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y,  P uniform on 0, ..., K-1     (`randomised=True`, unbiased for the first)
+        w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y                     (`randomised=False`) w = K eta
+        prod_{j<=P} (I - eta f_yy(B_j)) F_y,  P uniform on 0, ..., K-1     (`randomised=True`, unbiased for the first)
 
     Attributes:
       step_size: eta, below 2/L.

@@ -70,9 +70,12 @@ def _mean_over_pieces(fn: Callable[[Level], PyTree], level: Level, pieces: int) 
 
 
 def _pieces(source: Source) -> int:
-    """The number of equal pieces, of `PIECE_BYTES` or little more, to pass over the samples in; 1 where it does not pay."""
-    # Where batches are all samples anyway, or carry more than samples, there is nothing to cut. On other back-ends launches
-    # would cost more than a cache saves, and slices of shards would travel.
+    """The number of equal pieces, of `PIECE_BYTES` or little more, to pass over the samples in.
+
+    1 where it does not pay.
+    """
+    # Where batches are all samples anyway, or carry more than samples, there is nothing to cut. On other back-ends
+    # launches would cost more than a cache saves, and slices of shards would travel.
     if not source.cuttable or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return 1
     leaves = jax.tree.leaves(source.arrays)
@@ -137,7 +140,8 @@ class Recursion:
 class STORM:
     """Momentum that is corrected with the *same* batch at the last point.
 
-        m_t = D(z_t; B_t) + (1 - eta_t) (m_{t-1} - D(z_{t-1}; B_t)),    eta_t = eta / (t + 1)^eta_decay,    m_0 = D(z_0; B_0)
+        m_t = D(z_t; B_t) + (1 - eta_t) (m_{t-1} - D(z_{t-1}; B_t)),    eta_t = eta / (t + 1)^eta_decay,    m_0 = D(z_0;
+        B_0)
 
     Attributes:
       eta, eta_decay: the schedule of the weight.
@@ -173,7 +177,9 @@ def storm(now: PyTree, before: PyTree, momentum: PyTree, eta: Any) -> PyTree:
 
 @hyperparameters
 class SARAH:
-    """The full direction every `period` steps, and between them the recursion d_t = d_{t-1} + D(z_t; B_t) - D(z_{t-1}; B_t).
+    """The full direction every `period` steps, and a recursion between them.
+
+        d_t = d_{t-1} + D(z_t; B_t) - D(z_{t-1}; B_t)
 
     Attributes:
       period: steps from one full direction to the next. None: `period_fraction` (n + m) / batch for n lower and m
@@ -222,11 +228,13 @@ class PAGE(SARAH):
     """SARAH's recursion, restarted with a full direction at random instead of by a counter.
 
     Attributes:
-      probability: of a restart. None: b / (N + b) with N = n + m samples and b = both levels' batches, the paper's choice.
+      probability: of a restart. None: b / (N + b) with N = n + m samples and b = both levels' batches, the paper's
+        choice.
 
     The first step restarts.
 
-    Reference: Li et al., "PAGE: A Simple and Optimal Probabilistic Gradient Estimator for Nonconvex Optimization", ICML 2021.
+    Reference: Li et al., "PAGE: A Simple and Optimal Probabilistic Gradient Estimator for Nonconvex Optimization", ICML
+      2021.
     """
 
     probability: float | None = None
@@ -254,7 +262,8 @@ def refuse_endless(what: str, problem: Problem) -> None:
     for name, source in zip(("upper_data", "lower_data"), problem.sources, strict=True):
         if source.count is None:
             raise ProblemError(
-                f"{what} passes over all samples now and then, and {name} is a {type(source).__name__}, which has no end. "
+                f"{what} passes over all samples now and then, and {name} is a {type(source).__name__}, which has no "
+                "end. "
                 "Give arrays or data.Minibatches, or take a method without full passes (SOBA, MASOBA, SUSTAIN, MRBO)."
             )
 
@@ -297,7 +306,8 @@ class SAGA:
 
         D = new - table[block] + average,    average += (new - table[block]) / blocks,    table[block] = new
 
-    for each of the terms f_y, f_yy v, f_xy v on the lower level's blocks and F_x, F_y on the upper level's. The tables start
+    for each of the terms f_y, f_yy v, f_xy v on the lower level's blocks and F_x, F_y on the upper level's. The tables
+    start
     at zero: a block's first visit counts as plain. Where both levels' data are full batches nothing is kept.
 
     The write of a row is deferred to the next step's start (write, then read): XLA otherwise copies the whole table at
@@ -320,7 +330,10 @@ class SAGA:
 
     def table_bytes(self, problem: Problem, x: PyTree, y: PyTree) -> int:
         """Bytes of the tables for this problem, nothing being allocated."""
-        upper, lower = (source.blocks or 0 for source in problem.sources)
+        upper, lower = (
+            source.blocks or ((source.count or 0) // (source.size or 1) if source.cuttable else 0)
+            for source in problem.sources
+        )
         return (2 * _bytes(y) + _bytes(x)) * lower + (_bytes(y) + _bytes(x)) * upper
 
     def init(self, problem: Problem, oracle: Any, at: Point) -> tuple[Table | None, Table | None]:
@@ -335,8 +348,10 @@ class SAGA:
         needed = self.table_bytes(problem, at.x, at.y)
         if needed > self.max_bytes:
             raise ProblemError(
-                f"SAGA's tables would take {_readable(needed)}, more than its bound of {_readable(self.max_bytes)}: one "
-                f"gradient of each of the {lower.blocks or 0} lower and {upper.blocks or 0} upper blocks. Take SRBA, which "
+                f"SAGA's tables would take {_readable(needed)}, more than its bound of {_readable(self.max_bytes)}: "
+                "one "
+                f"gradient of each of the {lower.blocks or 0} lower and {upper.blocks or 0} upper blocks. Take SRBA, "
+                "which "
                 "reaches the same accuracy with six vectors, or larger batches, or raise max_table_bytes."
             )
         terms = Point(at.x, at.y, at.v)
@@ -437,7 +452,8 @@ def _refuse_unnumbered(name: str, source: Source) -> None:
     left = source.count % source.size  # type: ignore[operator]
     if left:
         raise ProblemError(
-            f"SAGA needs blocks that share out the samples, and {source.size} does not divide the {source.count} samples of "
+            f"SAGA needs blocks that share out the samples, and {source.size} does not divide the {source.count} "
+            "samples of "
             f"{name}: the mean over the blocks would not be the mean over the samples. "
             f"{_divisors(source.count, source.size)}drop the last {left} samples, or take SRBA."  # type: ignore[arg-type]
         )

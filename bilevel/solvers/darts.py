@@ -31,7 +31,7 @@ class UpperFirstState:
 
 @hyperparameters
 class UpperFirst:
-    """The upper step first, along an estimate at the incoming y; then the lower level at the *new* x, on the same batch.
+    """The upper step first, along an estimate at the incoming y; then the lower level at the new x, on the same batch.
 
         x_{k+1} = project_upper(x_k + upper_optimizer(hypergradient(x_k, y_k)))
         y_{k+1} = lower_solver(x_{k+1}, y_k)
@@ -52,7 +52,8 @@ class UpperFirst:
     def __post_init__(self) -> None:
         if not hasattr(self.hypergradient, "at"):
             raise TypeError(
-                "UpperFirst estimates at the incoming y, ahead of the lower solver: take hypergradients.FiniteDifference or "
+                "UpperFirst estimates at the incoming y, ahead of the lower solver: take "
+                "hypergradients.FiniteDifference or "
                 f"FirstOrder, not {type(self.hypergradient).__name__}."
             )
         check_optimizer("UpperFirst", "upper_optimizer", self.upper_optimizer)
@@ -64,7 +65,8 @@ class UpperFirst:
         memory = Move(self.upper_optimizer).init(x)
         if withdraws(memory):
             raise ProblemError(
-                "UpperFirst (DARTS) cannot withdraw an upper step, since the lower level has moved with it: take a step size or "
+                "UpperFirst (DARTS) cannot withdraw an upper step, since the lower level has moved with it: take a "
+                "step size or "
                 "an optax rule such as optax.adam(1e-2) as upper_optimizer."
             )
         return UpperFirstState(x, y, as_lower_solver(self.lower_solver).init(y).memory, memory)
@@ -90,7 +92,8 @@ class UpperFirst:
         """CONVERGED where the hypergradient and the lower level's residual are within the tolerance."""
         if "lower_residual" not in metrics:
             raise ValueError(
-                f"{type(self.hypergradient).__name__} does not measure the lower level's residual, so a tolerance cannot be "
+                f"{type(self.hypergradient).__name__} does not measure the lower level's residual, so a tolerance "
+                "cannot be "
                 "met: leave tol out and give the number of steps."
             )
         return within(tol, metrics, "hypergradient_norm", "lower_residual")
@@ -114,28 +117,33 @@ def DARTS(
     `order` says how the virtual step is differentiated:
 
     - 1: not at all, y' = y and the gradient is F_x(x, y) (`hypergradients.FirstOrder`); 1 upper and 1 lower gradient;
-    - 2: by a central difference of f_x at y +- radius v/|v| (`hypergradients.FiniteDifference`); 1 upper gradient, 2 lower
-      gradients in y and 2 in x. The published method;
-    - "exact": by automatic differentiation (`FiniteDifference(radius=None)`); in place of the 2 gradients in x one cross
-      product.
+    - 2: by a central difference of f_x at y +- radius v/|v| (`hypergradients.FiniteDifference`); 1 upper gradient, 2
+      lower gradients in y and 2 in x. The published method;
+    - "exact": by automatic differentiation (`FiniteDifference(radius=None)`); in place of the 2 gradients in x one
+      cross product.
 
     The virtual step contains the momentum buffer, the weight decay and the schedule, and not the clipping, as in the
-    authors' code for convolutional cells (that for recurrent cells clips it). The scheme's fixed point depends on the virtual
+    authors' code for convolutional cells (that for recurrent cells clips it). The scheme's fixed point depends on the
+    virtual
     step: it is the bilevel optimum neither for order 1 nor in general for the other two.
 
     Args:
       order: 1, 2 or "exact".
-      lower_optimizer: None: `MomentumSGD(weight_decay=weight_decay)`. A step size or an optax rule (of which one step is taken;
-        clipping that is chained into it cannot be left out of the virtual step), a `MomentumSGD`, or any lower solver.
-      upper_optimizer: an optax rule or a step size; None: `coupled_adam()`, Adam(0.5, 0.999) with step 3e-4 and a coupled L2 of 1e-3.
+      lower_optimizer: None: `MomentumSGD(weight_decay=weight_decay)`. A step size or an optax rule (of which one step
+        is taken; clipping that is chained into it cannot be left out of the virtual step), a `MomentumSGD`, or any
+        lower solver.
+      upper_optimizer: an optax rule or a step size; None: `coupled_adam()`, Adam(0.5, 0.999) with step 3e-4 and a
+        coupled L2 of 1e-3.
       weight_decay: of the default lower rule (3e-4 where None): a leaf, so that another value does not recompile.
-      virtual_step: the step xi of a plain virtual update y' = y - xi f_y instead of the lower solver's own; 0 is order 1.
+      virtual_step: the step xi of a plain virtual update y' = y - xi f_y instead of the lower solver's own; 0 is order
+        1.
       radius: of the central difference; the paper's default.
 
-    For orders 2 and "exact" the metrics have `upper_loss` = F(x, y') and `lower_residual` = |f_y| at y or y'. Order 1 does not
-    measure `lower_residual`, and refuses a tolerance.
+    For orders 2 and "exact" the metrics have `upper_loss` = F(x, y') and `lower_residual` = |f_y| at y or y'. Order 1
+    does not measure `lower_residual`, and refuses a tolerance.
 
-    Reference: Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", ICLR 2019, algorithm 1 and equations 7 and 8.
+    Reference: Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", ICLR 2019, algorithm 1 and equations 7
+      and 8.
     """
     if order not in (1, 2, "exact") or isinstance(order, bool):
         raise ValueError(f"DARTS(order={order!r}): the order is 1, 2 or 'exact'.")

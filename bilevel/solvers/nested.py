@@ -13,10 +13,11 @@ from bilevel._module import hyperparameters, state
 from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
 from bilevel.keys import StepKey
 from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
-from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral
+from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
 from bilevel.problem import Problem, ProblemError
-from bilevel.solution import Result
-from bilevel.solvers._base import refuse, scattered, within
+from bilevel.result import Result
+from bilevel.solvers import certificate
+from bilevel.solvers._base import refuse, within
 from bilevel.typing import Metrics, PyTree, Scalar
 
 __all__ = ["AID", "IMAML", "ITD", "T1T2", "HypergradientDescent", "OneStep", "TruncatedITD"]
@@ -75,22 +76,22 @@ class HypergradientDescent:
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> NestedState:
         """The state before the first step."""
-        honours = getattr(self.hypergradient, "honours", ())
-        refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower", *honours))
+        honours = getattr(self.hypergradient, "honours", ("project_lower", "prox_lower"))
+        refuse(self, problem, x, honours=("project_upper", *honours), instead="solvers.LVHBA or solvers.MEHA")
         memory = as_lower_solver(self.lower_solver).init(y).memory
         carry = self.hypergradient.init(problem.draw_lower(key), x, y)
         upper = self._move(problem).init(x)
+        if problem.stochastic and withdraws(upper):
+            raise ProblemError(
+                "HypergradientDescent's upper step rule compares values and needs full batches; this problem draws "
+                "minibatches. Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
+            )
         return NestedState(x, y, x, memory, carry, upper, None if self.warm_start else y)
 
     def _move(self, problem: Problem) -> Move:
         """How x moves."""
         if self.upper_optimizer is not None:
             return Move(self.upper_optimizer, problem.project_upper)
-        if problem.stochastic:
-            raise ProblemError(
-                "HypergradientDescent's default step rule compares values and needs full batches; this problem draws "
-                "minibatches. Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
-            )
         return Move(quasi_newton() if problem.project_upper is None else spectral(), problem.project_upper)
 
     def step(self, problem: Problem, state: NestedState, key: StepKey) -> tuple[NestedState, Metrics]:
@@ -122,43 +123,37 @@ class HypergradientDescent:
         return NestedState(x, y, trial, found.lower.memory, found.carry, memory, state.start), metrics
 
     def status(self, state: NestedState, metrics: Metrics, tol: Any) -> jax.Array:
-        """CONVERGED where the hypergradient and the lower level's residual are within the tolerance."""
-        return within(tol, metrics, "hypergradient_norm", "lower_residual")
+        """CONVERGED where the hypergradient and the lower level's residual are within the tolerance (and what else the
+        estimator says)."""
+        return within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
 
     def finish(
         self, problem: Problem, state: NestedState, result: Result, metrics: dict[str, float], tol: Any
     ) -> tuple[dict[str, Any], Result, str]:
         """At the end of a run that met its tolerance: whether y minimises the lower level, or only is stationary there.
 
-        An independent solve of the lower level from several starts; CONVERGED becomes LOWER_LEVEL where it ends lower (a
-        double well, a saddle point). For full batches, at most 10,000 lower unknowns, and no projection or prox.
+        An independent solve of the lower level from several starts; CONVERGED becomes LOWER_LEVEL where it ends lower
+        (a double well, a saddle point). For full batches, at most 10,000 lower unknowns, and no projection or prox;
+        under coupled constraints as for penalty methods (`certificate.thorough`).
         """
         if result is not Result.CONVERGED or problem.stochastic:
             return {}, result, ""
-        simple = problem.project_lower is None and problem.prox_lower is None
-        if not simple or optax.tree.size(state.y) > _MANY:
+        if problem.constraint is not None or problem.equality is not None:
+            weight = certificate.weight_of_lower(problem, state.y, metrics, tol)
+            measures = certificate.thorough(problem, state.x, state.y, weight)
+            return certificate.verdict(measures, result, metrics, tol, weight)
+        if problem.project_lower is not None or problem.prox_lower is not None:
             return {}, result, ""
-        here, lowest = (float(value) for value in _lowest(problem, state.x, state.y))
-        gap = here - lowest
-        if gap <= max(10 * (1e-3 if tol is None else tol), 1e-3) * (1 + min(abs(here), abs(lowest))):
+        if optax.tree.size(state.y) > certificate.MANY:
             return {}, result, ""
-        why = f"An independent solve of the lower level reaches {gap:.3g} below f(x, y): y is stationary and not its minimum. Start elsewhere (multistart)."
-        return {"polished_gap": gap}, Result.LOWER_LEVEL, why
+        measures = certificate.quick(problem, state.x, state.y)
+        numbers, found, why = certificate.verdict(measures, result, metrics, tol, least=1e-3)
+        return ({}, result, "") if found is result else ({"polished_gap": numbers["polished_gap"]}, found, why)
 
-
-_STARTS, _MANY = 6, 10_000
-
-
-@jax.jit
-def _lowest(problem: Problem, x: PyTree, y: PyTree) -> tuple[jax.Array, jax.Array]:
-    """f(x, y), and the least f that L-BFGS finds from points around y at three distances."""
-    lower, solver = problem.full_lower(), LBFGS(100)
-
-    def reached(i: jax.Array) -> jax.Array:
-        value = lower(x, solver(lower, x, solver.init(scattered(y, i))).y)
-        return jnp.where(jnp.isfinite(value), value, jnp.inf)
-
-    return lower(x, y), jnp.min(jax.lax.map(reached, jnp.arange(1, _STARTS + 1)))
+    def multipliers(self, problem: Problem, state: NestedState) -> dict[str, PyTree]:
+        """The lower level's multipliers in the user's units, where the estimator knows them; else none."""
+        known = getattr(self.hypergradient, "multipliers", None)
+        return {} if known is None else known(problem.full_lower(), state.x, state.y, state.carry)
 
 
 def _with_gradient(estimate: Any, x: PyTree) -> Scalar:
@@ -187,7 +182,8 @@ def AID(
     (`linear.GMRES` with a projection or prox on the lower level), `optimizers.quasi_newton()` (`optimizers.spectral()`
     with a projection on the upper level).
 
-    References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation", ICML 2020.
+    References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation",
+      ICML 2020.
     """
     return HypergradientDescent(
         Implicit(linear_solver),
@@ -246,10 +242,12 @@ def T1T2(lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, scale: float =
 def IMAML(
     lower_steps: int = 16, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.001, cg_steps: int = 5
 ) -> HypergradientDescent:
-    """Implicit MAML: each task starts at the meta-parameters x and is held near them; the hypergradient by `cg_steps` of CG.
+    """Implicit MAML: each task starts at the meta-parameters x and is held near them.
 
-    The lower loss is the sum over tasks of loss_i(y_i) + (lam/2) |y_i - x|^2, which the user states (with `vmap` over tasks, y
-    stacked along a leading axis); each lower solve starts at y_i = x.
+    The hypergradient by `cg_steps` of CG.
+
+    The lower loss is the sum over tasks of loss_i(y_i) + (lam/2) |y_i - x|^2, which the user states (with `vmap` over
+    tasks, y stacked along a leading axis); each lower solve starts at y_i = x.
 
     Reference: Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019.
     """

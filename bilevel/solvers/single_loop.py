@@ -65,22 +65,25 @@ class SingleLoop:
         (D_x, D_y, D_v) = reduction(directions(B_t))
         y <- y - a_t D_y,    v <- v - a_t D_v,    x <- project_upper(x - b_t D_x)
 
-    all at the old point. With the default directions D_y = f_y, D_v = f_yy v - F_y and D_x = F_x - f_xy v (v is
-    minus that of SOBA's paper): a fixed point of the expected directions is f_y = 0, v = f_yy^{-1} F_y and a zero of the hypergradient, exactly.
+    all at the old point. With the default directions D_y = f_y, D_v = f_yy v - F_y and D_x = F_x - f_xy v (v is minus
+    that of SOBA's paper): a fixed point of the expected directions is f_y = 0, v = f_yy^{-1} F_y and a zero of the
+    hypergradient, exactly.
 
     Attributes:
       lower_optimizer, upper_optimizer: optax rules or step sizes a and b.
       linear_optimizer: the rule of v; None: `lower_optimizer`.
       reduction: `Plain()`, `Momentum`, `SAGA`, `STORM`, `SARAH` or `PAGE`.
       directions: `Joint()` or `Series(...)`.
-      lower_decay, upper_decay: exponents e of a_t = a / (t + 1)^e and b_t; with an optax rule its updates are scaled so.
+      lower_decay, upper_decay: exponents e of a_t = a / (t + 1)^e and b_t; with an optax rule its updates are scaled
+        so.
         None: constant.
 
-    Metrics: `upper_loss` on the batch, `hypergradient_norm` = |D_x|, `lower_residual` = |D_y|, `linear_residual` = |D_v|, of
+    Metrics: `upper_loss` on the batch, `hypergradient_norm` = |D_x|, `lower_residual` = |D_y|, `linear_residual` =
+      |D_v|, of
     the directions taken (noisy where the batches are). With a tolerance a run has converged when all are within it.
 
-    Assumes f(x, .) strongly convex (v's iteration contracts) and a below 2/L. Refuses projections of the lower level, proxes and
-    constraints.
+    Assumes f(x, .) strongly convex (v's iteration contracts) and a below 2/L. Refuses projections of the lower level,
+    proxes and constraints.
     """
 
     lower_optimizer: float | optax.GradientTransformation = 0.1
@@ -155,10 +158,12 @@ def SOBA(
 ) -> SingleLoop:
     """Plain SGD on the three directions, all steps decaying as t^-1/2 (`decay=None`: constant, for full batches).
 
-    Per step: one joint linearisation of f with one product (1 gradient + 1 HVP + 1 cross product) and one gradient of F.
+    Per step: one joint linearisation of f with one product (1 gradient + 1 HVP + 1 cross product) and one gradient of
+      F.
     Stalls at its noise floor with constant steps.
 
-    Reference: Dagreou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global variance
+    Reference: Dagreou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global
+      variance
     reduction algorithms", NeurIPS 2022.
     """
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, lower_decay=decay, upper_decay=decay)
@@ -167,7 +172,9 @@ def SOBA(
 def MASOBA(
     upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, theta: float = 0.1
 ) -> SingleLoop:
-    """SOBA with a moving average of the upper direction and constant steps, all of the order of theta ~ 1/sqrt(total steps).
+    """SOBA with a moving average of the upper direction and constant steps.
+
+    Steps are of the order of theta ~ 1/sqrt(total steps).
 
     Cost of SOBA; one more x of memory.
 
@@ -217,16 +224,17 @@ def SPABA(
 
     The paper's clipping of v is not applied.
 
-    Reference: Chu, Xu, Yao, Zhang, "SPABA: A Single-Loop and Probabilistic Stochastic Bilevel Algorithm Achieving Optimal
+    Reference: Chu, Xu, Yao, Zhang, "SPABA: A Single-Loop and Probabilistic Stochastic Bilevel Algorithm Achieving
+      Optimal
     Sample Complexity", ICML 2024.
     """
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, PAGE(probability=probability))
 
 
 def AdamSOBA(upper_rate: float = 1e-2, lower_rate: float = 1e-2, linear_rate: float | None = None) -> SingleLoop:
-    """SOBA's directions, each preconditioned by Adam (optax's defaults but for the rates; `linear_rate=None`: the lower's).
+    """SOBA's directions, each preconditioned by Adam (optax's defaults but for the rates).
 
-    Not one paper's method: the step rule that deep learning uses, on SOBA's directions.
+    `linear_rate` None is the lower's. Not one paper's method: deep learning's step rule on SOBA's directions.
     """
     rule = optax.inject_hyperparams(optax.adam)
     linear = lower_rate if linear_rate is None else linear_rate
@@ -240,7 +248,8 @@ def SUSTAIN(
 
     Per step two gradients of each level and (K - 1) HVPs on average, K = `hvp_steps`.
 
-    Reference: Khanduri et al., "A Near-Optimal Algorithm for Stochastic Bilevel Optimization via Double-Momentum", NeurIPS 2021.
+    Reference: Khanduri et al., "A Near-Optimal Algorithm for Stochastic Bilevel Optimization via Double-Momentum",
+      NeurIPS 2021.
     """
     return SingleLoop(
         lower_optimizer, upper_optimizer, None, STORM(eta), Series(hvp_step, hvp_steps, True), 1 / 3, 1 / 3
@@ -285,10 +294,12 @@ class FSLA:
       eta: eta_t = eta / (t + 1)^decay.
       decay: the exponent of a_t, b_t and eta_t.
 
-    Metrics: as `SingleLoop`, each norm at the point where its direction is taken. Per step 1 gradient, 1 HVP and 2 cross
+    Metrics: as `SingleLoop`, each norm at the point where its direction is taken. Per step 1 gradient, 1 HVP and 2
+      cross
     products of f and 3 gradients of F.
 
-    Reference: Li, Gu, Huang, "A Fully Single Loop Algorithm for Bilevel Optimization without Hessian Inverse", AAAI 2022.
+    Reference: Li, Gu, Huang, "A Fully Single Loop Algorithm for Bilevel Optimization without Hessian Inverse", AAAI
+      2022.
     """
 
     lower_optimizer: float | optax.GradientTransformation = 0.1

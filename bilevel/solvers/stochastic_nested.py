@@ -37,7 +37,8 @@ def StocBiO(
 
     Per step `lower_steps` gradients, `hvp_steps` HVPs and 1 cross product of f, 1 gradient of F.
 
-    Reference: Ji, Yang, Liang, "Bilevel Optimization: Convergence Analysis and Enhanced Design", ICML 2021. The steps are
+    Reference: Ji, Yang, Liang, "Bilevel Optimization: Convergence Analysis and Enhanced Design", ICML 2021. The steps
+      are
     those of benchmark_bilevel.
     """
     return HypergradientDescent(
@@ -52,7 +53,9 @@ def AmIGO(
     hvp_step: float = 0.1,
     hvp_steps: int = 10,
 ) -> HypergradientDescent:
-    """`lower_steps` SGD steps on y and `hvp_steps` on the linear system, both from where they were; an upper step; constant steps.
+    """`lower_steps` SGD steps on y and `hvp_steps` on the linear system, both from where they were; an upper step.
+
+    All steps are constant.
 
     Per step as StocBiO. All steps on the linear system share one batch of the upper level, as in benchmark_bilevel.
 
@@ -73,8 +76,8 @@ def BSA(
 ) -> HypergradientDescent:
     """`lower_steps` SGD steps, a randomised Neumann product, an upper step; upper and lower steps decay as t^-1/2.
 
-    The paper raises the number of lower steps with t; here it is constant, as in benchmark_bilevel. The upper step follows
-    the lower ones (benchmark_bilevel's order is the other way round).
+    The paper raises the number of lower steps with t; here it is constant, as in benchmark_bilevel. The upper step
+    follows the lower ones (benchmark_bilevel's order is the other way round).
 
     Reference: Ghadimi, Wang, "Approximation Methods for Bilevel Programming", 2018.
     """
@@ -98,9 +101,10 @@ def TTSA(
 def SAMA(
     upper_optimizer: Any = 1e-3, lower_optimizer: Any = 1e-3, lower_steps: int = 1, radius: float | None = 1.0
 ) -> HypergradientDescent:
-    """First derivatives only: the inverse Hessian taken for the derivative of the lower optimiser's update, a finite difference for the rest.
+    """First derivatives only: the inverse Hessian taken for the derivative of the lower optimiser's update.
 
-    `lower_optimizer` is where the adaptation comes from: `optax.adam(1e-3)` and not a number is its use.
+    The cross product is a finite difference. `lower_optimizer` is where the adaptation comes from: `optax.adam(1e-3)`
+    and not a number is its use.
 
     Reference: Choe et al., "Making Scalable Meta Learning Practical", NeurIPS 2023.
     """
@@ -121,14 +125,14 @@ class VRBOState:
 
 @hyperparameters
 class VRBO:
-    """SPIDER in a double loop: full directions now and then, an upper step, N lower steps that carry both directions along.
+    """SPIDER in a double loop: full directions now and then, an upper step, N lower steps that carry both along.
 
         every q steps   (d_x, d_y) = full directions at (x, y)
         x' <- project_upper(x - b d_x)
         N times         (d_x, d_y) <- (d_x, d_y) + D(z; B) - D(z_before; B),   y <- y - a d_y
 
-    with D the gradient in y and the hypergradient by a stochastic Neumann series, z the current (x', y) and z_before the one
-    before it, on the same batches.
+    with D the gradient in y and the hypergradient by a stochastic Neumann series, z the current (x', y) and z_before
+    the one before it, on the same batches.
 
     Attributes:
       upper_optimizer, lower_optimizer: optax rules or step sizes b and a.

@@ -1,4 +1,7 @@
-"""Bilevel methods without step sizes: each variable moves by its direction over the norm of all its directions so far."""
+"""Bilevel methods without step sizes.
+
+Each variable moves by its direction over the norm of all its directions so far.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,8 @@ class DTFBO:
       tol: an inner loop's steps stop moving its variable once the squared norm of its direction is at most this (the
         paper's 1/T); None: never, as the authors' code with its ten fixed steps.
 
-    Metrics: as `SingleLoop`, the inner ones of the loops' last directions. Per step N gradients, M HVPs and 1 cross product of
+    Metrics: as `SingleLoop`, the inner ones of the loops' last directions. Per step N gradients, M HVPs and 1 cross
+      product of
     f, 1 gradient of F; each inner step on a fresh batch. Theory: O(1/eps) outer iterations, deterministic.
 
     Reference: Yang et al., "Tuning-Free Bilevel Optimization: New Algorithms and Convergence Analysis", ICLR 2025.

@@ -10,8 +10,9 @@ With s the stacked copies, g the local directions, W the mixing matrix, Wb = (I 
     ed        s+ = Wb (2 s - s_before - a (g - g_before))          exact diffusion
     extra     s+ = Wb (2 s - s_before) - a (g - g_before)          EXTRA
 
-"none" and "none-cta" converge to a point that is off by O(a) times the heterogeneity; the others have no such bias. Where the
-agents' Hessians are alike with largest eigenvalue L, the linear recursions are stable (Jury's test) while a L is below
+"none" and "none-cta" converge to a point that is off by O(a) times the heterogeneity; the others have no such bias.
+Where the agents' Hessians are alike with largest eigenvalue L, the linear recursions are stable (Jury's test) while a L
+is below
 
     none, gt, ed: 2         none-cta: 1 + w         gt-cta: (1 + w)^2 / 2         extra: (5 + 3 w) / 4
 
@@ -63,7 +64,7 @@ class Copies:
 
 
 class Correction:
-    """One form: how it starts, how it moves the copies along local directions, what it costs, how long its steps may be.
+    """One form: how it starts and moves the copies along local directions, what it costs, how long steps may be.
 
     Attributes:
       tracks, accumulates: whether the last directions and a tracker, or a flow, are remembered.

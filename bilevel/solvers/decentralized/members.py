@@ -35,8 +35,8 @@ def MADSBO(
     Reference: Chen, Huang, Ma, Balasubramanian, "Decentralized Stochastic Bilevel Optimization with Improved
     per-Iteration Complexity", ICML 2023.
     """
-    loops = {"lower_steps": lower_steps, "linear_steps": linear_steps, "averaging": averaging}
-    forms = {"x": "none-cta", "y": "none-cta", "v": "gt-cta", "late": True}
+    loops: dict[str, Any] = {"lower_steps": lower_steps, "linear_steps": linear_steps, "averaging": averaging}
+    forms: dict[str, Any] = {"x": "none-cta", "y": "none-cta", "v": "gt-cta", "late": True}
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **(loops | forms | options))
 
 
@@ -56,7 +56,7 @@ def GTDSBO(
 
     MA-DSBO's loops with `gt` in place of gossip. Reference: as `MADSBO` and `Decentralized`.
     """
-    loops = {"lower_steps": lower_steps, "linear_steps": linear_steps, "averaging": averaging}
+    loops: dict[str, Any] = {"lower_steps": lower_steps, "linear_steps": linear_steps, "averaging": averaging}
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **(loops | options))
 
 
@@ -76,7 +76,7 @@ def DSOBA(
     Reference: Kong, Zhu, Lu, Huang, Yuan, "Decentralized Bilevel Optimization: A Perspective from Transient Iteration
     Complexity", JMLR 26(240), 2025.
     """
-    forms = {"x": "none", "y": "none", "v": "none", "simultaneous": True, "averaging": averaging}
+    forms: dict[str, Any] = {"x": "none", "y": "none", "v": "none", "simultaneous": True, "averaging": averaging}
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **(forms | options))
 
 
@@ -120,5 +120,5 @@ def SLDBO(
     Reference: Dong, Ma, Yang, Yin, "A Single-Loop Algorithm for Decentralized Bilevel Optimization", Mathematics of
     Operations Research 2025.
     """
-    forms = {"simultaneous": True, "radius": radius}
+    forms: dict[str, Any] = {"simultaneous": True, "radius": radius}
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **(forms | options))

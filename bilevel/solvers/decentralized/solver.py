@@ -1,4 +1,7 @@
-"""Decentralised bilevel optimisation: one solver, in SPARKLE's form. Local directions are `_directions.Joint`'s, then mixed."""
+"""Decentralised bilevel optimisation: one solver, in SPARKLE's form.
+
+Local directions are `_directions.Joint`'s, then mixed.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,8 @@ class Decentralized:
         x <- correct_x(x, r)
 
     where `correct` is one of the forms of `decentralized.corrections`: local directions plus mixing with the
-    neighbours. v solves (mean_i f_yy,i) v = mean_i F_y,i: a mean of local hypergradients would be another, wrong direction.
+    neighbours. v solves (mean_i f_yy,i) v = mean_i F_y,i: a mean of local hypergradients would be another, wrong
+    direction.
     Trackers and flows stay in the state from one outer step to the next: restarting them brings the heterogeneity back.
 
     The data of both levels are `data.Agents` (or `data.Clients` with a batch size). `state.x` and `state.y` (also
@@ -176,7 +180,7 @@ class Decentralized:
             )
         x, y = _agents.spread(x, n, problem), _agents.spread(y, n, problem)
         if self.check_stability and not _agents.traced(problem, x, y, self):
-            self._check(float(_agents.largest_curvature(problem, x, y, key)))
+            self._check(float(_curvature(problem, x, y, key)))
         move = self._moves()
         return DecentralizedState(
             CORRECTIONS[self.x].start(x, move.x),
@@ -283,6 +287,11 @@ class Decentralized:
                 "solve(tol=...) with record=False: nothing is measured to compare with the tolerance. Set record=True."
             )
         return within(tol, metrics, "hypergradient_norm", "lower_residual", "consensus_x", "consensus_y")
+
+
+@jax.jit
+def _curvature(problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> Scalar:
+    return _agents.largest_curvature(problem.levels(key, "all").lower, x, y)
 
 
 def _repeat(steps: int, body: Any, copies: Copies) -> Copies:

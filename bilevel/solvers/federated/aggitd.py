@@ -27,7 +27,9 @@ class AggITDState:
 
 @hyperparameters
 class AggITD(Federated):
-    """Aggregated iterative differentiation: one exchange per lower step carries a gradient and a Hessian-vector product.
+    """Aggregated iterative differentiation.
+
+    One exchange per lower step carries a gradient and a Hessian-vector product.
 
         v = 0;   `rounds` times, clients sampled afresh each time:
             y <- y - b mean_i D_y,i,     v <- v - b mean_i D_v,i      both at the y before the step

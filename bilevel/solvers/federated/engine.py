@@ -1,7 +1,7 @@
 """How a server asks its clients: one interface, whether they are rows of arrays in this process or far away.
 
-A federated method is written once, against an `Engine`, as rounds of asks. An ask names an oracle (`oracles`) and the point
-that is sent; the answers come back weighted, both levels' terms put together, stacked over those who answered.
+A federated method is written once, against an `Engine`, as rounds of asks. An ask names an oracle (`oracles`) and the
+point that is sent; the answers come back weighted, both levels' terms put together, stacked over those who answered.
 
     at = engine.round(Draw.ROUND)                           clients sampled afresh
     D = at.ask(oracles.simfbo, Point(x, y, v)).mean         one exchange
@@ -151,7 +151,10 @@ class Round:
         return numbers if isinstance(self.who, str) else numbers[self.who]
 
     def importance(self, source: Source) -> jax.Array | None:
-        """m p_i of these clients, p_i their share of a level's objective: with it a plain mean over them is unbiased."""
+        """m p_i of these clients, p_i their share of a level's objective.
+
+        With it a plain mean over them is unbiased.
+        """
         if self.engine.weighting == "clients" or not source.given:
             return None
         return self.of(source.shares())

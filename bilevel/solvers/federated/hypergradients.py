@@ -4,8 +4,8 @@
 
 with L at least the largest eigenvalue of any H_i.
 
-No client knows H; a product of factors, each of another freshly sampled client, has the right expectation. An estimator is
-called with the engine, x, y and L, and gives (the mean upper loss, h).
+No client knows H; a product of factors, each of another freshly sampled client, has the right expectation. An estimator
+is called with the engine, x, y and L, and gives (the mean upper loss, h).
 """
 
 from __future__ import annotations

@@ -58,7 +58,9 @@ class FederatedState:
 
 @hyperparameters
 class FederatedNested(Federated):
-    """A server solves min_x F(x, y*(x)), y*(x) = argmin_y f(x, y) for averages F, f over clients whose data it never sees.
+    """A server solves min_x F(x, y*(x)), y*(x) = argmin_y f(x, y); F and f are averages over clients.
+
+    It never sees their data. One outer step:
 
         y <- lower_rounds of `lower` at x
         h =  hypergradient(x, y),  rounds of its own

@@ -2,9 +2,9 @@
 
     D_y = f_y,    D_v = f_yy v - F_y,    D_x = F_x - f_xy v
 
-An oracle takes the client's levels, the point, and options; all clients of a round stand along a leading axis (over Flower
-a client is a round of one). It gives `Terms`, what each level contributes, apart because a client may count differently in each;
-`joined` puts them together.
+An oracle takes the client's levels, the point, and options; all clients of a round stand along a leading axis (over
+Flower a client is a round of one). It gives `Terms`, what each level contributes, apart because a client may count
+differently in each; `joined` puts them together.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
-from bilevel.curvature import spectral_norm
 from bilevel.keys import Draw
 from bilevel.level import Levels
+from bilevel.solvers import _agents
 from bilevel.solvers._directions import Joint, Point
 from bilevel.typing import PyTree
 
@@ -175,8 +175,7 @@ def local_hyper(levels: Levels, at: Point, terms: int, curvature: Any) -> Terms:
 
 def curvature(levels: Levels, at: Point) -> Terms:
     """The largest |eigenvalue| of any of these clients' lower Hessians, as the value."""
-    hvp = derivatives.linearised(levels.lower, at.x, at.y).hvp
-    return Terms(jnp.max(spectral_norm(hvp, at.y, stacked=True)))
+    return Terms(_agents.largest_curvature(levels.lower, at.x, at.y))
 
 
 def joined(upper: Point | None, lower: Point | None) -> Point:

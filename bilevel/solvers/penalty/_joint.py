@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel import curvature
 from bilevel._module import state
+from bilevel.constraints import Constraints
+from bilevel.keys import StepKey
+from bilevel.level import Level
+from bilevel.lower import GradientDescent
 from bilevel.problem import Problem
 from bilevel.solvers.penalty import _base
-from bilevel.solvers.penalty._base import norm
-from bilevel.solvers.penalty._constraints import Constraints
-from bilevel.solvers.penalty._schedule import Path, Reported, as_schedule
+from bilevel.solvers.penalty._base import Diagnosed, Reported, norm, report
+from bilevel.solvers.penalty._schedule import Path, as_schedule
+from bilevel.typing import Metrics, PyTree, Scalar
 
-PyTree = Any
+S = TypeVar("S", bound="JointState")
+
+
+@state
+class Watch:
+    """What keeps the curvature of f up to date along a run.
+
+    Attributes:
+      direction: the gap's last gradient in (x, y).
+      moved: the length of the step since, in all variables.
+      probe: a direction of large curvature.
+    """
+
+    direction: PyTree
+    moved: Scalar
+    probe: PyTree
 
 
 @state
@@ -25,14 +46,13 @@ class JointState(Reported):
 
     Attributes:
       point: the iterate (x, y).
-      theta: the auxiliary lower variable, shaped like y.
+      theta: the auxiliary lower variable, shaped like y; None where there is none.
       duals: multipliers by name, each (p,), of the scaled rows (`multipliers` gives the user's). `lam` is the one to
         report.
       path: the penalty and what is extrapolated along it.
       scale: (p,), the rows' scale.
       curvatures: estimates by name.
-      direction, moved, probe: the gap's last gradient and the length of the step since, and a direction of large
-        curvature (they keep the curvature up to date).
+      watch: what keeps `f` among them up to date; None where it is not: on minibatches, or with steps set by hand.
     """
 
     point: PyTree
@@ -41,55 +61,93 @@ class JointState(Reported):
     path: Path
     scale: jax.Array
     curvatures: dict[str, jax.Array]
-    direction: PyTree
-    moved: jax.Array
-    probe: PyTree
+    watch: Watch | None
+
+    @property
+    def here(self) -> tuple[PyTree, PyTree]:
+        """The iterate."""
+        return self.point
 
     @property
     def lam(self) -> jax.Array:
         """The multipliers to report, of the scaled rows."""
         return self.duals["lam"]
 
+    def followed(
+        self: S, key: StepKey, curved: Callable[..., Scalar], apart: PyTree, factor: Any = 2.0, also: Any = 0.0
+    ) -> S:
+        """The state with the curvature `f` brought up to date.
+
+        `curved(x, y)` is what has the curvature; `apart` the gap's gradient, which varies with up to `factor` times
+        that over the last step (and a length `also` besides).
+        """
+        if self.watch is None:
+            return self
+        L, watch = self.curvatures, self.watch
+        floor, probe = curvature.probe_estimate(lambda u: curved(*u), self.point, key.step, L["f0"], watch.probe)
+        change, moved = optax.tree.sub(apart, watch.direction), factor * (watch.moved + also)
+        found = curvature.secant_estimate(L["f"], floor, change, moved, norm(self.point))
+        return dataclasses.replace(
+            self,
+            curvatures={**L, "f": jnp.maximum(found, floor), "f0": floor},
+            watch=Watch(apart, watch.moved, probe),
+        )
+
+    def stepped(
+        self: S, point: PyTree, theta: PyTree = None, duals: dict[str, jax.Array] | None = None, **more: Any
+    ) -> S:
+        """The state after a step; variables that are not given stay."""
+        theta, duals = self.theta if theta is None else theta, self.duals if duals is None else duals
+        new = dataclasses.replace(self, point=point, theta=theta, duals=duals, **more)
+        if self.watch is None:
+            return new
+        gone = norm(optax.tree.sub((point, theta, duals), (self.point, self.theta, self.duals)))
+        return dataclasses.replace(new, watch=dataclasses.replace(self.watch, moved=gone))
+
 
 def begin(
-    problem: Problem, x: PyTree, y: PyTree, key: Any, schedule: Any, duals: tuple[str, ...] = ("lam",)
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    key: StepKey,
+    schedule: Any,
+    duals: tuple[str, ...] = ("lam",),
+    follows: bool = True,
 ) -> JointState:
     """A start at (x, y): scaled rows, zero multipliers, curvatures by power iteration.
 
     The curvatures: `f` and `F` in (x, y) jointly, `f_yy`, `negative` (minus the least eigenvalue of f_yy, at least 0),
-    `rows` (the spectral norm of the scaled rows' Jacobian).
+    `rows` (the spectral norm of the scaled rows' Jacobian). `follows`: whether a step needs `f` as it is along the run.
     """
     upper, lower = problem.levels(key)
-    rows = Constraints(problem, lower, x, y).at(x, y)
-    convexity = _base.curvature(lambda y: lower(x, y), y)
+    rows = Constraints(lower, x, y).at(x, y)
+    convexity = curvature.hessian_norm(lambda y: lower(x, y), y)
     product = jax.linearize(lambda y: jax.grad(lambda y: lower(x, y))(y), y)[1]
-    shifted = _base.spectral_norm(
+    shifted = curvature.spectral_norm(
         lambda v: optax.tree.add_scale(optax.tree.scale(1.05 * convexity, v), -1.0, product(v)), y
     )
     curvatures = {
-        "f": _base.curvature(lambda u: lower(*u), (x, y)),
-        "F": _base.curvature(lambda u: upper(*u), (x, y)),
+        "f": curvature.hessian_norm(lambda u: lower(*u), (x, y)),
+        "F": curvature.hessian_norm(lambda u: upper(*u), (x, y)),
         "f_yy": convexity,
         "negative": jnp.maximum(shifted - 1.05 * convexity, 0.0),
-        "rows": _base.operator_norm(lambda u: rows(*u), (x, y)) if rows.count else jnp.zeros((), rows.dtype),
+        "rows": curvature.jacobian_norm(lambda u: rows(*u), (x, y)) if rows.count else jnp.zeros((), rows.dtype),
     }
     curvatures["f0"] = curvatures["f"]
+    path = as_schedule(schedule).init((x, y), _base.ratio(curvatures["F"], curvatures["f"]))
     zeros = {name: jnp.zeros((rows.count,), rows.dtype) for name in duals}
-    nought = optax.tree.zeros_like((x, y))
-    return JointState(
-        (x, y),
-        y,
-        zeros,
-        as_schedule(schedule).init((x, y), _base.ratio(curvatures["F"], curvatures["f"])),
-        rows.scale,
-        curvatures,
-        nought,
-        jnp.zeros((), rows.dtype),
-        _base.random_like((x, y)),
-    )
+    return JointState((x, y), y, zeros, path, rows.scale, curvatures, watching(problem, (x, y), follows))
 
 
-def lower_scale(curvatures: dict[str, jax.Array]) -> jax.Array:
+def watching(problem: Problem, point: PyTree, follows: bool) -> Watch | None:
+    """A watch before the first step; None on minibatches, whose gradients differ without a step."""
+    if problem.stochastic or not follows:
+        return None
+    dtype = jnp.result_type(*jax.tree.leaves(point[1]))
+    return Watch(optax.tree.zeros_like(point), jnp.zeros((), dtype), curvature.unit_direction(point))
+
+
+def lower_scale(curvatures: dict[str, jax.Array]) -> Scalar:
     """The curvature of f in y, or where f is flat there in (x, y) jointly, or one."""
     scale = jnp.where(curvatures["f_yy"] > 1e-3 * curvatures["f"], curvatures["f_yy"], curvatures["f"])
     return jnp.where(scale > 1e-12, scale, 1.0)
@@ -98,9 +156,9 @@ def lower_scale(curvatures: dict[str, jax.Array]) -> jax.Array:
 class Slopes(NamedTuple):
     """Values and gradients in (x, y) of F and of the gap, auxiliary variables held."""
 
-    loss: jax.Array
+    loss: Scalar
     upward: PyTree
-    gap: jax.Array
+    gap: Scalar
     apart: PyTree
 
     def along(self, c: Any) -> PyTree:
@@ -108,7 +166,7 @@ class Slopes(NamedTuple):
         return optax.tree.add_scale(self.apart, 1 / c, self.upward)
 
 
-def slopes(upper: Callable[..., jax.Array], gap: Callable[..., jax.Array], x: PyTree, y: PyTree) -> Slopes:
+def slopes(upper: Level, gap: Callable[..., Scalar], x: PyTree, y: PyTree) -> Slopes:
     """One gradient of F and one of the gap."""
     loss, upward = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
     value, apart = jax.value_and_grad(gap, argnums=(0, 1))(x, y)
@@ -120,74 +178,33 @@ def descend(problem: Problem, u: PyTree, direction: PyTree, alpha: Any) -> PyTre
     return _base.project_pair(problem, *optax.tree.add(u, _base.limited(u, optax.tree.scale(-alpha, direction))))
 
 
-def follow(
-    problem: Problem,
-    state: JointState,
-    key: Any,
-    curved: Callable[..., jax.Array],
-    apart: PyTree,
-    factor: Any = 2.0,
-    moved: Any = None,
-) -> tuple[dict[str, jax.Array], PyTree]:
-    """The curvatures with `f` brought up to date, and the next probe; unchanged for minibatches.
-
-    `curved(x, y)` is what has the curvature; `apart` the gap's gradient, which varies with up to `factor` times that.
-    """
-    if problem.stochastic:
-        return dict(state.curvatures), state.probe
-    floor, probe = _base.probed(lambda u: curved(*u), state.point, key.step, state.curvatures["f0"], state.probe)
-    moved = state.moved if moved is None else moved
-    found = _base.secant(
-        state.curvatures["f"], floor, optax.tree.sub(apart, state.direction), factor * moved, norm(state.point)
-    )
-    return {**state.curvatures, "f": jnp.maximum(found, floor), "f0": floor}, probe
+def descended(lower: Level, x: PyTree, y: PyTree, size: Any, steps: int) -> PyTree:
+    """`steps` (projected) gradient steps of f(x, .) from y."""
+    solver = GradientDescent(size, steps)
+    return solver(lower, x, solver.init(y)).y
 
 
-def close(
-    schedule: Any,
-    state: JointState,
-    key: Any,
-    found: Slopes,
-    rows: Constraints,
-    point: PyTree,
-    theta: PyTree,
-    duals: dict[str, jax.Array],
-    curvatures: tuple[dict[str, jax.Array], PyTree],
-    residuals: tuple[Any, ...],
-    lower_residual: Any,
-    cap: Any = None,
-    penalty: Any = None,
-    bias: Any = None,
-) -> tuple[JointState, dict[str, jax.Array]]:
-    """The new state and the family's metrics (`Diagnosed`); `residuals` are norms of the step's parts over their step
-    sizes."""
-    c = state.path.penalty if penalty is None else penalty
-    residual = c * jnp.sqrt(sum(jnp.asarray(r) ** 2 for r in residuals))
-    slope = norm(found.upward)
-    path = as_schedule(schedule).advance(state.path, key.step, point, residual / jnp.maximum(slope, 1e-30))
-    if bias is None:
-        bias = jnp.abs(c * found.gap)
-    bias = jnp.where(jnp.isfinite(path.change), jnp.minimum(slope * path.change, bias), bias)
-    moved = norm(
-        (optax.tree.sub(point, state.point), optax.tree.sub(theta, state.theta), optax.tree.sub(duals, state.duals))
-    )
-    metrics = {
-        "upper_loss": found.loss,
-        "hypergradient_norm": residual,
-        "lower_residual": jnp.asarray(lower_residual),
-        "gap": found.gap,
-        "violation": rows.violation(*point),
-        "penalty": jnp.asarray(c),
-        "bias": bias,
-    }
-    if cap is not None:
-        metrics["multiplier_at_cap"] = share_at_cap(duals["lam"], cap)
-    new = JointState(point, theta, duals, path, state.scale, curvatures[0], found.apart, moved, curvatures[1])
-    return new, metrics
+class Joint(Diagnosed):
+    """What the joint methods' steps end with."""
 
+    def close(
+        self, new: S, key: StepKey, found: Slopes, residuals: tuple[Any, ...], lower_residual: Any, **said: Any
+    ) -> tuple[S, Metrics]:
+        """The new state with its penalty, and the metrics.
 
-def share_at_cap(lam: jax.Array, cap: Any) -> jax.Array:
-    """The share of multipliers that sit on their cap."""
-    if not lam.size:
-        return jnp.zeros((), lam.dtype)
-    return jnp.mean((jnp.abs(lam) >= cap * (1 - 1e-6)).astype(lam.dtype))
+        `residuals`: norms of the step's parts over their step sizes (of F / c + gap, hence c times that in units of F);
+        `said`: what `report` takes besides.
+        """
+        c, slope = new.path.penalty, norm(found.upward)
+        residual = c * norm(residuals)
+        path = self.advance(new.path, key, new.point, residual / jnp.maximum(slope, 1e-30))
+        metrics = report(
+            path,
+            upper_loss=found.loss,
+            hypergradient_norm=residual,
+            lower_residual=lower_residual,
+            gap=found.gap,
+            slope=slope,
+            **{"penalty": c, **said},
+        )
+        return dataclasses.replace(new, path=path), metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,8 +11,7 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
-
-PyTree = Any
+from bilevel.typing import PyTree
 
 # Below this F has no curvature to speak of.
 _FLAT = 1e-5
@@ -21,39 +21,25 @@ _FLAT = 1e-5
 class Path:
     """Where a run stands on the penalty's path.
 
+    What belongs to the extrapolation is None where nothing is extrapolated.
+
     Attributes:
       penalty: c, the weight of the lower level against the upper loss.
       begun: the step at which this c was taken.
-      ends: the last three points at which a stage had converged, newest first: (x, y), stacked along a leading axis.
-      penalties: their c, shape (3,); zero where there is none yet.
-      change: |the newest extrapolated point - the one before|, an estimate of its error; infinite before there are two.
-      reported: the point to report.
       unit: what c is measured in, see `Continuation`.
+      penalties: c at the last three stages that converged, shape (3,), newest first; zero where there is none yet.
+      change: |the newest extrapolated point - the one before|, an estimate of its error; infinite before there are two.
+      ends: the points at the ends of those stages, (x, y), stacked along a leading axis.
+      reported: the point to report.
     """
 
     penalty: jax.Array
     begun: jax.Array
-    ends: PyTree
+    unit: jax.Array
     penalties: jax.Array
     change: jax.Array
-    reported: PyTree
-    unit: jax.Array
-
-
-class Reported:
-    """A state whose `path` holds the point to report, the extrapolated one where there is one."""
-
-    path: Path
-
-    @property
-    def x(self) -> PyTree:
-        """The upper variable to report."""
-        return self.path.reported[0]
-
-    @property
-    def y(self) -> PyTree:
-        """The lower variable to report."""
-        return self.path.reported[1]
+    ends: PyTree = None
+    reported: PyTree = None
 
 
 @hyperparameters
@@ -66,21 +52,12 @@ class Polynomial:
 
     def init(self, point: PyTree, unit: Any = 1.0) -> Path:
         """The path before the first step."""
-        return _begin(point, self.start, 1.0)
+        return _begin(point, self.start, 1.0, extrapolated=False)
 
     def advance(self, path: Path, k: Any, point: PyTree, settled: Any) -> Path:
         """The path after step k."""
-        dtype = path.penalty.dtype
-        c = self.start * (jnp.asarray(k, dtype) + 2) ** self.power
-        return Path(
-            jnp.minimum(c, self.maximum).astype(dtype),
-            path.begun,
-            path.ends,
-            path.penalties,
-            path.change,
-            point,
-            path.unit,
-        )
+        c = self.start * (jnp.asarray(k, path.penalty.dtype) + 2) ** self.power
+        return dataclasses.replace(path, penalty=jnp.minimum(c, self.maximum).astype(path.penalty.dtype))
 
     def grows(self, path: Path) -> jax.Array:
         """Whether c can still grow."""
@@ -89,8 +66,8 @@ class Polynomial:
 
 @hyperparameters
 class Continuation:
-    """c doubles whenever the point for the present c has been found, and at the latest when start ((k + 1) /
-    patience)^power overtakes it.
+    """c doubles whenever the point for the present c has been found, and at the latest when a power of k overtakes it:
+    start ((k + 1) / patience)^power.
 
     The solution of the penalised problem has a bias that is a power series in 1/c (where multipliers and active sets
     stay as they are). With `extrapolate` (Richardson) the reported point combines the last three converged stages so
@@ -118,7 +95,8 @@ class Continuation:
 
     def init(self, point: PyTree, unit: Any = 2.0) -> Path:
         """The path before the first step; `unit`: the upper loss's curvature over the lower one's."""
-        return _begin(point, self.start, jnp.where(unit > _FLAT, jnp.maximum(unit / 2, self.least), 1.0))
+        unit = jnp.where(unit > _FLAT, jnp.maximum(unit / 2, self.least), 1.0)
+        return _begin(point, self.start, unit, self.extrapolate)
 
     def advance(self, path: Path, k: Any, point: PyTree, settled: Any) -> Path:
         """The path after step k; `settled`: the residual relative to the upper gradient."""
@@ -126,29 +104,29 @@ class Continuation:
         k = jnp.asarray(k, dtype)
         done = (settled <= self.settle * path.unit / c) & (k > path.begun + 5) & (c > path.penalties[0])
         overdue = path.unit * self.start * ((k + 1) / self.patience) ** self.power > self.factor * c
-        ends = jax.tree.map(lambda e, p: jnp.where(done, jnp.concatenate([p[None], e[:-1]]), e), path.ends, point)
         penalties = jnp.where(done, jnp.concatenate([c[None], path.penalties[:-1]]), path.penalties)
         # An unconverged stage breaks the ladder.
         penalties = jnp.where(overdue & ~done, 0.0, penalties)
-        reported, change = point, path.change
-        if self.extrapolate:
-            found, regular = _richardson(ends, penalties, self.factor)
-            held = derivatives.norm(jax.tree.map(lambda a, b: a - b, found, path.reported))
-            reported = jax.tree.map(
-                lambda f, p, old: jnp.where(regular, jnp.where(done, f, old), p), found, point, path.reported
-            )
-            change = jnp.where(regular, jnp.where(done, held, path.change), jnp.inf)
         # The last step is a whole one too: extrapolation needs stages in proportion.
         grown = jnp.where(self.grows(path), c * self.factor, c)
-        return Path(
-            jnp.where(done | overdue, grown, c).astype(dtype),
-            jnp.where(done | overdue, k, path.begun).astype(dtype),
-            ends,
-            penalties,
-            change.astype(dtype),
-            reported,
-            path.unit,
+        new = dataclasses.replace(
+            path,
+            penalty=jnp.where(done | overdue, grown, c).astype(dtype),
+            begun=jnp.where(done | overdue, k, path.begun).astype(dtype),
+            penalties=penalties,
         )
+        return self._extrapolated(new, point, done) if self.extrapolate else new
+
+    def _extrapolated(self, path: Path, point: PyTree, done: jax.Array) -> Path:
+        """The path with its stages' ends and what is extrapolated from them; `done`: `point` ends a stage."""
+        ends = jax.tree.map(lambda e, p: jnp.where(done, jnp.concatenate([p[None], e[:-1]]), e), path.ends, point)
+        found, regular = _richardson(ends, path.penalties, self.factor)
+        held = derivatives.norm(optax.tree.sub(found, path.reported))
+        reported = jax.tree.map(
+            lambda f, p, old: jnp.where(regular, jnp.where(done, f, old), p), found, point, path.reported
+        )
+        change = jnp.where(regular, jnp.where(done, held, path.change), jnp.inf).astype(path.change.dtype)
+        return dataclasses.replace(path, ends=ends, reported=reported, change=change)
 
     def grows(self, path: Path) -> jax.Array:
         """Whether c can still grow."""
@@ -160,16 +138,15 @@ def as_schedule(value: Any) -> Any:
     return value if hasattr(value, "advance") else Polynomial(value, 0.0)
 
 
-def _begin(point: PyTree, start: Any, unit: Any) -> Path:
+def _begin(point: PyTree, start: Any, unit: Any, extrapolated: bool) -> Path:
     dtype = jnp.result_type(*jax.tree.leaves(point))
-    scalar = lambda v: jnp.asarray(v, dtype)  # noqa: E731
-    ends = jax.tree.map(lambda p: jnp.stack([p] * 3), point)
-    return Path(scalar(unit * start), scalar(0), ends, jnp.zeros((3,), dtype), scalar(jnp.inf), point, scalar(unit))
+    c, begun, unit, change = (jnp.asarray(v, dtype) for v in (unit * start, 0, unit, jnp.inf))
+    ends, reported = (jax.tree.map(lambda p: jnp.stack([p] * 3), point), point) if extrapolated else (None, None)
+    return Path(c, begun, unit, jnp.zeros((3,), dtype), change, ends, reported)
 
 
 def _richardson(ends: PyTree, penalties: jax.Array, q: Any) -> tuple[PyTree, jax.Array]:
-    """The extrapolated point from the newest two or three stages, and whether the stages behave like a series in
-    1/c."""
+    """The extrapolated point of the last three stages, and whether they behave like a series in 1/c."""
     two = jax.tree.map(lambda e: (q * e[0] - e[1]) / (q - 1), ends)
     before = jax.tree.map(lambda e: (q * e[1] - e[2]) / (q - 1), ends)
     three = jax.tree.map(lambda a, b: (q**2 * a - b) / (q**2 - 1), two, before)
@@ -184,4 +161,4 @@ def _richardson(ends: PyTree, penalties: jax.Array, q: Any) -> tuple[PyTree, jax
     regular = (penalties[2] > 0) & (
         ((ratio > 0.7) & (ratio < 1.4) & straight) | (derivatives.norm(older) <= resolution)
     )
-    return jax.tree.map(lambda a: a, three), regular
+    return three, regular

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import optimizers
+from bilevel import curvature
 from bilevel._module import state
+from bilevel.constraints import Constraints
+from bilevel.keys import StepKey
 from bilevel.level import Level
 from bilevel.lower import LBFGS, GradientDescent
-from bilevel.optimizers import as_optimizer
+from bilevel.optimizers import Move, residual, spectral
 from bilevel.problem import Problem
 from bilevel.solvers.penalty import _base
-from bilevel.solvers.penalty._constraints import Constraints
-from bilevel.solvers.penalty._schedule import Path, Reported, as_schedule
-
-PyTree = Any
+from bilevel.solvers.penalty._base import Diagnosed, Reported
+from bilevel.solvers.penalty._schedule import Continuation, Path, as_schedule
+from bilevel.typing import PyTree, Scalar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +50,37 @@ class ValueState(Reported):
     """The state of a method with inner solves.
 
     Attributes:
-      point: the iterate (x, y).
+      point: (x, y), x the next trial and y the lower variable at the one before.
+      seen: the x that y belongs to, where the last hypergradient was taken.
       inner: what each inner solve starts from, by name.
-      upper: the upper optimiser's memory.
+      upper: the upper step rule's memory.
       path: the penalty and what is extrapolated along it.
       scale, lam: the rows' scale and multipliers (empty without coupled constraints).
-      curvatures: estimates by name.
+      curvatures: `f_yy` and `F_yy` at the start.
     """
 
     point: PyTree
+    seen: PyTree
     inner: dict[str, PyTree]
     upper: PyTree
     path: Path
     scale: jax.Array
     lam: jax.Array
     curvatures: dict[str, jax.Array]
+
+    @property
+    def here(self) -> tuple[PyTree, PyTree]:
+        """The last x with its y."""
+        return self.seen, self.point[1]
+
+
+class Moved(NamedTuple):
+    """An upper step: the new x, the rule's memory and a fresh one, and how far from stationary x was."""
+
+    x: PyTree
+    memory: PyTree
+    fresh: PyTree
+    stationarity: Scalar
 
 
 @functools.cache
@@ -72,67 +89,57 @@ def default_upper() -> optax.GradientTransformation:
     return optax.adam(1e-2)
 
 
-def upper_rule(problem: Problem, given: Any) -> Any:
-    """The upper optimiser: the one given, else steps without a step size on full batches and Adam(0.01) on
-    minibatches."""
-    if given is not None:
-        return as_optimizer(given)
-    return as_optimizer(default_upper() if problem.stochastic else optimizers.spectral())
+def lower_rule(problem: Problem, steepness: Any, steps: int, dtype: Any) -> GradientDescent:
+    """The default lower solver: L-BFGS (with a projection: spectral projected gradients) on full batches.
 
-
-def lower_rule(problem: Problem, given: Any, curvature: Any, steps: int, dtype: Any) -> Any:
-    """The lower solver: the one given, else L-BFGS (with a projection: spectral projected gradients) on full batches
-    and `steps` steps of length 1 / (2 curvature) on minibatches."""
-    if given is not None:
-        return given
-    if problem.stochastic:
-        return GradientDescent(0.5 / jnp.maximum(curvature, 1e-12), steps)
-    tol = 3 * float(jnp.finfo(dtype).eps) ** 0.75
-    return LBFGS(200, tol) if problem.project_lower is None else GradientDescent(optimizers.spectral(), 500, tol)
-
-
-def begin(
-    problem: Problem, x: PyTree, y: PyTree, key: Any, schedule: Any, rule: Any, inner: dict[str, PyTree]
-) -> ValueState:
-    """A start at (x, y), with the curvatures `f_yy` and `F_yy`."""
-    upper, lower = problem.levels(key)
-    rows = Constraints(problem, lower, x, y).at(x, y)
-    curvatures = {"f_yy": _base.curvature(lambda y: lower(x, y), y), "F_yy": _base.curvature(lambda y: upper(x, y), y)}
-    zeros = jnp.zeros((rows.count,), rows.dtype)
-    return ValueState(
-        (x, y),
-        inner,
-        rule.init(x),
-        as_schedule(schedule).init((x, y), _base.ratio(curvatures["F_yy"], curvatures["f_yy"])),
-        rows.scale,
-        zeros,
-        curvatures,
-    )
-
-
-def descend(
-    problem: Problem, rule: Any, state: ValueState, value: Any, gradient: PyTree
-) -> tuple[PyTree, PyTree, jax.Array]:
-    """One upper step: the new x, the optimiser's memory, and the gradient's norm (projected where X is a set)."""
-    x = state.point[0]
-    updates, memory = rule.update(gradient, state.upper, x, value=value, grad=gradient)
-    new = optax.apply_updates(x, updates)
-    if problem.project_upper is None:
-        return new, memory, _base.norm(gradient)
-    mapped = optax.tree.sub(x, problem.project_upper(optax.tree.sub(x, gradient)))
-    return problem.project_upper(new), memory, _base.norm(mapped)
-
-
-def advance(
-    schedule: Any, rule: Any, state: ValueState, key: Any, point: PyTree, memory: PyTree, settled: Any, at: PyTree
-) -> tuple[Path, PyTree]:
-    """The path after this step, and the optimiser's memory: a new one where the penalty, and with it the objective,
-    changed.
-
-    `at`: the point that `settled` was measured at, which is the one before the step.
+    `steps` steps of length 1 / (2 curvature) on minibatches.
     """
-    path = as_schedule(schedule).advance(state.path, key.step, at, settled)
-    if getattr(schedule, "extrapolate", None) is None:
-        return path, memory
-    fresh, changed = rule.init(point[0]), path.penalty != state.path.penalty
-    return path, jax.tree.map(lambda new, old: jnp.where(changed, new, old), fresh, memory)
+    if problem.stochastic:
+        return GradientDescent(0.5 / jnp.maximum(steepness, 1e-12), steps)
+    tol = 3 * float(jnp.finfo(dtype).eps) ** 0.75
+    return LBFGS(200, tol) if problem.project_lower is None else GradientDescent(spectral(), 500, tol)
+
+
+class ValueMethod(Diagnosed):
+    """What the methods with inner solves share: their start, the step of x, and the state after it."""
+
+    upper_optimizer: Any = None
+
+    def move(self, problem: Problem) -> Move:
+        """How x moves; by default without a step size on full batches, and by Adam(0.01) on minibatches."""
+        default = default_upper() if problem.stochastic else spectral()
+        return Move(default if self.upper_optimizer is None else self.upper_optimizer, problem.project_upper)
+
+    def begin(
+        self, problem: Problem, x: PyTree, y: PyTree, key: StepKey, inner: Any = lambda rows, y: {}
+    ) -> ValueState:
+        """A start at (x, y); `inner(multipliers, y)`: what the inner solves start from."""
+        upper, lower = problem.levels(key)
+        rows = Constraints(lower, x, y).at(x, y)
+        curvatures = {
+            "f_yy": curvature.hessian_norm(lambda y: lower(x, y), y),
+            "F_yy": curvature.hessian_norm(lambda y: upper(x, y), y),
+        }
+        lam = jnp.zeros((rows.count,), rows.dtype)
+        path = as_schedule(self.penalty).init((x, y), _base.ratio(curvatures["F_yy"], curvatures["f_yy"]))
+        return ValueState((x, y), x, inner(lam, y), self.move(problem).init(x), path, rows.scale, lam, curvatures)
+
+    def descend(self, problem: Problem, state: ValueState, value: Scalar, gradient: PyTree) -> Moved:
+        """One upper step along a gradient at the state's x."""
+        move, x = self.move(problem), state.point[0]
+        new, memory = move(gradient, state.upper, x, value=value, grad=gradient)
+        return Moved(new, memory, move.init(new), residual(x, gradient, problem.project_upper))
+
+    def after(
+        self, state: ValueState, key: StepKey, moved: Moved, y: PyTree, inner: dict[str, PyTree], settled: Any = jnp.inf
+    ) -> ValueState:
+        """The state after a step. `settled`: the residual over |F_y|, at the x before the step, where y was found.
+
+        The step rule starts afresh where the penalty, and with it the objective, jumped.
+        """
+        x = state.point[0]
+        path, memory = self.advance(state.path, key, (x, y), settled), moved.memory
+        if isinstance(self.penalty, Continuation):
+            jumped = path.penalty != state.path.penalty
+            memory = jax.tree.map(lambda new, old: jnp.where(jumped, new, old), moved.fresh, memory)
+        return dataclasses.replace(state, point=(moved.x, y), seen=x, inner=inner, upper=memory, path=path)

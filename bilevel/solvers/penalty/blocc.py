@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,28 +10,27 @@ import jax.numpy as jnp
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters
+from bilevel.constraints import Constraints
+from bilevel.keys import StepKey
+from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import Diagnosed
-from bilevel.solvers.penalty._constraints import Constraints
-from bilevel.solvers.penalty._polish import solve_lower
-from bilevel.solvers.penalty._schedule import Continuation, as_schedule
-from bilevel.solvers.penalty._value import Tilted, ValueState, advance, begin, descend, upper_rule
-
-PyTree = Any
+from bilevel.solvers.penalty._base import report
+from bilevel.solvers.penalty._schedule import Continuation
+from bilevel.solvers.penalty._value import Tilted, ValueMethod, ValueState
+from bilevel.typing import Metrics, PyTree, Scalar
 
 
 @hyperparameters
-class BLOCC(Diagnosed):
+class BLOCC(ValueMethod):
     """BLOCC, F2BA with coupled constraints.
 
         (z, mu)  = saddle of f + mu . c,         (y, lam) = saddle of F / c + f + lam . c            over y in Y
-        h(x)     = F_x(x, y) + c [(f + lam . c)_x(x, y) - (f + mu . c)_x(x, z)],
-            x <- Proj_X(x + upper_optimizer(h))
+        h(x)     = F_x(x, y) + c [(f + lam . c)_x(x, y) - (f + mu . c)_x(x, z)]
+        x        <- Proj_X(x + upper_optimizer(h))
 
     Problem class: f strongly convex in y, constraints convex in y, linearly independent gradients of the active ones,
-    lower
-    level feasible for every x. Oracle calls a step: two augmented-Lagrangian solves (each up to `rounds` of
+    lower level feasible for every x. Oracle calls a step: two augmented-Lagrangian solves (each up to `rounds` of
     `inner_steps` steps).
 
     Attributes:
@@ -50,55 +50,44 @@ class BLOCC(Diagnosed):
     inner_steps: int = 60
     rounds: int = 8
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> ValueState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> ValueState:
         """Scale the rows; both saddle points start at (y, 0)."""
         honours = ("constraint", "equality", "project_upper", "project_lower")
         refuse(self, problem, x, honours=honours, instead="solvers.MEHA")
-        state = begin(problem, x, y, key, self.penalty, upper_rule(problem, self.upper_optimizer), {})
-        start = (y, state.lam)
-        return ValueState(
-            state.point, {"y": start, "z": start}, state.upper, state.path, state.scale, state.lam, state.curvatures
-        )
+        return self.begin(problem, x, y, key, lambda lam, y: {"y": (y, lam), "z": (y, lam)})
 
-    def step(self, problem: Problem, state: ValueState, key: Any) -> tuple[ValueState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: ValueState, key: StepKey) -> tuple[ValueState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
         (x, y), c = state.point, state.path.penalty
-        rows = Constraints(problem, lower, x, y, state.scale)
+        rows = Constraints(lower, x, y, state.scale)
         options = {"steps": self.inner_steps, "rounds": self.rounds, "tol": float(jnp.finfo(rows.dtype).eps) ** 0.75}
-        z, mu, _, z_broken = solve_lower(lower, rows, x, *state.inner["z"], **options)
-        y, lam, _, broken = solve_lower(Tilted.of(lower, upper, 1 / c), rows, x, *state.inner["y"], **options)
+        z, mu, _, z_broken = augmented_lagrangian(lower, rows, x, *state.inner["z"], **options)
+        y, lam, _, broken = augmented_lagrangian(Tilted.of(lower, upper, 1 / c), rows, x, *state.inner["y"], **options)
 
-        def value(x: PyTree) -> jax.Array:
+        def value(x: PyTree) -> Scalar:
             lagrangians = lower(x, y) + jnp.vdot(lam, rows(x, y)) - lower(x, z) - jnp.vdot(mu, rows(x, z))
             return upper(x, y) + c * lagrangians
 
         penalised, gradient = jax.value_and_grad(value)(x)
-        rule = upper_rule(problem, self.upper_optimizer)
-        new_x, memory, stationarity = descend(problem, rule, state, penalised, gradient)
+        moved = self.descend(problem, state, penalised, gradient)
 
-        loss, gap = upper(x, y), (penalised - upper(x, y)) / c
-        slope = derivatives.norm(jax.grad(upper, argnums=1)(x, y))
-        path, memory = advance(
-            self.penalty, rule, state, key, (new_x, y), memory, stationarity / jnp.maximum(slope, 1e-30), (x, y)
+        loss, upward = jax.value_and_grad(upper, argnums=1)(x, y)
+        slope = derivatives.norm(upward)
+        settled = moved.stationarity / jnp.maximum(slope, 1e-30)
+        new = self.after(state, key, moved, y, {"y": (y, lam), "z": (z, mu)}, settled)
+        if lower.project is None:
+            inner = derivatives.norm(jax.grad(lambda z: lower(x, z) + jnp.vdot(mu, rows(x, z)))(z))
+        else:
+            inner = z_broken
+        metrics = report(
+            new.path,
+            upper_loss=loss,
+            hypergradient_norm=moved.stationarity,
+            lower_residual=inner,
+            gap=(penalised - loss) / c,
+            penalty=c,
+            violation=jnp.maximum(broken, z_broken),
+            slope=slope,
         )
-        bias = jnp.where(
-            jnp.isfinite(path.change), jnp.minimum(slope * path.change, jnp.abs(c * gap)), jnp.abs(c * gap)
-        )
-        metrics = {
-            "upper_loss": loss,
-            "hypergradient_norm": stationarity,
-            "lower_residual": derivatives.norm(jax.grad(lambda z: lower(x, z) + jnp.vdot(mu, rows(x, z)))(z))
-            if lower.project is None
-            else z_broken,
-            "gap": gap,
-            "violation": jnp.maximum(broken, z_broken),
-            "penalty": c,
-            "bias": bias,
-        }
-        return ValueState(
-            (new_x, y), {"y": (y, lam), "z": (z, mu)}, memory, path, state.scale, mu, state.curvatures
-        ), metrics
-
-    def _can_grow(self, state: ValueState) -> Any:
-        return as_schedule(self.penalty).grows(state.path)
+        return dataclasses.replace(new, lam=mu), metrics

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel._module import hyperparameters
-from bilevel.lower import GradientDescent, LowerState
+from bilevel._module import hyperparameters, state
+from bilevel.keys import StepKey
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import Diagnosed, norm
-from bilevel.solvers.penalty._constraints import Constraints
-from bilevel.solvers.penalty._joint import JointState, begin, close, descend, follow, slopes
+from bilevel.solvers.penalty._base import norm
+from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, descended, slopes
+from bilevel.typing import Metrics, PyTree, Scalar
 
-PyTree = Any
+
+@state
+class BOMEState(JointState):
+    """A joint state and `weight`, the multiplier lam of q at the last step."""
+
+    weight: Scalar
 
 
 @hyperparameters
-class BOME(Diagnosed):
+class BOME(Joint):
     """BOME: descent on F that always reduces the lower level's gap q at least as fast as a barrier phi asks.
 
         w      <- `lower_steps` gradient steps of f(x, .) from y,      q(x, y) = f(x, y) - f(x, w), w held
-        lam    = max((phi - <grad F, grad q>) / |grad q|^2, 0),        phi = barrier |grad q|^2
-            (or barrier q, `by_value`)
+        lam    = max((phi - <grad F, grad q>) / |grad q|^2, 0),        phi = barrier |grad q|^2 (`by_value`: barrier q)
         (x, y) <- (x, y) - xi (grad F + lam grad q)
 
     Problem class: f unconstrained, PL in y at least locally; the minimiser need not be unique. Takes x0=None: the
-    dynamic
+      dynamic
     barrier method of simple bilevel problems. Oracle calls a step: lower_steps f_y, 1 gradient of F, 2 of f.
 
     Attributes:
@@ -43,12 +43,11 @@ class BOME(Diagnosed):
       cap: the largest lam.
 
     `penalty` in the metrics is lam. Defaults for the counts and the barrier are the publication's; its step is set by
-    hand.
-    The accuracy is limited by the vanishing gradient of q: 1e-2 to 1e-3 relative is what to expect.
+    hand. The accuracy is limited by the vanishing gradient of q: 1e-2 to 1e-3 relative is what to expect.
 
     Reference: Liu, Ye, Wright, Stone, Liu, "BOME! Bilevel Optimization Made Easy: A Simple First-Order Approach",
-    NeurIPS 2022; for simple bilevel problems Gong, Liu, Liu, "Bi-objective Trade-off with Dynamic Barrier Gradient Descent",
-    NeurIPS 2021.
+    NeurIPS 2022; for simple bilevel problems Gong, Liu, Liu, "Bi-objective Trade-off with Dynamic Barrier Gradient
+    Descent", NeurIPS 2021.
     """
 
     xi: float | None = None
@@ -59,18 +58,18 @@ class BOME(Diagnosed):
     floor: float = 1e-8
     cap: float = 1e4
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> JointState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> BOMEState:
         """Estimate the curvatures."""
         refuse(self, problem, x, honours=(), simple=True, instead="solvers.VPBGD, solvers.MEHA or solvers.LVHBA")
-        return begin(problem, x, y, key, 1.0)
+        start = begin(problem, x, y, key, self.penalty, follows=self.xi is None)
+        return BOMEState(**vars(start), weight=jnp.zeros_like(start.path.penalty))
 
-    def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: BOMEState, key: StepKey) -> tuple[BOMEState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
         (x, y), L = state.point, state.curvatures
         size = 1 / jnp.maximum(L["f_yy"], 1e-12) if self.lower_step is None else self.lower_step
-        descent = GradientDescent(size, self.lower_steps)
-        w = descent(lower, x, LowerState(y, descent.init(y).memory)).y
+        w = descended(lower, x, y, size, self.lower_steps)
 
         found = slopes(upper, lambda x, y: lower(x, y) - lower(x, w), x, y)
         steep = optax.tree.norm(found.apart, squared=True)
@@ -80,27 +79,6 @@ class BOME(Diagnosed):
         xi = 1 / (L["F"] + 2 * (1 + lam) * L["f"]) if self.xi is None else self.xi
         point = descend(problem, (x, y), direction, xi)
 
-        rows = Constraints(problem, lower, x, y, state.scale)
-        curvatures = follow(problem, state, key, lower, found.apart)
-        # The multiplier hides F's gradient in the direction; what is left of it there and the gap together are the
-        # KKT measure.
-        residual = norm(direction)
-        new, metrics = close(
-            1.0,
-            state,
-            key,
-            found,
-            rows,
-            point,
-            w,
-            state.duals,
-            curvatures,
-            (residual,),
-            jnp.sqrt(steep),
-            penalty=jnp.ones(()),
-            bias=lam * found.gap,
-        )
-        metrics["penalty"] = lam
-        return dataclasses.replace(
-            new, path=dataclasses.replace(new.path, penalty=lam.astype(new.path.penalty.dtype))
-        ), metrics
+        # What the multiplier leaves of F's gradient in the direction and the gap together are the KKT measure.
+        new = state.followed(key, lower, found.apart).stepped(point, w, weight=lam.astype(state.weight.dtype))
+        return self.close(new, key, found, (norm(direction),), jnp.sqrt(steep), penalty=lam, bias=lam * found.gap)

@@ -10,18 +10,19 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters
+from bilevel.keys import StepKey
 from bilevel.lower import GradientDescent, LowerState, as_lower_solver
+from bilevel.optimizers import residual
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import Diagnosed
-from bilevel.solvers.penalty._schedule import Continuation, Polynomial, as_schedule
-from bilevel.solvers.penalty._value import Tilted, ValueState, advance, begin, descend, lower_rule, upper_rule
-
-PyTree = Any
+from bilevel.solvers.penalty._base import report
+from bilevel.solvers.penalty._schedule import Continuation, Polynomial
+from bilevel.solvers.penalty._value import Tilted, ValueMethod, ValueState, lower_rule
+from bilevel.typing import LowerSolver, Metrics, PyTree, Scalar
 
 
 @hyperparameters
-class F2SA(Diagnosed):
+class F2SA(ValueMethod):
     """The fully first-order hypergradient, a finite difference in nu = 1 / c of v_nu(x) = min over y of f + nu F.
 
         one-sided:  y = argmin f + nu F,   z = argmin f
@@ -34,9 +35,9 @@ class F2SA(Diagnosed):
     multiplied by c.
 
     Problem class: f strongly convex in y over a simple set Y. One-sided, the minimiser of f need not be unique; the
-    central
-    difference needs strong convexity, for f - nu F is unbounded where f is flat. Oracle calls a step: 2 lower solves,
-    2 gradients of F and 2 of f in x.
+      central
+    difference needs strong convexity, for f - nu F is unbounded where f is flat. Oracle calls a step: 2 lower solves, 2
+    gradients of F and 2 of f in x.
 
     Attributes:
       central: the central difference.
@@ -50,8 +51,8 @@ class F2SA(Diagnosed):
     The reference implementations take steps of y with f's gradient at z in one place; here it is at y.
 
     References: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bilevel Optimization", ICML 2023
-    (F2SA); Chen, Ma, Zhang, "Near-Optimal Nonconvex-Strongly-Convex Bilevel Optimization with Fully First-Order Oracles",
-    JMLR 2025 (F2BA); for differences of higher order arXiv 2509.02937 (F2SA-p).
+    (F2SA); Chen, Ma, Zhang, "Near-Optimal Nonconvex-Strongly-Convex Bilevel Optimization with Fully First-Order
+    Oracles", JMLR 2025 (F2BA); for differences of higher order arXiv 2509.02937 (F2SA-p).
     """
 
     central: bool = False
@@ -60,84 +61,68 @@ class F2SA(Diagnosed):
     upper_optimizer: Any = None
     penalty: Any = Polynomial(10.0, 1 / 3)
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> ValueState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> ValueState:
         """Estimate the curvatures; both lower variables start at y."""
-        refuse(
-            self,
-            problem,
-            x,
-            honours=("project_upper", "project_lower"),
-            instead="solvers.LVHBA, solvers.BLOCC or solvers.MEHA",
-        )
-        rule = upper_rule(problem, self.upper_optimizer)
-        memory = self._lower(problem, jnp.ones((), jnp.result_type(*jax.tree.leaves(y))), y).init(y)
-        return begin(problem, x, y, key, self.penalty, rule, {"y": memory, "z": memory})
+        honours = ("project_upper", "project_lower")
+        refuse(self, problem, x, honours=honours, instead="solvers.LVHBA, solvers.BLOCC or solvers.MEHA")
+        start = y if self.lower_solver is None else as_lower_solver(self.lower_solver).init(y)
+        return self.begin(problem, x, y, key, lambda lam, y: {"y": start, "z": start})
 
-    def step(self, problem: Problem, state: ValueState, key: Any) -> tuple[ValueState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: ValueState, key: StepKey) -> tuple[ValueState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
-        x, c = state.point[0], state.path.penalty
+        x, c, L = state.point[0], state.path.penalty, state.curvatures
         nu, low = 1 / c, -1 / c if self.central else 0.0
-        solver = self._lower(problem, state.curvatures["f_yy"] + nu * state.curvatures["F_yy"], state.point[1])
+        solver, starts = self._solver(problem, L["f_yy"] + nu * L["F_yy"], state.inner)
 
         tilted, other = Tilted.of(lower, upper, nu), Tilted.of(lower, upper, low) if self.central else lower
-        found, reference = solver(tilted, x, state.inner["y"]), solver(other, x, state.inner["z"])
+        found, reference = solver(tilted, x, starts["y"]), solver(other, x, starts["z"])
         y, z = found.y, reference.y
 
-        def value(x: PyTree) -> jax.Array:
+        def value(x: PyTree) -> Scalar:
             if self.central:
                 return (upper(x, y) + upper(x, z)) / 2 + c / 2 * (lower(x, y) - lower(x, z))
             return upper(x, y) + c * (lower(x, y) - lower(x, z))
 
         penalised, gradient = jax.value_and_grad(value)(x)
-        rule = upper_rule(problem, self.upper_optimizer)
-        new_x, memory, stationarity = descend(problem, rule, state, penalised, gradient)
+        moved = self.descend(problem, state, penalised, gradient)
 
         middle = optax.tree.scale(0.5, optax.tree.add(y, z)) if self.central else y
-        loss = upper(x, middle)
-        gap = jnp.maximum(lower(x, y), lower(x, z)) - lower(x, middle) if self.central else lower(x, y) - lower(x, z)
-        # To leading order what the difference quotient leaves out: even terms of F, odd terms of f.
-        bias = (
-            jnp.abs((upper(x, y) + upper(x, z)) / 2 - loss) + jnp.abs(c / 2 * (lower(x, y) - lower(x, z)))
-            if self.central
-            else c * gap
-        )
-        inexact = c * jnp.maximum(_residual(tilted, x, y), _residual(other, x, z))
-        slope = derivatives.norm(jax.grad(upper, argnums=1)(x, middle))
-        settled = (stationarity + inexact) / jnp.maximum(slope, 1e-30)
-        path, memory = advance(self.penalty, rule, state, key, (new_x, middle), memory, settled, (x, middle))
-        bias = jnp.where(jnp.isfinite(path.change), jnp.minimum(slope * path.change, jnp.abs(bias)), jnp.abs(bias))
-        metrics = {
-            "upper_loss": loss,
-            "hypergradient_norm": jnp.maximum(stationarity, inexact),
-            "lower_residual": inexact / c,
-            "gap": gap,
-            "violation": jnp.zeros_like(loss),
-            "penalty": c,
-            "bias": bias,
-        }
-        inner = {"y": LowerState(y, found.memory), "z": LowerState(z, reference.memory)}
-        return ValueState((new_x, middle), inner, memory, path, state.scale, state.lam, state.curvatures), metrics
-
-    def _lower(self, problem: Problem, curvature: Any, y: PyTree) -> Any:
-        return as_lower_solver(
-            lower_rule(problem, self.lower_solver, curvature, self.lower_steps, jnp.result_type(*jax.tree.leaves(y)))
+        loss, upward = jax.value_and_grad(upper, argnums=1)(x, middle)
+        gap, bias = lower(x, y) - lower(x, z), None
+        if self.central:
+            # To leading order what the difference quotient leaves out: even terms of F, odd terms of f.
+            bias = jnp.abs((upper(x, y) + upper(x, z)) / 2 - loss) + jnp.abs(c / 2 * gap)
+            gap = jnp.maximum(lower(x, y), lower(x, z)) - lower(x, middle)
+        inner = jnp.maximum(*(residual(u, f.gradient(x, u), f.project) for f, u in ((tilted, y), (other, z))))
+        slope = derivatives.norm(upward)
+        settled = (moved.stationarity + c * inner) / jnp.maximum(slope, 1e-30)
+        ends = (y, z) if self.lower_solver is None else (found, reference)
+        new = self.after(state, key, moved, middle, dict(zip("yz", ends, strict=True)), settled)
+        return new, report(
+            new.path,
+            upper_loss=loss,
+            hypergradient_norm=jnp.maximum(moved.stationarity, c * inner),
+            lower_residual=inner,
+            gap=gap,
+            penalty=c,
+            bias=bias,
+            slope=slope,
         )
 
-    def _can_grow(self, state: ValueState) -> Any:
-        return as_schedule(self.penalty).grows(state.path)
-
-
-def _residual(level: Any, x: PyTree, y: PyTree) -> jax.Array:
-    gradient = level.gradient(x, y)
-    if level.project is None:
-        return derivatives.norm(gradient)
-    return derivatives.norm(optax.tree.sub(y, level.project(optax.tree.sub(y, gradient))))
+    def _solver(
+        self, problem: Problem, curvature: Any, inner: dict[str, PyTree]
+    ) -> tuple[LowerSolver, dict[str, LowerState]]:
+        """The lower solver and where its runs start: the default ones remember nothing but where they ended."""
+        if self.lower_solver is not None:
+            return as_lower_solver(self.lower_solver), inner
+        dtype = jnp.result_type(*jax.tree.leaves(inner["y"]))
+        solver = lower_rule(problem, curvature, self.lower_steps, dtype)
+        return solver, {name: solver.init(start) for name, start in inner.items()}
 
 
 def F2BA(lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = None, lower_steps: int = 10) -> F2SA:
-    """F2BA: accurate lower solves and a constant penalty; by default one that doubles stage by stage, with
-    extrapolation.
+    """F2BA: accurate lower solves and a constant penalty; by default one that doubles by stages, with extrapolation.
 
     The upper step does not depend on c, because min over y of F + c (f - v) is as smooth in x as h itself.
     """
@@ -148,13 +133,17 @@ def F2BA(lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = N
 def CentralF2SA(
     lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = 300.0, lower_steps: int = 10
 ) -> F2SA:
-    """The central difference (F2SA-p with p = 2): the same two solves and an error of O(1 / c^2). For strongly convex
-    f."""
+    """The central difference (F2SA-p with p = 2): the same two solves, an error of O(1 / c^2).
+
+    For strongly convex f.
+    """
     return F2SA(True, lower_solver, lower_steps, upper_optimizer, penalty)
 
 
 def SingleLoopF2SA(lower_step: float = 0.1, upper_optimizer: Any = 0.01, penalty: Any = None) -> F2SA:
-    """F2SA with one lower step of each kind per upper step; c ~ k^(1/7), k^(1/5), k^(1/3) for both levels noisy, the
-    upper, none."""
+    """F2SA with one lower step of each kind per upper step.
+
+    c grows as k^(1/7) where both levels are noisy, k^(1/5) where the upper one is, k^(1/3) where none is.
+    """
     schedule = Polynomial(10.0, 1 / 7) if penalty is None else penalty
     return F2SA(False, GradientDescent(lower_step, 1), 1, upper_optimizer, schedule)

@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters
+from bilevel.constraints import Constraints
+from bilevel.keys import StepKey
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import Diagnosed, norm, project_pair
-from bilevel.solvers.penalty._constraints import Constraints
-from bilevel.solvers.penalty._joint import JointState, begin, close, descend, follow, lower_scale, slopes
-from bilevel.solvers.penalty._schedule import Continuation, as_schedule
-
-PyTree = Any
+from bilevel.solvers.penalty._base import project_pair, rate, share_at_cap
+from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, lower_scale, slopes
+from bilevel.solvers.penalty._schedule import Continuation
+from bilevel.typing import Metrics, PyTree, Scalar
 
 
 @hyperparameters
-class BiCGAFFA(Diagnosed):
+class BiCGAFFA(Joint):
     """BiC-GAFFA, through a doubly regularised gap function of the lower level's Lagrangian L = f + z . c.
 
         G(x, y, z) = max over theta in Y, lam in cone of  L(x, y, lam) - |lam - z|^2 / (2 gamma2)
@@ -58,40 +58,38 @@ class BiCGAFFA(Diagnosed):
     penalty: Any = Continuation()
     cap: float = 1e5
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> JointState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> JointState:
         """Scale the rows and estimate the curvatures."""
-        refuse(
-            self,
+        honours = ("constraint", "equality", "project_upper", "project_lower")
+        refuse(self, problem, x, honours=honours, instead="solvers.MEHA")
+        return begin(
             problem,
-            x,
-            honours=("constraint", "equality", "project_upper", "project_lower"),
-            instead="solvers.MEHA",
+            *project_pair(problem, x, y),
+            key,
+            self.penalty,
+            ("lam", "z"),
+            self.alpha is None or self.eta is None,
         )
-        return begin(problem, *project_pair(problem, x, y), key, self.penalty, ("lam", "z"))
 
-    def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
         (x, y), z, c, L = state.point, state.duals["z"], state.path.penalty, state.curvatures
-        rows = Constraints(problem, lower, x, y, state.scale)
+        rows = Constraints(lower, x, y, state.scale)
         wide = jnp.maximum(L["rows"], 1.0) ** 2
         gamma1 = 3 / lower_scale(L) if self.gamma1 is None else self.gamma1
         gamma2 = lower_scale(L) / wide if self.gamma2 is None else self.gamma2
 
         eta = 1 / (L["f"] + 1 / gamma1) if self.eta is None else self.eta
-        inner = jax.grad(lambda t: lower(x, t) + jnp.vdot(z, rows(x, t)))(state.theta)
-        inner = optax.tree.add_scale(inner, 1 / gamma1, optax.tree.sub(state.theta, y))
-        theta = project_pair(problem, None, optax.tree.add_scale(state.theta, -eta, inner))[1]
+        slope = jax.grad(lambda t: lower(x, t) + jnp.vdot(z, rows(x, t)))(state.theta)
+        slope = optax.tree.add_scale(slope, 1 / gamma1, optax.tree.sub(state.theta, y))
+        theta = project_pair(problem, None, optax.tree.add_scale(state.theta, -eta, slope))[1]
         lam = rows.clip(z + gamma2 * rows(x, y))
 
-        def gap(x: PyTree, y: PyTree) -> jax.Array:
+        def gap(x: PyTree, y: PyTree) -> Scalar:
             here = lower(x, y) + jnp.vdot(lam, rows(x, y)) - jnp.sum((lam - z) ** 2) / (2 * gamma2)
-            there = (
-                lower(x, theta)
-                + jnp.vdot(z, rows(x, theta))
-                + optax.tree.norm(optax.tree.sub(theta, y), squared=True) / (2 * gamma1)
-            )
-            return here - there
+            near = optax.tree.norm(optax.tree.sub(theta, y), squared=True) / (2 * gamma1)
+            return here - (lower(x, theta) + jnp.vdot(z, rows(x, theta)) + near)
 
         found = slopes(upper, gap, x, y)
         alpha = 1 / (2 * L["f"] + gamma2 * wide + L["F"] / c) if self.alpha is None else self.alpha
@@ -99,26 +97,9 @@ class BiCGAFFA(Diagnosed):
         beta = jnp.minimum(gamma2, 1 / (gamma1 * wide)) / 2 if self.beta is None else self.beta
         new_z = rows.clip(z - beta * ((lam - z) / gamma2 - rows(x, theta)), self.cap)
 
-        joint, dual = norm(optax.tree.sub(point, (x, y))) / alpha, norm(new_z - z) / beta
-        inner_residual = norm(optax.tree.sub(theta, state.theta)) / eta
         # Where the rows are curved so is lam . c.
-        curvatures = follow(problem, state, key, lambda x, y: lower(x, y) + jnp.vdot(lam, rows(x, y)), found.apart)
-        residuals = (joint, dual, inner_residual)
-        duals = {"lam": lam, "z": new_z}
-        return close(
-            self.penalty,
-            state,
-            key,
-            found,
-            rows,
-            point,
-            theta,
-            duals,
-            curvatures,
-            residuals,
-            inner_residual,
-            cap=self.cap,
-        )
-
-    def _can_grow(self, state: JointState) -> Any:
-        return as_schedule(self.penalty).grows(state.path)
+        new = state.followed(key, lambda x, y: lower(x, y) + jnp.vdot(lam, rows(x, y)), found.apart)
+        new = new.stepped(point, theta, {"lam": lam, "z": new_z})
+        joint, dual, inner = rate(point, (x, y), alpha), rate(new_z, z, beta), rate(theta, state.theta, eta)
+        said = {"violation": rows.violation(*point), "multiplier_at_cap": share_at_cap(lam, self.cap)}
+        return self.close(new, key, found, (joint, dual, inner), inner, **said)

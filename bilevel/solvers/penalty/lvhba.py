@@ -9,52 +9,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import projections
+from bilevel import curvature, projections
 from bilevel._module import hyperparameters, state
+from bilevel.constraints import Constraints, is_affine
+from bilevel.keys import StepKey
+from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
 from bilevel.solvers.penalty import _base
-from bilevel.solvers.penalty._base import Diagnosed, norm, project_pair
-from bilevel.solvers.penalty._constraints import Constraints, is_affine
-from bilevel.solvers.penalty._joint import lower_scale
-from bilevel.solvers.penalty._schedule import Continuation, Path, Reported, as_schedule
-
-PyTree = Any
+from bilevel.solvers.penalty._base import norm, project_pair, rate, share_at_cap
+from bilevel.solvers.penalty._joint import Joint, JointState, lower_scale, slopes, watching
+from bilevel.solvers.penalty._schedule import Continuation, as_schedule
+from bilevel.typing import Metrics, PyTree, Scalar
 
 
 @state
-class LVHBAState(Reported):
-    """The variables of LV-HBA and what sets its steps.
+class LVHBAState(JointState):
+    """A joint state (theta and lam: the approximate saddle point of the proximal Lagrangian), and projections' memory.
 
     Attributes:
-      point: the iterate (x, y).
-      theta, lam: the approximate saddle point of the proximal Lagrangian; z: the multiplier variable. lam and z,
-        shape (p,), belong to the scaled rows: norm one together, times f's curvature (`LVHBA.multipliers` gives the
-        user's).
-      path: the penalty and what is extrapolated along it.
-      scale: (p,), the rows' scale.
-      curvatures: estimates for f, for F and for the saddle operator.
-      dual, factor: memory of the projection on C.
-      direction, moved, probe: the gap's last gradient and the length of the step since, and a direction of large
-        curvature (they keep the curvature up to date).
+      projection: (p,), the dual variable that the next projection on C starts from.
+      factor: (p, p) where C is affine and equalities alone: its projection's cached factor, else (0, 0).
     """
 
-    point: PyTree
-    theta: PyTree
-    lam: jax.Array
-    z: jax.Array
-    path: Path
-    scale: jax.Array
-    curvatures: dict[str, jax.Array]
-    dual: jax.Array
+    projection: jax.Array
     factor: jax.Array
-    direction: PyTree
-    moved: jax.Array
-    probe: PyTree
 
 
 @hyperparameters
-class LVHBA(Diagnosed):
+class LVHBA(Joint):
     """LV-HBA, a Hessian-free single-loop method through the proximal Lagrangian value function of the lower level.
 
         v(x, y, z) = min over theta in Y, max over lam in Z of
@@ -70,11 +53,15 @@ class LVHBA(Diagnosed):
         z            <- Proj_Z(z + beta (lam - z) / gamma2)
 
     Problem class: f convex in y (the solution need not be unique) and weakly convex in (x, y); C convex and cheap to
-    project on;
-    a multiplier exists. Oracle calls a step: 2 f_y and 2 products J'v in the saddle step (half of it without
-    `extragradient`), 1 gradient of F, 2 of f in (x, y), 1 product J'v, 1 projection on C; on full batches one
+    project on; a multiplier exists. Oracle calls a step: 2 f_y and 2 products J'v in the saddle step (half of it
+    without `extragradient`), 1 gradient of F, 2 of f in (x, y), 1 product J'v, 1 projection on C; on full batches one
     Hessian-vector product every ten steps watches the curvature (`init` spends some 90 on its first estimate). With
     alpha set by hand there is none.
+
+    There is one scaling of the constraints: all rows together have the spectral norm of f's curvature in y at the
+      start,
+    so that a multiplier is a distance, as many steps away as theta is. `gamma2`, `beta` and the metrics are those of
+    rows of norm one.
 
     Attributes:
       alpha, beta, eta: steps; None: from the curvature L of f, L_F of F and |B'| of the saddle operator,
@@ -82,8 +69,7 @@ class LVHBA(Diagnosed):
         for full batches.
       gamma1, gamma2: proximal parameters; None: 3 / L and 30 L with L the curvature of f in y.
       penalty: a schedule (`Continuation`, `Polynomial(c0, p)` as published) or a number.
-      cap: r, for rows of norm one and in units of f's curvature in y: a distance. `multiplier_at_cap` tells where it
-        binds.
+      cap: r, a distance. `multiplier_at_cap` tells where it binds.
       extragradient: False: one simultaneous step, as published; stable only for small eta.
       project: the projection on C, `(x, y) -> (x, y)`. None: exact by a cached factor where C is affine, else through
         the dual (`projections.dual`), with linearised rows where they are nonlinear (C must be convex).
@@ -108,153 +94,105 @@ class LVHBA(Diagnosed):
     project: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
     projection_steps: int = 200
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> LVHBAState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> LVHBAState:
         """Scale the rows, project the start on C, and estimate the curvatures."""
-        refuse(
-            self,
-            problem,
-            x,
-            honours=("constraint", "equality", "project_upper", "project_lower"),
-            instead="solvers.MEHA",
-        )
+        honours = ("constraint", "equality", "project_upper", "project_lower")
+        refuse(self, problem, x, honours=honours, instead="solvers.MEHA")
         upper, lower = problem.levels(key)
-        rows = Constraints(problem, lower, x, y).at(x, y)
-        dtype, count = rows.dtype, rows.count
-        # All rows together to norm one, or many parallel rows would dictate a short saddle step.
-        together = jnp.maximum(_base.operator_norm(lambda u: rows(*u), (x, y)), 1.0) if count else jnp.ones((), dtype)
-        rows.scale = rows.scale / together
-        factor = jnp.zeros((0, 0), dtype)
+        rows = Constraints(lower, x, y).at(x, y)
+        zeros, together = jnp.zeros((rows.count,), rows.dtype), jnp.ones((), rows.dtype)
+        if rows.count:
+            # All rows together to norm one, or many parallel rows would dictate a short saddle step.
+            together = jnp.maximum(curvature.jacobian_norm(lambda u: rows(*u), (x, y)), 1.0)
+            rows = rows.times(1 / together)
+        factor = jnp.zeros((0, 0), rows.dtype)
         if self._exact(problem, rows, x, y):
             factor = projections.dual_factor(lambda u: rows(*u), lambda u: project_pair(problem, *u), (x, y))
-        zeros = jnp.zeros((count,), dtype)
-        (x, y), dual = self._project(problem, rows, (x, y), zeros, factor)
-        curvatures = {
-            "f": _base.curvature(lambda u: lower(*u), (x, y)),
-            "F": _base.curvature(lambda u: upper(*u), (x, y)),
-            "f_yy": _base.curvature(lambda y: lower(x, y), y),
-            "rows": together,
+        (x, y), projection = self._project(problem, rows, (x, y), zeros, factor, 1.0)
+        L = {
+            "f": curvature.hessian_norm(lambda u: lower(*u), (x, y)),
+            "F": curvature.hessian_norm(lambda u: upper(*u), (x, y)),
+            "f_yy": curvature.hessian_norm(lambda y: lower(x, y), y),
         }
-        gamma1, gamma2 = self._gammas(curvatures)
-        # In the saddle problem rows are in units of f's curvature: a multiplier as large as that times a distance is
-        # then as many steps away as theta is.
-        unit = lower_scale(curvatures)
-        heavy = Constraints(problem, lower, x, y, rows.scale * unit)
-        saddle = lambda p: _saddle(lower, heavy, x, y, zeros, gamma1, gamma2 / unit**2, *p)  # noqa: E731
-        curvatures["B"] = _base.operator_norm(saddle, (y, zeros))
-        curvatures |= {"f0": curvatures["f"], "B0": curvatures["B"], "unit": unit}
-        nought = optax.tree.zeros_like((x, y))
-        path = as_schedule(self.penalty).init((x, y), _base.ratio(curvatures["F"], curvatures["f"]))
-        return LVHBAState(
-            (x, y),
-            y,
-            zeros,
-            zeros,
-            path,
-            heavy.scale,
-            curvatures,
-            dual,
-            factor,
-            nought,
-            jnp.zeros((), dtype),
-            _base.random_like((x, y)),
-        )
+        # The one scaling from here on: rows as steep as f is curved.
+        unit = lower_scale(L)
+        rows, factor, projection = rows.times(unit), factor / unit**2, projection / unit
+        L |= {"f0": L["f"], "unit": unit, "rows": unit / together}
+        saddle = proximal_saddle(lower, rows, (x, y), zeros, *self._gammas(L))
+        L["B"] = L["B0"] = curvature.jacobian_norm(lambda p: saddle(*p), (y, zeros))
+        path = as_schedule(self.penalty).init((x, y), _base.ratio(L["F"], L["f"]))
+        duals, watch = {"lam": zeros, "z": zeros}, watching(problem, (x, y), self.alpha is None)
+        return LVHBAState((x, y), y, duals, path, rows.scale, L, watch, projection, factor)
 
-    def step(self, problem: Problem, state: LVHBAState, key: Any) -> tuple[LVHBAState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: LVHBAState, key: StepKey) -> tuple[LVHBAState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
-        (x, y), z, curvatures, probe = state.point, state.z, dict(state.curvatures), state.probe
-        unit = curvatures["unit"]
-        rows = Constraints(problem, lower, x, y, state.scale)
-        gamma1, gamma2 = self._gammas(curvatures)
-        gamma2 = gamma2 / unit**2
-        c = state.path.penalty
-        adapts = not problem.stochastic
+        (x, y), z, c, L = state.point, state.duals["z"], state.path.penalty, state.curvatures
+        rows = Constraints(lower, x, y, state.scale)
+        gamma1, gamma2 = self._gammas(L)
 
         # 1. The saddle point (theta, lam).
-        def clipped(theta: PyTree, lam: jax.Array) -> tuple[PyTree, jax.Array]:
-            return project_pair(problem, None, theta)[1], rows.clip(lam, self.cap)
+        saddle = proximal_saddle(lower, rows, (x, y), z, gamma1, gamma2)
+        eta = 0.75 / L["B"] if self.eta is None else self.eta
+        start = (state.theta, state.duals["lam"])
+        theta, lam, steepness = self._saddle_step(problem, rows, saddle, start, eta, L)
 
-        saddle = lambda p: _saddle(lower, rows, x, y, z, gamma1, gamma2, *p)  # noqa: E731
-        eta = 0.75 / curvatures["B"] if self.eta is None else self.eta
-        start = (state.theta, state.lam)
-        forces = saddle(start)
-        theta, lam = halfway = clipped(*optax.tree.add_scale(start, -eta, forces))
-        if self.extragradient:
-            there = saddle(halfway)
-            theta, lam = clipped(*optax.tree.add_scale(start, -eta, there))
-            if adapts:
-                gone = norm(optax.tree.sub(halfway, start))
-                curvatures["B"] = _base.secant(
-                    curvatures["B"], curvatures["B0"], optax.tree.sub(there, forces), gone, norm(start)
-                )
-                # A step that proves longer than the operator allows is not taken: the next one is shorter.
-                stable = eta * curvatures["B"] < 1
-                theta, lam = jax.tree.map(lambda new, old: jnp.where(stable, new, old), (theta, lam), start)
-        saddle_residual = norm(optax.tree.sub((theta, lam), start)) / eta
+        # 2. The joint step on C; y must not outrun theta, which its own proximal term holds it away from.
+        def gap(x: PyTree, y: PyTree) -> Scalar:
+            near = optax.tree.norm(optax.tree.sub(theta, y), squared=True) / (2 * gamma1)
+            v = lower(x, theta) + jnp.vdot(lam, rows(x, theta)) + near - jnp.sum((lam - z) ** 2) / (2 * gamma2)
+            return lower(x, y) - v
 
-        # 2. The joint step on C.
-        def gap(x: PyTree, y: PyTree) -> jax.Array:
-            prox = optax.tree.norm(optax.tree.sub(theta, y), squared=True) / (2 * gamma1) - jnp.sum((lam - z) ** 2) / (
-                2 * gamma2
-            )
-            return lower(x, y) - lower(x, theta) - jnp.vdot(lam, rows(x, theta)) - prox
-
-        loss, upward = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
-        value, apart = jax.value_and_grad(gap, argnums=(0, 1))(x, y)
-        if adapts and self.alpha is None:
-            curved = lambda u: lower(*u) + jnp.vdot(lam, rows(*u))  # noqa: E731
-            curvatures["f0"], probe = _base.probed(curved, (x, y), key.step, curvatures["f0"], probe)
-            curvatures["f"] = _base.secant(
-                curvatures["f"], curvatures["f0"], optax.tree.sub(apart, state.direction), 2 * state.moved, norm((x, y))
-            )
-            curvatures["f"] = jnp.maximum(curvatures["f"], curvatures["f0"])
-        # y must not outrun theta, which its own proximal term holds it away from.
-        alpha = (
-            jnp.minimum(1 / (2 * curvatures["f"] + curvatures["F"] / c), 0.6 * eta)
-            if self.alpha is None
-            else self.alpha
-        )
-        descent = optax.tree.scale(-alpha, optax.tree.add_scale(apart, 1 / c, upward))
-        target = optax.tree.add((x, y), _base.limited((x, y), descent))
-        normal = Constraints(problem, lower, x, y, state.scale / unit)
-        point, dual = self._project(problem, normal, target, state.dual, state.factor)
+        found = slopes(upper, gap, x, y)
+        state = state.followed(key, lambda x, y: lower(x, y) + jnp.vdot(lam, rows(x, y)), found.apart)
+        L = state.curvatures | {"B": steepness}
+        alpha = jnp.minimum(1 / (2 * L["f"] + L["F"] / c), 0.6 * eta) if self.alpha is None else self.alpha
+        descent = _base.limited((x, y), optax.tree.scale(-alpha, found.along(c)))
+        target = optax.tree.add((x, y), descent)
+        point, projection = self._project(problem, rows, target, state.projection, state.factor, L["unit"])
 
         # 3. The multiplier variable.
-        beta = 0.3 * gamma2 if self.beta is None else self.beta / unit**2
+        beta = 0.3 * gamma2 if self.beta is None else self.beta / L["unit"] ** 2
         new_z = rows.clip(z + beta * (lam - z) / gamma2, self.cap)
 
-        steps = optax.tree.sub(point, (x, y))
-        # Multipliers' errors are gradient errors (rows have norm one), while psi itself is flat in z: |lam - z| / gamma2.
-        z_residual = unit * norm(new_z - z) * gamma2 / beta
-        residual = c * jnp.sqrt((norm(steps) / alpha) ** 2 + z_residual**2 + saddle_residual**2)
-        slope = norm(upward)
-        moved = norm((steps, optax.tree.sub((theta, lam), start), new_z - z))
-        schedule = as_schedule(self.penalty)
-        path = schedule.advance(state.path, key.step, point, residual / jnp.maximum(slope, 1e-30))
-        bias = jnp.where(
-            jnp.isfinite(path.change), jnp.minimum(slope * path.change, jnp.abs(c * value)), jnp.abs(c * value)
-        )
-        metrics = {
-            "upper_loss": loss,
-            "hypergradient_norm": residual,
-            "lower_residual": saddle_residual,
-            "gap": value,
-            "violation": normal.violation(*point) * curvatures["rows"],
-            "penalty": c,
-            "bias": bias,
-            "multiplier_at_cap": _share_at_cap(lam, self.cap),
-        }
-        new = LVHBAState(
-            point, theta, lam, new_z, path, state.scale, curvatures, dual, state.factor, apart, moved, probe
-        )
-        return new, metrics
+        new = state.stepped(point, theta, {"lam": lam, "z": new_z}, curvatures=L, projection=projection)
+        # Multipliers' errors are gradient errors where rows have norm one, while psi itself is flat in z.
+        joint, dual = rate(point, (x, y), alpha), L["unit"] * gamma2 * rate(new_z, z, beta)
+        inner = rate((theta, lam), start, eta)
+        said = {"violation": rows.violation(*point) / L["rows"], "multiplier_at_cap": share_at_cap(lam, self.cap)}
+        return self.close(new, key, found, (joint, dual, inner), inner, **said)
 
-    def _can_grow(self, state: LVHBAState) -> Any:
-        return as_schedule(self.penalty).grows(state.path)
+    def _saddle_step(
+        self, problem: Problem, rows: Constraints, saddle: Any, start: PyTree, eta: Any, L: dict[str, jax.Array]
+    ) -> tuple[PyTree, jax.Array, Scalar]:
+        """theta and lam after an (extra)gradient step from `start`,
 
-    def _gammas(self, curvatures: dict[str, jax.Array]) -> tuple[Any, Any]:
-        scale = lower_scale(curvatures)
-        return 3 / scale if self.gamma1 is None else self.gamma1, 30 * scale if self.gamma2 is None else self.gamma2
+        and the operator's curvature as far as it is known.
+        """
+
+        def forward(forces: PyTree) -> tuple[PyTree, jax.Array]:
+            theta, lam = optax.tree.add_scale(start, -eta, forces)
+            return project_pair(problem, None, theta)[1], rows.clip(lam, self.cap)
+
+        forces = saddle(*start)
+        halfway = forward(forces)
+        if not self.extragradient:
+            return *halfway, L["B"]
+        there = saddle(*halfway)
+        new = forward(there)
+        if problem.stochastic:
+            return *new, L["B"]
+        gone, change = norm(optax.tree.sub(halfway, start)), optax.tree.sub(there, forces)
+        steepness = curvature.secant_estimate(L["B"], L["B0"], change, gone, norm(start))
+        # A step that proves longer than the operator allows is not taken: the next one is shorter.
+        theta, lam = jax.tree.map(lambda new, old: jnp.where(eta * steepness < 1, new, old), new, start)
+        return theta, lam, steepness
+
+    def _gammas(self, L: dict[str, jax.Array]) -> tuple[Any, Any]:
+        """The proximal parameters, the second one for the rows as they are scaled."""
+        scale = lower_scale(L)
+        gamma1 = 3 / scale if self.gamma1 is None else self.gamma1
+        return gamma1, (30 * scale if self.gamma2 is None else self.gamma2) / L["unit"] ** 2
 
     def _exact(self, problem: Problem, rows: Constraints, x: PyTree, y: PyTree) -> bool:
         if self.project is not None or not rows.count or bool(rows.inequality.any()) or rows.count > 2000:
@@ -262,43 +200,33 @@ class LVHBA(Diagnosed):
         return is_affine(rows.raw, x, y) and is_affine(lambda x, y: project_pair(problem, x, y), x, y)
 
     def _project(
-        self, problem: Problem, rows: Constraints, u: PyTree, dual: jax.Array, factor: jax.Array
+        self, problem: Problem, rows: Constraints, u: PyTree, start: jax.Array, factor: jax.Array, unit: Any
     ) -> tuple[PyTree, jax.Array]:
-        """The projection on C and the dual variable to start the next one from."""
+        """The projection on C and the dual variable to start the next one from; `unit`: the rows' norm."""
         if self.project is not None:
-            return self.project(*u), dual
+            return self.project(*u), start
         both = lambda u: project_pair(problem, *u)  # noqa: E731
         c = lambda u: rows(*u)  # noqa: E731
         if not rows.count:
-            return both(u), dual
+            return both(u), start
         if factor.size:
-            return projections.affine(c, both, factor, u), dual
-        rounds = 1 if is_affine(rows.raw, *u) else 4
-        return projections.dual(c, rows.inequality, both, u, dual, steps=self.projection_steps, linearisations=rounds)
+            return projections.affine(c, both, factor, u), start
+        options = {"steps": self.projection_steps, "linearisations": 1 if is_affine(rows.raw, *u) else 4}
+        return projections.dual(c, rows.inequality, both, u, start, tol=1e-7 * unit, **options)
 
 
-def _saddle(
-    lower: Any,
-    rows: Constraints,
-    x: PyTree,
-    y: PyTree,
-    z: jax.Array,
-    gamma1: Any,
-    gamma2: Any,
-    theta: PyTree,
-    lam: jax.Array,
-) -> Any:
-    """B(theta, lam): the gradient of the proximal Lagrangian in theta, minus that in lam."""
+def proximal_saddle(
+    lower: Level, rows: Constraints, point: PyTree, z: jax.Array, gamma1: Any, gamma2: Any
+) -> Callable[[PyTree, jax.Array], tuple[PyTree, jax.Array]]:
+    """B(theta, lam) at (x, y, z): the gradient of the proximal Lagrangian in theta, minus that in lam."""
+    x, y = point
 
-    def lagrangian(theta: PyTree) -> tuple[jax.Array, jax.Array]:
-        value = rows(x, theta)
-        return lower(x, theta) + jnp.vdot(lam, value), value
+    def operator(theta: PyTree, lam: jax.Array) -> tuple[PyTree, jax.Array]:
+        def lagrangian(theta: PyTree) -> tuple[Scalar, jax.Array]:
+            value = rows(x, theta)
+            return lower(x, theta) + jnp.vdot(lam, value), value
 
-    gradient, value = jax.grad(lagrangian, has_aux=True)(theta)
-    return optax.tree.add_scale(gradient, 1 / gamma1, optax.tree.sub(theta, y)), (lam - z) / gamma2 - value
+        gradient, value = jax.grad(lagrangian, has_aux=True)(theta)
+        return optax.tree.add_scale(gradient, 1 / gamma1, optax.tree.sub(theta, y)), (lam - z) / gamma2 - value
 
-
-def _share_at_cap(lam: jax.Array, cap: Any) -> jax.Array:
-    if not lam.size:
-        return jnp.zeros((), lam.dtype)
-    return jnp.mean((jnp.abs(lam) >= cap * (1 - 1e-6)).astype(lam.dtype))
+    return operator

@@ -10,20 +10,19 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters
+from bilevel.constraints import depends
+from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import Diagnosed, norm
-from bilevel.solvers.penalty._constraints import Constraints, depends
-from bilevel.solvers.penalty._joint import JointState, Slopes, begin, close, follow, lower_scale
-from bilevel.solvers.penalty._schedule import Continuation, as_schedule
-
-PyTree = Any
+from bilevel.solvers.penalty._base import norm, rate
+from bilevel.solvers.penalty._joint import Joint, JointState, Slopes, begin, lower_scale
+from bilevel.solvers.penalty._schedule import Continuation
+from bilevel.typing import Metrics, PyTree, Scalar
 
 
 @hyperparameters
-class MEHA(Diagnosed):
-    """MEHA, through the Moreau envelope of the lower level phi(x, y) = f(x, y) + r(x, y), r nonsmooth with a known
-    prox.
+class MEHA(Joint):
+    """MEHA, through the Moreau envelope of the lower level phi(x, y) = f(x, y) + r(x, y), r with a known prox.
 
         v(x, y) = min over theta in Y of phi(x, theta) + |theta - y|^2 / (2 gamma),      minimise F / c + phi - v
 
@@ -34,9 +33,10 @@ class MEHA(Diagnosed):
         y     <- prox_{alpha r(x,.)}(y - alpha (F_y(x, y) / c + f_y(x, y) - (y - theta) / gamma))         at the new x
 
     Problem class: f weakly convex in y, r convex in y, Y simple; no coupled constraints. Where f is not convex the
-    method
+      method
     characterises stationary points of the lower level, not its global minimisers. Oracle calls a step: 2 f_y, 2 f_x,
-    F_x, F_y.
+      F_x,
+    F_y.
 
     Attributes:
       alpha, eta: steps; None: alpha = 1 / (2 L + L_F / c), eta = 1 / (L + 1 / gamma), from power iteration in `init`.
@@ -56,7 +56,7 @@ class MEHA(Diagnosed):
     penalty: Any = Continuation()
     nonsmooth: Callable[..., jax.Array] | None = None
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> JointState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> JointState:
         """Estimate the curvatures."""
         refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower"), instead="solvers.LVHBA")
         prox = problem.prox_lower
@@ -65,27 +65,26 @@ class MEHA(Diagnosed):
                 "MEHA: prox_lower depends on x, so the step of x needs the derivative of the nonsmooth term r itself: "
                 "give MEHA(nonsmooth=r) with r(x, y) -> scalar."
             )
-        return begin(problem, x, y, key, self.penalty)
+        return begin(problem, x, y, key, self.penalty, follows=self.alpha is None or self.eta is None)
 
-    def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
         (x, y), c, curvatures = state.point, state.path.penalty, state.curvatures
-        rows = Constraints(problem, lower, x, y, state.scale)
         gamma = self._gamma(curvatures)
 
         def prox(y: PyTree, x: PyTree, size: Any) -> PyTree:
             y = y if lower.prox is None else lower.prox(y, x, size)
             return y if lower.project is None else lower.project(y)
 
-        def phi(x: PyTree, y: PyTree) -> jax.Array:
+        def phi(x: PyTree, y: PyTree) -> Scalar:
             return lower(x, y) if self.nonsmooth is None else lower(x, y) + self.nonsmooth(x, y)
 
         eta = 1 / (curvatures["f"] + 1 / gamma) if self.eta is None else self.eta
         gradient = optax.tree.add_scale(lower.gradient(x, state.theta), 1 / gamma, optax.tree.sub(state.theta, y))
         theta = prox(optax.tree.add_scale(state.theta, -eta, gradient), x, eta)
 
-        def gap(x: PyTree, y: PyTree, phi: Any = phi) -> jax.Array:
+        def gap(x: PyTree, y: PyTree, phi: Any = phi) -> Scalar:
             return phi(x, y) - phi(x, theta) - optax.tree.norm(optax.tree.sub(theta, y), squared=True) / (2 * gamma)
 
         loss, F_x = jax.value_and_grad(upper)(x, y)
@@ -100,21 +99,13 @@ class MEHA(Diagnosed):
         new_y = prox(optax.tree.add_scale(optax.tree.add_scale(y, -alpha, gap_y), -alpha / c, F_y), new_x, alpha)
 
         found = Slopes(loss, (F_x, F_y), value, (gap_x, gap_y))
-        moved = state.moved + norm(optax.tree.sub(new_x, x))
-        followed = follow(problem, state, key, lower, found.apart, moved=moved)
-        inner = norm(optax.tree.sub(theta, state.theta)) / eta
-        point = (new_x, new_y)
-        joint = norm(optax.tree.sub(point, state.point)) / alpha
-        return close(self.penalty, state, key, found, rows, point, theta, state.duals, followed, (joint, inner), inner)
+        new = state.followed(key, lower, found.apart, also=norm(optax.tree.sub(new_x, x)))
+        joint, inner = rate((new_x, new_y), (x, y), alpha), rate(theta, state.theta, eta)
+        return self.close(new.stepped((new_x, new_y), theta), key, found, (joint, inner), inner)
 
     def _gamma(self, curvatures: dict[str, jax.Array]) -> Any:
         if self.gamma is not None:
             return self.gamma
-        nonconvex = curvatures["negative"] > 1e-2 * lower_scale(curvatures)
-        convex = 3 / lower_scale(curvatures)
-        return jnp.where(
-            nonconvex, jnp.minimum(convex, 0.45 / jnp.where(nonconvex, curvatures["negative"], 1.0)), convex
-        )
-
-    def _can_grow(self, state: JointState) -> Any:
-        return as_schedule(self.penalty).grows(state.path)
+        scale, negative = lower_scale(curvatures), curvatures["negative"]
+        most = jnp.where(negative > 1e-2 * scale, 0.45 / jnp.where(negative > 0, negative, 1.0), jnp.inf)
+        return jnp.minimum(3 / scale, most)

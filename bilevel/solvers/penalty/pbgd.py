@@ -9,29 +9,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel import curvature
 from bilevel._module import hyperparameters
-from bilevel.lower import GradientDescent, LowerState
+from bilevel.keys import StepKey
+from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty import _base
-from bilevel.solvers.penalty._base import Diagnosed, norm, project_pair
-from bilevel.solvers.penalty._constraints import Constraints
-from bilevel.solvers.penalty._joint import JointState, begin, close, descend, follow, slopes
-from bilevel.solvers.penalty._schedule import Continuation, as_schedule
-
-PyTree = Any
+from bilevel.solvers.penalty._base import project_pair, rate
+from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, descended, slopes
+from bilevel.solvers.penalty._schedule import Continuation
+from bilevel.typing import Metrics, PyTree, Scalar
 
 
 @hyperparameters
-class VPBGD(Diagnosed):
+class VPBGD(Joint):
     """V-PBGD: descent on F / c + f(x, y) - v(x) with v(x) from a few warm-started lower steps.
 
         w      <- `lower_steps` projected gradient steps of f(x, .) from the last w
         (x, y) <- Proj_{X x Y}((x, y) - alpha (F_x / c + f_x(x, y) - f_x(x, w),  F_y / c + f_y(x, y)))
 
-    Problem class: f satisfies the PL inequality in y (it may be nonconvex, its minimiser need not be unique); Y
-    simple. Takes
-    x0=None: both levels own y. Oracle calls a step: lower_steps f_y, 1 gradient of F, 2 of f in (x, y).
+    Problem class: f satisfies the PL inequality in y (it may be nonconvex, its minimiser need not be unique); Y simple.
+    Takes x0=None: both levels own y. Oracle calls a step: lower_steps f_y, 1 gradient of F, 2 of f in (x, y).
 
     Attributes:
       alpha: None: 1 / (2 L + L_F / c).
@@ -48,50 +46,36 @@ class VPBGD(Diagnosed):
     lower_step: float | None = None
     penalty: Any = Continuation()
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> JointState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> JointState:
         """Estimate the curvatures."""
-        refuse(
-            self,
-            problem,
-            x,
-            honours=("project_upper", "project_lower"),
-            simple=True,
-            instead="solvers.LVHBA or solvers.MEHA",
-        )
-        return begin(problem, *project_pair(problem, x, y), key, self.penalty)
+        honours = ("project_upper", "project_lower")
+        refuse(self, problem, x, honours=honours, simple=True, instead="solvers.LVHBA or solvers.MEHA")
+        return begin(problem, *project_pair(problem, x, y), key, self.penalty, follows=self.alpha is None)
 
-    def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
         (x, y), c, L = state.point, state.path.penalty, state.curvatures
         size = 1 / jnp.maximum(L["f_yy"], 1e-12) if self.lower_step is None else self.lower_step
-        w = GradientDescent(size, self.lower_steps)(
-            lower, x, LowerState(state.theta, GradientDescent(size).init(y).memory)
-        ).y
+        w = descended(lower, x, state.theta, size, self.lower_steps)
 
         found = slopes(upper, lambda x, y: lower(x, y) - lower(x, w), x, y)
         alpha = 1 / (2 * L["f"] + L["F"] / c) if self.alpha is None else self.alpha
         point = descend(problem, (x, y), found.along(c), alpha)
 
-        inner = norm(optax.tree.sub(w, state.theta)) / (size * self.lower_steps)
-        joint = norm(optax.tree.sub(point, (x, y))) / alpha
-        rows = Constraints(problem, lower, x, y, state.scale)
-        curvatures = follow(problem, state, key, lower, found.apart)
-        return close(self.penalty, state, key, found, rows, point, w, state.duals, curvatures, (joint, inner), inner)
-
-    def _can_grow(self, state: JointState) -> Any:
-        return as_schedule(self.penalty).grows(state.path)
+        joint, inner = rate(point, (x, y), alpha), rate(w, state.theta, size * self.lower_steps)
+        return self.close(state.followed(key, lower, found.apart).stepped(point, w), key, found, (joint, inner), inner)
 
 
 @hyperparameters
-class GPBGD(Diagnosed):
+class GPBGD(Joint):
     """G-PBGD: descent on F / c + |f_y(x, y)|^2 / (2 L): no value function, one Hessian-vector product a step.
 
         (x, y) <- Proj_{X x Y}((x, y) - alpha ((F_x, F_y) / c + (f_xy f_y, f_yy f_y) / L))
 
     Problem class: f unconstrained and PL in y. True to *stationarity* of the lower level only: where f is not PL, any
-    of its
-    stationary points passes. Oracle calls a step: 1 gradient of F, 1 gradient of |f_y|^2.
+      of
+    its stationary points passes. Oracle calls a step: 1 gradient of F, 1 gradient of |f_y|^2.
 
     Attributes:
       alpha: None: 1 / (2 L + L_F / c), L the curvature of f in (x, y).
@@ -103,38 +87,29 @@ class GPBGD(Diagnosed):
     alpha: float | None = None
     penalty: Any = Continuation()
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> JointState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> JointState:
         """Estimate the curvatures."""
         refuse(self, problem, x, honours=("project_upper",), simple=True, instead="solvers.LVHBA or solvers.MEHA")
-        state = begin(problem, *project_pair(problem, x, y), key, self.penalty)
+        start = begin(problem, *project_pair(problem, x, y), key, self.penalty, follows=self.alpha is None)
         lower = problem.draw_lower(key)
-        largest = _base.curvature(lambda u: _half_square(lower, *u), (x, y))
-        return dataclasses.replace(
-            state, curvatures={**state.curvatures, "f": largest, "f0": largest, "scale": state.curvatures["f"]}
-        )
+        largest = curvature.hessian_norm(lambda u: _half_square(lower, *u), (x, y))
+        curvatures = {**start.curvatures, "f": largest, "f0": largest, "scale": start.curvatures["f"]}
+        return dataclasses.replace(start, theta=None, curvatures=curvatures)
 
-    def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
-        (x, y), c = state.point, state.path.penalty
-        scale = jnp.where(state.curvatures["scale"] > 1e-12, state.curvatures["scale"], 1.0)
+        (x, y), c, L = state.point, state.path.penalty, state.curvatures
+        scale = jnp.where(L["scale"] > 1e-12, L["scale"], 1.0)
 
         found = slopes(upper, lambda x, y: _half_square(lower, x, y) / scale, x, y)
-        alpha = (
-            1 / (2 * state.curvatures["f"] / scale + state.curvatures["F"] / c) if self.alpha is None else self.alpha
-        )
+        alpha = 1 / (2 * L["f"] / scale + L["F"] / c) if self.alpha is None else self.alpha
         point = descend(problem, (x, y), found.along(c), alpha)
 
-        rows = Constraints(problem, lower, x, y, state.scale)
-        curvatures = follow(problem, state, key, lambda x, y: _half_square(lower, x, y), found.apart, factor=1 / scale)
-        joint, residual = norm(optax.tree.sub(point, (x, y))) / alpha, jnp.sqrt(2 * scale * found.gap)
-        return close(
-            self.penalty, state, key, found, rows, point, state.theta, state.duals, curvatures, (joint,), residual
-        )
-
-    def _can_grow(self, state: JointState) -> Any:
-        return as_schedule(self.penalty).grows(state.path)
+        new = state.followed(key, lambda x, y: _half_square(lower, x, y), found.apart, factor=1 / scale)
+        slope = jnp.sqrt(2 * scale * found.gap)
+        return self.close(new.stepped(point), key, found, (rate(point, (x, y), alpha),), slope)
 
 
-def _half_square(lower: Any, x: PyTree, y: PyTree) -> jax.Array:
+def _half_square(lower: Level, x: PyTree, y: PyTree) -> Scalar:
     return 0.5 * optax.tree.norm(jax.grad(lower, argnums=1)(x, y), squared=True)

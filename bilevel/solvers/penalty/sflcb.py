@@ -9,20 +9,19 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters
+from bilevel.constraints import Constraints, is_affine
+from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import Diagnosed, norm, project_pair
-from bilevel.solvers.penalty._constraints import Constraints, is_affine
-from bilevel.solvers.penalty._joint import JointState, begin, close, descend, follow, lower_scale, slopes
-from bilevel.solvers.penalty._schedule import Continuation, as_schedule
-
-PyTree = Any
+from bilevel.solvers.penalty._base import project_pair, rate
+from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, lower_scale, slopes
+from bilevel.solvers.penalty._schedule import Continuation
+from bilevel.typing import Metrics, PyTree, Scalar
 
 
 @hyperparameters
-class SFLCB(Diagnosed):
-    """SFLCB: the penalised difference of two augmented Lagrangians, for linear coupled constraints c(x, y) = Bx + Ay
-    - b.
+class SFLCB(Joint):
+    """SFLCB: the penalised difference of two augmented Lagrangians, for linear constraints c(x, y) = Bx + Ay - b.
 
         A(y, u) = (1 / 2 rho) (|Proj(u + rho c(x, y))|^2 - |u|^2)
         K = F(x, y) / c + f(x, y) + A(y, u) - f(x, theta) - A(theta, v):     min over x, y, v;  max over u, theta
@@ -30,12 +29,11 @@ class SFLCB(Diagnosed):
     One step:
 
         theta <- Proj_Y(theta - s (f + A)_y(x, theta; v)),   v <- v + sigma rho A_v
-        (x, y) <- Proj_{X x Y}((x, y) - s K_{x, y}),           u <- u + sigma rho A_u,
-            rho A_u = Proj(u + rho c) - u
+        (x, y) <- Proj_{X x Y}((x, y) - s K_{x, y}),           u <- u + sigma rho A_u,     rho A_u = Proj(u + rho c) - u
 
     Problem class: f strongly convex in y, c affine with full row rank in y, lower level feasible for all x. Fails for a
     linear f and where the lower level becomes infeasible. Oracle calls a step: 1 f_y, 1 gradient of F, 2 of f in (x,
-    y).
+      y).
 
     Attributes:
       step_size: s; None: 1 / (2 L + 2 rho |J|^2 + L_F / c).
@@ -55,68 +53,44 @@ class SFLCB(Diagnosed):
     rho: float | None = None
     penalty: Any = Continuation(least=1.0)
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> JointState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> JointState:
         """Scale the rows and estimate the curvatures."""
-        refuse(
-            self,
-            problem,
-            x,
-            honours=("constraint", "equality", "project_upper", "project_lower"),
-            instead="solvers.MEHA",
-        )
-        if not is_affine(Constraints(problem, problem.draw_lower(key), x, y).raw, x, y):
+        honours = ("constraint", "equality", "project_upper", "project_lower")
+        refuse(self, problem, x, honours=honours, instead="solvers.MEHA")
+        if not is_affine(Constraints(problem.draw_lower(key), x, y).raw, x, y):
             raise ProblemError(
                 "SFLCB needs constraints that are affine in (x, y), and these are not (by their trace). "
                 "Take solvers.BiCGAFFA instead."
             )
-        return begin(problem, *project_pair(problem, x, y), key, self.penalty, ("lam", "v"))
+        return begin(problem, *project_pair(problem, x, y), key, self.penalty, ("lam", "v"), self.step_size is None)
 
-    def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
         (x, y), theta, u, v = state.point, state.theta, state.duals["lam"], state.duals["v"]
-        rows, c, L = Constraints(problem, lower, x, y, state.scale), state.path.penalty, state.curvatures
+        rows, c, L = Constraints(lower, x, y, state.scale), state.path.penalty, state.curvatures
         wide = jnp.maximum(L["rows"], 1.0) ** 2
         rho = lower_scale(L) / wide if self.rho is None else self.rho
         size = 1 / (2 * L["f"] + 2 * rho * wide + L["F"] / c) if self.step_size is None else self.step_size
 
-        def augmented(x: PyTree, y: PyTree, u: jax.Array) -> jax.Array:
+        def augmented(x: PyTree, y: PyTree, u: jax.Array) -> Scalar:
             return lower(x, y) + (jnp.sum(rows.clip(u + rho * rows(x, y)) ** 2) - jnp.sum(u**2)) / (2 * rho)
 
         new_theta = optax.tree.add_scale(theta, -size, jax.grad(augmented, argnums=1)(x, theta, v))
         new_theta = project_pair(problem, None, new_theta)[1]
         new_v = v + self.dual_step * (rows.clip(v + rho * rows(x, new_theta)) - v)
 
-        def gap(x: PyTree, y: PyTree) -> jax.Array:
+        def gap(x: PyTree, y: PyTree) -> Scalar:
             return augmented(x, y, u) - augmented(x, new_theta, new_v)
 
         found = slopes(upper, gap, x, y)
         point = descend(problem, (x, y), found.along(c), size)
         new_u = u + self.dual_step * (rows.clip(u + rho * rows(*point)) - u)
 
-        inner = jnp.sqrt(
-            (norm(optax.tree.sub(new_theta, theta)) / size) ** 2 + (norm(new_v - v) / (self.dual_step * rho)) ** 2
-        )
-        joint, dual = norm(optax.tree.sub(point, (x, y))) / size, norm(new_u - u) / (self.dual_step * rho)
-        curvatures = follow(problem, state, key, lower, found.apart)
-        duals = {"lam": new_u, "v": new_v}
-        # u dominates v by F's share of the multiplier, so that the augmented gap itself is not a bound: take the
-        # Lagrangian's.
+        dual_size = self.dual_step * rho
+        joint, dual, inner = rate(point, (x, y), size), rate(new_u, u, dual_size), rate(new_theta, theta, size)
+        inner = jnp.hypot(inner, rate(new_v, v, dual_size))
+        new = state.followed(key, lower, found.apart).stepped(point, new_theta, {"lam": new_u, "v": new_v})
+        # u dominates v by F's share of the multiplier, so that the augmented gap is no bound: take the Lagrangian's.
         bias = c * jnp.abs(found.gap) + c * jnp.abs(jnp.vdot(new_u - new_v, rows(x, y)))
-        return close(
-            self.penalty,
-            state,
-            key,
-            found,
-            rows,
-            point,
-            new_theta,
-            duals,
-            curvatures,
-            (joint, dual, inner),
-            inner,
-            bias=bias,
-        )
-
-    def _can_grow(self, state: JointState) -> Any:
-        return as_schedule(self.penalty).grows(state.path)
+        return self.close(new, key, found, (joint, dual, inner), inner, violation=rows.violation(*point), bias=bias)

@@ -9,45 +9,44 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters
+from bilevel.keys import StepKey
+from bilevel.level import Level
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import Diagnosed, limited, norm
-from bilevel.solvers.penalty._constraints import Constraints
-from bilevel.solvers.penalty._joint import JointState, Slopes, begin, close, follow
-from bilevel.solvers.penalty._schedule import Continuation, as_schedule
-
-PyTree = Any
+from bilevel.solvers.penalty._base import limited, rate
+from bilevel.solvers.penalty._joint import Joint, JointState, Slopes, begin
+from bilevel.solvers.penalty._schedule import Continuation
+from bilevel.typing import Metrics, PyTree
 
 
 @hyperparameters
-class IterativeRegularization(Diagnosed):
+class IterativeRegularization(Joint):
     """Penalty for simple bilevel problems: one proximal gradient step of f + F / c per iteration, c growing.
 
         y <- prox_{s r}(y - s (f_y + F_y / c)),     s = 1 / (L_f + L_F / c)
 
     Problem class: x0=None; f convex (plus a nonsmooth r given by `prox_lower`), F convex, Y simple. Oracle calls: 1
-    gradient of each.
-    The `gap` is that between y and the end of `lower_steps` more steps of f alone.
+    gradient of each. The `gap` is that between y and the end of `lower_steps` more steps of f alone.
 
     Attributes:
       step_size: s; None: as above.
       penalty: a schedule or a number.
       lower_steps: steps for the gap's estimate; their start is remembered, so that few are enough.
 
-    Reference: Solodov, "An Explicit Descent Method for Bilevel Convex Optimization", J. Convex Anal. 2007 (with a
-      line search).
+    Reference: Solodov, "An Explicit Descent Method for Bilevel Convex Optimization", J. Convex Anal. 2007 (with a line
+    search).
     """
 
     step_size: float | None = None
     penalty: Any = Continuation()
     lower_steps: int = 1
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> JointState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> JointState:
         """Estimate the curvatures."""
         _only_simple(self, problem, x)
-        return begin(problem, x, y, key, self.penalty)
+        return begin(problem, x, y, key, self.penalty, follows=self.step_size is None)
 
-    def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
         (x, y), c, L = state.point, state.path.penalty, state.curvatures
@@ -56,39 +55,31 @@ class IterativeRegularization(Diagnosed):
         loss, F_y = jax.value_and_grad(upper, argnums=1)(x, y)
         value, f_y = jax.value_and_grad(lower, argnums=1)(x, y)
         descent = optax.tree.scale(-size, optax.tree.add_scale(f_y, 1 / c, F_y))
-        new = _proximal(lower, x, optax.tree.add(y, limited(y, descent)), size)
+        after = _proximal(lower, x, optax.tree.add(y, limited(y, descent)), size)
 
         theta = state.theta
         for _ in range(self.lower_steps):
             theta = _proximal(lower, x, optax.tree.add_scale(theta, -size, lower.gradient(x, theta)), size)
         found = Slopes(loss, (None, F_y), value - lower(x, theta), (None, f_y))
-        rows = Constraints(problem, lower, x, y, state.scale)
-        curvatures = follow(problem, state, key, lower, found.apart, factor=1.0)
-        joint = norm(optax.tree.sub(new, y)) / size
-        inner = norm(optax.tree.sub(theta, state.theta)) / size
-        return close(
-            self.penalty, state, key, found, rows, (x, new), theta, state.duals, curvatures, (joint, inner), inner
-        )
-
-    def _can_grow(self, state: JointState) -> Any:
-        return as_schedule(self.penalty).grows(state.path)
+        new = state.followed(key, lower, found.apart, factor=1.0).stepped((x, after), theta)
+        joint, inner = rate(after, y, size), rate(theta, state.theta, size)
+        return self.close(new, key, found, (joint, inner), inner)
 
 
 @hyperparameters
-class BiGSAM(Diagnosed):
+class BiGSAM(Joint):
     """BiG-SAM, alternation for simple bilevel problems: a weighted mean of a step of F and a step of f.
 
-        s = y - sigma F_y(y),    t = prox_{tau r}(y - tau f_y(y)),    y <- a_k s + (1 - a_k) t,
-            a_k = min(weight / (k + 1), 1)
+        s = y - sigma F_y(y),    t = prox_{tau r}(y - tau f_y(y))
+        y <- a_k s + (1 - a_k) t,        a_k = min(weight / (k + 1), 1)
 
     Problem class: x0=None; f convex (plus r by `prox_lower`), Y simple, F smooth and *strongly* convex. Converges to
-    the
-    solution, with the slow rate O(1 / k) of f's gap. Oracle calls: 1 gradient of each. `penalty` is tau (1 - a) /
-    (sigma a).
+      the
+    solution, with the slow rate O(1 / k) of f's gap. Oracle calls: 1 gradient of each.
+    `penalty` is tau (1 - a) / (sigma a).
 
     Attributes:
-      upper_step, lower_step: sigma and tau; None: 1 / L_F and 1 / L_f (the publication takes 2 / (L_F + mu_F) and 1 /
-        L_f).
+      upper_step, lower_step: sigma and tau; None: 1 / L_F and 1 / L_f (the publication: 2 / (L_F + mu_F) and 1 / L_f).
       weight: a_k's.
 
     Reference: Sabach, Shtern, "A First Order Method for Solving Convex Bilevel Optimization Problems", SIAM J. Optim.
@@ -99,12 +90,12 @@ class BiGSAM(Diagnosed):
     lower_step: float | None = None
     weight: float = 4.0
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> JointState:
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> JointState:
         """Estimate the curvatures."""
         _only_simple(self, problem, x)
-        return begin(problem, x, y, key, 1.0)
+        return begin(problem, x, y, key, self.penalty, follows=self.upper_step is None or self.lower_step is None)
 
-    def step(self, problem: Problem, state: JointState, key: Any) -> tuple[JointState, dict[str, jax.Array]]:
+    def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
         upper, lower = problem.levels(key)
         (x, y), L = state.point, state.curvatures
@@ -116,34 +107,16 @@ class BiGSAM(Diagnosed):
         value, f_y = jax.value_and_grad(lower, argnums=1)(x, y)
         s = optax.tree.add_scale(y, -sigma, F_y)
         t = _proximal(lower, x, optax.tree.add_scale(y, -tau, f_y), tau)
-        new = optax.tree.add_scale(optax.tree.scale(a, s), 1 - a, t)
+        after = optax.tree.add_scale(optax.tree.scale(a, s), 1 - a, t)
         if lower.project is not None:
-            new = lower.project(new)
+            after = lower.project(after)
 
         theta = _proximal(lower, x, optax.tree.add_scale(state.theta, -tau, lower.gradient(x, state.theta)), tau)
         found = Slopes(loss, (None, F_y), value - lower(x, theta), (None, f_y))
-        rows = Constraints(problem, lower, x, y, state.scale)
-        curvatures = follow(problem, state, key, lower, found.apart, factor=1.0)
+        new = state.followed(key, lower, found.apart, factor=1.0).stepped((x, after), theta)
+        joint, inner = rate(after, y, jnp.maximum(a * sigma, 1e-30)), rate(theta, state.theta, tau)
         c = tau * (1 - a) / (sigma * a)
-        joint = norm(optax.tree.sub(new, y)) / jnp.maximum(a * sigma, 1e-30)
-        inner = norm(optax.tree.sub(theta, state.theta)) / tau
-        state, metrics = close(
-            1.0,
-            state,
-            key,
-            found,
-            rows,
-            (x, new),
-            theta,
-            state.duals,
-            curvatures,
-            (joint,),
-            inner,
-            penalty=jnp.ones(()),
-            bias=c * jnp.abs(found.gap),
-        )
-        metrics["penalty"] = c
-        return state, metrics
+        return self.close(new, key, found, (joint,), inner, penalty=c, bias=c * jnp.abs(found.gap))
 
 
 def _only_simple(solver: Any, problem: Problem, x: PyTree) -> None:
@@ -155,6 +128,6 @@ def _only_simple(solver: Any, problem: Problem, x: PyTree) -> None:
         )
 
 
-def _proximal(lower: Any, x: PyTree, y: PyTree, size: Any) -> PyTree:
+def _proximal(lower: Level, x: PyTree, y: PyTree, size: Any) -> PyTree:
     y = y if lower.prox is None else lower.prox(y, x, size)
     return y if lower.project is None else lower.project(y)

@@ -7,7 +7,7 @@ import logging
 from flwr.serverapp import ServerApp
 
 from bilevel.integrations import flower
-from bilevel.solvers.federated import FedMBO, SimFBO
+from bilevel.solvers import FedMBO, SimFBO
 from federated_flower.task import accuracy, start
 
 app = ServerApp()

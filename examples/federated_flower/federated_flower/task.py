@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import Problem
-from bilevel.problems import datasets, splits
+from bilevel import Problem, datasets, splits
 
 CLASSES = 10
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels

@@ -1,0 +1,32 @@
+"""What the applications share: depthwise convolution, flat maps, small modules, initialisers, accuracy."""
+
+from bilevel.applications.layers.answers import share_right
+from bilevel.applications.layers.depthwise import depthwise, depthwise_conv, depthwise_flat
+from bilevel.applications.layers.initialisers import normal, uniform_fan_in
+from bilevel.applications.layers.modules import (
+    BatchNorm,
+    Conv,
+    DepthwiseConv,
+    LayerNorm,
+    drop_path,
+    gelu,
+    linear,
+    pointwise,
+)
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "DepthwiseConv",
+    "LayerNorm",
+    "depthwise",
+    "depthwise_conv",
+    "depthwise_flat",
+    "drop_path",
+    "gelu",
+    "linear",
+    "normal",
+    "pointwise",
+    "share_right",
+    "uniform_fan_in",
+]

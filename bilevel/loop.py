@@ -1,0 +1,229 @@
+"""The loop: `run` as a pure function, and `Loop`, the compiled chunks by which `solve` advances."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.keys import StepKey, as_step_key
+from bilevel.problem import Problem, ProblemError
+from bilevel.result import Result
+from bilevel.streaming import Portion, on_device
+from bilevel.typing import Metrics, PyTree, Solver, X, Y
+
+__all__ = ["run"]
+
+# Steps that one call of the compiled loop can record; its bounds are dynamic, so any number up to it is one program.
+CAPACITY = 16384
+
+
+def run(
+    problem: Problem[X, Y], solver: Solver, x0: X, y0: Y, steps: int, key: int | jax.Array | StepKey = 0
+) -> tuple[Any, Metrics]:
+    """`steps` outer iterations as a pure function, to be put under `jit`, `vmap` or `grad`.
+
+    The iterates are those of `solve` with the same key, up to rounding (it is another compiled program). Nothing is
+    checked: `problem.validate(x0, y0)` does that.
+
+    Args:
+      problem: the problem; `vmap` over its data for many problems.
+      solver: the solver; `vmap` over its float hyperparameters for a sweep.
+      x0, y0: the start; `vmap` over them for a multi-start.
+      steps: static.
+      key: a seed or a PRNG key; `vmap` over keys for repetitions.
+
+    Returns:
+      `(state, metrics)`: the final state (`state.x`, `state.y`) and each metric stacked along a leading axis of
+      `steps`.
+    """
+    if any(source.host for source in problem.sources):
+        raise ProblemError("run is pure and cannot read a Stream from the host: use solve, or arrays.")
+    base = as_step_key(key)
+
+    def body(state: Any, k: jax.Array) -> tuple[Any, Metrics]:
+        return solver.step(problem, state, at_step(base, k))
+
+    state = solver.init(problem, x0, y0, at_step(base, 0))
+    return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))
+
+
+def at_step(base: StepKey, k: Any) -> StepKey:
+    """The run's key at step k."""
+    return StepKey(base.base, jnp.asarray(k, jnp.uint32), base.stream)
+
+
+class Chunk(NamedTuple):
+    """What one call of the compiled loop did.
+
+    Attributes:
+      state: the state at its end; after a divergence the last finite one.
+      done: the run's steps that lie behind that state.
+      steps: the steps whose metrics were recorded, the one that diverged included.
+      metrics: by name, an entry for each of those.
+      result: how the run stands: MAX_STEPS to go on.
+      why: which quantity broke and what to try, after a divergence.
+    """
+
+    state: Any
+    done: int
+    steps: np.ndarray
+    metrics: dict[str, np.ndarray]
+    result: Result
+    why: str = ""
+
+
+class Loop:
+    """The compiled loop of a run: `loop(state, done, stop, portions)` takes the steps done, ..., stop - 1.
+
+    Args:
+      problem: the problem, without its streams.
+      solver: the solver.
+      base: the run's key.
+      tol: the tolerance that the solver's `status` is asked with after each step; None: it is not asked.
+      capacity: the most steps of one call.
+    """
+
+    def __init__(self, problem: Problem, solver: Solver, base: StepKey, tol: float | None, capacity: int) -> None:
+        self._base = base
+        self._advance = functools.partial(
+            _advance,
+            problem,
+            _as_argument(solver),
+            tol=0.0 if tol is None else tol,
+            use_tol=tol is not None,
+            capacity=capacity,
+        )
+
+    def __call__(self, state: Any, done: int, stop: int, portions: dict[str, Portion]) -> Chunk:
+        """Advance; a divergence is looked at again, step by step, and the last finite iterate returned."""
+        first = np.uint32(done)  # numpy's, which need no dispatch of their own
+        advance = functools.partial(self._advance, state, self._base, first, portions=portions)
+        new, taken, status, metrics = advance(np.uint32(stop))
+        result, why = Result(int(status)), ""
+        if result is Result.DIVERGED:
+            new, taken, _, metrics = advance(np.uint32(stop), careful=True)
+        count = int(taken)
+        recorded = {name: np.asarray(buffer)[:count].copy() for name, buffer in metrics.items()}
+        steps, behind = np.arange(done, done + count), done + count
+        if result is Result.DIVERGED:
+            behind -= 1
+            why = _blame(new, recorded, behind)
+            new = advance(np.uint32(behind))[0] if behind > done else state
+        return Chunk(new, behind, steps, recorded, result, why)
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "use_tol", "careful"))
+def _advance(
+    problem: Problem,
+    solver: Any,
+    state: Any,
+    base: StepKey,
+    start: Any,
+    stop: Any,
+    *,
+    tol: Any,
+    portions: dict[str, Portion],
+    capacity: int,
+    use_tol: bool,
+    careful: bool = False,
+) -> tuple[Any, jax.Array, jax.Array, Metrics]:
+    """Steps start, ..., stop - 1 in one loop with dynamic bounds, ended early by a status or a non-finite metric.
+
+    The iterates themselves are looked at after the last step, or with `careful` after each: a NaN in them shows in the
+    metrics one step later, and a small step has few operations besides.
+
+    Returns the state, the steps taken, the status, and the metrics in buffers of `capacity` rows (or as many as a
+    portion has room for).
+    """
+    solver = solver.solver if isinstance(solver, _Static) else solver
+
+    def step(k: Any, state: Any) -> tuple[Any, Metrics]:
+        return solver.step(on_device(problem, portions, k - start), state, at_step(base, k))
+
+    rows = _Rows(jax.eval_shape(step, start, state)[1])
+
+    def cond(carry: Any) -> jax.Array:
+        k, _, _, status = carry
+        return (k < stop) & (status == 0)
+
+    def body(carry: Any) -> Any:
+        k, state, buffers, _ = carry
+        state, metrics = step(k, state)
+        row = rows.packed(metrics)
+        buffers = jax.tree.map(lambda b, m: b.at[k - start].set(m), buffers, row)
+        status = jnp.zeros((), jnp.int32)
+        if use_tol:
+            status = jnp.asarray(solver.status(state, metrics, tol), jnp.int32)
+        finite = _finite((state.x, state.y, row) if careful else row)
+        return k + 1, state, buffers, jnp.where(finite, status, Result.DIVERGED.value)
+
+    buffers = rows.buffers(min([capacity, *(portion.room for portion in portions.values())]))
+    k, state, buffers, status = jax.lax.while_loop(cond, body, (start, state, buffers, jnp.zeros((), jnp.int32)))
+    status = jnp.where(_finite((state.x, state.y)), status, Result.DIVERGED.value)
+    return state, k - start, status, rows.unpacked(buffers)
+
+
+class _Rows:
+    """How a step's metrics are written: scalars of one dtype share a buffer, so that a step writes once."""
+
+    def __init__(self, shapes: dict[str, Any]) -> None:
+        self._shapes = shapes
+        self._scalars: dict[Any, list[str]] = {}
+        for name, shape in shapes.items():
+            if shape.shape == ():
+                self._scalars.setdefault(shape.dtype, []).append(name)
+
+    def packed(self, metrics: Metrics) -> tuple[list[jax.Array], Metrics]:
+        rows = [jnp.stack([metrics[name] for name in names]) for names in self._scalars.values()]
+        return rows, {name: value for name, value in metrics.items() if self._shapes[name].shape != ()}
+
+    def unpacked(self, buffers: tuple[list[jax.Array], Metrics]) -> Metrics:
+        rows, others = buffers
+        columns = zip(self._scalars.values(), rows, strict=True)
+        return {name: row[:, i] for names, row in columns for i, name in enumerate(names)} | others
+
+    def buffers(self, capacity: int) -> PyTree:
+        shapes = jax.eval_shape(self.packed, self._shapes)
+        return jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
+
+
+class _Static:
+    """A solver that is no pytree (a user's plain class), as a static part of the compiled loop."""
+
+    def __init__(self, solver: Any) -> None:
+        self.solver = solver
+
+
+jax.tree_util.register_pytree_node(_Static, lambda s: ((), s.solver), lambda solver, _: _Static(solver))
+
+
+def _as_argument(solver: Any) -> Any:
+    leaves = jax.tree.leaves(solver)
+    travels = len(leaves) != 1 or leaves[0] is not solver
+    if travels and all(isinstance(leaf, (float, int, np.ndarray, np.number, jax.Array)) for leaf in leaves):
+        return solver
+    return _Static(solver)
+
+
+def _finite(tree: PyTree) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves], jnp.asarray(True))
+
+
+def _blame(state: Any, metrics: dict[str, np.ndarray], step: int) -> str:
+    """Which quantity broke first at this step, and what to try."""
+    broken = [name for name, values in metrics.items() if not np.isfinite(values[-1]).all()]
+    broken += [name for name in ("y", "x") if not bool(_finite(getattr(state, name)))]
+    first = broken[0] if broken else "x"
+    cure = {
+        "x": "lower the upper step size or clip its gradient (optax.clip_by_global_norm)",
+        "y": "lower the lower level's step size",
+    }.get(first, "lower the step sizes, the lower level's first")
+    return (
+        f"Step {step} made {', '.join(broken)} non-finite ({first} first): {cure}; diagnostics.check shows the "
+        "curvature at the start."
+    )

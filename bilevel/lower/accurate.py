@@ -1,0 +1,212 @@
+"""Accurate lower solves, with constraints and without: robust first, cheap second.
+
+`minimise` is a minimum of a function over a simple set or with a prox, `augmented_lagrangian` one of a level under its
+coupled constraints, with multipliers, and `Accurate` both as a lower solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel import derivatives
+from bilevel._module import hyperparameters
+from bilevel.constraints import Constraints
+from bilevel.level import Level
+from bilevel.lower.loops import LowerState
+from bilevel.optimizers import check_count
+from bilevel.typing import PyTree
+
+__all__ = ["Accurate", "Solved", "augmented_lagrangian", "minimise"]
+
+
+class Solved(NamedTuple):
+    """What `augmented_lagrangian` found.
+
+    Attributes:
+      y: the minimum.
+      multipliers: (p,), of the rows as they were given (scaled).
+      value: f(x, y).
+      violation: the largest violation of a row there.
+    """
+
+    y: PyTree
+    multipliers: jax.Array
+    value: jax.Array
+    violation: jax.Array
+
+
+def minimise(
+    fn: Callable[[PyTree], jax.Array],
+    y: PyTree,
+    project: Any = None,
+    prox: Any = None,
+    steps: int = 200,
+    tol: Any = 1e-9,
+) -> PyTree:
+    """The minimum of a smooth function, over a simple set or with a proximal term, from y.
+
+    L-BFGS with a line search where there is neither; else accelerated proximal gradient with backtracking and restarts.
+
+    Args:
+      fn: y -> scalar, to be minimised.
+      y: the start.
+      project: the projection `y -> y` on the set, or None.
+      prox: the proximal operator `(y, scaling) -> y`, or None.
+      steps: the most steps.
+      tol: on the norm of the gradient (of the proximal gradient).
+    """
+    if project is None and prox is None:
+        return _lbfgs(fn, y, steps, tol)
+    return _fista(fn, y, project, prox, steps, tol)
+
+
+def _lbfgs(fn: Callable[[PyTree], jax.Array], y: PyTree, steps: int, tol: Any) -> PyTree:
+    rule = optax.lbfgs()
+    evaluate = optax.value_and_grad_from_state(fn)
+
+    def body(carry: Any) -> Any:
+        i, y, memory, best, lowest, _ = carry
+        value, gradient = evaluate(y, state=memory)
+        better = value < lowest
+        best = jax.tree.map(lambda a, b: jnp.where(better, a, b), y, best)
+        updates, memory = rule.update(gradient, memory, y, value=value, grad=gradient, value_fn=fn)
+        return (
+            i + 1,
+            optax.apply_updates(y, updates),
+            memory,
+            best,
+            jnp.minimum(value, lowest),
+            derivatives.norm(gradient),
+        )
+
+    dtype = jax.eval_shape(fn, y).dtype
+    start = (0, y, rule.init(y), y, jnp.asarray(jnp.inf, dtype), jnp.asarray(jnp.inf, dtype))
+    _, last, _, best, lowest, _ = jax.lax.while_loop(lambda c: (c[0] < steps) & (c[5] > tol), body, start)
+    final = fn(last)
+    return jax.tree.map(lambda a, b: jnp.where(final < lowest, a, b), last, best)
+
+
+def _fista(fn: Callable[[PyTree], jax.Array], y: PyTree, project: Any, prox: Any, steps: int, tol: Any) -> PyTree:
+    def move(y: PyTree, gradient: PyTree, size: Any) -> PyTree:
+        y = optax.tree.add_scale(y, -size, gradient)
+        y = y if project is None else project(y)
+        return y if prox is None else prox(y, size)
+
+    def body(carry: Any) -> Any:
+        i, y, ahead, t, size, _ = carry
+        value, gradient = jax.value_and_grad(fn)(ahead)
+
+        def too_long(size: Any) -> Any:
+            new = move(ahead, gradient, size)
+            step = optax.tree.sub(new, ahead)
+            bound = value + optax.tree.vdot(gradient, step) + optax.tree.vdot(step, step) / (2 * size)
+            return (fn(new) > bound + 4 * jnp.finfo(value.dtype).eps * jnp.abs(value)) & (size > 1e-12)
+
+        size = jax.lax.while_loop(too_long, lambda size: size / 2, size * 1.5)
+        new = move(ahead, gradient, size)
+        step = optax.tree.sub(new, y)
+        uphill = optax.tree.vdot(optax.tree.sub(ahead, new), step) > 0
+        following = jnp.where(uphill, 1.0, (1 + jnp.sqrt(1 + 4 * t**2)) / 2).astype(t.dtype)
+        momentum = jnp.where(uphill, 0.0, (t - 1) / following)
+        return (
+            i + 1,
+            new,
+            optax.tree.add_scale(new, momentum, step),
+            following,
+            size,
+            derivatives.norm(optax.tree.sub(new, ahead)) / size,
+        )
+
+    dtype = jax.eval_shape(fn, y).dtype
+    y = y if project is None else project(y)
+    one = jnp.ones((), dtype)
+    return jax.lax.while_loop(
+        lambda c: (c[0] < steps) & (c[5] > tol), body, (0, y, y, one, one, jnp.asarray(jnp.inf, dtype))
+    )[1]
+
+
+def augmented_lagrangian(
+    lower: Level,
+    rows: Constraints,
+    x: PyTree,
+    y: PyTree,
+    multipliers: jax.Array | None = None,
+    steps: int = 200,
+    rounds: int = 15,
+    tol: Any = 1e-9,
+) -> Solved:
+    """A minimum of f(x, .) under the (scaled) constraints `rows`, by the augmented Lagrangian.
+
+        y   <- argmin f + (1/2 rho) (|P(lam + rho c)|^2 - |lam|^2),     lam <- P(lam + rho c)
+
+    with P the projection on nonnegative numbers for inequalities; rho grows tenfold where the violation has not
+    fallen to a quarter. Without constraints one minimisation. With a `prox` the nonsmooth term is not in the returned
+    value. `steps` and `tol` are those of each minimisation, `rounds` the most updates of the multipliers.
+    """
+    operator = lower.prox
+    prox = None if operator is None else (lambda u, size: operator(u, x, size))
+    if not rows.count:
+        y = minimise(lambda y: lower(x, y), y, lower.project, prox, steps, tol)
+        return Solved(y, jnp.zeros((0,), rows.dtype), lower(x, y), jnp.zeros((), rows.dtype))
+
+    def body(carry: Any) -> Any:
+        i, y, lam, rho, before = carry
+
+        def lagrangian(y: PyTree) -> jax.Array:
+            return lower(x, y) + jnp.sum(rows.clip(lam + rho * rows(x, y)) ** 2) / (2 * rho)
+
+        y = minimise(lagrangian, y, lower.project, prox, steps, tol)
+        lam = rows.clip(lam + rho * rows(x, y))
+        violation = rows.violation(x, y)
+        rho = jnp.where(violation > 0.25 * before, jnp.minimum(rho * 10, 1e8), rho)
+        return i + 1, y, lam, rho, violation
+
+    if multipliers is None:
+        multipliers = jnp.zeros((rows.count,), rows.dtype)
+    rho = (1 + jnp.abs(lower(x, y))) / jnp.maximum(1.0, jnp.sum(rows.excess(x, y) ** 2))
+    start = (0, y, multipliers, jnp.clip(rho, 1.0, 1e3).astype(rows.dtype), jnp.asarray(jnp.inf, rows.dtype))
+    feasible = jnp.finfo(rows.dtype).eps ** 0.75
+    _, y, lam, _, violation = jax.lax.while_loop(
+        lambda c: (c[0] < rounds) & ((c[4] > feasible) | (c[0] < 3)), body, start
+    )
+    return Solved(y, lam, lower(x, y), violation)
+
+
+@hyperparameters
+class Accurate:
+    """A lower solver to high accuracy that needs no step size, under coupled constraints too.
+
+    `minimise` without constraints, `augmented_lagrangian` with them; the state's memory is then the multipliers in the
+    user's units, shape (p,), which the next solve starts from (None: zeros). For full batches; not differentiable in
+    reverse.
+
+    Attributes:
+      steps: the most steps of each minimisation.
+      rounds: the most updates of the multipliers.
+      tol: on the gradient's norm; None: eps^(3/4) of y's dtype.
+    """
+
+    steps: int = 200
+    rounds: int = 15
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_count("Accurate", steps=self.steps, rounds=self.rounds)
+
+    def init(self, y: PyTree) -> LowerState:
+        """y, and no multipliers yet."""
+        return LowerState(y, None)
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        """The minimum from `state`."""
+        rows = Constraints(level, x, state.y)
+        rows = rows.at(x, state.y)
+        tol = float(jnp.finfo(rows.dtype).eps) ** 0.75 if self.tol is None else self.tol
+        start = None if state.memory is None else state.memory / rows.scale
+        found = augmented_lagrangian(level, rows, x, state.y, start, self.steps, self.rounds, tol)
+        return LowerState(found.y, found.multipliers * rows.scale if rows.count else None)

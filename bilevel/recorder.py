@@ -1,0 +1,206 @@
+"""What is written down of a run, and when: history, the user's metrics, callback and checkpoints, the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.history import History
+from bilevel.loop import Chunk
+from bilevel.progress import Reporter, reporter
+from bilevel.result import Result
+from bilevel.typing import Metrics, PyTree, X, Y
+
+if TYPE_CHECKING:
+    from bilevel.checkpoint import Checkpoints
+
+__all__ = ["Event"]
+
+logger = logging.getLogger("bilevel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Event(Generic[X, Y]):
+    """What a callback sees.
+
+    Attributes:
+      step: outer steps taken.
+      x, y: the variables now.
+      state: the solver's state now.
+      history: the history so far.
+    """
+
+    step: int
+    x: X
+    y: Y
+    state: Any
+    history: History
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When a run of `steps` steps is to be looked at: every so many steps for each purpose, None where there is none.
+
+    Attributes:
+      steps: the run's steps.
+      metrics, callback, checkpoint: steps between two of each.
+      rest: the least seconds between two checkpoints.
+    """
+
+    steps: int
+    metrics: int | None = None
+    callback: int | None = None
+    checkpoint: int | None = None
+    rest: float = 0.0
+
+    def next_stop(self, done: int) -> int:
+        """The next step after which the loop is to be left."""
+        wanted = (every for every in (self.metrics, self.callback, self.checkpoint) if every is not None)
+        return min([self.steps, *(done - done % every + every for every in wanted)])
+
+
+class Recorder:
+    """A run as it stands, and all that is written down of it.
+
+    Args:
+      schedule: when.
+      measures: the user's metrics.
+      callback: called with an `Event`; something true ends the run.
+      saver: where checkpoints go; None: nowhere.
+      state: the solver's state before the first step.
+
+    Attributes:
+      state, done, history: where the run stands; they always belong together.
+      result: how it stands: MAX_STEPS while it may go on.
+      why: what went wrong, where something did.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        measures: Measures,
+        callback: Callable[[Event], Any] | None,
+        saver: Checkpoints | None,
+        state: Any,
+    ) -> None:
+        self.schedule, self._measures, self._callback, self._saver = schedule, measures, callback, saver
+        self.state, self.done, self.history = state, 0, History()
+        self.result, self.why = Result.MAX_STEPS, ""
+        self._bar = Reporter()
+        self._saved, self._saved_at = -1, time.perf_counter()
+
+    def resume(self) -> bool:
+        """Go to the newest checkpoint; False where there is none. At step 0 the user's metrics are taken."""
+        restored = None if self._saver is None else self._saver.restore(self.state)
+        if restored is not None:
+            self.done, self.state, self.history = restored
+            logger.info("resumed from step %d", self.done)
+            if self.done > self.schedule.steps:
+                raise ValueError(
+                    f"solve(steps={self.schedule.steps}): the checkpoint is already at step {self.done}. Ask for more "
+                    "steps, or for another directory."
+                )
+            self._saved = self.done
+        if self.done == 0:
+            self._measures(self)
+        return restored is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.done == self.schedule.steps or self.result is not Result.MAX_STEPS
+
+    @contextlib.contextmanager
+    def showing(self, progress: bool | None) -> Iterator[None]:
+        """Show a bar until the block ends; None: on a terminal only."""
+        with reporter(self.schedule.steps, self.done, progress) as self._bar:
+            yield
+
+    def record(self, chunk: Chunk) -> None:
+        """Write down a chunk, and do what is due after it."""
+        for name, values in chunk.metrics.items():
+            self.history.extend(name, chunk.steps, values)
+        self.state, self.done, self.result, self.why = chunk.state, chunk.done, chunk.result, chunk.why
+        if self._due(self.schedule.metrics) or self.ended:
+            self._measures(self)
+        self._bar.update(self.done, self.history)
+        if self._callback is not None and self._due(self.schedule.callback):
+            answer = self._callback(Event(self.done, self.state.x, self.state.y, self.state, self.history))
+            if answer is not None and bool(answer) and self.result is Result.MAX_STEPS:
+                self.result = Result.STOPPED
+        rested = time.perf_counter() - self._saved_at >= self.schedule.rest
+        if self.result is not Result.DIVERGED and (self.ended or (rested and self._due(self.schedule.checkpoint))):
+            self.save()
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.done % every == 0
+
+    def save(self) -> None:
+        """Leave a checkpoint of where the run stands."""
+        if self._saver is not None:
+            self._saver.save(self.done, self.state, self.history)
+            self._saved, self._saved_at = self.done, time.perf_counter()
+
+    def interrupted(self) -> None:
+        """Ctrl-C: the run ends where it stands."""
+        self.result = Result.INTERRUPTED
+        if self._saved != self.done:
+            self.save()
+
+    def note(self, measures: Mapping[str, Any]) -> None:
+        """Write down numbers that belong to where the run stands."""
+        for name, value in measures.items():
+            self.history.extend(name, np.asarray([self.done]), np.asarray(value)[None])
+
+
+class Measures:
+    """The user's metrics, evaluated in one compiled call.
+
+    Args:
+      metrics: by name a function of (x, y), or a pair `(function, data)`.
+
+    Raises:
+      TypeError: one is neither.
+    """
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        functions, self._data = [], {}
+        for name, entry in metrics.items():
+            if isinstance(entry, tuple):
+                if len(entry) != 2 or not callable(entry[0]):
+                    raise TypeError(
+                        f"metrics[{name!r}]: give a function of (x, y), or a pair (function, data) for "
+                        "function(x, y, data)."
+                    )
+                entry, self._data[name] = entry[0], jax.tree.map(jnp.asarray, entry[1])
+            elif not callable(entry):
+                raise TypeError(
+                    f"metrics[{name!r}] is a {type(entry).__name__}: give a function of (x, y), or a pair "
+                    "(function, data)."
+                )
+            functions.append((name, entry))
+        self._functions = tuple(functions)
+
+    def __bool__(self) -> bool:
+        return bool(self._functions)
+
+    def __call__(self, run: Recorder) -> None:
+        """Take them where the run stands, unless that was done."""
+        if self._functions and run.history.last_step(self._functions[0][0]) != run.done:
+            run.note(_measure(self._functions, run.state.x, run.state.y, self._data))
+
+
+@functools.partial(jax.jit, static_argnames="functions")
+def _measure(
+    functions: tuple[tuple[str, Callable[..., Any]], ...], x: PyTree, y: PyTree, data: dict[str, Any]
+) -> Metrics:
+    return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions}

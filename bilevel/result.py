@@ -1,0 +1,37 @@
+"""How a run ended: the codes that solvers return, and what each means."""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["Result"]
+
+
+class Result(enum.IntEnum):
+    """How a run ended. The values are the codes that a solver's `status` returns inside the compiled loop."""
+
+    MAX_STEPS = 0
+    CONVERGED = 1
+    PENALTY_LIMITED = 2
+    DIVERGED = 3
+    STOPPED = 4
+    INTERRUPTED = 5
+    INFEASIBLE = 6
+    LOWER_LEVEL = 7
+
+    @property
+    def sentence(self) -> str:
+        """What it means."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Result.MAX_STEPS: "took all its steps; no tolerance was met",
+    Result.CONVERGED: "met the tolerance",
+    Result.PENALTY_LIMITED: "stopped improving at the penalty's own bias: raise the penalty, or extrapolate in it",
+    Result.DIVERGED: "met a NaN or an infinity; x and y are the last finite iterate",
+    Result.STOPPED: "was stopped by a callback",
+    Result.INTERRUPTED: "was interrupted from the keyboard; x and y are where it stood",
+    Result.INFEASIBLE: "ended where the lower level's constraints are not met",
+    Result.LOWER_LEVEL: "stopped moving at a y that does not minimise the lower level",
+}

@@ -1,0 +1,101 @@
+"""Many starts in one compile, and the best feasible end."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Generic
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.keys import StepKey, as_step_key
+from bilevel.loop import run
+from bilevel.problem import Problem, ProblemError
+from bilevel.typing import Solver, X, Y
+
+__all__ = ["Multistart", "multistart"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Multistart(Generic[X, Y]):
+    """The ends of all starts.
+
+    Attributes:
+      x, y: the best feasible end.
+      best: its index; -1 where no end is feasible and finite (x, y are then the least infeasible).
+      xs, ys: all ends, along a leading axis.
+      metrics: the last metrics of each, by name.
+      states: the solver's states.
+    """
+
+    x: X
+    y: Y
+    best: int
+    xs: X
+    ys: Y
+    metrics: dict[str, np.ndarray]
+    states: Any
+
+
+def multistart(
+    problem: Problem[X, Y],
+    x0s: X,
+    y0s: Y,
+    solver: Solver,
+    steps: int = 1000,
+    key: int | jax.Array | StepKey = 0,
+    feasible: float = 1e-3,
+    settled: float = float("inf"),
+) -> Multistart[X, Y]:
+    """Run the solver from many starts at once (`vmap`) and return the best feasible end.
+
+    Bilevel methods are local: where either level has several solutions the start decides. An end counts where it is
+    finite, its `violation` (of methods that measure it) is at most `feasible` and its `hypergradient_norm` at most
+    `settled`; among those the lowest `upper_loss` wins, with `bias` (how far a penalty holds F below its true value)
+    added.
+
+    Args:
+      problem: the problem.
+      x0s, y0s: starts along a leading axis of every leaf. `x0s=None` for a simple bilevel problem.
+      solver: a solver.
+      steps: outer steps from each start.
+      key: a seed or a PRNG key; all starts see the same batches.
+      feasible: the largest violation that counts as feasible.
+      settled: the largest residual that counts.
+    """
+    counts = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves((x0s, y0s))}
+    if len(counts) != 1 or 0 in counts:
+        raise ProblemError(
+            "multistart takes starts along one leading axis of every leaf of x0s and y0s; "
+            f"found lengths {sorted(counts)}."
+        )
+    first = jax.tree.map(lambda leaf: leaf[0], (x0s, y0s))
+    problem.validate(*first)
+    base = as_step_key(key)
+
+    @jax.jit
+    def all_runs(problem: Problem[X, Y], x0s: X, y0s: Y) -> Any:
+        def one(x: X, y: Y) -> Any:
+            state, metrics = run(problem, solver, x, y, steps, base)
+            return state, state.x, state.y, jax.tree.map(lambda m: m[-1], metrics)
+
+        return jax.vmap(one)(x0s, y0s)
+
+    states, xs, ys, last = all_runs(problem, x0s, y0s)
+    metrics = {name: np.asarray(value) for name, value in last.items()}
+    n = next(iter(counts))
+    finite = np.all(
+        [np.isfinite(np.asarray(leaf)).reshape(n, -1).all(axis=1) for leaf in jax.tree.leaves((xs, ys))]
+        + [np.isfinite(metrics["upper_loss"])],
+        axis=0,
+    )
+    violation = metrics.get("violation", np.zeros(n))
+    usable = finite & (violation <= feasible) & (metrics.get("hypergradient_norm", np.zeros(n)) <= settled)
+    score = metrics["upper_loss"] + metrics.get("bias", np.zeros(n))
+    if usable.any():
+        best = pick = int(np.argmin(np.where(usable, score, np.inf)))
+    else:
+        best, pick = -1, int(np.argmin(np.where(finite, violation, np.inf)))
+    take = lambda tree: jax.tree.map(lambda leaf: leaf[pick], tree)  # noqa: E731
+    return Multistart(take(xs), take(ys), best, xs, ys, metrics, states)

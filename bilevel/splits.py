@@ -1,0 +1,230 @@
+"""Ways to hand one data set out to clients that differ: label skew, shards, unequal sizes, feature shift.
+
+A split is seeded, and prints its sizes and how far the clients' labels are from the whole's:
+
+    split = splits.dirichlet(labels, clients=100, concentration=0.3, seed=0)
+    print(split)
+    upper_data, lower_data = split.levels((images, labels), validation=0.2, size=16)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bilevel.data import Clients
+
+PyTree = Any
+
+__all__ = ["Split", "SplitError", "dirichlet", "feature_shift", "iid", "imbalanced", "shards"]
+
+
+class SplitError(ValueError):
+    """The data cannot be split as asked; the message says why and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Which samples are whose.
+
+    Attributes:
+      indices: an integer array per client; no sample belongs to two.
+      name: how the split was made, seed included.
+      labels: the labels of all samples, where the split knows them; for the report.
+    """
+
+    indices: Sequence[np.ndarray]
+    name: str
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The number of samples of each client."""
+        return np.asarray([len(i) for i in self.indices])
+
+    @property
+    def label_shares(self) -> np.ndarray:
+        """(clients, classes): the share of each class among a client's samples."""
+        if self.labels is None:
+            raise SplitError(f"{self.name} was made without labels: Split(indices, name, labels) knows them.")
+        classes = np.unique(self.labels)
+        return np.stack([(self.labels[i][:, None] == classes).mean(axis=0) for i in self.indices])
+
+    @property
+    def skew(self) -> float:
+        """The mean total-variation distance of clients' label shares from the whole's.
+
+        0 alike, towards 1 a class each.
+        """
+        assert self.labels is not None
+        whole = (self.labels[:, None] == np.unique(self.labels)).mean(axis=0)
+        return float(np.abs(self.label_shares - whole).sum(axis=1).mean() / 2)
+
+    def datasets(self, arrays: PyTree) -> list[PyTree]:
+        """One pytree of arrays per client."""
+        return [jax.tree.map(lambda a: np.asarray(a)[i], arrays) for i in self.indices]
+
+    def clients(self, arrays: PyTree, size: int | None = None) -> Clients:
+        """The data as `data.Clients`, batches of `size` (cut to the smallest client's number of samples)."""
+        return Clients(self.datasets(arrays), None if size is None else min(size, int(self.sizes.min())))
+
+    def levels(
+        self, arrays: PyTree, validation: float = 0.2, size: int | None = None, seed: int = 0
+    ) -> tuple[Clients, Clients]:
+        """(upper, lower) data: each client keeps a share of its own samples, at least one, for the upper level."""
+        if not 0 < validation < 1:
+            raise SplitError(f"levels(validation={validation}): a share in (0, 1) is needed.")
+        generator = np.random.default_rng(seed)
+        upper, lower = [], []
+        for c, mine in enumerate(self.indices):
+            if len(mine) < 2:
+                raise SplitError(
+                    f"Client {c} has {len(mine)} sample(s): two are needed, one for each level. Raise `minimum` "
+                    f"in the split."
+                )
+            order = generator.permutation(mine)
+            held = min(max(1, round(validation * len(mine))), len(mine) - 1)
+            upper.append(order[:held])
+            lower.append(order[held:])
+        clients = [dataclasses.replace(self, indices=part).clients(arrays, size) for part in (upper, lower)]
+        return clients[0], clients[1]
+
+    def __repr__(self) -> str:
+        sizes = self.sizes
+        text = f"{self.name}: {len(self)} clients, {sizes.sum()} samples, {sizes.min()} to {sizes.max()} each"
+        text += f" (median {np.median(sizes):g})"
+        if self.labels is not None:
+            classes = (self.label_shares > 0).sum(axis=1)
+            text += f"; {classes.min()} to {classes.max()} classes each, label skew {self.skew:.2f}"
+        return text
+
+
+def iid(count: int, clients: int, seed: int = 0) -> Split:
+    """`count` samples dealt out at random in equal parts (to one sample)."""
+    _check(count, clients)
+    return Split(np.array_split(np.random.default_rng(seed).permutation(count), clients), f"iid(seed={seed})")
+
+
+def dirichlet(labels: Any, clients: int, concentration: float = 0.5, seed: int = 0, minimum: int = 2) -> Split:
+    """Label skew: the shares in which each class goes to the clients are drawn from a symmetric Dirichlet distribution.
+
+    Args:
+      labels: integer labels of all samples.
+      clients: how many.
+      concentration: towards 0 each class sits with one client; large values are iid. 0.1 to 1 are usual.
+      seed: of the draw.
+      minimum: samples that each client gets at least; drawn again until it holds.
+
+    Reference: Hsu, Qi, Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+    Classification", 2019.
+    """
+    labels = _labels(labels)
+    _check(len(labels), clients, minimum)
+    if not concentration > 0:
+        raise SplitError(f"dirichlet(concentration={concentration}): a positive number is needed.")
+    generator = np.random.default_rng(seed)
+    for _ in range(1000):
+        parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for label in np.unique(labels):
+            members = generator.permutation(np.flatnonzero(labels == label))
+            cuts = (np.cumsum(generator.dirichlet(np.full(clients, concentration)))[:-1] * len(members)).astype(int)
+            for part, piece in zip(parts, np.split(members, cuts), strict=True):
+                part.append(piece)
+        indices = [np.concatenate(part) for part in parts]
+        if min(map(len, indices)) >= minimum:
+            name = f"dirichlet(concentration={concentration:g}, seed={seed})"
+            return Split([generator.permutation(i) for i in indices], name, labels)
+    raise SplitError(
+        f"dirichlet(concentration={concentration:g}) gave some of {clients} clients fewer than {minimum} of "
+        f"{len(labels)} samples in a "
+        "thousand draws: raise the concentration, or lower clients or minimum."
+    )
+
+
+def shards(labels: Any, clients: int, per_client: int = 2, seed: int = 0) -> Split:
+    """Samples sorted by label, cut into clients * per_client equal shards, each client dealt `per_client` of them.
+
+    Reference: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS
+    2017.
+    """
+    labels = _labels(labels)
+    total = clients * per_client
+    _check(len(labels), clients, per_client)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(labels))
+    pieces = np.array_split(order[np.argsort(labels[order], kind="stable")], total)
+    dealt = generator.permutation(total).reshape(clients, per_client)
+    indices = [generator.permutation(np.concatenate([pieces[s] for s in mine])) for mine in dealt]
+    return Split(indices, f"shards(per_client={per_client}, seed={seed})", labels)
+
+
+def imbalanced(count: int, clients: int, ratio: float = 10.0, seed: int = 0, labels: Any = None) -> Split:
+    """Equal distributions, unequal sizes: sizes fall geometrically, the largest `ratio` times the smallest."""
+    _check(count, clients)
+    if not ratio >= 1:
+        raise SplitError(f"imbalanced(ratio={ratio}): the largest over the smallest size is at least 1.")
+    generator = np.random.default_rng(seed)
+    weights = np.geomspace(1, 1 / ratio, clients)
+    sizes = np.maximum((weights / weights.sum() * count).astype(int), 1)
+    order = generator.permutation(count)
+    if sizes.sum() > count:
+        raise SplitError(
+            f"imbalanced: {clients} clients at ratio {ratio:g} need more than {count} samples: lower clients or ratio."
+        )
+    cuts = np.cumsum(sizes)
+    cuts[-1] = count
+    indices = np.split(order, cuts[:-1])
+    return Split(
+        [indices[i] for i in generator.permutation(clients)], f"imbalanced(ratio={ratio:g}, seed={seed})",
+        None if labels is None else _labels(labels),
+    )  # fmt: skip
+
+
+def feature_shift(split: Split, features: Any, strength: float, seed: int = 0) -> np.ndarray:
+    """Each client's instrument reads differently: features times (1 + strength a) plus strength b standard deviations.
+
+    Args:
+      split: whose sample is whose; the other samples are left as they are.
+      features: (samples, ...) of floating point.
+      strength: 0 is no shift; 1 moves by a standard deviation of each feature.
+      seed: of a and b, standard normal, one of each per client and feature.
+
+    Returns:
+      The shifted features, of the same shape and dtype.
+    """
+    features = np.asarray(features)
+    if not np.issubdtype(features.dtype, np.floating):
+        raise SplitError(
+            f"feature_shift shifts floating-point features, these are {features.dtype}: convert (and scale) them first."
+        )
+    if not strength >= 0:
+        raise SplitError(f"feature_shift(strength={strength}): a number that is not negative is needed.")
+    generator = np.random.default_rng(seed)
+    spread, shifted = features.std(axis=0), features.copy()
+    for mine in split.indices:
+        gain, offset = generator.normal(size=(2, *features.shape[1:]))
+        shifted[mine] = features[mine] * (1 + strength * gain) + strength * offset * spread
+    return shifted
+
+
+def _labels(labels: Any) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise SplitError(
+            f"Labels are a vector of integers, one per sample; these are {labels.dtype}{list(labels.shape)}."
+        )
+    return labels
+
+
+def _check(count: int, clients: int, minimum: int = 1) -> None:
+    if isinstance(clients, bool) or not isinstance(clients, (int, np.integer)) or clients < 1:
+        raise SplitError(f"clients={clients!r}: a positive integer is needed.")
+    if clients * minimum > count:
+        raise SplitError(f"{count} samples are too few for {clients} clients with at least {minimum} each.")
