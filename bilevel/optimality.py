@@ -25,7 +25,7 @@ import optax
 
 from bilevel._arguments import signature
 
-Objective = Callable[..., Any]
+Function = Callable[..., Any]
 Condition = Callable[..., Any]
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 
-def stationarity(fun: Objective) -> Condition:
+def stationarity(fun: Function) -> Condition:
     """An unconstrained minimum: grad fun(y, *args) = 0, the gradient by the first argument.
 
     Its Jacobian is the Hessian of `fun`, symmetric, and positive definite at a strict minimum. The condition says so
@@ -54,7 +54,7 @@ def stationarity(fun: Objective) -> Condition:
     return _with_signature(condition, fun)
 
 
-def projected_gradient(fun: Objective, projection: Callable[..., Any], step: Any = 1.0) -> Condition:
+def projected_gradient(fun: Function, projection: Function, step: Any = 1.0) -> Condition:
     """A minimum over a convex set: P(y - step grad fun(y, *args), hyperparams) - y = 0.
 
     P is the Euclidean projection onto the set, `projection(y, hyperparams) -> y`.
@@ -62,7 +62,7 @@ def projected_gradient(fun: Objective, projection: Callable[..., Any], step: Any
     return mirror_descent(fun, projection, lambda y: y, step)
 
 
-def proximal_gradient(fun: Objective, prox: Callable[..., Any], step: Any = 1.0) -> Condition:
+def proximal_gradient(fun: Function, prox: Function, step: Any = 1.0) -> Condition:
     """A minimum of fun + g: prox(y - step grad fun(y, *args), hyperparams, step) - y = 0.
 
     prox(v, hyperparams, scaling) = argmin_y 1/2 |y - v|^2 + scaling g(y, hyperparams)
@@ -71,9 +71,7 @@ def proximal_gradient(fun: Objective, prox: Callable[..., Any], step: Any = 1.0)
     return _fixed_point(fun, lambda y: y, step, back, "hyperparams_prox")
 
 
-def mirror_descent(
-    fun: Objective, projection: Callable[..., Any], mirror_map: Callable[[Any], Any], step: Any = 1.0
-) -> Condition:
+def mirror_descent(fun: Function, projection: Function, mirror_map: Callable[[Any], Any], step: Any = 1.0) -> Condition:
     """A minimum over a convex set in a Bregman geometry: P(grad phi(y) - step grad fun(y, *args), hyperparams) - y = 0.
 
     Args:
@@ -88,7 +86,7 @@ def mirror_descent(
     return _fixed_point(fun, mirror_map, step, back, "hyperparams_proj")
 
 
-def block_coordinate(fun: Objective, block_prox: Callable[..., Any], step: Any = 1.0) -> Condition:
+def block_coordinate(fun: Function, block_prox: Function, step: Any = 1.0) -> Condition:
     """A minimum of fun(y) + sum_j g_j(y_j), the blocks y_j along the leading axis of every leaf of y.
 
         block_prox(y_j - step grad_j fun(y, *args), hyperparams, step) - y_j = 0    for every block j
@@ -98,7 +96,7 @@ def block_coordinate(fun: Objective, block_prox: Callable[..., Any], step: Any =
     return proximal_gradient(fun, jax.vmap(block_prox, in_axes=(0, None, None)), step)
 
 
-def kkt(fun: Objective, eq: Callable[..., Any] | None = None, ineq: Callable[..., Any] | None = None) -> Condition:
+def kkt(fun: Function, eq: Function | None = None, ineq: Function | None = None) -> Condition:
     """The Karush-Kuhn-Tucker conditions of  min_y fun(y)  s.t.  eq(y) = 0,  ineq(y) <= 0.
 
         grad fun(y, p_obj) + (d eq)^T nu + (d ineq)^T lam = 0
@@ -119,24 +117,28 @@ def kkt(fun: Objective, eq: Callable[..., Any] | None = None, ineq: Callable[...
     gradient = _gradient(fun)
 
     def condition(sol: Any, params_obj: Any, params_eq: Any = None, params_ineq: Any = None) -> Any:
-        y, nu, lam = _triple(sol)
+        if not isinstance(sol, (tuple, list)) or len(sol) != 3:
+            raise TypeError(
+                f"A KKT condition was given a {type(sol).__name__} as the solution; it expects the triple (y, nu, lam) "
+                "of the variable, the multipliers of the equalities and those of the inequalities, None where there "
+                "are none."
+            )
+        y, nu, lam = sol
         stationary, feasible, complementary = gradient(y, params_obj), None, None
         if nu is not None:
-            feasible, pull_back = jax.vjp(lambda y: _constraint(eq, "eq")(y, params_eq), y)
-            stationary = optax.tree.add(stationary, pull_back(_like(nu, feasible))[0])
+            feasible, _, force = _pulled("eq", eq, y, params_eq, nu)
+            stationary = optax.tree.add(stationary, force)
         if lam is not None:
-            slack, pull_back = jax.vjp(lambda y: _constraint(ineq, "ineq")(y, params_ineq), y)
-            stationary = optax.tree.add(stationary, pull_back(_like(lam, slack))[0])
-            complementary = jax.tree.map(lambda g, m: jnp.minimum(-g, m), slack, _like(lam, slack))
+            slack, lam, force = _pulled("ineq", ineq, y, params_ineq, lam)
+            stationary = optax.tree.add(stationary, force)
+            complementary = jax.tree.map(lambda g, m: jnp.minimum(-g, m), slack, lam)
         return stationary, feasible, complementary
 
     return condition
 
 
 def kkt_qp(
-    matvec_Q: Callable[..., Any] | None = None,
-    matvec_A: Callable[..., Any] | None = None,
-    matvec_G: Callable[..., Any] | None = None,
+    matvec_Q: Function | None = None, matvec_A: Function | None = None, matvec_G: Function | None = None
 ) -> Condition:
     """The conditions of the quadratic programme  min_y 1/2 y^T Q y + c^T y  s.t.  A y = b,  G y <= h.
 
@@ -152,13 +154,13 @@ def kkt_qp(
         Q, c = params_obj
         return 0.5 * optax.tree.vdot(y, product_Q(Q, y)) + optax.tree.vdot(c, y)
 
-    def affine(product: Callable[..., Any]) -> Callable[..., Any]:
+    def affine(product: Function) -> Function:
         return lambda y, params: optax.tree.sub(product(params[0], y), params[1])
 
     return kkt(objective, affine(product_A), affine(product_G))
 
 
-def _gradient(fun: Objective) -> Callable[..., Any]:
+def _gradient(fun: Function) -> Function:
     def scalar(y: Any, *args: Any, **kwargs: Any) -> Any:
         value = fun(y, *args, **kwargs)
         several = isinstance(value, (tuple, list))
@@ -174,7 +176,7 @@ def _gradient(fun: Objective) -> Callable[..., Any]:
 
 
 def _fixed_point(
-    fun: Objective, mirror_map: Callable[[Any], Any], step: Any, back: Callable[[Any, Any], Any], second: str
+    fun: Function, mirror_map: Callable[[Any], Any], step: Any, back: Callable[[Any, Any], Any], second: str
 ) -> Condition:
     """T(y, hyperparams, *args) = back(mirror_map(y) - step grad fun(y, *args), hyperparams) - y."""
     gradient = _gradient(fun)
@@ -186,38 +188,27 @@ def _fixed_point(
     return _with_signature(condition, fun, second)
 
 
-def _like(multipliers: Any, constraint: Any) -> Any:
-    """Multipliers in the containers and dtypes of the constraint that they belong to."""
-    leaves, values = jax.tree.leaves(multipliers), jax.tree.leaves(constraint)
-    got, expected = [jnp.shape(leaf) for leaf in leaves], [jnp.shape(value) for value in values]
-    if got != expected:
-        raise TypeError(
-            f"The multipliers have leaves of shapes {got} and their constraint returned shapes {expected}; they must "
-            "be equal, one multiplier for each constraint."
-        )
-    leaves = [jnp.asarray(leaf, dtype=value.dtype) for leaf, value in zip(leaves, values, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(constraint), leaves)
-
-
-def _triple(sol: Any) -> tuple[Any, Any, Any]:
-    if not isinstance(sol, (tuple, list)) or len(sol) != 3:
-        raise TypeError(
-            f"A KKT condition was given a {type(sol).__name__} as the solution; it expects the triple (y, nu, lam) of "
-            "the variable, the multipliers of the equalities and those of the inequalities, None where there are none."
-        )
-    return tuple(sol)
-
-
-def _constraint(constraint: Callable[..., Any] | None, name: str) -> Callable[..., Any]:
+def _pulled(name: str, constraint: Function | None, y: Any, params: Any, multipliers: Any) -> tuple[Any, Any, Any]:
+    """A constraint's value, its multipliers in the value's containers and dtypes, and (d constraint)^T multipliers."""
     if constraint is None:
         raise TypeError(
             f"The solution holds multipliers for `{name}`, but kkt was built without that constraint. Pass {name}=..., "
             "or None in the multipliers' place."
         )
-    return constraint
+    value, pull_back = jax.vjp(lambda y: constraint(y, params), y)
+    pairs = jax.tree.leaves(multipliers), jax.tree.leaves(value)
+    got, expected = ([jnp.shape(leaf) for leaf in leaves] for leaves in pairs)
+    if got != expected:
+        raise TypeError(
+            f"The multipliers have leaves of shapes {got} and their constraint returned shapes {expected}; they must "
+            "be equal, one multiplier for each constraint."
+        )
+    leaves = [jnp.asarray(leaf, dtype=like.dtype) for leaf, like in zip(*pairs, strict=True)]
+    multipliers = jax.tree.unflatten(jax.tree.structure(value), leaves)
+    return value, multipliers, pull_back(multipliers)[0]
 
 
-def _with_signature(condition: Condition, fun: Objective, second: str | None = None) -> Condition:
+def _with_signature(condition: Condition, fun: Function, second: str | None = None) -> Condition:
     """Give the condition the arguments' names of `fun`, so that it can be called by keyword."""
     if (found := signature(fun)) is not None:
         parameters = list(found.parameters.values())
