@@ -72,8 +72,7 @@ def bind(
 
 def holds_tracer(root: Any) -> bool:
     """Whether a traced value is reachable from the closures of some functions."""
-    pending: list[Any] = [root]
-    seen: set[int] = set()
+    pending, seen = [root], set[int]()
     while pending and len(seen) < 10_000:  # a bound on the time that a large object can take
         value = pending.pop()
         if isinstance(value, jax.core.Tracer):
@@ -111,17 +110,12 @@ def hoisted(
     """Make arguments of the values that the solver and the condition capture from an enclosing transformation.
 
     A custom derivative sees its arguments only: a captured value would have no derivative, or silently a zero one.
-
-    Returns:
-      `call(start_values, values)` and `condition(sol, values)`, whose values are longer by what was captured, and all
-      values.
+    Returns `call(start_values, values)`, `condition(sol, values)` and the values, longer by what was captured.
     """
     call, call_captured = jax.closure_convert(call, start_values, values)
     output = jax.eval_shape(call, start_values, values, *call_captured)
-    sol = jax.tree.map(
-        lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape),  # takes no memory
-        output[0] if has_aux else output,
-    )
+    blank = lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # noqa: E731  # takes no memory
+    sol = jax.tree.map(blank, output[0] if has_aux else output)
     condition, condition_captured = jax.closure_convert(condition, sol, values)
     n, m = len(values), len(values) + len(call_captured)
     return (

@@ -23,7 +23,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel.derivatives import norm
-from bilevel.typing import PyTree
+from bilevel.typing import PyTree, Scalar
 
 LinearMap = Callable[[PyTree], PyTree]
 
@@ -39,31 +39,28 @@ __all__ = [
 ]
 
 
-# Eigenvalues.
-
-
 def extreme_eigenvalues(
     matvec: LinearMap, like: PyTree, key: Any = 0, steps: int = 40, *, dense: int = 64, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The algebraically smallest and largest eigenvalue of a symmetric linear map on pytrees.
 
-    For at most `dense` unknowns the map is made a matrix and the answer exact. Above, it is that of `steps` steps of
-    the Lanczos process, beta_{j+1} q_{j+1} = A q_j - alpha_j q_j - beta_j q_{j-1}, with full reorthogonalisation from a
-    random q_0: the smallest is an upper, the largest a lower bound, and both are usually close (extreme eigenvalues
-    converge first). Cost: one product per unknown, or `steps` of them.
+    For at most `dense` unknowns the map is made a matrix, by one product each, and the answer is exact. Above, it is
+    that of `steps` steps (a product each) of the Lanczos process with full reorthogonalisation from a random q_0,
+
+        beta_{j+1} q_{j+1} = A q_j - alpha_j q_j - beta_j q_{j-1};
+
+    the smallest is an upper, the largest a lower bound, usually close (extreme eigenvalues converge first).
 
     Args:
       matvec: v -> A v with A symmetric; may be indefinite.
       like: a pytree with the shapes and dtypes of v.
       key: seed or key of the random start.
-      steps: Lanczos steps.
-      dense: the most unknowns for which the matrix is formed.
       chunk: columns of the matrix that are computed at once (with more of them memory grows and time falls); None: all.
 
     Reference: Golub, Van Loan, "Matrix Computations", chapter 10.
     """
     flat, unravel = ravel_pytree(like)
-    d = flat.size
+    d, eps = flat.size, jnp.finfo(flat.dtype).eps
     multiply = lambda v: ravel_pytree(matvec(unravel(v)))[0].astype(flat.dtype)  # noqa: E731
     if d <= dense:
         columns = jnp.eye(d, dtype=flat.dtype)
@@ -75,13 +72,12 @@ def extreme_eigenvalues(
 
     def step(j: jax.Array, carry: Any) -> Any:
         basis, alpha, beta = carry
-        q = basis[j]
-        w = multiply(q)
-        a = jnp.vdot(q, w)
-        w = w - basis.T @ (basis @ w)  # against all of the basis, twice: rounding would bring copies of found vectors
-        w = w - basis.T @ (basis @ w)
+        w = multiply(basis[j])
+        a = jnp.vdot(basis[j], w)
+        for _ in range(2):  # against all of the basis, twice: rounding would bring copies of found vectors
+            w = w - basis.T @ (basis @ w)
         b = jnp.linalg.norm(w)
-        broke = b <= 10 * jnp.finfo(flat.dtype).eps * (jnp.abs(a) + 1e-30)
+        broke = b <= 10 * eps * (jnp.abs(a) + 1e-30)
         following = jnp.where(broke, 0, w / jnp.where(broke, 1, b))
         return basis.at[j + 1].set(following), alpha.at[j].set(a), beta.at[j].set(jnp.where(broke, 0, b))
 
@@ -89,39 +85,34 @@ def extreme_eigenvalues(
     zeros = jnp.zeros(steps, flat.dtype)
     basis, alpha, beta = jax.lax.fori_loop(0, steps, step, (basis, zeros, zeros))
     used = jnp.linalg.norm(basis[:steps], axis=1) > 0.5  # after a breakdown the rest of the basis is zero
-    fill = jnp.where(used, alpha, alpha[0])
-    off = jnp.where(used[1:], beta[:-1], 0)
-    values = jnp.linalg.eigvalsh(jnp.diag(fill) + jnp.diag(off, 1) + jnp.diag(off, -1))
+    off = jnp.diag(jnp.where(used[1:], beta[:-1], 0), 1)
+    values = jnp.linalg.eigvalsh(jnp.diag(jnp.where(used, alpha, alpha[0])) + off + off.T)
     return values[0], values[-1]
 
 
 def dominant_eigenvalue(
-    loss: Callable[..., jax.Array],
+    loss: Callable[..., Scalar],
     *,
     weight_decay: float = 0.0,
     dense: int = 256,
     chunk: int = 8,
     steps: int = 64,
     key: int = 0,
-) -> Callable[..., jax.Array]:
+) -> Callable[..., Scalar]:
     """A metric: the algebraically largest eigenvalue of the Hessian of `loss` in x, at the current y.
 
         solve(..., metrics={"eigenvalue": (dominant_eigenvalue(validation_loss), batch)}, metrics_every=100)
 
     It is the direct second derivative F_xx(x, y), in all leaves of x together, and not the curvature of x -> F(x,
-    y*(x)): the sharpness that RobustDARTS tracks, whose growth announces that an architecture search degenerates. The
-    Hessian may be indefinite; a negative eigenvalue of larger modulus is not mistaken for it.
+    y*(x)): the sharpness that RobustDARTS tracks, whose growth announces that an architecture search degenerates. It
+    costs one gradient, and one Hessian-vector product per unknown or Lanczos step. A negative eigenvalue of larger
+    modulus is not mistaken for it. Equal arguments give equal functions, which share a compiled program.
 
     Args:
-      loss: the upper loss, `F(x, y)` or `F(x, y, batch)`.
+      loss: the upper loss, `F(x, y)` or `F(x, y, batch)`; the metric is called likewise.
       weight_decay: of the upper variable; the Hessian of (weight_decay / 2) |x|^2 adds it to every eigenvalue, as in
         the authors' logs (1e-3).
       dense, chunk, steps, key: as in `extreme_eigenvalues`.
-
-    Returns:
-      A function of (x, y) or (x, y, batch), for `solve(metrics=...)`. Equal arguments give equal functions, so that a
-      program compiled for one serves the other. Cost: one gradient, and one Hessian-vector product per unknown or
-      Lanczos step.
 
     Reference: Zela et al., "Understanding and Robustifying Differentiable Architecture Search", ICLR 2020.
     """
@@ -132,7 +123,7 @@ def dominant_eigenvalue(
 
 @dataclasses.dataclass(frozen=True)
 class _DominantEigenvalue:
-    loss: Callable[..., jax.Array]
+    loss: Callable[..., Scalar]
     weight_decay: float
     dense: int
     chunk: int
@@ -145,25 +136,19 @@ class _DominantEigenvalue:
         return largest + self.weight_decay
 
 
-# Spectral norms.
-
-
 def spectral_norm(
     product: LinearMap, example: PyTree, steps: int = 30, *, key: Any = 17, stacked: bool = False
 ) -> jax.Array:
     """The largest |eigenvalue| of a symmetric linear map A on pytrees, by power iteration from a fixed random start.
 
-        v <- A v / |v|,    `steps` times; then |v|
+        v <- A v / |v|,    `steps` times; then |v|, at most the true norm, up to rounding
 
     Args:
       product: v -> A v; may be indefinite.
       example: a pytree with the shapes and dtypes of v.
-      steps: the products with A.
       key: seed or key of the random start.
-      stacked: A acts on each entry of the leaves' leading axis by itself (each agent's Hessian, stacked).
-
-    Returns:
-      A scalar, or with `stacked` one per entry of the leading axis; at most the true norm, up to rounding.
+      stacked: A acts on each entry of the leaves' leading axis by itself (each agent's Hessian, stacked), and the
+        answer is one norm per entry.
     """
     length = jax.vmap(norm) if stacked else norm
 
@@ -176,7 +161,7 @@ def spectral_norm(
     return length(jax.lax.fori_loop(0, steps, power, optax.tree.random_like(_key(key), example, jax.random.normal)))
 
 
-def hessian_norm(fn: Callable[[PyTree], jax.Array], at: PyTree, steps: int = 30) -> jax.Array:
+def hessian_norm(fn: Callable[[PyTree], Scalar], at: PyTree, steps: int = 30) -> Scalar:
     """The spectral norm of the Hessian of `fn` at a point: |fn''(u)|, the least L of a gradient that is L-Lipschitz."""
     return spectral_norm(jax.linearize(jax.grad(fn), at)[1], at, steps)
 
@@ -194,26 +179,17 @@ def unit_direction(like: PyTree, key: Any = 23) -> PyTree:
     return optax.tree.cast_like(optax.tree.scale(1 / norm(v), v), v)
 
 
-# Estimates that follow a run.
-
-
-def secant_estimate(
-    estimate: Any, floor: Any, change: PyTree, moved: Any, size: Any, forget: float = 0.99
-) -> jax.Array:
+def secant_estimate(estimate: Any, floor: Any, change: PyTree, moved: Any, size: Any, forget: float = 0.99) -> Scalar:
     """A curvature estimate L brought up to date with what the last move has shown (full batches only).
 
         L <- max(forget L + (1 - forget) L_0,  |g(u_new) - g(u)| / |u_new - u|)
 
-    It relaxes towards L_0, the estimate at the start, where nothing larger is seen. Moves below the resolution of the
-    variables' dtype say nothing and are passed over.
+    It relaxes towards L_0 (`floor`), the estimate at the start, where nothing larger is seen. Moves below the
+    resolution of the variables' dtype say nothing and are passed over.
 
     Args:
-      estimate: L.
-      floor: L_0.
       change: the difference of the gradients, a pytree.
-      moved: |u_new - u|.
-      size: |u|, by which the move is judged.
-      forget: how slowly L falls.
+      moved, size: |u_new - u| and |u|, by which the move is judged.
     """
     resolved = moved > 1e4 * jnp.finfo(jnp.result_type(moved)).eps * size
     observed = norm(change) / jnp.where(resolved, moved, 1.0)
@@ -224,24 +200,16 @@ def secant_estimate(
 def probe_estimate(
     fn: Callable[[PyTree], jax.Array], at: PyTree, k: Any, estimate: Any, direction: PyTree, every: int = 10
 ) -> tuple[Any, PyTree]:
-    """A curvature estimate L and its direction d after one more power step on the Hessian of `fn`, each `every` steps.
+    """A curvature estimate L and its direction d after one more power step on the Hessian of `fn` at u.
 
         p = fn''(u) d;    L <- max(|p|, 0.97 L);    d <- p / |p|
 
     Curvature moves along a run (that of e^x does) in directions that a slowly moving iterate does not explore: the
-    differences of its gradients stay small until a step is far too long. The estimate falls by at most three per cent
-    a probe.
+    differences of its gradients stay small until a step is far too long.
 
     Args:
-      fn: a scalar function.
-      at: u.
       k: the run's step; at multiples of `every` there is a probe, and otherwise nothing changes.
-      estimate: L.
       direction: d, of norm one and shaped like u: `unit_direction(u)` at the start.
-      every: steps from one probe to the next.
-
-    Returns:
-      L and d.
     """
 
     def probe(_: Any) -> tuple[Any, PyTree]:

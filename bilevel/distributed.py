@@ -32,8 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bilevel.data import Agents, as_source
 from bilevel.problem import Problem
-
-PyTree = Any
+from bilevel.typing import PyTree
 
 __all__ = ["DistributedError", "from_local", "gather", "initialize", "mesh", "shard", "shutdown"]
 
@@ -48,8 +47,7 @@ def mesh(devices: Sequence[Any] | None = None, axis: str = "agents") -> Mesh:
 
 
 def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
-    """The problem with the agents' axis of its data (`data.Agents`) over the mesh's axis, and all other data on every
-    device.
+    """The problem with the agents' axis of its data (`data.Agents`) over the mesh's axis, other data on every device.
 
     With several processes every one calls it with the same data (`from_local` for data that only one process has).
 
@@ -57,46 +55,40 @@ def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
       DistributedError: the mesh has no such axis, or it does not divide the number of agents.
     """
 
-    def placed(name: str, data: Any) -> Any:
+    def placed(name: str) -> Any:
+        data = getattr(problem, name)
         source = as_source(data)
-        spec = PartitionSpec(axis) if source.stacked else PartitionSpec()
         if source.stacked:
             _divides(source.parties or 0, mesh, axis, name)
         elif source.host:
             raise DistributedError(
                 f"{name} is {data!r}, which reads from the host of one process: it cannot be sharded."
             )
-        return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, spec)), data)
+        sharding = NamedSharding(mesh, PartitionSpec(axis) if source.stacked else PartitionSpec())
+        return jax.tree.map(lambda leaf: _put(leaf, sharding), data)
 
-    return dataclasses.replace(
-        problem,
-        upper_data=placed("upper_data", problem.upper_data),
-        lower_data=placed("lower_data", problem.lower_data),
-    )
+    return dataclasses.replace(problem, upper_data=placed("upper_data"), lower_data=placed("lower_data"))
 
 
 def from_local(arrays: PyTree, mesh: Mesh, size: int | None = None, axis: str = "agents") -> Agents:
-    """`data.Agents` of which each process brings only its own agents: (agents of this process, samples, ...), in the
-    order of processes."""
+    """`data.Agents` of which each process brings its own agents, (agents, samples, ...), in the order of processes."""
     sharding = NamedSharding(mesh, PartitionSpec(axis))
-    counts = {np.shape(leaf)[0] for leaf in jax.tree.leaves(arrays)}
+    counts = sorted({np.shape(leaf)[0] for leaf in jax.tree.leaves(arrays)})
     if len(counts) != 1:
+        given = ", ".join(map(str, counts))
+        raise DistributedError(f"from_local: the leaves have {given} agents; all need the same number.")
+    process = jax.process_index()
+    mine = [d for d in mesh.devices.flat if d.process_index == process]
+    if not mine or counts[0] % len(mine):
         raise DistributedError(
-            f"from_local: the leaves have {', '.join(map(str, sorted(counts)))} agents; all need the same number."
-        )
-    mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    if not mine or next(iter(counts)) % len(mine):
-        raise DistributedError(
-            f"from_local: {next(iter(counts))} agents do not divide over the {len(mine)} devices of process "
-            f"{jax.process_index()}."
+            f"from_local: {counts[0]} agents do not divide over the {len(mine)} devices of process {process}."
         )
     whole = jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), arrays)
     return Agents(whole, size)
 
 
 def gather(tree: PyTree) -> PyTree:
-    """Numpy copies of whole arrays on every process, whatever devices their pieces lie on; all processes must call
-    it."""
+    """NumPy copies of whole arrays on every process, wherever their pieces lie; all processes must call it."""
 
     def whole(leaf: Any) -> np.ndarray:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -140,10 +132,8 @@ def initialize(
     if devices is not None:
         jax.config.update("jax_num_cpu_devices", devices)
     options: dict[str, Any] = {"coordinator_bind_address": coordinator} if process == 0 else {}
-    jax.distributed.initialize(
-        coordinator, num_processes=processes, process_id=process, initialization_timeout=timeout,
-        heartbeat_timeout_seconds=heartbeat, **options,
-    )  # fmt: skip
+    options |= {"initialization_timeout": timeout, "heartbeat_timeout_seconds": heartbeat}
+    jax.distributed.initialize(coordinator, num_processes=processes, process_id=process, **options)
 
 
 def shutdown() -> None:
@@ -156,16 +146,14 @@ def shutdown() -> None:
 
 def _divides(agents: int, mesh: Mesh, axis: str, name: str) -> None:
     if axis not in mesh.shape:
-        raise DistributedError(
-            f"The mesh has no axis {axis!r}, it has {', '.join(map(repr, mesh.shape))}: make it with "
-            f"distributed.mesh()."
-        )
+        has = ", ".join(map(repr, mesh.shape))
+        raise DistributedError(f"The mesh has no axis {axis!r}, it has {has}: make it with distributed.mesh().")
     size = mesh.shape[axis]
     if agents % size:
-        fitting = [d for d in range(1, size + 1) if agents % d == 0]
+        fitting = max(d for d in range(1, size + 1) if agents % d == 0)
         raise DistributedError(
             f"The mesh's axis {axis!r} of {size} devices does not divide the {agents} agents of {name}: take a mesh of "
-            f"{fitting[-1]} devices, or a multiple of {size} agents."
+            f"{fitting} devices, or a multiple of {size} agents."
         )
 
 
@@ -180,15 +168,14 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bilevel.distributed", description="Start one process of a script that runs on several."
     )
-    parser.add_argument(
-        "--coordinator", required=True, metavar="HOST:PORT", help="address of process 0, reachable from all"
-    )
-    parser.add_argument("--processes", type=int, required=True, help="how many processes there are")
-    parser.add_argument("--process", type=int, required=True, help="which one this is, from 0")
-    parser.add_argument("--devices", type=int, default=None, help="CPU devices of this process")
-    parser.add_argument("--heartbeat", type=int, default=100, help="seconds until a silent process counts as dead")
-    parser.add_argument("script", help="the Python script, the same on all")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="arguments", help="the script's own arguments")
+    add = parser.add_argument
+    add("--coordinator", required=True, metavar="HOST:PORT", help="address of process 0, reachable from all")
+    add("--processes", type=int, required=True, help="how many processes there are")
+    add("--process", type=int, required=True, help="which one this is, from 0")
+    add("--devices", type=int, help="CPU devices of this process")
+    add("--heartbeat", type=int, default=100, help="seconds until a silent process counts as dead")
+    add("script", help="the Python script, the same on all")
+    add("rest", nargs=argparse.REMAINDER, metavar="arguments", help="the script's own arguments")
     given = parser.parse_args(arguments)
     initialize(given.coordinator, given.processes, given.process, given.devices, heartbeat=given.heartbeat)
     sys.argv = [given.script, *given.rest]

@@ -25,18 +25,19 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.custom_derivatives import SymbolicZero
+from jax.flatten_util import ravel_pytree
 
 from bilevel._arguments import Leaves, bind, hoisted, holds_tracer, replaced, signature
 from bilevel.linear import CG, GMRES
 from bilevel.optimality import stationarity
-from bilevel.typing import PyTree, X, Y
+from bilevel.typing import PyTree, Scalar, X, Y
 
 LinearMap = Callable[[PyTree], PyTree]
+Solve = Callable[..., Any]
 P = ParamSpec("P")
 R = TypeVar("R")
 Args = TypeVar("Args", bound=tuple[Any, ...])
@@ -47,7 +48,7 @@ __all__ = ["argmin", "custom_fixed_point", "custom_root", "root_jvp", "root_vjp"
 def custom_root(
     optimality_fun: Callable[..., PyTree],
     has_aux: bool = False,
-    solve: Callable[..., Any] | None = None,
+    solve: Solve | None = None,
     reference_signature: Callable[..., Any] | inspect.Signature | None = None,
     *,
     symmetric: bool | None = None,
@@ -55,10 +56,10 @@ def custom_root(
     """Decorate a solver whose answer is a root: `optimality_fun(sol, *args) == 0`.
 
     The solver is called as `solver(init, *args, **kwargs)`, and `optimality_fun(sol, *args, **kwargs)` takes the same
-    arguments with the solution in place of the initial guess. Arguments, solution and auxiliary output are arbitrary
-    pytrees; leaves that are not arrays or floats (callables, strings, counts) are passed through unchanged. The
-    result can be used under `jvp`, `vjp`, `jacfwd`, `jacrev`, `hessian`, `vmap` and `jit`, in any nesting. The solver
-    itself is never differentiated, so it may hold `while` loops or, outside `jit` and `vmap`, plain NumPy.
+    arguments with the solution in place of the initial guess. Arguments, solution and auxiliary output are pytrees;
+    leaves that are not arrays or floats (callables, strings, counts) are passed through unchanged. The result can be
+    used under `jvp`, `vjp`, `jacfwd`, `jacrev`, `hessian`, `vmap` and `jit`, in any nesting. The solver itself is never
+    differentiated, so it may hold `while` loops or, outside `jit` and `vmap`, plain NumPy.
 
     Values that solver and condition capture from an enclosing function are differentiated like arguments where they
     are found in a closure, a `functools.partial` or an attribute; elsewhere they raise an error.
@@ -74,9 +75,6 @@ def custom_root(
             `optimality_fun`, if its own signature does not.
         symmetric: whether A is symmetric positive definite, which chooses the default of `solve` and nothing else. If
             None, what `optimality_fun` says of itself (`optimality.stationarity` does), else False.
-
-    Returns:
-        A decorator of solvers.
 
     Raises:
         TypeError: if the arguments cannot be matched, or condition and solution do not have equal leaves.
@@ -127,44 +125,30 @@ def custom_root(
 def custom_fixed_point(
     fixed_point_fun: Callable[..., PyTree],
     has_aux: bool = False,
-    solve: Callable[..., Any] | None = None,
+    solve: Solve | None = None,
     reference_signature: Callable[..., Any] | inspect.Signature | None = None,
     *,
     symmetric: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a solver whose answer is a fixed point: `fixed_point_fun(sol, *args) == sol`.
 
-    This is `custom_root` of T(y, a) = y - fixed_point_fun(y, a), and its arguments are the same. The linear system has
+    This is `custom_root` of T(y, a) = y - fixed_point_fun(y, a), with the same arguments. The linear system has
     A = I - d fixed_point_fun / dy, so a contraction makes it well conditioned.
     """
 
     def optimality_fun(sol: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-        image = fixed_point_fun(sol, *args, **kwargs)
-        _check_condition(image, sol)
-        return optax.tree.sub(sol, jax.tree.unflatten(jax.tree.structure(sol), jax.tree.leaves(image)))
+        return optax.tree.sub(sol, _like(sol, fixed_point_fun(sol, *args, **kwargs)))
 
     reference = fixed_point_fun if reference_signature is None else reference_signature
     return custom_root(optimality_fun, has_aux, solve, reference, symmetric=symmetric)
 
 
 def root_jvp(
-    optimality_fun: Callable[..., PyTree],
-    sol: Y,
-    args: Args,
-    tangents: Args,
-    solve: Callable[..., Any] | None = None,
+    optimality_fun: Callable[..., PyTree], sol: Y, args: Args, tangents: Args, solve: Solve | None = None
 ) -> Y:
-    """Derivative of a root along `tangents`: u with A u = -B tangents.
+    """Derivative of the root `sol` of `optimality_fun(sol, *args)` along `tangents`: u with A u = -B tangents.
 
-    Args:
-        optimality_fun: `optimality_fun(sol, *args)`, zero at `sol`.
-        sol: the root.
-        args: the arguments to differentiate with respect to.
-        tangents: one direction per argument, of its structure.
-        solve: as in `custom_root`.
-
-    Returns:
-        A pytree like `sol`.
+    There is one tangent per argument, of its structure; `solve` is as in `custom_root`. The result is like `sol`.
     """
     if len(args) != len(tangents):
         raise ValueError(
@@ -173,29 +157,17 @@ def root_jvp(
     linear_solve = _as_solve(solve, _is_symmetric(optimality_fun))
     sol = jax.tree.map(jnp.asarray, sol)
     condition = _in_the_space_of(sol, optimality_fun)
-    _, b = jax.jvp(lambda *a: condition(sol, *a), tuple(args), tuple(tangents))
-    _, matvec = jax.linearize(lambda y: condition(y, *args), sol)
+    b = jax.jvp(lambda *a: condition(sol, *a), tuple(args), tuple(tangents))[1]
+    matvec = jax.linearize(lambda y: condition(y, *args), sol)[1]
     return _linear_solve(matvec, optax.tree.scale(-1, b), linear_solve)
 
 
 def root_vjp(
-    optimality_fun: Callable[..., PyTree],
-    sol: Y,
-    args: Args,
-    cotangent: Y,
-    solve: Callable[..., Any] | None = None,
+    optimality_fun: Callable[..., PyTree], sol: Y, args: Args, cotangent: Y, solve: Solve | None = None
 ) -> Args:
-    """Derivatives of `<cotangent, root>` with respect to each argument: -B^T u with A^T u = cotangent.
+    """Derivatives of `<cotangent, sol>`, `sol` the root of `optimality_fun(sol, *args)`, by each argument.
 
-    Args:
-        optimality_fun: `optimality_fun(sol, *args)`, zero at `sol`.
-        sol: the root.
-        args: the arguments to differentiate with respect to.
-        cotangent: a pytree like `sol`.
-        solve: as in `custom_root`; it is given A^T.
-
-    Returns:
-        A tuple with one pytree per argument.
+    They are -B^T u with A^T u = cotangent, which is like `sol`; `solve`, as in `custom_root`, is given A^T.
     """
     linear_solve = _as_solve(solve, _is_symmetric(optimality_fun))
     sol = jax.tree.map(jnp.asarray, sol)
@@ -209,11 +181,11 @@ def root_vjp(
 
 def argmin(
     f: Callable[..., Any],
-    solver: Callable[[Callable[[X, Y], jax.Array], X, Y], R],
+    solver: Callable[[Callable[[X, Y], Scalar], X, Y], R],
     *,
     optimality: Callable[..., PyTree] | None = None,
     has_aux: bool = False,
-    linear_solver: Callable[..., Any] | None = None,
+    linear_solver: Solve | None = None,
 ) -> Callable[Concatenate[X, Y, ...], R]:
     """The lower level's solution y*(x) = argmin over y of f(x, y), as a differentiable function of x.
 
@@ -232,8 +204,7 @@ def argmin(
             system if `optimality` is given.
 
     Returns:
-        `y_star(x, y0, *data) -> y`. It is differentiable with respect to x and the data; with respect to y0 its
-        derivative is zero, by design.
+        `y_star(x, y0, *data) -> y`, differentiable in x and the data; by y0 its derivative is zero, by design.
     """
     condition = stationarity(lambda y, x, *data: f(x, y, *data)) if optimality is None else optimality
 
@@ -247,9 +218,6 @@ def argmin(
     return y_star
 
 
-# The derivative.
-
-
 def _arrays(output: Any, has_aux: bool) -> Any:
     if has_aux and not (isinstance(output, (tuple, list)) and len(output) == 2):
         raise TypeError(
@@ -259,7 +227,7 @@ def _arrays(output: Any, has_aux: bool) -> Any:
 
 
 def _with_implicit_derivative(
-    call: Callable[..., Any], condition: Callable[..., PyTree], has_aux: bool, linear_solve: Callable[..., Any]
+    call: Callable[..., Any], condition: Callable[..., PyTree], has_aux: bool, linear_solve: Solve
 ) -> Callable[..., Any]:
     """The function `call(start_values, values)`, with the derivative that `condition(sol, values) = 0` implies.
 
@@ -278,13 +246,13 @@ def _with_implicit_derivative(
         values, directions = primals[1], tangents[1]
         moving = [i for i, direction in enumerate(directions) if _moves(values[i], direction)]
 
-        def condition_of_moving(sol: PyTree, moved: list[Any]) -> PyTree:
+        def condition_of_moving(sol: PyTree, *moved: Any) -> PyTree:
             return condition(sol, replaced(values, moving, moved))
 
         if moving:
-            at, along = [values[i] for i in moving], [directions[i] for i in moving]
+            at, along = (tuple(every[i] for i in moving) for every in (values, directions))
             try:
-                sol_dot = root_jvp(condition_of_moving, sol, (at,), (along,), linear_solve)
+                sol_dot = root_jvp(condition_of_moving, sol, at, along, linear_solve)
             except Exception as error:
                 if not has_aux and isinstance(output, tuple) and len(output) == 2:
                     error.add_note("The solver returned a pair. If that is (sol, aux), pass has_aux=True.")
@@ -312,15 +280,14 @@ def _in_the_space_of(sol: PyTree, optimality_fun: Callable[..., PyTree]) -> Call
     """The condition with its leaves put into the containers and dtypes of the solution, if they fit."""
 
     def condition(y: PyTree, *args: Any) -> PyTree:
-        residual = optimality_fun(y, *args)
-        _check_condition(residual, sol)
-        leaves = zip(jax.tree.leaves(residual), jax.tree.leaves(sol), strict=True)
-        return jax.tree.unflatten(jax.tree.structure(sol), [jnp.asarray(r, dtype=s.dtype) for r, s in leaves])
+        residual = _like(sol, optimality_fun(y, *args))
+        return jax.tree.map(lambda r, s: jnp.asarray(r, dtype=s.dtype), residual, sol)
 
     return condition
 
 
-def _check_condition(residual: PyTree, sol: PyTree) -> None:
+def _like(sol: PyTree, residual: PyTree) -> PyTree:
+    """The leaves of a condition in the containers of the solution, if they fit."""
     for leaf in jax.tree.leaves(sol):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise TypeError(
@@ -333,12 +300,10 @@ def _check_condition(residual: PyTree, sol: PyTree) -> None:
             f"The optimality function returned leaves of shapes {got} for a solution with leaves of shapes {expected}; "
             "they must be equal, one equation for each unknown."
         )
+    return jax.tree.unflatten(jax.tree.structure(sol), jax.tree.leaves(residual))
 
 
-# The linear system.
-
-
-def _linear_solve(matvec: LinearMap, b: PyTree, solve: Callable[..., Any]) -> PyTree:
+def _linear_solve(matvec: LinearMap, b: PyTree, solve: Solve) -> PyTree:
     """Solve A u = b so that JAX can transpose the answer and differentiate it again.
 
     A is linear over the reals only: the gradient of a real objective is not holomorphic in a complex y. So complex
@@ -346,10 +311,7 @@ def _linear_solve(matvec: LinearMap, b: PyTree, solve: Callable[..., Any]) -> Py
     """
     if not any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(b)):
         return jax.lax.custom_linear_solve(matvec, _tied(b), solve, transpose_solve=solve)
-
-    def real_matvec(parts: list[Any]) -> list[Any]:
-        return _split_complex(matvec(_join_complex(parts, b)))
-
+    real_matvec = lambda parts: _split_complex(matvec(_join_complex(parts, b)))  # noqa: E731
     u = jax.lax.custom_linear_solve(real_matvec, _tied(_split_complex(b)), solve, transpose_solve=solve)
     return _join_complex(u, b)
 
@@ -357,9 +319,8 @@ def _linear_solve(matvec: LinearMap, b: PyTree, solve: Callable[..., Any]) -> Py
 def _tied(b: PyTree) -> PyTree:
     """b with every leaf depending on all leaves, through the addition of a zero.
 
-    A condition may have equations that its arguments do not enter (the constraints of a programme whose objective is
-    being differentiated). Their leaves of b are then constants, and JAX can transpose a linear solve only if every
-    leaf of its right-hand side is a function of the tangents.
+    JAX can transpose a linear solve only if every leaf of its right-hand side is a function of the tangents; those of
+    equations that the arguments do not enter (the constraints, where the objective is differentiated) are constants.
     """
     first = [leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(b) if leaf.size]
     if len(first) < 2:
@@ -381,7 +342,7 @@ def _is_symmetric(optimality_fun: Callable[..., Any]) -> bool:
     return bool(getattr(optimality_fun, "symmetric", False))
 
 
-def _as_solve(solve: Callable[..., Any] | None, symmetric: bool) -> Callable[..., Any]:
+def _as_solve(solve: Solve | None, symmetric: bool) -> Solve:
     """The linear solver as a function `(matvec, b) -> u`."""
     if solve is None:
         return _conjugate_gradients if symmetric else _general
@@ -400,16 +361,15 @@ def _conjugate_gradients(matvec: LinearMap, b: PyTree) -> PyTree:
 
 
 def _general(matvec: LinearMap, b: PyTree) -> PyTree:
-    flat, unravel = jax.flatten_util.ravel_pytree(b)
+    flat, unravel = ravel_pytree(b)
     if flat.size > 100:
         # GMRES keeps `restart` vectors, so a large system gets fewer.
         restart = 100 if flat.size <= 10_000 else 20
         return GMRES(tol=_tolerance(b), max_steps=1000, restart=restart)(matvec, b)[0]
     # Least squares are exact, also for a system that is indefinite, or singular but consistent (redundant constraints).
     # The columns are made one by one, since a condition with a custom_vjp of its own cannot be batched here.
-    columns = jax.lax.map(
-        lambda e: jax.flatten_util.ravel_pytree(matvec(unravel(e)))[0], jnp.eye(flat.size, dtype=flat.dtype)
-    )
+    multiply = lambda e: ravel_pytree(matvec(unravel(e)))[0]  # noqa: E731
+    columns = jax.lax.map(multiply, jnp.eye(flat.size, dtype=flat.dtype))
     return unravel(jnp.linalg.lstsq(columns.T, flat)[0])
 
 

@@ -16,11 +16,10 @@ collective permutes.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +27,7 @@ import numpy as np
 import optax
 
 from bilevel._module import hyperparameters
-
-PyTree = Any
+from bilevel.typing import PyTree
 
 __all__ = [
     "Network",
@@ -73,6 +71,7 @@ def _mean(leaf: jax.Array) -> jax.Array:
     return leaf[:1] + jnp.mean(leaf - leaf[:1], axis=0, keepdims=True)
 
 
+@hyperparameters
 class Network:
     """What all networks share. Made by `ring(n)`, `torus(rows, cols)`, ..., `matrix(W)`; a pytree.
 
@@ -82,59 +81,52 @@ class Network:
 
     n: int
     name: str
+    varies: ClassVar[bool] = False
+    """Whether the graph changes from step to step."""
+
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = Network.__repr__  # type: ignore[method-assign]  # a dataclass would make one of its own
 
     def _flow(self, leaf: jax.Array, step: Any) -> jax.Array:
         raise NotImplementedError
 
     def matrix(self, step: int = 0) -> np.ndarray:
-        """W as a float64 array (n, n)."""
+        """W as a float64 array (n, n), of that step."""
         raise NotImplementedError
 
     def flow(self, tree: PyTree, step: Any = 0) -> PyTree:
         """(I - W) along the leading axis of every leaf."""
-        self._check(tree)
-        return jax.tree.map(lambda leaf: self._flow(leaf, step), tree)
-
-    def mix(self, tree: PyTree, step: Any = 0) -> PyTree:
-        """W along the leading axis of every leaf: each agent's average over itself and its neighbours."""
-        self._check(tree)
-        return jax.tree.map(lambda leaf: leaf - self._flow(leaf, step), tree)
-
-    def _check(self, tree: PyTree) -> None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if np.ndim(leaf) == 0 or np.shape(leaf)[0] != self.n:
                 raise NetworkError(
                     f"{self.name} mixes arrays with a leading axis of its {self.n} agents; the leaf "
                     f"{jax.tree_util.keystr(path) or 'given'} has the shape {list(np.shape(leaf))}."
                 )
+        return jax.tree.map(lambda leaf: self._flow(leaf, step), tree)
 
-    @property
-    def varies(self) -> bool:
-        """Whether the graph changes from step to step."""
-        return False
+    def mix(self, tree: PyTree, step: Any = 0) -> PyTree:
+        """W along the leading axis of every leaf: each agent's average over itself and its neighbours."""
+        return optax.tree.sub(tree, self.flow(tree, step))
 
     def eigenvalues(self) -> np.ndarray:
-        """The eigenvalues of W, ascending."""
+        """The eigenvalues of W, ascending; of `time_varying` networks what stands for them over one cycle."""
         return np.linalg.eigvalsh(self.matrix())
 
     @property
     def smallest_eigenvalue(self) -> float:
-        """l_n, which limits the step of combine-then-adapt forms and of EXTRA."""
+        """l_n (the smallest of any step's W), which limits the step of combine-then-adapt forms and of EXTRA."""
         return float(self.eigenvalues()[0])
 
     @property
     def spectral_gap(self) -> float:
         """1 - max(|l_2|, |l_n|): how fast a disagreement shrinks. 1 for the complete graph and for a single agent."""
-        if self.n == 1:
-            return 1.0
         values = self.eigenvalues()
-        return float(1 - max(abs(values[0]), abs(values[-2])))
+        return 1.0 if self.n == 1 else float(1 - max(abs(values[0]), abs(values[-2])))
 
     @property
     def neighbours(self) -> int:
         """The most neighbours that an agent has: messages sent per mixing."""
-        off = self.matrix() - np.diag(np.diag(self.matrix()))
-        return int((np.abs(off) > 0).sum(axis=1).max())
+        return _degree(self.matrix())
 
     def lazy(self) -> Network:
         """The network with (I + W) / 2: no negative eigenvalue, half the speed."""
@@ -151,29 +143,20 @@ class Network:
 class _Circulant(Network):
     """Agent i talks to i + s for each s in `shifts` (which holds -s with s), all with one weight."""
 
-    n: int
-    name: str
     shifts: tuple[int, ...]
     weight: float
 
     def _flow(self, leaf: jax.Array, step: Any) -> jax.Array:
         # On a single device slices of the doubled array fuse, six times as fast as rolls on a CPU; of a sharded axis
         # rolls alone become collective permutes. The sums are the same, bit for bit.
-        doubled = jnp.concatenate([leaf, leaf]) if jax.device_count() == 1 else None
-        total = jnp.zeros_like(leaf)
-        for shift in self.shifts:
-            neighbour = jnp.roll(leaf, -shift, axis=0) if doubled is None else doubled[shift : shift + self.n]
-            total = total + (leaf - neighbour)
-        return (total * self.weight).astype(leaf.dtype)
+        if jax.device_count() == 1:
+            doubled = jnp.concatenate([leaf, leaf])
+            return _flow_from(leaf, [doubled[shift : shift + self.n] for shift in self.shifts], self.weight)
+        return _flow_from(leaf, [jnp.roll(leaf, -shift, axis=0) for shift in self.shifts], self.weight)
 
     def matrix(self, step: int = 0) -> np.ndarray:
-        """W as a float64 array (n, n)."""
-        weights = np.zeros((self.n, self.n))
-        for shift in self.shifts:
-            weights[np.arange(self.n), (np.arange(self.n) + shift) % self.n] += float(self.weight)
-        return weights + np.diag(1 - weights.sum(axis=1))
-
-    __repr__ = Network.__repr__
+        agents = np.arange(self.n)
+        return _equal_weights([(agents + shift) % self.n for shift in self.shifts], self.n, self.weight)
 
 
 @hyperparameters
@@ -183,60 +166,37 @@ class _Torus(Network):
     Steps within a row are rolls of the whole axis, mended where they leave the row: no reshape of a sharded axis.
     """
 
-    n: int
-    name: str
     rows: int
     cols: int
     weight: float
 
-    def _shifts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        def distinct(length: int) -> tuple[int, ...]:
-            return () if length == 1 else (1,) if length == 2 else (1, -1)
-
-        return distinct(self.rows), distinct(self.cols)
-
     def _flow(self, leaf: jax.Array, step: Any) -> jax.Array:
-        down, right = self._shifts()
-        total = jnp.zeros_like(leaf)
-        for shift in down:
-            total = total + (leaf - jnp.roll(leaf, -shift * self.cols, axis=0))
+        def roll(shift: int) -> jax.Array:
+            return jnp.roll(leaf, -shift, axis=0)
+
         column = (jnp.arange(self.n) % self.cols).reshape(-1, *[1] * (leaf.ndim - 1))
-        for shift in right:
+        neighbours = [roll(shift * self.cols) for shift in _steps(self.rows)]
+        for shift in _steps(self.cols):
             edge = self.cols - 1 if shift == 1 else 0
-            neighbour = jnp.where(
-                column == edge, jnp.roll(leaf, shift * (self.cols - 1), axis=0), jnp.roll(leaf, -shift, axis=0)
-            )
-            total = total + (leaf - neighbour)
-        return (total * self.weight).astype(leaf.dtype)
+            neighbours.append(jnp.where(column == edge, roll(shift * (1 - self.cols)), roll(shift)))
+        return _flow_from(leaf, neighbours, self.weight)
 
     def matrix(self, step: int = 0) -> np.ndarray:
-        """W as a float64 array (n, n)."""
-        down, right = self._shifts()
         grid = np.arange(self.n).reshape(self.rows, self.cols)
-        weights = np.zeros((self.n, self.n))
-        for axis, shifts in ((0, down), (1, right)):
-            for shift in shifts:
-                weights[grid.ravel(), np.roll(grid, -shift, axis=axis).ravel()] += float(self.weight)
-        return weights + np.diag(1 - weights.sum(axis=1))
-
-    __repr__ = Network.__repr__
+        moves = [(0, shift) for shift in _steps(self.rows)] + [(1, shift) for shift in _steps(self.cols)]
+        neighbours = [np.roll(grid, -shift, axis=axis).ravel() for axis, shift in moves]
+        return _equal_weights(neighbours, self.n, self.weight)
 
 
 @hyperparameters
 class _Complete(Network):
     """All agents average with all: one all-reduce."""
 
-    n: int
-    name: str
-
     def _flow(self, leaf: jax.Array, step: Any) -> jax.Array:
         return leaf - _mean(leaf)
 
     def matrix(self, step: int = 0) -> np.ndarray:
-        """W as a float64 array (n, n)."""
         return np.full((self.n, self.n), 1 / self.n)
-
-    __repr__ = Network.__repr__
 
 
 @hyperparameters
@@ -247,8 +207,6 @@ class _Matrix(Network):
     weights of zero, and their differences are summed: n degree products per number instead of n^2.
     """
 
-    n: int
-    name: str
     weights: np.ndarray
     links: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -264,97 +222,42 @@ class _Matrix(Network):
             return jax.lax.fori_loop(0, degree, add, jnp.zeros_like(leaf), unroll=degree <= UNROLLED or None)
         # Differences to agent 0 vanish at consensus, and I - W does not see what is subtracted from all.
         shifted = (leaf - leaf[:1]).reshape(self.n, -1)
-        laplacian = jnp.asarray(_laplacian(self.weights), leaf.dtype)
+        laplacian = jnp.asarray(np.eye(self.n) - self.weights, leaf.dtype)
         return jnp.matmul(laplacian, shifted, precision="highest").reshape(leaf.shape)
 
     def matrix(self, step: int = 0) -> np.ndarray:
-        """W as a float64 array (n, n)."""
         return np.asarray(self.weights, np.float64)
-
-    __repr__ = Network.__repr__
-
-
-def _links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Each agent's neighbours and their weights, (n, largest degree).
-
-    None where a matrix product is the cheaper way.
-    """
-    others = weights - np.diag(np.diag(weights))
-    degree = int((others != 0).sum(axis=1).max())
-    if degree == 0 or 8 * degree > len(weights):
-        return None
-    index = np.argsort(others == 0, axis=1, kind="stable")[:, :degree]  # the neighbours first, then any others
-    return index.astype(np.int32), np.take_along_axis(others, index, axis=1)
-
-
-def _laplacian(weights: Any) -> Any:
-    module = np if isinstance(weights, np.ndarray) else jnp
-    return module.eye(weights.shape[0]) - weights
 
 
 @hyperparameters
-class _OnePeer(Network):
-    """At step k agent i averages with agent i XOR 2^(k mod log2 n): one message, exact consensus after log2 n steps."""
+class _Pairs(Network):
+    """Agent i averages with agent i XOR `distance`, a power of two."""
 
-    n: int
-    name: str
+    distance: int
 
     def _flow(self, leaf: jax.Array, step: Any) -> jax.Array:
-        index = jnp.arange(self.n).reshape(-1, *[1] * (leaf.ndim - 1))
-
-        def exchange(distance: int, leaf: jax.Array) -> jax.Array:
-            upper = (index // distance) % 2 == 1
-            peer = jnp.where(upper, jnp.roll(leaf, distance, axis=0), jnp.roll(leaf, -distance, axis=0))
-            return (leaf - peer) / 2
-
-        rounds = self.n.bit_length() - 1
-        which = jnp.asarray(step, jnp.uint32) % jnp.uint32(rounds)
-        return jax.lax.switch(which.astype(jnp.int32), [functools.partial(exchange, 2**j) for j in range(rounds)], leaf)
+        upper = (jnp.arange(self.n) // self.distance % 2 == 1).reshape(-1, *[1] * (leaf.ndim - 1))
+        peer = jnp.where(upper, jnp.roll(leaf, self.distance, axis=0), jnp.roll(leaf, -self.distance, axis=0))
+        return (leaf - peer) / 2
 
     def matrix(self, step: int = 0) -> np.ndarray:
-        """W of that step as a float64 array (n, n)."""
-        peers = np.arange(self.n) ^ 2 ** (step % (self.n.bit_length() - 1))
-        return (np.eye(self.n) + np.eye(self.n)[peers]) / 2
-
-    @property
-    def varies(self) -> bool:
-        """It does."""
-        return True
-
-    def eigenvalues(self) -> np.ndarray:
-        """The eigenvalues of the product over one cycle, ascending: the exact average."""
-        return np.concatenate([np.zeros(self.n - 1), [1.0]])
-
-    @property
-    def smallest_eigenvalue(self) -> float:
-        """The smallest of any step's W."""
-        return 0.0
-
-    __repr__ = Network.__repr__
+        return (np.eye(self.n) + np.eye(self.n)[np.arange(self.n) ^ self.distance]) / 2
 
 
 @hyperparameters
 class _TimeVarying(Network):
     """Step k mixes with network k mod their number."""
 
-    n: int
-    name: str
     networks: Any
+    varies: ClassVar[bool] = True
 
     def _flow(self, leaf: jax.Array, step: Any) -> jax.Array:
         which = jnp.asarray(step, jnp.uint32) % jnp.uint32(len(self.networks))
-        return jax.lax.switch(
-            which.astype(jnp.int32), [lambda leaf, w=w: w._flow(leaf, 0) for w in self.networks], leaf
-        )
+        flows = [lambda leaf, w=w: w._flow(leaf, 0) for w in self.networks]
+        return jax.lax.switch(which.astype(jnp.int32), flows, leaf)
 
     def matrix(self, step: int = 0) -> np.ndarray:
-        """W of that step as a float64 array (n, n)."""
         return self.networks[step % len(self.networks)].matrix()
-
-    @property
-    def varies(self) -> bool:
-        """It does."""
-        return True
 
     def eigenvalues(self) -> np.ndarray:
         """The singular values of the product over one cycle, to the power of one over its length, ascending."""
@@ -363,10 +266,56 @@ class _TimeVarying(Network):
 
     @property
     def smallest_eigenvalue(self) -> float:
-        """The smallest of any step's W."""
         return min(w.smallest_eigenvalue for w in self.networks)
 
-    __repr__ = Network.__repr__
+
+@hyperparameters
+class _OnePeer(_TimeVarying):
+    """One message a step, exact consensus after a cycle."""
+
+    def eigenvalues(self) -> np.ndarray:
+        """Those of the product over one cycle: the exact average."""
+        return np.concatenate([np.zeros(self.n - 1), [1.0]])
+
+    @property
+    def smallest_eigenvalue(self) -> float:
+        return 0.0
+
+
+def _flow_from(leaf: jax.Array, neighbours: list[jax.Array], weight: Any) -> jax.Array:
+    """(I - W) s of agents that average with their neighbours' copies, given in any order, all with one weight."""
+    total = jnp.zeros_like(leaf)
+    for neighbour in neighbours:
+        total = total + (leaf - neighbour)
+    return (total * weight).astype(leaf.dtype)
+
+
+def _equal_weights(neighbours: list[np.ndarray], n: int, weight: Any) -> np.ndarray:
+    """The W of `_flow_from`, each neighbour given by its number."""
+    weights = np.zeros((n, n))
+    for neighbour in neighbours:
+        weights[np.arange(n), neighbour] += float(weight)
+    return weights + np.diag(1 - weights.sum(axis=1))
+
+
+def _steps(length: int) -> tuple[int, ...]:
+    """Steps to the distinct neighbours on a circle: none on one of one, and both the same on one of two."""
+    return (1, -1)[: length - 1]
+
+
+def _degree(weights: np.ndarray) -> int:
+    """The most neighbours of an agent."""
+    return int(((weights != 0) & ~np.eye(len(weights), dtype=bool)).sum(axis=1).max())
+
+
+def _links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Each agent's neighbours and their weights, (n, largest degree); None where a matrix product is cheaper."""
+    degree = _degree(weights)
+    if degree == 0 or 8 * degree > len(weights):
+        return None
+    others = weights - np.diag(np.diag(weights))
+    index = np.argsort(others == 0, axis=1, kind="stable")[:, :degree]  # the neighbours first, then any others
+    return index.astype(np.int32), np.take_along_axis(others, index, axis=1)
 
 
 # ---------------------------------------------------------------- the named graphs
@@ -381,8 +330,7 @@ def ring(n: int) -> Network:
 def torus(rows: int, cols: int) -> Network:
     """A grid closed in both directions, each agent averaging with four neighbours: weights 1/5, gap O(1/n)."""
     _positive("torus", rows=rows, cols=cols)
-    degree = sum(0 if k == 1 else 1 if k == 2 else 2 for k in (rows, cols))
-    return _Torus(rows * cols, f"torus({rows}, {cols})", rows, cols, 1 / (degree + 1))
+    return _Torus(rows * cols, f"torus({rows}, {cols})", rows, cols, 1 / (1 + len(_steps(rows) + _steps(cols))))
 
 
 def exponential(n: int) -> Network:
@@ -392,7 +340,7 @@ def exponential(n: int) -> Network:
     (directed there).
     """
     _positive("exponential", n=n)
-    powers = [2**j for j in range(max(n - 1, 0).bit_length()) if 2**j < n]
+    powers = [2**j for j in range((n - 1).bit_length())]
     return _circulant(n, f"exponential({n})", {s * p % n for p in powers for s in (1, -1)} - {0})
 
 
@@ -412,10 +360,7 @@ def star(n: int) -> Network:
 
 def erdos_renyi(n: int, probability: float, seed: int = 0) -> Network:
     """A random graph, each edge present with the given probability, Metropolis weights; drawn again until it is
-    connected.
-
-    Raises:
-      NetworkError: none of a thousand draws was connected.
+    connected, at most a thousand times.
     """
     _positive("erdos_renyi", n=n)
     if not 0 < probability <= 1:
@@ -428,8 +373,7 @@ def erdos_renyi(n: int, probability: float, seed: int = 0) -> Network:
             return from_adjacency(adjacency, name=f"erdos_renyi({n}, {probability:g}, seed={seed})")
     raise NetworkError(
         f"erdos_renyi({n}, {probability:g}): a thousand draws gave no connected graph. Raise the probability well "
-        f"above "
-        f"log(n)/n = {math.log(n) / n:.3g}."
+        f"above log(n)/n = {math.log(n) / n:.3g}."
     )
 
 
@@ -437,11 +381,9 @@ def matrix(weights: Any, name: str = "matrix") -> Network:
     """A network from its mixing matrix.
 
     Args:
-      weights: (n, n), symmetric, rows that sum to one, entries not negative, connected, no eigenvalue at -1.
+      weights: (n, n), symmetric, rows that sum to one, entries not negative, connected, no eigenvalue at -1; where
+        one of these fails, a `NetworkError` names the entry or the row.
       name: for messages.
-
-    Raises:
-      NetworkError: it is none of these; the message names the entry or the row.
     """
     weights = np.array(weights, np.float64)
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1] or weights.shape[0] == 0:
@@ -457,8 +399,8 @@ def matrix(weights: Any, name: str = "matrix") -> Network:
             "network.metropolis(adjacency) makes symmetric weights for any undirected graph."
         )
     sums = weights.sum(axis=1)
-    if np.abs(sums - 1).max() > _TOLERANCE:
-        i = int(np.abs(sums - 1).argmax())
+    i = int(np.abs(sums - 1).argmax())
+    if abs(sums[i] - 1) > _TOLERANCE:
         raise NetworkError(
             f"{name} is not doubly stochastic: row {i} sums to {sums[i]:g}, not 1. "
             "network.metropolis(adjacency) makes such weights for any undirected graph."
@@ -483,23 +425,20 @@ def matrix(weights: Any, name: str = "matrix") -> Network:
 
 
 def metropolis(adjacency: Any) -> np.ndarray:
-    """Metropolis-Hastings weights w_ij = 1 / (1 + max(deg_i, deg_j)) of an undirected graph: symmetric, rows sum to
-    one.
+    """Metropolis-Hastings weights w_ij = 1 / (1 + max(deg_i, deg_j)) of an undirected graph: symmetric, rows sum to 1.
 
-    Args:
-      adjacency: (n, n) of truth values; the diagonal is ignored.
+    `adjacency` is (n, n), of truth values; its diagonal is ignored.
     """
     linked = np.array(adjacency) != 0
     if linked.ndim != 2 or linked.shape[0] != linked.shape[1]:
-        raise NetworkError(
-            f"An adjacency matrix is square, (agents, agents); this one has the shape {list(linked.shape)}."
-        )
+        shape = list(linked.shape)
+        raise NetworkError(f"An adjacency matrix is square, (agents, agents); this one has the shape {shape}.")
     np.fill_diagonal(linked, False)
     if (linked != linked.T).any():
         i, j = np.argwhere(linked & ~linked.T)[0]
         raise NetworkError(
             f"The graph is directed: agent {i} lists agent {j} as a neighbour, but not the other way round. Add "
-            f"the missing edges."
+            "the missing edges."
         )
     degrees = linked.sum(axis=1)
     weights = np.where(linked, 1 / (1 + np.maximum(degrees[:, None], degrees[None, :])), 0.0)
@@ -508,9 +447,7 @@ def metropolis(adjacency: Any) -> np.ndarray:
 
 def from_adjacency(adjacency: Any, name: str = "graph") -> Network:
     """A network from an undirected graph, with Metropolis weights."""
-    weights = metropolis(adjacency)
-    _connected(weights > 0, name)
-    return matrix(weights, name)
+    return matrix(metropolis(adjacency), name)
 
 
 def time_varying(networks: Sequence[Network]) -> Network:
@@ -522,11 +459,10 @@ def time_varying(networks: Sequence[Network]) -> Network:
     networks = tuple(networks)
     if not networks:
         raise NetworkError("time_varying needs at least one network; the sequence is empty.")
-    sizes = {w.n for w in networks}
+    sizes = sorted({w.n for w in networks})
     if len(sizes) > 1:
-        raise NetworkError(
-            f"time_varying: the networks have {', '.join(map(str, sorted(sizes)))} agents; all need the same number."
-        )
+        given = ", ".join(map(str, sizes))
+        raise NetworkError(f"time_varying: the networks have {given} agents; all need the same number.")
     nested = [w.name for w in networks if w.varies]
     if nested:
         raise NetworkError(f"time_varying: {nested[0]} changes with the step itself; give networks that do not.")
@@ -534,19 +470,17 @@ def time_varying(networks: Sequence[Network]) -> Network:
 
 
 def one_peer(n: int) -> Network:
-    """Time-varying: at step k agent i averages with agent i XOR 2^k. One message a mixing, exact average after log2 n
-    of them.
+    """Time-varying: at step k agent i of n = 2, 4, 8, ... averages with agent i XOR 2^(k mod log2 n).
 
-    Args:
-      n: a power of two, at least 2.
+    One message a mixing, exact average after log2 n of them.
     """
     _positive("one_peer", n=n)
+    name = f"one_peer({n})"
     if n < 2 or n & (n - 1):
         raise NetworkError(
-            f"one_peer({n}): pairs at distances 1, 2, 4, ... need a number of agents that is a power of two, at "
-            f"least 2."
+            f"{name}: pairs at distances 1, 2, 4, ... need a number of agents that is a power of two, at least 2."
         )
-    return _OnePeer(n, f"one_peer({n})")
+    return _OnePeer(n, name, tuple(_Pairs(n, name, 2**j) for j in range(n.bit_length() - 1)))
 
 
 def _circulant(n: int, name: str, shifts: set[int]) -> Network:
@@ -561,20 +495,19 @@ def _positive(owner: str, **counts: Any) -> None:
 
 def _component(linked: np.ndarray) -> set[int]:
     """The agents that agent 0 can reach."""
-    found, new = {0}, [0]
+    found, new = {0}, {0}
     while new:
-        new = [int(j) for i in new for j in np.flatnonzero(linked[i]) if j not in found]
-        found.update(new)
-        new = list(dict.fromkeys(new))
+        new = {int(j) for i in new for j in np.flatnonzero(linked[i])} - found
+        found |= new
     return found
 
 
 def _connected(linked: np.ndarray, name: str) -> None:
     found = _component(linked)
-    if len(found) < len(linked):
-        lost = sorted(set(range(len(linked))) - found)
+    lost = sorted(set(range(len(linked))) - found)
+    if lost:
         shown = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
         raise NetworkError(
             f"{name} is disconnected: agent 0 reaches {len(found)} of {len(linked)} agents, not {shown}. They "
-            f"could never agree: add edges."
+            "could never agree: add edges."
         )

@@ -6,6 +6,7 @@ Projections on simple sets are `optax.projections` and `jaxopt.projection`. A pr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,14 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.curvature import spectral_norm
-from bilevel.typing import PyTree
+from bilevel.typing import Project, PyTree
 
 __all__ = ["affine", "dual", "dual_factor", "dykstra", "osqp"]
 
+Rows = Callable[[PyTree], jax.Array]
 
-def dual_factor(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], point: PyTree) -> jax.Array:
+
+def dual_factor(rows: Rows, project: Project, point: PyTree) -> jax.Array:
     """The pseudo-inverse of J P' J', (p, p), for affine rows c(u) = J u - b and an affine P: see `affine`."""
     value, push = jax.linearize(rows, point)
     pull = jax.linear_transpose(push, point)
@@ -28,9 +31,7 @@ def dual_factor(rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree],
     return jnp.linalg.pinv(matrix, rtol=1e3 * jnp.finfo(value.dtype).eps, hermitian=True)
 
 
-def affine(
-    rows: Callable[[PyTree], jax.Array], project: Callable[[PyTree], PyTree], factor: jax.Array, u: PyTree
-) -> PyTree:
+def affine(rows: Rows, project: Project, factor: jax.Array, u: PyTree) -> PyTree:
     """The projection of u on {v : c(v) = 0, v in the range of P}, affine c and P, by a product with a cached factor.
 
     v = P(u - J' lam),    lam = (J P' J')^+ c(P u)
@@ -41,9 +42,9 @@ def affine(
 
 
 def dual(
-    rows: Callable[[PyTree], jax.Array],
+    rows: Rows,
     inequality: Any,
-    project: Callable[[PyTree], PyTree],
+    project: Project,
     u: PyTree,
     lam: jax.Array,
     *,
@@ -61,34 +62,28 @@ def dual(
     Args:
       rows: c, scaled so that its rows have about norm one.
       inequality: bool (p,), which rows are inequalities.
-      project: the projection on X x Y.
-      u: the point.
+      project: P.
       lam: a start, shape (p,): the last projection's.
       steps: the most ascent steps per linearisation.
       linearisations: 1 for affine rows.
       tol: on the largest violation and the change of lam.
 
-    Returns:
-      v and its lam.
+    Returns v and its lam.
     """
     floor = jnp.where(inequality, 0.0, -jnp.inf).astype(lam.dtype)
 
     def once(_: Any, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
         centre, lam = carry
         value, push = jax.linearize(rows, centre)
-        pull_back = jax.linear_transpose(push, centre)
-        pull = lambda w: pull_back(w)[0]  # noqa: E731
+        pull = jax.linear_transpose(push, centre)
+        size = 0.9 / jnp.maximum(spectral_norm(lambda w: push(pull(w)[0]), lam, steps=12), 1e-12)
 
-        largest = spectral_norm(lambda w: push(pull(w)), lam, steps=12)
-        size = 0.9 / jnp.maximum(largest, 1e-12)
-
-        def at(lam: jax.Array) -> tuple[PyTree, jax.Array]:
-            v = project(optax.tree.sub(u, pull(lam)))
-            return v, value + push(optax.tree.sub(v, centre))
+        def at(lam: jax.Array) -> PyTree:
+            return project(optax.tree.sub(u, pull(lam)[0]))
 
         def body(carry: Any) -> Any:
             i, lam, ahead, t, _ = carry
-            new = jnp.maximum(ahead + size * at(ahead)[1], floor)
+            new = jnp.maximum(ahead + size * (value + push(optax.tree.sub(at(ahead), centre))), floor)
             restart = jnp.vdot(ahead - new, new - lam) > 0
             following = jnp.where(restart, 1.0, (1 + jnp.sqrt(1 + 4 * t**2)) / 2).astype(t.dtype)
             momentum = jnp.where(restart, 0.0, (t - 1) / following)
@@ -96,25 +91,18 @@ def dual(
 
         start = (0, lam, lam, jnp.ones((), lam.dtype), jnp.asarray(jnp.inf, lam.dtype))
         lam = jax.lax.while_loop(lambda c: (c[0] < steps) & (c[4] > tol), body, start)[1]
-        return at(lam)[0], lam
+        return at(lam), lam
 
     return jax.lax.fori_loop(0, linearisations, once, (project(u), lam))
 
 
-def dykstra(projections: tuple[Callable[[PyTree], PyTree], ...], steps: int = 100) -> Callable[[PyTree], PyTree]:
-    """The projection on the intersection of convex sets from the projection on each (Dykstra's alternation).
+def dykstra(projections: tuple[Project, ...], steps: int = 100) -> Project:
+    """The projection on the intersection of convex sets from those on each, by `steps` rounds of Dykstra's alternation.
 
-    Args:
-      projections: functions `u -> u`.
-      steps: rounds; each calls every projection once.
-
-    Reference: Boyle, Dykstra, "A Method for Finding Projections onto the Intersection of Convex Sets in Hilbert
-      Spaces", 1986.
+    Boyle, Dykstra, "A Method for Finding Projections onto the Intersection of Convex Sets in Hilbert Spaces", 1986.
     """
 
     def project(u: PyTree) -> PyTree:
-        corrections = tuple(optax.tree.zeros_like(u) for _ in projections)
-
         def round_(_: Any, carry: Any) -> Any:
             u, corrections = carry
             new = []
@@ -122,14 +110,14 @@ def dykstra(projections: tuple[Callable[[PyTree], PyTree], ...], steps: int = 10
                 shifted = optax.tree.add(u, correction)
                 u = projection(shifted)
                 new.append(optax.tree.sub(shifted, u))
-            return u, tuple(new)
+            return u, new
 
-        return jax.lax.fori_loop(0, steps, round_, (u, corrections))[0]
+        return jax.lax.fori_loop(0, steps, round_, (u, [optax.tree.zeros_like(u) for _ in projections]))[0]
 
     return project
 
 
-def osqp(A: Any = None, b: Any = None, G: Any = None, h: Any = None, **options: Any) -> Callable[[PyTree], PyTree]:
+def osqp(A: Any = None, b: Any = None, G: Any = None, h: Any = None, **options: Any) -> Project:
     """The projection on {u : A u = b, G u <= h} through jaxopt's OSQP, u raveled with `jax.flatten_util.ravel_pytree`.
 
     Args:
@@ -139,8 +127,6 @@ def osqp(A: Any = None, b: Any = None, G: Any = None, h: Any = None, **options: 
     """
 
     def project(u: PyTree) -> PyTree:
-        import warnings
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             import jaxopt
