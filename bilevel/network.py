@@ -360,7 +360,7 @@ def star(n: int) -> Network:
 
 def erdos_renyi(n: int, probability: float, seed: int = 0) -> Network:
     """A random graph, each edge present with the given probability, Metropolis weights; drawn again until it is
-    connected, at most a thousand times.
+    connected; a `NetworkError` where none of a thousand draws is.
     """
     _positive("erdos_renyi", n=n)
     if not 0 < probability <= 1:

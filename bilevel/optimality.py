@@ -63,7 +63,7 @@ def projected_gradient(fun: Function, projection: Function, step: Any = 1.0) -> 
 
 
 def proximal_gradient(fun: Function, prox: Function, step: Any = 1.0) -> Condition:
-    """A minimum of fun + g: prox(y - step grad fun(y, *args), hyperparams, step) - y = 0.
+    """A minimum of a smooth fun + g: prox(y - step grad fun(y, *args), hyperparams, step) - y = 0.
 
     prox(v, hyperparams, scaling) = argmin_y 1/2 |y - v|^2 + scaling g(y, hyperparams)
     """
@@ -87,7 +87,7 @@ def mirror_descent(fun: Function, projection: Function, mirror_map: Callable[[An
 
 
 def block_coordinate(fun: Function, block_prox: Function, step: Any = 1.0) -> Condition:
-    """A minimum of fun(y) + sum_j g_j(y_j), the blocks y_j along the leading axis of every leaf of y.
+    """A minimum of a smooth fun(y) + sum_j g_j(y_j), the blocks y_j along the leading axis of every leaf of y.
 
         block_prox(y_j - step grad_j fun(y, *args), hyperparams, step) - y_j = 0    for every block j
 
