@@ -115,6 +115,6 @@ def _zero_cotangent(leaf: Any) -> Any:
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm over all leaves, 0 if there are none; by inner products, as XLA vectorises no sums of squares."""
+    """The Euclidean norm over all leaves, 0 for none; XLA vectorises inner products, and sums of squares not."""
     leaves = jax.tree.leaves(tree)
     return jnp.sqrt(sum(jnp.vdot(leaf, leaf).real for leaf in leaves)) if leaves else jnp.zeros(())
