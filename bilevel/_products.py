@@ -6,7 +6,9 @@ columns such products are bound by reading X, and one product with twice the col
 
 from __future__ import annotations
 
+import graphlib
 import heapq
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,12 +49,11 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
         if len(members) > 1:
             results = _product(members, bundles[numbers[0]][1], read)
         else:
-            equation = members[0]
+            (equation,) = members
             bound = equation.primitive.get_bind_params(equation.params)
             functions, params = bound if isinstance(bound, tuple) else ((), bound)
             results = equation.primitive.bind(*functions, *map(read, equation.invars), **params)
-            if not equation.primitive.multiple_results:
-                results = [results]
+            results = results if equation.primitive.multiple_results else [results]
         outputs = [out for equation in members for out in equation.outvars]
         environment.update(zip(outputs, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
@@ -69,10 +70,7 @@ def _live(jaxpr: Any) -> list[Any]:
 
 
 def _candidates(equation: Any) -> Iterator[tuple[int, Any]]:
-    """The sides (0: left, 1.
-
-    Right) on which a product's factor may be shared, and what members of a bundle agree in.
-    """
+    """The sides (0: left, 1: right) on which its factor may be shared, and what members of a bundle agree in."""
     if equation.primitive.name != "dot_general" or any(isinstance(atom, Literal) for atom in equation.invars):
         return
     contracted, batched = equation.params["dimension_numbers"]
@@ -87,27 +85,21 @@ def _candidates(equation: Any) -> Iterator[tuple[int, Any]]:
 
 def _product(equations: list[Any], side: int, read: Callable[[Any], Any]) -> list[jax.Array]:
     """The results of products that share the factor on this side, by one."""
-    columns, sizes = [], []
-    for equation in equations:
-        axis = equation.params["dimension_numbers"][0][1 - side][0]
-        columns.append(jnp.moveaxis(read(equation.invars[1 - side]), axis, 0))
-        sizes.append(_columns(equation, side))
-    shared = read(equations[0].invars[side])
-    axis = equations[0].params["dimension_numbers"][0][side][0]
-    table = jnp.concatenate(columns, 1)
-    left, right, *axes = (shared, table, axis, 0) if side == 0 else (table, shared, 0, axis)
-    params = equations[0].params
-    dimensions: Any = (((axes[0],), (axes[1],)), ((), ()))
+    axes = [equation.params["dimension_numbers"][0] for equation in equations]
+    factors = [read(equation.invars[1 - side]) for equation in equations]
+    table = jnp.concatenate([jnp.moveaxis(b, axis[1 - side][0], 0) for b, axis in zip(factors, axes, strict=True)], 1)
+    shared, axis, params = read(equations[0].invars[side]), axes[0][side][0], equations[0].params
+    left, right, a, b = (shared, table, axis, 0) if side == 0 else (table, shared, 0, axis)
     options = {name: params[name] for name in ("precision", "preferred_element_type")}
-    result = jax.lax.dot_general(left, right, dimensions, **options)
-    stops = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-    return jnp.split(result, stops, axis=result.ndim - 1 if side == 0 else 0)
+    result = jax.lax.dot_general(left, right, (((a,), (b,)), ((), ())), **options)
+    stops = itertools.accumulate(_columns(equation, side) for equation in equations[:-1])
+    return jnp.split(result, list(stops), axis=result.ndim - 1 if side == 0 else 0)
 
 
 def _schedule(equations: list[Any]) -> tuple[dict[int, tuple[list[int], int]], list[list[int]]]:
-    """The bundles of products (by their first member: all members, and the side of the shared factor).
+    """The bundles of products and an order of execution that has them together.
 
-    With them the equations in an order of execution, bundles together.
+    A bundle stands under its first member: all members, and the side of the shared factor.
     """
     made = {out: i for i, equation in enumerate(equations) for out in equation.outvars}
     needs = [{made[a] for a in equation.invars if not isinstance(a, Literal) and a in made} for equation in equations]
@@ -139,19 +131,17 @@ def _order(needs: list[set[int]], bundles: list[list[int]]) -> list[list[int]] |
     for i in range(len(needs)):
         nodes.setdefault(head.get(i, i), []).append(i)
     waits = {node: {head.get(j, j) for i in members for j in needs[i]} for node, members in nodes.items()}
-    users: dict[int, list[int]] = {}
-    for node, before in waits.items():
-        for j in before:
-            users.setdefault(j, []).append(node)
-    left = {node: len(before) for node, before in waits.items()}
-    ready = [node for node, count in left.items() if not count]
-    heapq.heapify(ready)
-    order = []
-    while ready:
+    sorter = graphlib.TopologicalSorter(waits)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError:
+        return None
+    order: list[list[int]] = []
+    ready: list[int] = []
+    while sorter.is_active():
+        for node in sorter.get_ready():
+            heapq.heappush(ready, node)
         node = heapq.heappop(ready)
         order.append(nodes[node])
-        for user in users.get(node, ()):
-            left[user] -= 1
-            if not left[user]:
-                heapq.heappush(ready, user)
-    return order if len(order) == len(nodes) else None
+        sorter.done(node)
+    return order

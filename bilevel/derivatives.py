@@ -30,13 +30,7 @@ __all__ = [
 
 
 class Linearised(NamedTuple):
-    """The lower level's first derivatives at a point and its second ones as linear maps.
-
-    Attributes:
-      gradient_x: f_x(x, y), shaped like x.
-      gradient_y: f_y(x, y), shaped like y.
-      products: v -> (f_xy v, f_yy v), both from one pass.
-    """
+    """The lower level's gradients f_x and f_y at a point, and its products v -> (f_xy v, f_yy v), two from one pass."""
 
     gradient_x: PyTree
     gradient_y: PyTree
@@ -55,44 +49,37 @@ def linearised(f: Loss, x: PyTree, y: PyTree) -> Linearised:
     """Linearise the joint gradient (f_x, f_y) in y.
 
     Along v the tangent of f_y is f_yy v, and that of f_x is f_xy v because second derivatives commute: one forward
-    pass over the linearised gradient gives both products, and its primal pass both gradients. The primal pass is
-    stated once, outside any loop that applies the products.
+    pass over the linearised gradient gives both products. Its primal pass gives both gradients, and is stated once,
+    outside any loop that applies the products.
     """
     (gradient_x, gradient_y), products = jax.linearize(lambda y: jax.grad(f, argnums=(0, 1))(x, y), y)
     return Linearised(gradient_x, gradient_y, products)
 
 
+def _along(f: Loss, x: PyTree, y: PyTree, v: PyTree, argnums: Any, pick: Callable[[Any, Any], Any]) -> Any:
+    """`pick` of f's gradient in the `argnums` and its derivative along v in y, forward over reverse."""
+    both = lambda x, y, v: jax.jvp(lambda y: jax.grad(f, argnums)(x, y), (y,), (v,))  # noqa: E731
+    return merge_products(lambda x, y, v: pick(*both(x, y, v)))(x, y, v)
+
+
 def hvp(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
     """f_yy(x, y) v, forward over reverse."""
-    return merge_products(lambda x, y, v: jax.jvp(lambda y: jax.grad(f, argnums=1)(x, y), (y,), (v,))[1])(x, y, v)
+    return _along(f, x, y, v, 1, lambda _, hvp: hvp)
 
 
 def cross_product(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> PyTree:
     """f_xy(x, y) v = d/dx <f_y(x, y), v>, shaped like x."""
-    return merge_products(lambda x, y, v: jax.jvp(lambda y: jax.grad(f, argnums=0)(x, y), (y,), (v,))[1])(x, y, v)
+    return _along(f, x, y, v, 0, lambda _, cross: cross)
 
 
 def gradient_and_cross(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree]:
     """f_y(x, y) and f_xy(x, y) v from one joint linearisation."""
-
-    def both(x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree]:
-        (_, gradient), (cross, _) = jax.jvp(lambda y: jax.grad(f, argnums=(0, 1))(x, y), (y,), (v,))
-        return gradient, cross
-
-    return merge_products(both)(x, y, v)
+    return _along(f, x, y, v, (0, 1), lambda gradients, products: (gradients[1], products[0]))
 
 
 def gradient_and_products(f: Loss, x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    """f_y(x, y), f_xy(x, y) v and f_yy(x, y) v from one joint linearisation along a single v.
-
-    See `linearised` for many.
-    """
-
-    def all_three(x: PyTree, y: PyTree, v: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        (_, gradient), products = jax.jvp(lambda y: jax.grad(f, argnums=(0, 1))(x, y), (y,), (v,))
-        return gradient, *products
-
-    return merge_products(all_three)(x, y, v)
+    """f_y(x, y), f_xy(x, y) v and f_yy(x, y) v from one joint linearisation; for many v see `linearised`."""
+    return _along(f, x, y, v, (0, 1), lambda gradients, products: (gradients[1], *products))
 
 
 def mixed_mode_gradient(f: Callable[..., jax.Array]) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
@@ -110,28 +97,24 @@ def mixed_mode_gradient(f: Callable[..., jax.Array]) -> Callable[[PyTree, PyTree
     def gradient(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
         return jax.grad(f, argnums=1)(x, y, batch)
 
-    def forward(x: PyTree, y: PyTree, batch: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree, PyTree]]:
-        return jax.grad(f, argnums=1)(x, y, batch), (x, y, batch)
+    def forward(*point: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
+        return jax.grad(f, argnums=1)(*point), point
 
-    def backward(saved: tuple[PyTree, PyTree, PyTree], w: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        x, y, batch = saved
-        joint = jax.jvp(lambda y: jax.grad(f, argnums=(0, 1))(x, y, batch), (y,), (w,))[1]
-        return joint[0], joint[1], jax.tree.map(_zero_cotangent, batch)
+    def backward(point: tuple[PyTree, ...], w: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        x, y, batch = point
+        _, (cross, hvp) = jax.jvp(lambda y: jax.grad(f, argnums=(0, 1))(x, y, batch), (y,), (w,))
+        return cross, hvp, jax.tree.map(_zero_cotangent, batch)
 
     gradient.defvjp(forward, backward)
     return gradient
 
 
 def _zero_cotangent(leaf: Any) -> Any:
-    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-        return jnp.zeros_like(leaf)
-    return np.zeros(np.shape(leaf), jax.dtypes.float0)
+    inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    return jnp.zeros_like(leaf) if inexact else np.zeros(np.shape(leaf), jax.dtypes.float0)
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm over all leaves, zero for a tree without leaves.
-
-    By inner products: XLA vectorises those, and sums of squares it does not.
-    """
+    """The Euclidean norm over all leaves, 0 for none; XLA vectorises inner products, and sums of squares not."""
     leaves = jax.tree.leaves(tree)
     return jnp.sqrt(sum(jnp.vdot(leaf, leaf).real for leaf in leaves)) if leaves else jnp.zeros(())

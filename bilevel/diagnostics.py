@@ -47,18 +47,15 @@ class Check:
     """What `check` found; `print` it.
 
     Attributes:
-      variables: descriptions of x and y.
-      data: descriptions of the levels' data.
+      variables, data: descriptions of x and y, and of the levels' data.
       upper_loss, lower_loss: at (x0, y0).
       lower_eigenvalues: the extreme eigenvalues of f_yy at the lower solution found from (x0, y0).
       condition: their ratio; infinite where the smallest is not positive.
       lower_residual: |f_y| there.
       directional: the central difference of h(x) = F(x, y*(x)) along the random direction.
       estimators: one `EstimatorCheck` each.
-      solver: what `solve` would choose.
-      reason: why.
-      table_bytes: what the tables of a method with memory (`solvers.SABA`) would take on these data; 0 for full
-        batches.
+      solver, reason: what `solve` would choose, and why.
+      table_bytes: what the tables of `solvers.SABA` would take on these data; 0 for full batches.
       warnings: sentences.
     """
 
@@ -94,9 +91,8 @@ class Check:
             lines.append(f"  {e.name:<44}{error:>11}{e.milliseconds:>9.2f}{e.megabytes:>9.2f}  {e.note}".rstrip())
         lines.append(f"Solver: {self.reason}")
         if self.table_bytes:
-            lines.append(
-                f"Tables of solvers.SABA on these data: {self.table_bytes / 2**20:,.1f} MiB (solvers.SRBA needs none)"
-            )
+            tables = f"{self.table_bytes / 2**20:,.1f} MiB"
+            lines.append(f"Tables of solvers.SABA on these data: {tables} (solvers.SRBA needs none)")
         lines += [f"Warning: {w}" for w in self.warnings]
         return "\n".join(lines)
 
@@ -110,7 +106,6 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     about seven.
 
     Args:
-      problem: the problem.
       x0, y0: the point.
       key: seed of the random direction and of the zeroth-order estimators.
       lower_steps: steps of the unrolled estimators.
@@ -120,8 +115,9 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     """
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
-    full = _full(problem)
-    warnings: list[str] = []
+    upper_data, lower_data = (source.example() if source.host else source.full() for source in problem.sources)
+    upper_data, lower_data = jax.tree.map(jnp.asarray, (upper_data, lower_data))
+    full = dataclasses.replace(problem, upper_data=upper_data, lower_data=lower_data)
     try:
         solver, reason = default_solver(problem, x, y)
     except ProblemError as error:
@@ -131,23 +127,20 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     for name, value in (("upper", upper), ("lower", lower)):
         if not np.isfinite(value):
             raise ProblemError(f"The {name} loss is {value} at (x0, y0): start where both losses are finite.")
-    plain = problem.constraint is None and problem.equality is None and bool(jax.tree.leaves(x))
     nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
-
     found, residual, low, high = _solve_lower(full, x, y, nonsmooth)
     condition = high / low if low > 0 else float("inf")
+    warnings: list[str] = []
     if low < -1e-6 * abs(high):
         warnings.append(
             "the lower level is not convex at its solution: implicit hypergradients by CG meet negative curvature; add "
             "damping, or take a penalty method."
         )
     elif condition > 1e6:
-        warnings.append(
-            f"the lower level's condition number is {condition:.1g}: regularise it, or precondition the linear solver."
-        )
-    estimators: list[EstimatorCheck] = []
-    directional = float("nan")
-    if plain:
+        cure = "regularise it, or precondition the linear solver"
+        warnings.append(f"the lower level's condition number is {condition:.1g}: {cure}.")
+    directional, estimators = float("nan"), list[EstimatorCheck]()
+    if problem.constraint is None and problem.equality is None and jax.tree.leaves(x):
         directional, estimators = _compare(full, x, found, high, nonsmooth, key, lower_steps)
     else:
         warnings.append(
@@ -170,12 +163,6 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     )
 
 
-def _full(problem: Problem) -> Problem:
-    found = [source.example() if source.host else source.full() for source in problem.sources]
-    upper, lower = jax.tree.map(jnp.asarray, found)
-    return dataclasses.replace(problem, upper_data=upper, lower_data=lower)
-
-
 def _describe(tree: PyTree) -> str:
     leaves = jax.tree.leaves(tree)
     if not leaves:
@@ -192,10 +179,9 @@ def _solve_lower(problem: Problem, x: PyTree, y: PyTree, nonsmooth: bool) -> tup
         lin = derivatives.linearised(problem.full_lower(), x, y)
         return *extreme_eigenvalues(lin.hvp, y), derivatives.norm(lin.gradient_y)
 
+    solver: Any = LBFGS(300, tol=1e-3 * _precision(y) ** 0.5)
     if nonsmooth:
         solver = GradientDescent(_step(float(eigenvalues(problem, x, y)[1])), 1000, tol=1e-7)
-    else:
-        solver = LBFGS(300, tol=1e-3 * _precision(y) ** 0.5)
 
     @jax.jit
     def minimise(problem: Problem, x: PyTree, y: PyTree) -> PyTree:
@@ -231,9 +217,8 @@ def _compare(
     directional = (plus - minus) / (2 * h)
 
     unrolled = GradientDescent(step, steps)
-    rows: list[tuple[str, Any, Any]] = [
-        ("Implicit(GMRES)" if nonsmooth else "Implicit(CG)", Implicit(step=step), accurate)
-    ]
+    rows: list[tuple[str, Any, Any]]
+    rows = [("Implicit(GMRES)" if nonsmooth else "Implicit(CG)", Implicit(step=step), accurate)]
     if not nonsmooth:
         rows += [
             (f"Implicit(Neumann, {steps} terms)", Implicit(linear.Neumann(step, steps)), accurate),
@@ -248,38 +233,24 @@ def _compare(
         ("PZOBO (10 directions)", hypergradients.PZOBO(10, eps**0.4), unrolled),
         ("HOZOG (10 directions)", hypergradients.HOZOG(10, eps**0.4), unrolled),
     ]
-    return directional, [
-        _measure(name, problem, estimator, solver, x, y, u, directional, key) for name, estimator, solver in rows
-    ]
 
+    def measure(name: str, estimator: Any, solver: Any) -> EstimatorCheck:
+        def evaluate(problem: Problem, x: PyTree, y: PyTree) -> Any:
+            estimate = value_and_hypergradient(problem, estimator, solver)(x, y, key=key)
+            return optax.tree.vdot(estimate.gradient, u), estimate.metrics
 
-def _measure(
-    name: str,
-    problem: Problem,
-    estimator: Any,
-    solver: Any,
-    x: PyTree,
-    y: PyTree,
-    u: PyTree,
-    directional: float,
-    key: Any,
-) -> EstimatorCheck:
-    def evaluate(problem: Problem, x: PyTree, y: PyTree) -> Any:
-        estimate = value_and_hypergradient(problem, estimator, solver)(x, y, key=key)
-        return optax.tree.vdot(estimate.gradient, u), estimate.metrics
+        nan = float("nan")
+        try:
+            compiled = jax.jit(evaluate).lower(problem, x, y).compile()
+            slope, metrics = jax.block_until_ready(compiled(problem, x, y))
+            began = time.perf_counter()
+            jax.block_until_ready(compiled(problem, x, y))
+            elapsed = time.perf_counter() - began
+        except Exception as error:
+            return EstimatorCheck(name, nan, nan, nan, f"{type(error).__name__}: {error}".splitlines()[0][:100])
+        megabytes = getattr(compiled.memory_analysis(), "temp_size_in_bytes", nan) / 1e6
+        relative = abs(float(slope) - directional) / max(abs(directional), 1e-30)
+        note = f"{int(metrics['linear_iterations'])} linear iterations" if "linear_iterations" in metrics else ""
+        return EstimatorCheck(name, relative, 1e3 * elapsed, megabytes, note)
 
-    try:
-        compiled = jax.jit(evaluate).lower(problem, x, y).compile()
-        slope, metrics = jax.block_until_ready(compiled(problem, x, y))
-        began = time.perf_counter()
-        jax.block_until_ready(compiled(problem, x, y))
-        elapsed = time.perf_counter() - began
-    except Exception as error:
-        return EstimatorCheck(
-            name, float("nan"), float("nan"), float("nan"), f"{type(error).__name__}: {error}".splitlines()[0][:100]
-        )
-    memory = compiled.memory_analysis()
-    megabytes = getattr(memory, "temp_size_in_bytes", float("nan")) / 1e6 if memory is not None else float("nan")
-    relative = abs(float(slope) - directional) / max(abs(directional), 1e-30)
-    note = f"{int(metrics['linear_iterations'])} linear iterations" if "linear_iterations" in metrics else ""
-    return EstimatorCheck(name, relative, 1e3 * elapsed, megabytes, note)
+    return directional, [measure(*row) for row in rows]

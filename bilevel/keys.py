@@ -17,39 +17,27 @@ __all__ = ["Draw", "StepKey", "as_step_key", "permute"]
 class Draw(enum.IntEnum):
     """What a draw is for. Draws of one step with different names are independent; this is the one table of them."""
 
-    LOWER = 0
-    """The lower level's batch."""
-    UPPER = 1
-    """The upper level's batch."""
-    PRODUCTS = 2
-    """The lower level's batches for Hessian-vector products."""
-    CROSS = 3
-    """The lower level's batch for a cross product."""
-    LENGTH = 4
-    """The number of factors of a randomised product."""
-    RESTART = 5
-    """Whether a recursion is restarted."""
-    DIRECTIONS = 6
-    """Random directions of zeroth-order estimates."""
-    KEYED = 7
-    """The key that travels with a batch of `data.Keyed`."""
-    ROUND = 8
-    """A federated round; LOCAL its clients' own draws, CLIENTS who takes part, ORDER whom a chain is passed on to."""
-    LOCAL = 9
-    CLIENTS = 10
-    ORDER = 11
-    FIRST = 12
-    """The rounds of a federated hypergradient: where chains begin, a factor, where they end; and the walk in x."""
-    FACTOR = 13
-    LAST = 14
-    WALK = 15
+    LOWER = 0  #: The lower level's batch.
+    UPPER = 1  #: The upper level's batch.
+    PRODUCTS = 2  #: The lower level's batches for Hessian-vector products.
+    CROSS = 3  #: The lower level's batch for a cross product.
+    LENGTH = 4  #: The number of factors of a randomised product.
+    RESTART = 5  #: Whether a recursion is restarted.
+    DIRECTIONS = 6  #: Random directions of zeroth-order estimates.
+    KEYED = 7  #: The key that travels with a batch of `data.Keyed`.
+    ROUND = 8  #: A federated round.
+    LOCAL = 9  #: Its clients' own draws.
+    CLIENTS = 10  #: Who takes part in it.
+    ORDER = 11  #: Whom a chain is passed on to.
+    FIRST = 12  #: Rounds of a federated hypergradient: where chains begin,
+    FACTOR = 13  #: a factor,
+    LAST = 14  #: where chains end,
+    WALK = 15  #: and the walk in x.
 
 
 @state
 class StepKey:
-    """The key of one step: the run's key together with the step's index and a stream.
-
-    The index travels with the key so that an epoch without replacement needs no sampler state.
+    """The key of one step. Its index travels with it, so that an epoch without replacement needs no sampler state.
 
     Attributes:
       base: the run's PRNG key, the same at every step.
@@ -100,14 +88,10 @@ def permute(i: Any, n: Any, seed: jax.Array) -> jax.Array:
     """The image of `i` under a keyed permutation of 0, ..., n-1, computed without the other n-1 images.
 
     A random rotation, then eight rounds of swap-or-not: each pairs i with k - i mod n for a random k, and swaps the two
-    or not by a hashed coin, which depends on the pair alone. Every round is a bijection of 0..n-1 for any n, without a
-    table. A single image is uniform thanks to the rotation, and two images are independent but for about 2^-8: enough
-    for the order of batches.
+    or not by a hashed coin of the pair: a bijection for any n, without a table. A single image is uniform thanks to the
+    rotation, and two images are independent but for about 2^-8: enough for the order of batches.
 
-    Args:
-      i: integer array of indices in 0..n-1.
-      n: number of elements, below 2^31; may be traced.
-      seed: uint32 scalar.
+    `i` holds integers in 0..n-1; n, below 2^31, may be traced; the seed is a uint32 scalar.
 
     Reference: Hoang, Morris, Rogaway, "An Enciphering Scheme Based on a Card Shuffle", CRYPTO 2012.
     """
@@ -142,17 +126,15 @@ def in_epoch(step: jax.Array, n: int, stream: jax.Array) -> jax.Array:
 
     def rounds(r: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, seed = carry
-        first = r == 0
-        seed = jnp.where(first, epoch_seed(seed, i // count), seed)
-        return _rounds(r, jnp.where(first, i % count, i), count, seed), seed
+        seed = jnp.where(r == 0, epoch_seed(seed, i // count), seed)
+        return _rounds(r, jnp.where(r == 0, i % count, i), count, seed), seed
 
     return jax.lax.fori_loop(0, _ROUNDS // _AT_ONCE, rounds, (step, stream))[0].astype(jnp.int32)
 
 
 def stream_seed(key: StepKey) -> jax.Array:
     """A seed of 32 bits for this key's stream, the same at every step."""
-    words = jax.random.key_data(key.base).reshape(-1)
-    h = key.stream
+    words, h = jax.random.key_data(key.base).reshape(-1), key.stream
     for w in range(words.shape[0]):
         h = mix(h ^ words[w])
     return h

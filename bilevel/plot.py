@@ -24,7 +24,6 @@ def plot_history(history: History, names: str | Sequence[str] | None = None, pat
     is one line per entry, or its mean and range where there are more than 12. Values that are not finite are left out.
 
     Args:
-      history: the history of a run.
       names: which of its quantities, in the order of the panels; None: all.
       path: where to save the picture (the folders are made; the suffix gives the format); None: nowhere.
       title: stands above the panels.
@@ -46,11 +45,9 @@ def plot_history(history: History, names: str | Sequence[str] | None = None, pat
         names = [name for name in history if history[name].dtype.kind not in "OSU"]
     elif isinstance(names, str):
         names = [names]
-    unknown = [name for name in names if name not in history]
-    if unknown:
-        raise ValueError(
-            f"The history has no {', '.join(map(repr, unknown))}; it has {', '.join(map(repr, history)) or 'nothing'}."
-        )
+    if unknown := [name for name in names if name not in history]:
+        has = ", ".join(map(repr, history)) or "nothing"
+        raise ValueError(f"The history has no {', '.join(map(repr, unknown))}; it has {has}.")
     if not names:
         raise ValueError(
             "The history is empty, so there is nothing to draw: take at least one step, or give solve metrics."
@@ -60,9 +57,8 @@ def plot_history(history: History, names: str | Sequence[str] | None = None, pat
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3.4 * columns + 0.6, 2.3 * rows + 0.7), layout="constrained")
     panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    steps = history.steps
     for panel, name in zip(panels, names, strict=False):
-        _draw(panel, steps[name], history[name])
+        _draw(panel, history.steps[name], history[name])
         panel.set_title(name, fontsize="medium")
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.grid(alpha=0.3, linewidth=0.5)
@@ -81,8 +77,7 @@ def plot_history(history: History, names: str | Sequence[str] | None = None, pat
 
 
 def _draw(panel: Any, steps: np.ndarray, values: np.ndarray) -> None:
-    lines = np.abs(values) if values.dtype.kind == "c" else values.astype(float)
-    lines = lines.reshape(len(steps), -1)
+    lines = (np.abs(values) if values.dtype.kind == "c" else values.astype(float)).reshape(len(steps), -1)
     keep = np.unique(np.linspace(0, len(steps) - 1, _POINTS).astype(int)) if len(steps) > _POINTS else slice(None)
     steps, lines = steps[keep], np.where(np.isfinite(lines[keep]), lines[keep], np.nan)
     finite = lines[np.isfinite(lines)]
@@ -95,5 +90,4 @@ def _draw(panel: Any, steps: np.ndarray, values: np.ndarray) -> None:
     if finite.size and finite.min() > 0 and finite.max() > 100 * finite.min():
         panel.set_yscale("log")
     else:
-        # Offsets such as "+3.21e-1" above an axis are hard to read.
-        panel.ticklabel_format(axis="y", useOffset=False)
+        panel.ticklabel_format(axis="y", useOffset=False)  # "+3.21e-1" above an axis is hard to read

@@ -27,8 +27,7 @@ class Reporter:
     """
 
     def __init__(self, progress: Any = None, task: Any = None) -> None:
-        self._progress, self._task = progress, task
-        self._due = 0.0
+        self._progress, self._task, self._due = progress, task, 0.0
         self._last: tuple[int, History] | None = None
 
     def update(self, done: int, history: History) -> None:
@@ -65,10 +64,7 @@ def _telling(history: History) -> str:
 def reporter(total: int, done: int, show: bool | None) -> Iterator[Reporter]:
     """A bar for a run of `total` steps of which `done` are taken; the terminal is clean again however the block ends.
 
-    Args:
-      total: steps of the whole run.
-      done: steps taken before (a resumed run).
-      show: True, False, or None: where stderr is a terminal. Without rich there is none, and the log says so.
+    `show=None`: where stderr is a terminal. Without rich there is no bar, and the log says so.
     """
     if show is None:
         show = sys.stderr is not None and sys.stderr.isatty()
@@ -90,14 +86,13 @@ def reporter(total: int, done: int, show: bool | None) -> Iterator[Reporter]:
                 return Text(f"{task.speed:,.0f} steps/s" if task.speed >= 100 else f"{task.speed:.3g} steps/s")
             return Text("compiling" if task.completed == done else "")
 
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
     progress = Progress(
         MofNCompleteColumn(),
         BarColumn(bar_width=12),
         Speed(Column(no_wrap=True)),
         TimeRemainingColumn(),
-        TextColumn(
-            "{task.fields[metrics]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
-        ),
+        TextColumn("{task.fields[metrics]}", markup=False, table_column=rest),
         # In a notebook stderr is no terminal; a bar that was asked for is plain text there, which needs no widgets.
         console=Console(file=sys.stderr, force_jupyter=False),
         refresh_per_second=4,

@@ -48,9 +48,8 @@ class Solution(Generic[X, Y]):
         return plot_history(self.history, names=names, path=path, title=type(self.solver).__name__)
 
     def __repr__(self) -> str:
-        sizes = " and ".join(
-            f"{name} ({_size(tree)})" for name, tree in (("x", self.x), ("y", self.y)) if jax.tree.leaves(tree)
-        )
+        variables = {name: tree for name, tree in (("x", self.x), ("y", self.y)) if jax.tree.leaves(tree)}
+        sizes = " and ".join(f"{name} ({_size(tree)})" for name, tree in variables.items())
         lines = [f"{self.result.name}: {type(self.solver).__name__} {self.result.sentence}."]
         lines.append(f"  {self.steps} steps in {self.seconds:.2f} s; variables {sizes}.")
         shown = [f"{name} = {value:.6g}" for name, value in self.history.last().items() if np.ndim(value) == 0]

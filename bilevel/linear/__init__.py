@@ -12,13 +12,10 @@ respect to b and to whatever the matvec closes over (not to the carry).
 
 The Krylov solvers differ from what stands in a textbook in five points, each for a hypergradient's sake:
 
-1. A warm start whose residual exceeds ||b|| (after a long outer step, or a NaN) is dropped for v = 0: it costs its one
-   product and does no harm.
-2. The system is divided by the power of two next to max |b|, which is exact: the squares of a gradient of size 1e-25
-   then do not vanish in float32.
+1. A warm start whose residual exceeds ||b|| (after a long outer step, or a NaN) is dropped for v = 0.
+2. The system is divided by the power of two next to max |b|, so that the squares of a small gradient do not vanish.
 3. No tolerance is taken below what b's dtype can hold, so `tol=1e-12` in float32 ends instead of stagnating.
-4. Where an iteration breaks down it stands still instead of dividing by zero, and `info.residual` says what is left;
-   at negative curvature CG stops with an answer and says so.
+4. Where an iteration breaks down it stands still instead of dividing by zero, and `info.residual` says what is left.
 5. The derivative is another solve, that of the exact solution, and not that of the iterations. Only the truncated
    series (`Neumann`, `Richardson`, `Identity`) are differentiated as what they are.
 
@@ -36,8 +33,7 @@ and `hypergradients.Implicit` refuses it for a lower level with a projection or 
 
 from bilevel.linear._common import LinearCarry, LinearInfo, LinearSolver
 from bilevel.linear.direct import Dense, Nystrom
-from bilevel.linear.krylov import CG, MINRES
-from bilevel.linear.nonsymmetric import GMRES, BiCGStab, NormalCG
+from bilevel.linear.krylov import CG, GMRES, MINRES, BiCGStab, NormalCG
 from bilevel.linear.preconditioners import (
     Jacobi,
     NystromPreconditioner,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from bilevel._module import state
 from bilevel.typing import PyTree
 
 Matvec = Callable[[PyTree], PyTree]
-S = TypeVar("S")
 
 
 @state
@@ -24,10 +23,9 @@ class LinearInfo:
 
     Attributes:
       residual: the norm ||b - H v|| of the system that was solved (with `damping`, H is H + damping I), in the units
-        of b. Where a solver's docstring says so, it is that of the solver's recursion.
+        of b; that of the solver's recursion where its docstring says so.
       iterations: int32, the number of iterations done; 0 where there are none (Dense, Nystrom, Identity).
-      negative_curvature: bool, whether a direction p with p'Hp <= 0 was met. Only solvers that look at curvature can
-        say True: the solvers for non-symmetric systems always say False.
+      negative_curvature: bool, whether a direction p with p'Hp <= 0 was met; always False for non-symmetric systems.
     """
 
     residual: jax.Array
@@ -41,7 +39,7 @@ class LinearCarry:
 
     Attributes:
       v: the last solution, where the next solve starts (None for solvers without warm start).
-      preconditioner: arrays of the preconditioner or of the sketch, with their refresh counter (None without one).
+      preconditioner: the state of the preconditioner or of the sketch (None without one).
     """
 
     v: PyTree = None
@@ -53,27 +51,45 @@ class LinearSolver(Protocol):
 
     def init(self, b: PyTree) -> LinearCarry:
         """What the first solve starts from, for right-hand sides shaped like b."""
-        ...
 
     def __call__(
         self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
     ) -> tuple[PyTree, LinearCarry, LinearInfo]:
         """Solve matvec(v) = b; `carry=None` is a cold start."""
-        ...
+
+
+def check_numbers(self: Any) -> None:
+    """The `__post_init__` of all here: refuse numbers and counts that are not positive, or a negative damping.
+
+    None and a seed pass, and so does a tracer, which a hyperparameter may be inside a transformation.
+    """
+    for name, value in vars(self).items():
+        if name == "seed" or isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        given = f"{type(self).__name__}({name}={value!r}) was given, but {name} must be"
+        if name == "damping" and not value >= 0:
+            raise ValueError(f"{given} zero or positive.")
+        if name != "damping" and not value > 0:
+            cure = " For a fixed number of iterations use tol=None." if name == "tol" else ""
+            raise ValueError(f"{given} positive.{cure}")
 
 
 class Solver:
     """The frame around every algorithm: what it is given is checked, and a system without unknowns is its own answer.
 
-    A solver adds its hyperparameters, `_first(b)`, the carry of a first solve, where that holds more than a v, and
-    `_solve(h, b, v, carry)`, which solves h(v) = b from the warm start v, None for a cold one.
+    A solver adds its hyperparameters, `_memory(b)`, what is carried besides v, where there is such, and
+    `_solve(h, b, v, memory)`, which solves h(v) = b from the warm start v (None: cold) and returns v, memory and info.
     """
 
     warm_start: bool = False  # solvers that have one make it a field
 
+    __post_init__ = check_numbers
+
     def init(self, b: PyTree) -> LinearCarry:
         """What the first solve starts from, for right-hand sides shaped like b."""
-        return self._first(as_vector(b))
+        b = as_vector(b)
+        v = optax.tree.zeros_like(b) if self.warm_start else None
+        return LinearCarry(v, self._memory(b) if size(b) else None)
 
     def __call__(
         self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
@@ -85,36 +101,21 @@ class Solver:
         if size(b) == 0:
             return b, carry, report(jnp.zeros((), working_dtype(b)), 0)
         if warm:
-            check_carry(type(self).__name__, carry, b)
-        return self._solve(checked(matvec, b), b, carry.v if warm else None, carry)
+            given, expected = (jax.tree.map(jnp.shape, tree) for tree in (carry.v, b))
+            if given != expected:
+                raise ValueError(
+                    f"{type(self).__name__} was given a carry whose v has shapes {given}, but b has shapes {expected}. "
+                    "Make the carry with solver.init(b), or pass carry=None for a cold start."
+                )
+        v, memory, info = self._solve(checked(matvec, b), b, carry.v if warm else None, carry.preconditioner)
+        carry = LinearCarry(jax.lax.stop_gradient(v) if self.warm_start else None, memory)
+        return v, carry, jax.lax.stop_gradient(info)
 
-    def _first(self, b: PyTree) -> LinearCarry:
-        return LinearCarry(v=optax.tree.zeros_like(b) if self.warm_start else None)
+    def _memory(self, b: PyTree) -> PyTree:
+        return None
 
-    def _carried(self, v: PyTree) -> PyTree:
-        """The warm start of the next solve."""
-        return jax.lax.stop_gradient(v) if self.warm_start else None
-
-    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, LinearInfo]:
         raise NotImplementedError
-
-
-# Checks of what a person wrote. Inside a transformation a hyperparameter may be a tracer, and then nothing is checked.
-
-
-def check_positive(owner: str, **fields: Any) -> None:
-    """Refuse a number or count that is not positive (None and traced values pass)."""
-    for name, value in fields.items():
-        if isinstance(value, (int, float)) and not value > 0:
-            cure = " For a fixed number of iterations use tol=None." if name == "tol" else ""
-            raise ValueError(f"{owner}({name}={value!r}) was given, but {name} must be positive.{cure}")
-
-
-def check_not_negative(owner: str, **fields: Any) -> None:
-    """Refuse a negative number (traced values pass)."""
-    for name, value in fields.items():
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"{owner}({name}={value!r}) was given, but {name} must be zero or positive.")
 
 
 def as_vector(b: PyTree) -> PyTree:
@@ -149,16 +150,6 @@ def checked(matvec: Matvec, b: PyTree) -> Matvec:
         return product
 
     return multiply
-
-
-def check_carry(owner: str, carry: LinearCarry, b: PyTree) -> None:
-    """Refuse a warm start that belongs to another system."""
-    given, expected = (jax.tree.map(jnp.shape, tree) for tree in (carry.v, b))
-    if given != expected:
-        raise ValueError(
-            f"{owner} was given a carry whose v has shapes {given}, but b has shapes {expected}. "
-            "Make the carry with solver.init(b), or pass carry=None for a cold start."
-        )
 
 
 # Arithmetic.
@@ -233,41 +224,26 @@ def block(multiply: Callable[[jax.Array], jax.Array], rows: jax.Array, batch: in
 
 
 def start(matvec: Matvec, b: PyTree, v: PyTree) -> tuple[PyTree, PyTree]:
-    """(v, b - H v) at the warm start v, or (0, b) where that residual is smaller.
-
-    So a warm start is never worse than a cold one; it costs the one product that its residual needs anyway. v=None
-    is a cold start and costs none.
-    """
+    """(v, b - H v) at the warm start v, for one product, or (0, b) where that residual is smaller or v is None."""
     if v is None:
         return optax.tree.zeros_like(b), b
     r = axpy(-1.0, matvec(v), b)
     helps = norm(r) <= norm(b)  # False when v holds a NaN: what a diverged step left behind is not a start
-    return (
-        jax.tree.map(lambda x: jnp.where(helps, x, jnp.zeros_like(x)), v),
-        jax.tree.map(lambda x, y: jnp.where(helps, x, y), r, b),
-    )
-
-
-def iterate(unfinished: Callable[[S], jax.Array], step: Callable[[S], S], initial: S) -> S:
-    """Repeat `step` while `unfinished`, which bounds the number of iterations.
-
-    Also where the length is fixed: what has reached the precision of its dtype stands still, and a loop that ends there
-    needs no selects to freeze it. Under `vmap` JAX freezes the members that have finished.
-    """
-    return jax.lax.while_loop(unfinished, step, initial)
+    return optax.tree.where(helps, v, optax.tree.zeros_like(v)), optax.tree.where(helps, r, b)
 
 
 # Solving.
 
+Answer = tuple[PyTree, LinearInfo]
+Solve = Callable[[Matvec, PyTree], Answer]
+Algorithm = Callable[[Matvec, PyTree, PyTree], Answer]
 
-Algorithm = Callable[[Matvec, PyTree, PyTree], tuple[PyTree, LinearInfo]]
 
-
-def solve_normalised(algorithm: Algorithm, matvec: Matvec, b: PyTree, v: PyTree) -> tuple[PyTree, LinearInfo]:
+def solve_normalised(algorithm: Algorithm, matvec: Matvec, b: PyTree, v: PyTree) -> Answer:
     """Run an algorithm on b / s, with s the power of two next to max |b|.
 
-    Exact, because the system is linear and s a power of two; and the squares of a gradient of size 1e-25 or 1e25 then
-    neither vanish nor overflow in float32. A NaN or infinity in b makes s, and so all of v, NaN: it is not lost.
+    That is exact, and the squares of a gradient of size 1e-25 or 1e25 then neither vanish nor overflow in float32. A
+    NaN or infinity in b makes s, and so all of v, NaN: it is not lost.
     """
     dtype = working_dtype(b)
     largest = jnp.stack([jnp.max(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(b) if x.size]).max()
@@ -276,20 +252,13 @@ def solve_normalised(algorithm: Algorithm, matvec: Matvec, b: PyTree, v: PyTree)
     return scaled(s, v), dataclasses.replace(info, residual=s * info.residual)
 
 
-def implicit_solve(
-    matvec: Matvec,
-    b: PyTree,
-    solve: Callable[[Matvec, PyTree], tuple[PyTree, LinearInfo]],
-    transpose_solve: Callable[[Matvec, PyTree], tuple[PyTree, LinearInfo]],
-    symmetric: bool,
-) -> tuple[PyTree, LinearInfo]:
-    """Solve, with the derivative H dv = db - dH v of a solution: again a solve, in either mode and to any order.
+def implicit_solve(h: Matvec, b: PyTree, solve: Solve, transpose_solve: Solve, symmetric: bool) -> Answer:
+    """Solve, with the derivative H dv = db - dH v of the exact solution: again a solve, in either mode, to any order.
 
-    It is the derivative of the exact solution; `solve` itself is not differentiated, nor what it closes over. So a
-    solve that is cut short by `max_steps` has a derivative that is cut short likewise.
+    `solve` is not differentiated, nor what it closes over: one that is cut short has a derivative cut short likewise.
     """
-    v, info = jax.lax.custom_linear_solve(matvec, b, solve, transpose_solve, symmetric=symmetric, has_aux=True)
-    return v, jax.lax.stop_gradient(jax.tree.map(jnp.array, info))
+    v, info = jax.lax.custom_linear_solve(h, b, solve, transpose_solve, symmetric=symmetric, has_aux=True)
+    return v, jax.tree.map(jnp.array, info)
 
 
 def report(residual: jax.Array, iterations: Any, negative_curvature: Any = False) -> LinearInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import jax
@@ -9,13 +10,11 @@ import jax.numpy as jnp
 
 from bilevel._module import hyperparameters
 from bilevel.linear._common import (
-    LinearCarry,
+    Answer,
     LinearInfo,
     Matvec,
     Solver,
     axpy,
-    check_not_negative,
-    check_positive,
     damped,
     flattener,
     implicit_solve,
@@ -24,18 +23,8 @@ from bilevel.linear._common import (
     report,
     size,
     solve_normalised,
-    working_dtype,
 )
-from bilevel.linear.preconditioners import (
-    PreconditionerState,
-    check_rank,
-    check_size,
-    dense_matrix,
-    flat_matvec,
-    gaussian_test,
-    low_rank,
-    refreshed,
-)
+from bilevel.linear.preconditioners import LowRank, check_size, dense_matrix, random_low_rank, refreshed, unbuilt
 from bilevel.typing import PyTree
 
 
@@ -44,9 +33,8 @@ class Dense(Solver):
     """Factorise the matrix: exact, for d up to a few hundred unknowns (more if products are cheap).
 
     d products (batched), d^3/3 operations for a symmetric matrix and twice that otherwise, d^2 memory; one product
-    for the residual (under `jit` only if it is used). A symmetric matrix gets a Cholesky factor and, where that does
-    not exist because it is indefinite, an LU factor; `info.negative_curvature` is then True. The derivative reuses
-    the factor.
+    for the residual (under `jit` only if it is used). A symmetric matrix gets a Cholesky factor or, being indefinite
+    (`info.negative_curvature` is then True), an LU factor. The derivative reuses it.
 
     Attributes:
       symmetric: whether H' = H.
@@ -58,20 +46,12 @@ class Dense(Solver):
     damping: float = 0.0
     max_size: int = 2000
 
-    def __post_init__(self) -> None:
-        check_positive("Dense", max_size=self.max_size)
-        check_not_negative("Dense", damping=self.damping)
-
-    def _first(self, b: PyTree) -> LinearCarry:
-        self._check(b)
-        return LinearCarry()
-
-    def _check(self, b: PyTree) -> None:
+    def _memory(self, b: PyTree) -> None:
         cure = "Use a matrix-free solver (CG if symmetric, else GMRES), or raise max_size if d^2 memory is affordable."
-        check_size("Dense", size(b), self.max_size, cure)
+        check_size("Dense", b, self.max_size, cure)
 
-    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        self._check(b)
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, LinearInfo]:
+        self._memory(b)
         h = damped(h, self.damping)
         flatten, unflatten = flattener(b)
         matrix = dense_matrix(h, b)
@@ -86,7 +66,7 @@ class Dense(Solver):
             definite = jnp.bool_(True)
             factor = _lu(matrix)
 
-        def solve(h: Matvec, b: PyTree, transpose: bool) -> tuple[PyTree, LinearInfo]:
+        def solve(h: Matvec, b: PyTree, transpose: bool) -> Answer:
             x = flatten(b)
             lu = lambda: jax.scipy.linalg.lu_solve(factor, x, trans=int(transpose))  # noqa: E731
             if self.symmetric:
@@ -96,10 +76,9 @@ class Dense(Solver):
             v = unflatten(x)
             return v, report(norm(axpy(-1.0, h(v), b)), 0, ~definite)
 
-        v, info = implicit_solve(
-            h, b, lambda h, b: solve(h, b, False), lambda h, b: solve(h, b, True), symmetric=self.symmetric
-        )
-        return v, carry, info
+        forward, transposed = functools.partial(solve, transpose=False), functools.partial(solve, transpose=True)
+        v, info = implicit_solve(h, b, forward, transposed, self.symmetric)
+        return v, memory, info
 
 
 def _lu(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -116,8 +95,7 @@ class Nystrom(Solver):
     rho, which is the same and loses no digits when rho is small. k products per build; one for the residual, which is
     that of (H + rho I) v = b (under `jit` only if it is used).
 
-    No iteration corrects the approximation: outside the k directions v is b / rho. Where accuracy matters, use the same
-    sketch as `CG(preconditioner=NystromPreconditioner(...))`.
+    Outside the k directions v is b / rho. For accuracy use `CG(preconditioner=NystromPreconditioner(...))`.
 
     Attributes:
       rank: k, at most d; 10 as in Hataya and Yamada.
@@ -141,44 +119,30 @@ class Nystrom(Solver):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive("Nystrom", rank=self.rank, rho=self.rho, refresh=self.refresh)
+        super().__post_init__()
         if self.sketch not in ("columns", "gaussian"):
             raise ValueError(f'Nystrom(sketch={self.sketch!r}) was given, but sketch must be "columns" or "gaussian".')
 
-    def _first(self, b: PyTree) -> LinearCarry:
-        d, dtype = size(b), working_dtype(b)
-        if d == 0:
-            return LinearCarry()
-        check_rank("Nystrom", self.rank, d)
-        arrays = (jnp.zeros((self.rank, d), dtype), jnp.zeros(self.rank, dtype), jnp.bool_(False))
-        return LinearCarry(preconditioner=PreconditionerState(jnp.zeros((), jnp.int32), arrays))
+    def _memory(self, b: PyTree) -> PyTree:
+        return unbuilt(functools.partial(self._build, lambda v: v, b))
 
-    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        d, dtype = size(b), working_dtype(b)
-        multiply = flat_matvec(h, b)
+    def _build(self, h: Matvec, b: PyTree, count: jax.Array) -> LowRank:
+        return random_low_rank(self, h, b, count, columns=self.sketch == "columns")
 
-        def build(count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            key = jax.random.fold_in(jax.random.key(self.seed), count)
-            if self.sketch == "gaussian":
-                test = gaussian_test(key, self.rank, d, dtype)
-            else:
-                columns = jax.random.choice(key, d, (self.rank,), replace=False)
-                test = jax.nn.one_hot(columns, d, dtype=dtype)
-            return low_rank(multiply, test)
-
-        memory = refreshed(carry.preconditioner, self.refresh, build)
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, LinearInfo]:
+        memory = refreshed(memory, self.refresh, functools.partial(self._build, h, b))
         u, eigenvalues, negative = memory.arrays
         flatten, unflatten = flattener(b)
 
-        def apply(h: Matvec, b: PyTree, v: None) -> tuple[PyTree, LinearInfo]:
+        def apply(h: Matvec, b: PyTree, v: None) -> Answer:
             x = flatten(b)
             inside = matmul(u, x)
             outside = x - matmul(inside, u)
             outside = outside - matmul(matmul(u, outside), u)  # twice: its rounding error is about to be divided by rho
-            rho = jnp.asarray(self.rho, dtype)
+            rho = jnp.asarray(self.rho, x.dtype)
             solution = unflatten(matmul(inside / (eigenvalues + rho), u) + outside / rho)
             return solution, report(norm(axpy(-1.0, h(solution), b)), 0, negative)
 
         solve = lambda h, b: solve_normalised(apply, h, b, None)  # noqa: E731
         v, info = implicit_solve(damped(h, self.rho), b, solve, solve, symmetric=True)
-        return v, LinearCarry(preconditioner=memory), info
+        return v, memory, info

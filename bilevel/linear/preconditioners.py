@@ -5,40 +5,27 @@ solves. Each preconditioner here builds its arrays from products with H, keeps t
 them every `refresh` solves (`refresh=None`: never). Between two builds it costs no product at all.
 
 All three are symmetric and positive definite whatever H is, so that CG and MINRES may use them also where H turns
-out to be indefinite; how well they serve there is another matter. They are not differentiated: a preconditioner
-changes the road to the solution and not the solution.
+out to be indefinite. They are not differentiated: they change the road to the solution and not the solution.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilevel._module import hyperparameters, state
-from bilevel.linear._common import (
-    Matvec,
-    block,
-    check_not_negative,
-    check_positive,
-    flattener,
-    matmul,
-    size,
-    working_dtype,
-)
+from bilevel.linear._common import Matvec, block, check_numbers, flattener, matmul, size, working_dtype
 from bilevel.typing import PyTree
 
 
 @state
 class PreconditionerState:
-    """A preconditioner's memory.
-
-    Attributes:
-      count: int32, the solves so far; the arrays are rebuilt when it is a multiple of `refresh`.
-      arrays: what was built from H.
-    """
+    """A preconditioner's memory: the solves so far (int32), and what was built from H at a multiple of `refresh`."""
 
     count: jax.Array
     arrays: PyTree
@@ -49,21 +36,26 @@ class Preconditioner(Protocol):
 
     def init(self, b: PyTree) -> PreconditionerState:
         """Memory before the first solve, of the shapes that `update` returns."""
-        ...
 
     def update(self, matvec: Matvec, b: PyTree, memory: PreconditionerState) -> PreconditionerState:
         """Memory for the coming solve, rebuilt from matvec when it is due."""
-        ...
 
     def apply(self, memory: PreconditionerState, r: PyTree) -> PyTree:
         """P^-1 r; symmetric positive definite."""
-        ...
 
 
-def refreshed(
-    memory: PreconditionerState, refresh: int | None, build: Callable[[jax.Array], PyTree]
-) -> PreconditionerState:
-    """Rebuild when due. `build(count)` gets the number of solves so far, as the seed's companion.
+Multiply = Callable[[jax.Array], jax.Array]
+Build = Callable[[jax.Array], PyTree]
+
+
+def unbuilt(build: Build) -> PreconditionerState:
+    """Memory before the first solve, which builds; zeros of the shapes that `build` returns."""
+    count = jnp.zeros((), jnp.int32)
+    return PreconditionerState(count, optax.tree.zeros_like(jax.eval_shape(build, count)))
+
+
+def refreshed(memory: PreconditionerState, refresh: int | None, build: Build) -> PreconditionerState:
+    """Memory for the coming solve, built anew when due; `build` gets the number of solves so far.
 
     The choice is a `lax.cond`: a build that isn't due costs nothing, except under a `vmap` over the memory itself,
     where JAX evaluates both branches.
@@ -73,7 +65,7 @@ def refreshed(
     return PreconditionerState(memory.count + 1, jax.lax.stop_gradient(arrays))
 
 
-def flat_matvec(matvec: Matvec, b: PyTree) -> Callable[[jax.Array], jax.Array]:
+def flat_matvec(matvec: Matvec, b: PyTree) -> Multiply:
     """H as a map of vectors, cut off from differentiation."""
     flatten, unflatten = flattener(b)
     return lambda x: jax.lax.stop_gradient(flatten(matvec(unflatten(x))))
@@ -84,14 +76,45 @@ def dense_matrix(matvec: Matvec, b: PyTree) -> jax.Array:
     return block(flat_matvec(matvec, b), jnp.eye(size(b), dtype=working_dtype(b))).T
 
 
-def check_size(owner: str, d: int, bound: int, cure: str) -> None:
+def check_size(owner: str, b: PyTree, bound: int, cure: str) -> None:
     """Refuse a dense computation above a bound."""
-    if d > bound:
-        raise ValueError(f"{owner} was given a system of {d} unknowns, but its max_size is {bound}. {cure}")
+    if size(b) > bound:
+        raise ValueError(f"{owner} was given a system of {size(b)} unknowns, but its max_size is {bound}. {cure}")
+
+
+class Refreshed:
+    """The frame around the preconditioners here: memory that is rebuilt when due, and vectors in place of pytrees.
+
+    One adds `_build(matvec, b, count)`, the arrays built after `count` solves, or a refusal of b, and
+    `_apply(arrays, x)`, the vector P^-1 x.
+    """
+
+    refresh: int | None
+
+    __post_init__ = check_numbers
+
+    def init(self, b: PyTree) -> PreconditionerState:
+        """Memory before the first solve."""
+        return unbuilt(functools.partial(self._build, lambda v: v, b))
+
+    def update(self, matvec: Matvec, b: PyTree, memory: PreconditionerState) -> PreconditionerState:
+        """Memory for the coming solve, rebuilt when it is due."""
+        return refreshed(memory, self.refresh, functools.partial(self._build, matvec, b))
+
+    def apply(self, memory: PreconditionerState, r: PyTree) -> PyTree:
+        """P^-1 r."""
+        flatten, unflatten = flattener(r)
+        return unflatten(self._apply(memory.arrays, flatten(r)))
+
+    def _build(self, matvec: Matvec, b: PyTree, count: jax.Array) -> PyTree:
+        raise NotImplementedError
+
+    def _apply(self, arrays: PyTree, x: jax.Array) -> jax.Array:
+        raise NotImplementedError
 
 
 @hyperparameters
-class Jacobi:
+class Jacobi(Refreshed):
     """The diagonal P = diag(|H_ii|): for systems whose conditioning comes from the scales of the variables.
 
     With `probes=None` the diagonal is exact and costs d products (batched) per build. With k probes it is
@@ -114,54 +137,36 @@ class Jacobi:
     max_size: int = 2000
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_positive("Jacobi", refresh=self.refresh, probes=self.probes, max_size=self.max_size)
-
-    def init(self, b: PyTree) -> PreconditionerState:
-        """A diagonal of ones, to be built at the first solve."""
+    def _build(self, matvec: Matvec, b: PyTree, count: jax.Array) -> jax.Array:
+        d, dtype, multiply = size(b), working_dtype(b), flat_matvec(matvec, b)
         if self.probes is None:
-            cure = (
-                "Estimate the diagonal instead, with Jacobi(probes=20), or raise max_size if d products are affordable."
-            )
-            check_size("Jacobi", size(b), self.max_size, cure)
-        return PreconditionerState(jnp.zeros((), jnp.int32), jnp.ones(size(b), working_dtype(b)))
+            cure = "Estimate the diagonal instead, with Jacobi(probes=20), or raise max_size if d products are"
+            check_size("Jacobi", b, self.max_size, f"{cure} affordable.")
+            # one entry of each product: the [d, d] array need not exist
+            diagonal = block(lambda e: jnp.sum(e * multiply(e)), jnp.eye(d, dtype=dtype))
+        else:
+            key = jax.random.fold_in(jax.random.key(self.seed), count)
+            z = jax.random.rademacher(key, (self.probes, d), dtype)
+            samples = z * block(multiply, z)
+            diagonal = jnp.maximum(jnp.abs(samples.mean(0)), samples.std(0) / jnp.sqrt(float(self.probes)))
+        diagonal = jnp.abs(diagonal)
+        floor = jnp.finfo(dtype).eps * diagonal.max()
+        diagonal = jnp.where(diagonal > floor, diagonal, jnp.where(floor > 0, floor, 1))
+        return jnp.where(jnp.isfinite(diagonal), diagonal, 1).astype(dtype)
 
-    def update(self, matvec: Matvec, b: PyTree, memory: PreconditionerState) -> PreconditionerState:
-        """A new diagonal when due."""
-        multiply = flat_matvec(matvec, b)
-        d, dtype = size(b), working_dtype(b)
-
-        def build(count: jax.Array) -> jax.Array:
-            if self.probes is None:
-                # one entry of each product: the [d, d] array need not exist
-                diagonal = block(lambda e: jnp.sum(e * multiply(e)), jnp.eye(d, dtype=dtype))
-            else:
-                key = jax.random.fold_in(jax.random.key(self.seed), count)
-                z = jax.random.rademacher(key, (self.probes, d), dtype)
-                samples = z * block(multiply, z)
-                diagonal = jnp.maximum(jnp.abs(samples.mean(0)), samples.std(0) / jnp.sqrt(float(self.probes)))
-            diagonal = jnp.abs(diagonal)
-            floor = jnp.finfo(dtype).eps * diagonal.max()
-            diagonal = jnp.where(diagonal > floor, diagonal, jnp.where(floor > 0, floor, 1))
-            return jnp.where(jnp.isfinite(diagonal), diagonal, 1).astype(dtype)
-
-        return refreshed(memory, self.refresh, build)
-
-    def apply(self, memory: PreconditionerState, r: PyTree) -> PyTree:
-        """The quotient r / diagonal."""
-        flatten, unflatten = flattener(r)
-        return unflatten(flatten(r) / memory.arrays)
+    def _apply(self, arrays: jax.Array, x: jax.Array) -> jax.Array:
+        return x / arrays
 
 
-def low_rank(multiply: Callable[[jax.Array], jax.Array], test: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+LowRank = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def low_rank(multiply: Multiply, test: jax.Array) -> LowRank:
     """The Nystrom approximation H ~ U' diag(l) U from the products Y = H T' with the orthonormal rows T of `test`.
 
     Y' (T Y)^-1 Y by the symmetric square root of T Y = T H T', shifted by the rounding error of Y and cut to its
-    positive part; so it is finite, and positive semidefinite, also where H is indefinite.
-
-    Returns:
-      U of shape [k, d] with orthonormal rows, l of shape [k] in descending order, and whether T H T' had a
-      negative eigenvalue beyond rounding.
+    positive part; so it is finite, and positive semidefinite, also where H is indefinite. Returns U of shape [k, d]
+    with orthonormal rows, l of shape [k], descending, and whether T H T' had a negative eigenvalue beyond rounding.
 
     Reference: Frangella, Tropp and Udell (2023), "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl. 44,
     Algorithm 2.1 (with an eigendecomposition where they have a Cholesky factor).
@@ -180,13 +185,26 @@ def low_rank(multiply: Callable[[jax.Array], jax.Array], test: jax.Array) -> tup
     return u, jnp.maximum(s**2 - shift, 0), jnp.any(w < -cut)
 
 
-def gaussian_test(key: jax.Array, k: int, d: int, dtype: jnp.dtype) -> jax.Array:
-    """Orthonormal rows, k of them, that span a Gaussian random subspace."""
-    return jnp.linalg.qr(jax.random.normal(key, (d, k), dtype))[0].T
+def random_low_rank(owner: Any, matvec: Matvec, b: PyTree, count: jax.Array, columns: bool = False) -> LowRank:
+    """`low_rank` of H by products with `owner.rank` random directions, drawn anew after each `count` of solves.
+
+    They span a Gaussian random subspace, or are unit vectors that pick columns of H.
+    """
+    d, dtype, key = size(b), working_dtype(b), jax.random.fold_in(jax.random.key(owner.seed), count)
+    if owner.rank > d:
+        raise ValueError(
+            f"{type(owner).__name__}(rank={owner.rank}) was given a system of only {d} unknowns: rank counts products "
+            f"with random directions and must be at most {d}. For so small a system use Dense() or StaleCholesky()."
+        )
+    if columns:
+        test = jax.nn.one_hot(jax.random.choice(key, d, (owner.rank,), replace=False), d, dtype=dtype)
+    else:
+        test = jnp.linalg.qr(jax.random.normal(key, (d, owner.rank), dtype))[0].T
+    return low_rank(flat_matvec(matvec, b), test)
 
 
 @hyperparameters
-class NystromPreconditioner:
+class NystromPreconditioner(Refreshed):
     """The map P^-1 = I + U'[(l_k + mu) / (l + mu) - 1]U: for spectra with a few large eigenvalues.
 
     The k = `rank` leading eigenpairs (l, U) of H are approximated from k products with a random subspace; P brings them
@@ -207,51 +225,20 @@ class NystromPreconditioner:
     damping: float = 0.0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_positive("NystromPreconditioner", rank=self.rank, refresh=self.refresh)
-        check_not_negative("NystromPreconditioner", damping=self.damping)
+    def _build(self, matvec: Matvec, b: PyTree, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return random_low_rank(self, matvec, b, count)[:2]
 
-    def init(self, b: PyTree) -> PreconditionerState:
-        """An empty sketch, to be built at the first solve."""
-        d, dtype = size(b), working_dtype(b)
-        check_rank("NystromPreconditioner", self.rank, d)
-        return PreconditionerState(
-            jnp.zeros((), jnp.int32), (jnp.zeros((self.rank, d), dtype), jnp.zeros(self.rank, dtype))
-        )
-
-    def update(self, matvec: Matvec, b: PyTree, memory: PreconditionerState) -> PreconditionerState:
-        """A new sketch when due."""
-        multiply = flat_matvec(matvec, b)
-
-        def build(count: jax.Array) -> tuple[jax.Array, jax.Array]:
-            key = jax.random.fold_in(jax.random.key(self.seed), count)
-            u, eigenvalues, _ = low_rank(multiply, gaussian_test(key, self.rank, size(b), working_dtype(b)))
-            return u, eigenvalues
-
-        return refreshed(memory, self.refresh, build)
-
-    def apply(self, memory: PreconditionerState, r: PyTree) -> PyTree:
-        """The vector r + U'(weight - 1)U r, weight one in the directions that the sketch did not resolve."""
-        u, eigenvalues = memory.arrays
+    def _apply(self, arrays: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
+        u, eigenvalues = arrays
         resolved = eigenvalues > jnp.finfo(eigenvalues.dtype).eps * eigenvalues[0]
         smallest = jnp.min(jnp.where(resolved, eigenvalues, jnp.inf))
+        # one in the directions that the sketch did not resolve
         weight = jnp.where(resolved, (smallest + self.damping) / jnp.where(resolved, eigenvalues + self.damping, 1), 1)
-        flatten, unflatten = flattener(r)
-        x = flatten(r)
-        return unflatten(x + matmul((weight.astype(x.dtype) - 1) * matmul(u, x), u))
-
-
-def check_rank(owner: str, rank: int, d: int) -> None:
-    """Refuse a sketch of more columns than unknowns."""
-    if rank > d:
-        raise ValueError(
-            f"{owner}(rank={rank}) was given a system of only {d} unknowns: rank counts products with random "
-            f"directions and must be at most {d}. For so small a system use Dense() or StaleCholesky()."
-        )
+        return x + matmul((weight.astype(x.dtype) - 1) * matmul(u, x), u)
 
 
 @hyperparameters
-class StaleCholesky:
+class StaleCholesky(Refreshed):
     """The Cholesky factorisation P = L L' of an H of some solves ago: for d up to a few hundred, any conditioning.
 
     A build costs d products (batched) and d^3/3 operations; afterwards a solve needs only what H has moved
@@ -265,26 +252,12 @@ class StaleCholesky:
     refresh: int | None = 100
     max_size: int = 2000
 
-    def __post_init__(self) -> None:
-        check_positive("StaleCholesky", refresh=self.refresh, max_size=self.max_size)
-
-    def init(self, b: PyTree) -> PreconditionerState:
-        """The identity's factor, to be built at the first solve."""
+    def _build(self, matvec: Matvec, b: PyTree, count: jax.Array) -> jax.Array:
         cure = "Use NystromPreconditioner() or Jacobi(probes=20), or raise max_size if d^2 memory is affordable."
-        check_size("StaleCholesky", size(b), self.max_size, cure)
-        return PreconditionerState(jnp.zeros((), jnp.int32), jnp.eye(size(b), dtype=working_dtype(b)))
+        check_size("StaleCholesky", b, self.max_size, cure)
+        h = dense_matrix(matvec, b)
+        factor = jnp.linalg.cholesky((h + h.T) / 2)
+        return jnp.where(jnp.all(jnp.isfinite(factor)), factor, jnp.eye(len(h), dtype=h.dtype))
 
-    def update(self, matvec: Matvec, b: PyTree, memory: PreconditionerState) -> PreconditionerState:
-        """A new factor when due."""
-
-        def build(_: jax.Array) -> jax.Array:
-            h = dense_matrix(matvec, b)
-            factor = jnp.linalg.cholesky((h + h.T) / 2)
-            return jnp.where(jnp.all(jnp.isfinite(factor)), factor, jnp.eye(len(h), dtype=h.dtype))
-
-        return refreshed(memory, self.refresh, build)
-
-    def apply(self, memory: PreconditionerState, r: PyTree) -> PyTree:
-        """The vector L'^-1 L^-1 r."""
-        flatten, unflatten = flattener(r)
-        return unflatten(jax.scipy.linalg.cho_solve((memory.arrays, True), flatten(r)))
+    def _apply(self, arrays: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.scipy.linalg.cho_solve((arrays, True), x)

@@ -9,20 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from bilevel._module import hyperparameters
-from bilevel.linear._common import (
-    LinearCarry,
-    LinearInfo,
-    Matvec,
-    Solver,
-    axpy,
-    check_positive,
-    dot,
-    norm,
-    report,
-    scaled,
-    start,
-)
+from bilevel.linear._common import LinearInfo, Matvec, Solver, axpy, dot, norm, report, scaled, start
 from bilevel.typing import PyTree
+
+Terms = tuple[PyTree, PyTree, jax.Array]
+
+
+def curves_down(p: PyTree, q: PyTree) -> jax.Array:
+    """Whether p'q <= 0 with q = H p and p not zero."""
+    return (dot(p, q) <= 0) & (dot(p, p) > 0)
 
 
 @hyperparameters
@@ -31,9 +26,8 @@ class Neumann(Solver):
 
     K - 1 products, and one more for the residual (under `jit` only if `info.residual` is used). It converges if and
     only if the eigenvalues of H are in (0, 2/eta), with the factor 1 - eta mu per term for the smallest one, mu: some
-    sqrt(kappa) times slower than CG. What speaks for it is its fixed and even cost and that it is linear in b, which
-    CG is not. Equal to `Richardson` with as many steps from v = 0. `info.negative_curvature` is True if one of its
-    terms p has p'Hp <= 0, p not zero.
+    sqrt(kappa) times slower than CG, but linear in b and of a fixed cost. Equal to `Richardson` with as many steps
+    from v = 0. `info.negative_curvature` is True if one of its terms p has p'Hp <= 0, p not zero.
 
     Attributes:
       step_size: eta, below 2 / (largest eigenvalue of H). It has no default, since none is right for every H.
@@ -47,33 +41,27 @@ class Neumann(Solver):
     step_size: float
     steps: int = 10
 
-    def __post_init__(self) -> None:
-        check_positive("Neumann", step_size=self.step_size, steps=self.steps)
-
-    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        def next_term(p: PyTree) -> tuple[PyTree, jax.Array]:
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, LinearInfo]:
+        def next_term(p: PyTree, negative: jax.Array) -> tuple[PyTree, jax.Array]:
             q = h(p)
-            return axpy(-self.step_size, q, p), (dot(p, q) <= 0) & (dot(p, p) > 0)
+            return axpy(-self.step_size, q, p), negative | curves_down(p, q)
 
-        def term(s: tuple[PyTree, PyTree, jax.Array], _: None) -> tuple[tuple[PyTree, PyTree, jax.Array], None]:
-            total, p, negative = s
-            p, curved_down = next_term(p)
-            return (axpy(1.0, p, total), p, negative | curved_down), None
+        def add(_: int, s: Terms) -> Terms:
+            p, negative = next_term(*s[1:])
+            return axpy(1.0, p, s[0]), p, negative
 
-        (total, p, negative), _ = jax.lax.scan(term, (b, b, jnp.bool_(False)), None, length=self.steps - 1)
-        p, curved_down = next_term(p)  # b - H v is the next term of the series
-        info = report(norm(p), self.steps, negative | curved_down)
-        return scaled(self.step_size, total), carry, jax.lax.stop_gradient(info)
+        total, p, negative = jax.lax.fori_loop(0, self.steps - 1, add, (b, b, jnp.bool_(False)))
+        p, negative = next_term(p, negative)  # b - H v is the next term of the series
+        return scaled(self.step_size, total), memory, report(norm(p), self.steps, negative)
 
 
 @hyperparameters
 class Richardson(Solver):
     """Gradient descent, K steps, on v'Hv/2 - b'v from the carried v: v <- v - eta (H v - b).
 
-    K products from a warm start and K - 1 from a cold one, which is then `Neumann` with K terms. Warm-started over
-    the outer steps it approaches the solution although K stays small: with K = 1 it is the linear system's share of a
-    single-loop method such as SOBA. `info.negative_curvature` is True if a residual r with r'Hr <= 0, r not zero, was
-    met.
+    K products from a warm start and K - 1 from a cold one, which is then `Neumann` with K terms. Warm-started it
+    approaches the solution over the outer steps although K stays small: with K = 1 it is the linear system's share of
+    a single-loop method such as SOBA. `info.negative_curvature`: a residual r with r'Hr <= 0, r not zero, was met.
 
     Attributes:
       step_size: eta, below 2 / (largest eigenvalue of H). It has no default, since none is right for every H.
@@ -88,20 +76,15 @@ class Richardson(Solver):
     steps: int = 10
     warm_start: bool = True
 
-    def __post_init__(self) -> None:
-        check_positive("Richardson", step_size=self.step_size, steps=self.steps)
-
-    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
-        def step(s: tuple[PyTree, PyTree, jax.Array], _: None) -> tuple[tuple[PyTree, PyTree, jax.Array], None]:
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, LinearInfo]:
+        def step(_: int, s: Terms) -> Terms:
             v, r, negative = s
-            v, q = axpy(self.step_size, r, v), h(r)
-            return (v, axpy(-self.step_size, q, r), negative | ((dot(r, q) <= 0) & (dot(r, r) > 0))), None
+            q = h(r)
+            return axpy(self.step_size, r, v), axpy(-self.step_size, q, r), negative | curves_down(r, q)
 
-        v, r = start(h, b, v)
-        s, _ = jax.lax.scan(step, (v, r, jnp.bool_(False)), None, length=self.steps - 1)
-        (v, r, negative), _ = step(s, None)
-        info = report(norm(r), self.steps, negative)
-        return v, LinearCarry(self._carried(v)), jax.lax.stop_gradient(info)
+        s = jax.lax.fori_loop(0, self.steps - 1, step, (*start(h, b, v), jnp.bool_(False)))
+        v, r, negative = step(0, s)  # outside the loop, so that under jit its product is for the residual alone
+        return v, memory, report(norm(r), self.steps, negative)
 
 
 @hyperparameters
@@ -112,9 +95,6 @@ class Identity(Solver):
     With scale = eta it is one term of the Neumann series and gives T1-T2's hypergradient, the derivative through one
     gradient step of size eta; on a fixed-point system it is Jacobian-free backpropagation.
 
-    Attributes:
-      scale: one over the curvature that is assumed.
-
     Reference: Luketina, Berglund, Greff and Raiko (2016), "Scalable gradient-based tuning of continuous
     regularization hyperparameters" (T1-T2), ICML; Fung et al. (2022), "JFB: Jacobian-free backpropagation for
     implicit networks", AAAI.
@@ -122,10 +102,7 @@ class Identity(Solver):
 
     scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        check_positive("Identity", scale=self.scale)
-
-    def _solve(self, h: Matvec, b: PyTree, v: PyTree, carry: LinearCarry) -> tuple[PyTree, LinearCarry, LinearInfo]:
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, LinearInfo]:
         q = h(b)
-        info = report(norm(axpy(-self.scale, q, b)), 0, (dot(b, q) <= 0) & (dot(b, b) > 0))
-        return scaled(self.scale, b), carry, jax.lax.stop_gradient(info)
+        info = report(norm(axpy(-self.scale, q, b)), 0, curves_down(b, q))
+        return scaled(self.scale, b), memory, info
