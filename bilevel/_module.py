@@ -30,11 +30,11 @@ def _is_dynamic(value: Any) -> bool:
 def hyperparameters(cls: type[T]) -> type[T]:
     """Make a frozen dataclass that is a pytree: floats and arrays are leaves, all else is static.
 
-    Changing a leaf does not recompile, and a sweep over it is a `vmap`; changing a count, a flag or
-    a function does recompile. An integer given to a field annotated `float` becomes a float, so that
-    `SOBA(1)` and `SOBA(1.0)` are one program. Fields that are themselves hyperparameter classes (a linear solver in
-    an estimator) are sub-trees. Values are validated in `__post_init__`, which runs where a person
-    writes the constructor and not when JAX rebuilds the object from its leaves.
+    Changing a leaf does not recompile, and a sweep over it is a `vmap`; changing a count, a flag or a function does
+    recompile. An integer given to a field annotated `float` becomes a float, so that `SOBA(1)` and `SOBA(1.0)` are one
+    program. Fields that are themselves hyperparameter classes (a linear solver in an estimator) are sub-trees. Values
+    are validated in `__post_init__`, which runs where a person writes the constructor and not when JAX rebuilds the
+    object from its leaves.
     """
     check = getattr(cls, "__post_init__", None)
     float_fields: list[str] = []

@@ -196,13 +196,11 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
     at x_k again with a quarter of t. The first t moves x by a tenth of `largest`.
 
     For deterministic objectives: `update` needs `value=`, which `HypergradientDescent` and the lower solvers give. With
-      a projection
-    applied after the step it is the spectral projected gradient method, with the line search taken over outer
-    iterations.
+    a projection applied after the step it is the spectral projected gradient method, with the line search taken over
+    outer iterations.
 
     References: Barzilai, Borwein, "Two-Point Step Size Gradient Methods", IMA J. Numer. Anal. 1988; Birgin, Martinez,
-      Raydan,
-    "Nonmonotone Spectral Projected Gradient Methods on Convex Sets", SIAM J. Optim. 2000.
+    Raydan, "Nonmonotone Spectral Projected Gradient Methods on Convex Sets", SIAM J. Optim. 2000.
     """
 
     def init(params: PyTree) -> SpectralState:
@@ -284,8 +282,7 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
     if its slope is at most 0.9998 of the one at x_k.
 
     For deterministic objectives without a projection: `update` needs `value=`, which `HypergradientDescent` and the
-      lower
-    solvers give. Under a projection take `spectral`.
+    lower solvers give. Under a projection take `spectral`.
 
     Reference: Nocedal, Wright, "Numerical Optimization", 2nd ed., algorithms 7.4 and 3.1; Hager, Zhang, "A New
     Conjugate Gradient Method with Guaranteed Descent and an Efficient Line Search", SIAM J. Optim. 2005 (the last

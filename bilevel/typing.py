@@ -52,16 +52,14 @@ class LowerSolver(Protocol):
 class Solver(Protocol):
     """A bilevel method: two pure methods, and nothing else is needed to write a new one.
 
-    `init(problem, x, y, key) -> state` makes a pytree of arrays with attributes `x` and `y`.
-    `step(problem, state, key) -> (state, metrics)` is one outer iteration; `metrics` is a dictionary of scalars.
-    `key` is a `data.StepKey`: `problem.levels(key)` binds the step's batches, `key.random` is a key for `jax.random`.
+    `init(problem, x, y, key) -> state` makes a pytree of arrays with attributes `x` and `y`. `step(problem, state, key)
+    -> (state, metrics)` is one outer iteration; `metrics` is a dictionary of scalars. `key` is a `data.StepKey`:
+    `problem.levels(key)` binds the step's batches, `key.random` is a key for `jax.random`.
 
     Optional: `status(state, metrics, tol) -> int32`, one of `Result`'s codes (0 to go on), asked after each step where
     `solve` was given a tolerance. `finish(problem, state, result, metrics, tol) -> (measures, result, sentence)`,
-    called on
-    the host after the last step with the last metrics: numbers for the history, the result to report, what to add to
-      the
-    reason.
+    called on the host after the last step with the last metrics: numbers for the history, the result to report, what to
+    add to the reason.
     """
 
     def init(self, problem: Problem[Any, Any], x: PyTree, y: PyTree, key: StepKey) -> Any:

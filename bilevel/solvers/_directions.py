@@ -1,8 +1,8 @@
 """The local directions (D_x, D_y, D_v) of single-loop methods, from one batch of each level: the one joint direction.
 
-Notation: F the upper and f the lower loss on a batch, v the variable of the linear system. At the solution
-f_yy v = F_y, and the hypergradient is F_x - f_xy v. On levels that are many (stacked over
-agents or clients) all of it is each agent's own, stacked.
+Notation: F the upper and f the lower loss on a batch, v the variable of the linear system. At the solution f_yy v =
+F_y, and the hypergradient is F_x - f_xy v. On levels that are many (stacked over agents or clients) all of it is each
+agent's own, stacked.
 """
 
 from __future__ import annotations

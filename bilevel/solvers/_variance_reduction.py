@@ -234,7 +234,7 @@ class PAGE(SARAH):
     The first step restarts.
 
     Reference: Li et al., "PAGE: A Simple and Optimal Probabilistic Gradient Estimator for Nonconvex Optimization", ICML
-      2021.
+    2021.
     """
 
     probability: float | None = None
@@ -307,8 +307,7 @@ class SAGA:
         D = new - table[block] + average,    average += (new - table[block]) / blocks,    table[block] = new
 
     for each of the terms f_y, f_yy v, f_xy v on the lower level's blocks and F_x, F_y on the upper level's. The tables
-    start
-    at zero: a block's first visit counts as plain. Where both levels' data are full batches nothing is kept.
+    start at zero: a block's first visit counts as plain. Where both levels' data are full batches nothing is kept.
 
     The write of a row is deferred to the next step's start (write, then read): XLA otherwise copies the whole table at
     every step, since within a step the row is read before it is overwritten.

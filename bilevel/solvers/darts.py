@@ -124,8 +124,7 @@ def DARTS(
 
     The virtual step contains the momentum buffer, the weight decay and the schedule, and not the clipping, as in the
     authors' code for convolutional cells (that for recurrent cells clips it). The scheme's fixed point depends on the
-    virtual
-    step: it is the bilevel optimum neither for order 1 nor in general for the other two.
+    virtual step: it is the bilevel optimum neither for order 1 nor in general for the other two.
 
     Args:
       order: 1, 2 or "exact".
@@ -143,7 +142,7 @@ def DARTS(
     does not measure `lower_residual`, and refuses a tolerance.
 
     Reference: Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", ICLR 2019, algorithm 1 and equations 7
-      and 8.
+    and 8.
     """
     if order not in (1, 2, "exact") or isinstance(order, bool):
         raise ValueError(f"DARTS(order={order!r}): the order is 1, 2 or 'exact'.")

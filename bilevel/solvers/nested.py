@@ -183,7 +183,7 @@ def AID(
     with a projection on the upper level).
 
     References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation",
-      ICML 2020.
+    ICML 2020.
     """
     return HypergradientDescent(
         Implicit(linear_solver),

@@ -75,8 +75,7 @@ class SingleLoop:
       reduction: `Plain()`, `Momentum`, `SAGA`, `STORM`, `SARAH` or `PAGE`.
       directions: `Joint()` or `Series(...)`.
       lower_decay, upper_decay: exponents e of a_t = a / (t + 1)^e and b_t; with an optax rule its updates are scaled
-        so.
-        None: constant.
+        so. None: constant.
 
     Metrics: `upper_loss` on the batch, `hypergradient_norm` = |D_x|, `lower_residual` = |D_y|, `linear_residual` =
       |D_v|, of
@@ -159,12 +158,10 @@ def SOBA(
     """Plain SGD on the three directions, all steps decaying as t^-1/2 (`decay=None`: constant, for full batches).
 
     Per step: one joint linearisation of f with one product (1 gradient + 1 HVP + 1 cross product) and one gradient of
-      F.
-    Stalls at its noise floor with constant steps.
+    F. Stalls at its noise floor with constant steps.
 
     Reference: Dagreou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables stochastic and global
-      variance
-    reduction algorithms", NeurIPS 2022.
+    variance reduction algorithms", NeurIPS 2022.
     """
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, lower_decay=decay, upper_decay=decay)
 
@@ -225,8 +222,7 @@ def SPABA(
     The paper's clipping of v is not applied.
 
     Reference: Chu, Xu, Yao, Zhang, "SPABA: A Single-Loop and Probabilistic Stochastic Bilevel Algorithm Achieving
-      Optimal
-    Sample Complexity", ICML 2024.
+    Optimal Sample Complexity", ICML 2024.
     """
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, PAGE(probability=probability))
 
@@ -249,7 +245,7 @@ def SUSTAIN(
     Per step two gradients of each level and (K - 1) HVPs on average, K = `hvp_steps`.
 
     Reference: Khanduri et al., "A Near-Optimal Algorithm for Stochastic Bilevel Optimization via Double-Momentum",
-      NeurIPS 2021.
+    NeurIPS 2021.
     """
     return SingleLoop(
         lower_optimizer, upper_optimizer, None, STORM(eta), Series(hvp_step, hvp_steps, True), 1 / 3, 1 / 3
@@ -295,11 +291,10 @@ class FSLA:
       decay: the exponent of a_t, b_t and eta_t.
 
     Metrics: as `SingleLoop`, each norm at the point where its direction is taken. Per step 1 gradient, 1 HVP and 2
-      cross
-    products of f and 3 gradients of F.
+    cross products of f and 3 gradients of F.
 
     Reference: Li, Gu, Huang, "A Fully Single Loop Algorithm for Bilevel Optimization without Hessian Inverse", AAAI
-      2022.
+    2022.
     """
 
     lower_optimizer: float | optax.GradientTransformation = 0.1

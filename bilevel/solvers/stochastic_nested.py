@@ -38,8 +38,7 @@ def StocBiO(
     Per step `lower_steps` gradients, `hvp_steps` HVPs and 1 cross product of f, 1 gradient of F.
 
     Reference: Ji, Yang, Liang, "Bilevel Optimization: Convergence Analysis and Enhanced Design", ICML 2021. The steps
-      are
-    those of benchmark_bilevel.
+    are those of benchmark_bilevel.
     """
     return HypergradientDescent(
         StochasticImplicit(hvp_step, hvp_steps), GradientDescent(lower_optimizer, lower_steps), upper_optimizer

@@ -112,8 +112,7 @@ class DTFBO:
         paper's 1/T); None: never, as the authors' code with its ten fixed steps.
 
     Metrics: as `SingleLoop`, the inner ones of the loops' last directions. Per step N gradients, M HVPs and 1 cross
-      product of
-    f, 1 gradient of F; each inner step on a fresh batch. Theory: O(1/eps) outer iterations, deterministic.
+    product of f, 1 gradient of F; each inner step on a fresh batch. Theory: O(1/eps) outer iterations, deterministic.
 
     Reference: Yang et al., "Tuning-Free Bilevel Optimization: New Algorithms and Convergence Analysis", ICLR 2025.
     """
