@@ -77,9 +77,9 @@ class SingleLoop:
       lower_decay, upper_decay: exponents e of a_t = a / (t + 1)^e and b_t; with an optax rule its updates are scaled
         so. None: constant.
 
-    Metrics: `upper_loss` on the batch, `hypergradient_norm` = |D_x|, `lower_residual` = |D_y|, `linear_residual` =
-      |D_v|, of
-    the directions taken (noisy where the batches are). With a tolerance a run has converged when all are within it.
+    Metrics: `upper_loss` on the batch; `hypergradient_norm`, `lower_residual` and `linear_residual`, the norms of D_x,
+    D_y and D_v as they were taken (noisy where the batches are). With a tolerance a run has converged when all are
+    within it.
 
     Assumes f(x, .) strongly convex (v's iteration contracts) and a below 2/L. Refuses projections of the lower level,
     proxes and constraints.
