@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,16 +15,15 @@ from jax.extend.core import Literal
 from bilevel.level import Level
 from bilevel.typing import PyTree
 
-__all__ = ["Constraints", "Equalities", "depends", "is_affine", "row_norms"]
+__all__ = ["Constraints", "Equalities", "depends", "is_affine", "random_like", "row_norms"]
 
 
 class Constraints:
     """c(x, y) in R^p, inequalities c_i <= 0 first, then equalities c_i = 0, each row divided by its norm at the start.
 
     A saddle point is only as well conditioned as its constraints: a row of norm 17 makes a step 300 times too long or
-      too
-    short. Methods therefore work on scaled rows, with multipliers in the units of those; `multipliers` gives them back
-    in the user's units, for f + lam . g + mu . h.
+    too short. Methods therefore work on scaled rows, with multipliers in the units of those; `multipliers` gives them
+    back in the user's units, for f + lam . g + mu . h.
 
     Args:
       level: the level whose `constraint` and `equality` these are.
@@ -89,16 +89,12 @@ class Constraints:
         return self._scaled(self.scale * factor)
 
     def _scaled(self, scale: jax.Array) -> Constraints:
-        other = object.__new__(Constraints)
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.scale = scale
         return other
 
     def at(self, x: PyTree, y: PyTree) -> Constraints:
-        """The same constraints with each row scaled to norm one at (x, y).
-
-        Rows without a gradient there keep theirs.
-        """
+        """The same constraints, each row scaled to norm one at (x, y); without a gradient there its scale is one."""
         if not self.count:
             return self
         norms = row_norms(self.raw, x, y)
@@ -155,39 +151,27 @@ def row_norms(fn: Any, x: PyTree, y: PyTree) -> jax.Array:
 
     The larger of the norms at (x, y) and at a point nearby, so that a row whose gradient happens to vanish is not lost.
     """
-    leaves, structure = jax.tree.flatten((x, y))
 
-    def at(point: list[jax.Array]) -> jax.Array:
-        def flat(*leaves: jax.Array) -> jax.Array:
-            return fn(*jax.tree.unflatten(structure, leaves))
-
-        value, push = jax.linearize(flat, *point)
+    def at(point: tuple[PyTree, PyTree]) -> jax.Array:
+        value, push = jax.linearize(lambda u: fn(*u), point)
         if value.shape[0] <= _EXACT_ROWS:
-            pull = jax.linear_transpose(push, *point)
-            rows = jax.lax.map(
-                lambda w: sum(jnp.sum(leaf**2) for leaf in pull(w)), jnp.eye(value.shape[0], dtype=value.dtype)
-            )
-            return jnp.sqrt(rows)
+            pull, unit = jax.linear_transpose(push, point), jnp.eye(value.shape[0], dtype=value.dtype)
+            return jnp.sqrt(jax.lax.map(lambda w: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(pull(w))), unit))
         keys = jax.random.split(jax.random.key(0), _PROBES)
-        signs = jax.lax.map(
-            lambda key: (
-                push(
-                    *[jax.random.rademacher(jax.random.fold_in(key, i), p.shape, p.dtype) for i, p in enumerate(point)]
-                )
-                ** 2
-            ),
-            keys,
-        )
-        return jnp.sqrt(signs.mean(0))
+        squares = jax.lax.map(lambda key: push(random_like(key, point, jax.random.rademacher)) ** 2, keys)
+        return jnp.sqrt(squares.mean(0))
 
-    nearby = [
-        p
-        + (1 + jnp.max(jnp.abs(p), initial=0.0))
-        * jax.random.normal(jax.random.fold_in(jax.random.key(1), i), p.shape, p.dtype)
-        for i, p in enumerate(leaves)
-    ]
-    here, there = at(leaves), at(nearby)
+    point = x, y
+    away = lambda p, noise: p + (1 + jnp.max(jnp.abs(p), initial=0.0)) * noise  # noqa: E731
+    here, there = at(point), at(jax.tree.map(away, point, random_like(jax.random.key(1), point)))
     return jnp.where(here > 1e-6, here, there)
+
+
+def random_like(key: jax.Array, like: PyTree, sampler: Any = jax.random.normal) -> PyTree:
+    """Independent draws shaped like `like`, leaf number i by the key with i folded in."""
+    leaves, structure = jax.tree.flatten(like)
+    draws = [sampler(jax.random.fold_in(key, i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, draws)
 
 
 def depends(fn: Any, *args: PyTree, on: int = 0) -> bool:
@@ -201,20 +185,11 @@ def depends(fn: Any, *args: PyTree, on: int = 0) -> bool:
 def _reached(jaxpr: Any, inputs: list[bool]) -> list[bool]:
     """Which outputs depend on the marked inputs."""
     marked = {v for v, on in zip(jaxpr.invars, inputs, strict=True) if on}
-
-    def is_marked(v: Any) -> bool:
-        return not isinstance(v, Literal) and v in marked
-
+    is_marked = lambda v: not isinstance(v, Literal) and v in marked  # noqa: E731
     for equation in jaxpr.eqns:
-        inner = equation.params.get("jaxpr")
         on = [is_marked(v) for v in equation.invars]
-        if (
-            inner is not None
-            and hasattr(inner, "jaxpr")
-            and len(inner.jaxpr.invars) == len(on)
-            and equation.primitive.name in ("jit", "pjit")
-        ):
-            out = _reached(inner.jaxpr, on)
+        if equation.primitive.name in ("jit", "pjit"):
+            out = _reached(equation.params["jaxpr"].jaxpr, on)
         else:
             out = [any(on)] * len(equation.outvars)
         marked.update(v for v, reached in zip(equation.outvars, out, strict=True) if reached)

@@ -61,9 +61,8 @@ def value_and_hypergradient(
           def step(problem, x, y, carry): return value_and_hypergradient(problem)(x, y, carry)
     """
     estimator = Implicit() if estimator is None else estimator
-    if lower_solver is None:
-        lower_solver = as_lower_solver(0.1) if problem.stochastic else LBFGS()
-    solver = as_lower_solver(lower_solver)
+    default = 0.1 if problem.stochastic else LBFGS()
+    solver = as_lower_solver(default if lower_solver is None else lower_solver)
 
     def evaluate(x: X, y: Y, carry: Any = None, key: Any = 0) -> Estimate[X]:
         x, y = jax.tree.map(jnp.asarray, (x, y))

@@ -37,12 +37,11 @@ class Estimate(Generic[X]):
 class Estimator(Protocol):
     """An estimator of the hypergradient of h(x) = F(x, y*(x)).
 
-    `init(lower, x, y) -> carry` makes what is kept between outer steps. The call runs the lower solver,
-    `solver(lower, x, state) -> state`, or differentiates through it, and returns an `Estimate`.
+    A call runs the lower solver, `solver(lower, x, state) -> state`, or differentiates through it.
     """
 
     def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
-        """What is kept between outer steps, before the first."""
+        """The carry before the first call: what is kept between outer steps."""
 
     def __call__(
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
@@ -51,23 +50,18 @@ class Estimator(Protocol):
 
 
 def central_difference(lower: Level, x: PyTree, y: PyTree, v: PyTree, radius: Any) -> PyTree:
-    """f_xy v by [f_x(x, y + e v) - f_x(x, y - e v)] / (2 e), e = radius / |v|.
-
-    By a derivative where `radius` is None.
-    """
+    """f_xy v by [f_x(x, y + e v) - f_x(x, y - e v)] / (2 e), e = radius / |v|; None: by a derivative."""
     if radius is None:
         return derivatives.cross_product(lower, x, y, v)
     length = derivatives.norm(v)
     e = radius / jnp.maximum(length, jnp.finfo(length.dtype).tiny ** 0.5)
-    plus, minus = (
-        jax.grad(lower)(x, optax.tree.cast_like(optax.tree.add_scale(y, sign * e, v), y)) for sign in (1, -1)
-    )
+    shifted = [optax.tree.cast_like(optax.tree.add_scale(y, sign * e, v), y) for sign in (1, -1)]
+    plus, minus = (jax.grad(lower)(x, y) for y in shifted)
     return optax.tree.scale(1 / (2 * e), optax.tree.sub(plus, minus))
 
 
 def check_radius(owner: str, radius: Any) -> None:
     """Raise a sentence where a perturbation's length is not positive (or None)."""
     if isinstance(radius, float) and not radius > 0:
-        raise ValueError(
-            f"{owner}(radius={radius!r}): the perturbation's length is positive, or None for the exact product."
-        )
+        what = "the perturbation's length is positive, or None for the exact product."
+        raise ValueError(f"{owner}(radius={radius!r}): {what}")

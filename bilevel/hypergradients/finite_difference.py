@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import optax
@@ -14,27 +14,24 @@ from bilevel.level import Level
 from bilevel.lower import LowerState
 from bilevel.typing import LowerSolver, Metrics, PyTree, Scalar
 
+Found: TypeAlias = tuple[Scalar, PyTree, Metrics]
+
 
 class Ahead:
-    """An estimator that looks at the incoming y alone.
-
-    `at` is the estimate there, and the lower solver runs after it.
-    """
+    """An estimator that looks at the incoming y alone, by `at`; the lower solver runs after it."""
 
     def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
         """Nothing is kept."""
         return ()
 
-    def at(
-        self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState
-    ) -> tuple[Scalar, PyTree, Metrics]:
+    def at(self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState) -> Found:
         """The upper loss, the hypergradient and the metrics at (x, start.y)."""
         raise NotImplementedError
 
     def __call__(
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
     ) -> Estimate[Any]:
-        """The estimate at x, and the lower solver's run."""
+        """The estimate at x."""
         value, gradient, metrics = self.at(upper, lower, solver, x, start)
         return Estimate(value, gradient, solver(lower, x, start), carry, metrics)
 
@@ -69,9 +66,7 @@ class FiniteDifference(Ahead):
     def __post_init__(self) -> None:
         check_radius("FiniteDifference", self.radius)
 
-    def at(
-        self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState
-    ) -> tuple[Scalar, PyTree, Metrics]:
+    def at(self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState) -> Found:
         """The upper loss at the virtual step, the hypergradient and |f_y| at (x, start.y)."""
         y = start.y
         lower_y = lower.gradient(x, y)
@@ -86,21 +81,18 @@ class FiniteDifference(Ahead):
         if self.virtual_step is not None:
             xi = self.virtual_step
             return optax.tree.add_scale(start.y, -xi, lower_y), lambda w: optax.tree.scale(-xi, w)
+        owner = "FiniteDifference(virtual_step=None)"
         if lower.prox is not None:
-            raise ValueError(
-                "FiniteDifference(virtual_step=None) knows no virtual step with a prox_lower: give a virtual_step."
-            )
+            raise ValueError(f"{owner} knows no virtual step with a prox_lower: give a virtual_step.")
         if getattr(solver, "steps", 1) != 1:
             raise ValueError(
-                "FiniteDifference(virtual_step=None) differentiates one step of the lower solver, and "
-                f"{type(solver).__name__} takes {solver.steps}: give it steps=1, or give a virtual_step."
+                f"{owner} differentiates one step of the lower solver, and {type(solver).__name__} takes "
+                f"{solver.steps}: give it steps=1, or give a virtual_step."
             )
         if not hasattr(solver, "virtual") or solver.looks(start):
             raise ValueError(
-                "FiniteDifference(virtual_step=None) differentiates a lower solver that takes one step along the "
-                "gradient; "
-                "this one evaluates the loss itself. Take GradientDescent with an optax rule and steps=1, or give a "
-                "virtual_step."
+                f"{owner} differentiates a lower solver that takes one step along the gradient; this one evaluates the "
+                "loss itself. Take GradientDescent with an optax rule and steps=1, or give a virtual_step."
             )
         step = solver.virtual()
         moved, pullback = jax.vjp(lambda g: step.move(lower, x, start, g).y, lower_y)
@@ -117,8 +109,6 @@ class FirstOrder(Ahead):
     Reference: Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", ICLR 2019, section 2.3.
     """
 
-    def at(
-        self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState
-    ) -> tuple[Scalar, PyTree, Metrics]:
+    def at(self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState) -> Found:
         """F and F_x at (x, start.y)."""
         return *jax.value_and_grad(upper)(x, start.y), {}

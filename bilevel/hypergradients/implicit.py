@@ -54,9 +54,8 @@ class Implicit:
         if nonsmooth and getattr(self.linear_solver, "symmetric", False):
             raise ValueError(
                 f"Implicit(linear_solver={type(self.linear_solver).__name__}(...)) assumes a symmetric system, but "
-                "with a projection or prox on "
-                "the lower level it is not: take linear.GMRES(), linear.BiCGStab(), linear.NormalCG() or "
-                "linear.Dense(symmetric=False)."
+                "with a projection or prox on the lower level it is not: take linear.GMRES(), linear.BiCGStab(), "
+                "linear.NormalCG() or linear.Dense(symmetric=False)."
             )
         return self.linear_solver
 

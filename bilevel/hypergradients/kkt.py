@@ -62,8 +62,7 @@ class ActiveSet:
         if jnp.shape(given) != carry.shape:
             raise ProblemError(
                 f"ActiveSet needs a lower solver that remembers the {carry.size} multipliers, and this one does not: "
-                "take "
-                "lower.Accurate()."
+                "take lower.Accurate()."
             )
         rows = Constraints(lower, x, y).at(x, y)
         lam = given / rows.scale
@@ -137,8 +136,7 @@ class NullSpace:
         if not is_affine(lambda y: rows.raw(x, y), y):
             raise ProblemError(
                 "NullSpace (AiPOD) needs an equality that is affine in y with a constant matrix, and this is not (by "
-                "its "
-                "trace). Take solvers.BiCGAFFA instead."
+                "its trace). Take solvers.BiCGAFFA instead."
             )
         return optax.tree.zeros_like(y)
 

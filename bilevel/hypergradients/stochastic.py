@@ -1,7 +1,4 @@
-"""Hypergradients whose linear system is solved with a fresh minibatch per Hessian-vector product.
-
-SAMA's without any.
-"""
+"""Hypergradients whose linear system is solved with a minibatch per Hessian-vector product, and SAMA's without any."""
 
 from __future__ import annotations
 
@@ -25,19 +22,7 @@ __all__ = ["SAMA", "StochasticImplicit"]
 
 @hyperparameters
 class Neumann:
-    """w ~ f_yy^{-1} b by K = `steps` stochastic Hessian-vector products, each on a batch B_j of its own.
-
-        w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) b                     (`randomised=False`)
-        w = K eta prod_{j<=P} (I - eta f_yy(B_j)) b,  P uniform on 0, ..., K-1     (`randomised=True`)
-
-    Attributes:
-      step_size: eta, below 2/L.
-      steps: K.
-      randomised: draw the length of one product instead of summing all of them.
-
-    References: Ghadimi, Wang, "Approximation Methods for Bilevel Programming", 2018 (randomised); Ji, Yang, Liang,
-    "Bilevel Optimization: Convergence Analysis and Enhanced Design", ICML 2021.
-    """
+    """w ~ f_yy^{-1} b by the series of `StochasticImplicit`, summed or (`randomised`) one of its terms."""
 
     step_size: float = 0.1
     steps: int = 10
@@ -76,22 +61,21 @@ class StochasticImplicit:
 
         dF/dx ~ F_x - f_xy(B_0) w,      w ~ f_yy^{-1} F_y
 
-    `warm_start=True` (AmIGO): SGD on the linear system from the last w, w <- w - eta (f_yy(B_j) w - F_y).
-    `warm_start=False`, `randomised=False` (StocBiO): w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y.
-    `warm_start=False`, `randomised=True` (BSA, TTSA): w = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y, P uniform on
-    0..K-1.
+        AmIGO (`warm_start`):       w <- w - eta (f_yy(B_j) w - F_y), SGD on the linear system from the last w
+        StocBiO:                    w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y
+        BSA, TTSA (`randomised`):   w = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y, P uniform on 0, ..., K-1
 
     Attributes:
-      step_size: eta, below 2/L.
-      steps: K.
+      step_size, steps: eta, below 2/L, and K.
       warm_start: keep w between outer steps.
       randomised: draw the length of the product instead of summing the products.
 
     Per call: the lower solve, 1 gradient of F, K HVPs (on average (K-1)/2 if randomised), 1 cross product. Bias of
     the series: (1 - eta mu)^(K+1), and the same for the randomised one.
 
-    References: Ghadimi, Wang, 2018 (BSA, randomised); Ji, Yang, Liang, ICML 2021 (StocBiO); Arbel, Mairal, "Amortized
-    Implicit Differentiation for Stochastic Bilevel Optimization", ICLR 2022 (AmIGO).
+    References: Ghadimi, Wang, "Approximation Methods for Bilevel Programming", 2018 (BSA); Ji, Yang, Liang, "Bilevel
+    Optimization: Convergence Analysis and Enhanced Design", ICML 2021 (StocBiO); Arbel, Mairal, "Amortized Implicit
+    Differentiation for Stochastic Bilevel Optimization", ICLR 2022 (AmIGO).
     """
 
     step_size: float = 0.1
@@ -102,9 +86,8 @@ class StochasticImplicit:
     def __post_init__(self) -> None:
         check_series("StochasticImplicit", self.step_size, self.steps)
         if self.warm_start and self.randomised:
-            raise ValueError(
-                "StochasticImplicit: a randomised product has no warm start; choose one of warm_start and randomised."
-            )
+            what = "a randomised product has no warm start; choose one of warm_start and randomised."
+            raise ValueError(f"StochasticImplicit: {what}")
 
     def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
         """w = 0 where it is kept."""
@@ -173,7 +156,7 @@ class SAMA:
         """The estimate at x."""
         if not hasattr(solver, "rule"):
             raise ValueError(
-                f"SAMA adapts to the lower optimiser and needs GradientDescent(...) or MomentumSGD(...), not "
+                "SAMA adapts to the lower optimiser and needs GradientDescent(...) or MomentumSGD(...), not "
                 f"{type(solver).__name__}."
             )
         found = jax.lax.stop_gradient(solver(lower, x, start))
@@ -181,8 +164,7 @@ class SAMA:
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         lower_y = lower.gradient(x, y)
         adapted = jax.jvp(lambda g: rule.update(g, found.memory, y)[0], (lower_y,), (upper_y,))[1]
-        # Adam's update has no derivative where a gradient has been zero all along (the root of a second moment of
-        # zero).
+        # Adam's update has no derivative where a gradient has been zero all along (the root of a zero second moment).
         v = jax.tree.map(lambda a, g: jnp.where((g == 0) & ~jnp.isfinite(a), 0, -a), adapted, lower_y)
         cross = central_difference(lower, x, y, v, self.radius)
         metrics = {"lower_residual": derivatives.norm(lower_y)}

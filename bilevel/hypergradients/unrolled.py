@@ -47,9 +47,8 @@ class Unrolled:
     def __post_init__(self) -> None:
         if self.mode not in ("reverse", "forward"):
             raise ValueError(f"Unrolled(mode={self.mode!r}): the mode is 'reverse' or 'forward'.")
-        check_count(
-            "Unrolled", "the number of differentiated steps is a positive integer, or None for all", last=self.last
-        )
+        rule = "the number of differentiated steps is a positive integer, or None for all"
+        check_count("Unrolled", rule, last=self.last)
 
     def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
         """Nothing is kept."""
@@ -84,14 +83,12 @@ class Unrolled:
         if not hasattr(solver, "advance"):
             raise ValueError(
                 f"Unrolled(last={self.last}) differentiates the last steps of the lower solver and needs one made of "
-                "steps: "
-                f"lower.GradientDescent(...) or lower.MomentumSGD(...), not {type(solver).__name__}."
+                f"steps: lower.GradientDescent(...) or lower.MomentumSGD(...), not {type(solver).__name__}."
             )
         if self.last > solver.steps:
             raise ValueError(
                 f"Unrolled(last={self.last}) differentiates {self.last} steps but the lower solver takes "
-                f"{solver.steps}: "
-                "raise steps or lower last."
+                f"{solver.steps}: raise steps or lower last."
             )
         first = solver.steps - self.last
         middle = repeat(solver, level, x, solver.begin(x, start), 0, first)
@@ -101,8 +98,8 @@ class Unrolled:
 def OneStep() -> Unrolled:
     """Differentiate the last step of the lower solver only: F_x + (d_x Phi)' F_y.
 
-    For plain gradient descent with step eta this is F_x - eta f_xy F_y. Its bias is bounded by a multiple of rho/(1 -
-    rho) for a contraction rho, and vanishes for superlinear solvers.
+    With gradient descent of step eta: F_x - eta f_xy F_y. The bias is at most a multiple of rho / (1 - rho) for a
+    contraction rho, and vanishes for superlinear solvers.
 
     Reference: Bolte, Pauwels, Vaiter, "One-step differentiation of iterative algorithms", NeurIPS 2023.
     """
@@ -114,8 +111,7 @@ def _forward_gradient(objective: Any, x: PyTree) -> Any:
     flat, unravel = jax.flatten_util.ravel_pytree(x)
 
     def directional(direction: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
-        value, slope, found = jax.jvp(lambda flat: objective(unravel(flat)), (flat,), (direction,), has_aux=True)
-        return value, slope, found
+        return jax.jvp(lambda flat: objective(unravel(flat)), (flat,), (direction,), has_aux=True)
 
     values, slopes, found = jax.vmap(directional, out_axes=(None, 0, None))(jnp.eye(flat.size, dtype=flat.dtype))
     return (values, found), unravel(slopes)

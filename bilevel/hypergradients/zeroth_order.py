@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,12 +16,6 @@ from bilevel.level import Level
 from bilevel.lower import LowerState
 from bilevel.optimizers import check_count
 from bilevel.typing import LowerSolver, PyTree
-
-
-def _directions(lower: Level, x: PyTree, carry: jax.Array, number: int) -> PyTree:
-    """`number` standard normal vectors shaped like x, along a new leading axis; other ones at every outer step."""
-    key = jax.random.fold_in(lower.key.fold_in(Draw.DIRECTIONS).random, carry)
-    return jax.vmap(lambda key: optax.tree.random_like(key, x, jax.random.normal))(jax.random.split(key, number))
 
 
 @hyperparameters
@@ -37,6 +33,14 @@ class _Perturbing:
         """The number of estimates taken, which makes the directions fresh each time."""
         return jnp.zeros((), jnp.uint32)
 
+    def _mean(self, lower: Level, x: PyTree, carry: jax.Array, change: Callable[[PyTree], jax.Array]) -> PyTree:
+        """The mean of u change(x + mu u) / mu over standard normal u, other ones at every outer step."""
+        key = jax.random.fold_in(lower.key.fold_in(Draw.DIRECTIONS).random, carry)
+        normal = lambda key: optax.tree.random_like(key, x, jax.random.normal)  # noqa: E731
+        u = jax.vmap(normal)(jax.random.split(key, self.directions))
+        slopes = jax.vmap(lambda u: change(optax.tree.add_scale(x, self.mu, u)) / self.mu)(u)
+        return jax.tree.map(lambda u: jnp.tensordot(slopes, u, axes=1) / self.directions, u)
+
 
 @hyperparameters
 class PZOBO(_Perturbing):
@@ -46,8 +50,7 @@ class PZOBO(_Perturbing):
         dF/dx ~ F_x + (1/Q) sum over q of u_q <delta_q, F_y>
 
     All Q + 1 lower runs start at the same y and see the same batches. Unbiased for the mu-smoothed Jacobian; the
-    variance
-    grows with dim x and falls with Q. Cost: Q + 1 lower runs (vmapped), one upper gradient.
+    variance grows with dim x and falls with Q. Cost: Q + 1 lower runs (vmapped), one upper gradient.
 
     Attributes:
       directions: Q. The paper's code takes 10, or 1 for large problems.
@@ -62,23 +65,15 @@ class PZOBO(_Perturbing):
         """The estimate at x."""
         found = solver(lower, x, start)
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, found.y)
-        u = _directions(lower, x, carry, self.directions)
-
-        def slope(u: PyTree) -> jax.Array:
-            y = solver(lower, optax.tree.add_scale(x, self.mu, u), start).y
-            return optax.tree.vdot(optax.tree.sub(y, found.y), upper_y) / self.mu
-
-        slopes = jax.vmap(slope)(u)
-        gradient = jax.tree.map(lambda g, u: g + jnp.tensordot(slopes, u, axes=1) / self.directions, upper_x, u)
+        change = lambda x: optax.tree.vdot(optax.tree.sub(solver(lower, x, start).y, found.y), upper_y)  # noqa: E731
+        gradient = optax.tree.add(upper_x, self._mean(lower, x, carry, change))
         metrics = {"lower_residual": derivatives.norm(lower.gradient(x, found.y))}
         return Estimate(value, gradient, found, carry + 1, metrics)
 
 
 @hyperparameters
 class HOZOG(_Perturbing):
-    """Zeroth order in the whole of h(x) = F(x, y_T(x)).
-
-    Works with black-box lower solvers and losses without derivatives.
+    """Zeroth order in the whole of h(x) = F(x, y_T(x)): for black-box lower solvers and losses without derivatives.
 
         dF/dx ~ (1/q) sum over i of u_i [h(x + mu u_i) - h(x)] / mu,    u_i ~ N(0, I)
 
@@ -97,12 +92,5 @@ class HOZOG(_Perturbing):
         """The estimate at x."""
         found = solver(lower, x, start)
         value = upper(x, found.y)
-        u = _directions(lower, x, carry, self.directions)
-
-        def slope(u: PyTree) -> jax.Array:
-            moved = optax.tree.add_scale(x, self.mu, u)
-            return (upper(moved, solver(lower, moved, start).y) - value) / self.mu
-
-        slopes = jax.vmap(slope)(u)
-        gradient = jax.tree.map(lambda u: jnp.tensordot(slopes, u, axes=1) / self.directions, u)
+        gradient = self._mean(lower, x, carry, lambda x: upper(x, solver(lower, x, start).y) - value)
         return Estimate(value, gradient, found, carry + 1, {})

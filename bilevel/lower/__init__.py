@@ -1,14 +1,10 @@
 """Lower-level solvers: how y*(x) is found.
 
-A lower solver has two pure methods,
-
-    init(y) -> LowerState                   # y together with what the method remembers (optimiser moments)
-    __call__(level, x, state) -> LowerState
-
-where `level` is a `bilevel.Level`, a plain function of (x, y) with `.gradient(x, y)`, `.batch`, `.redraw(i, total)`.
-Most are made of steps (`Steps`): a kernel, run by one of two loops, for a count of steps (`repeat`) or until a
-tolerance (`until`). Any function `(level, x, y) -> y` is accepted in place of a solver (`as_lower_solver`), so a closed
-form, or a solver of another library, is one line.
+A lower solver has two pure methods, `init(y) -> LowerState` (y together with what the method remembers) and
+`__call__(level, x, state) -> LowerState`, where `level` is a `bilevel.Level`, a plain function of (x, y) with
+`.gradient(x, y)`, `.batch`, `.redraw(i, total)`. Most are made of steps (`Steps`), for a count of them (`repeat`) or
+until a tolerance (`until`). Any function `(level, x, y) -> y` is accepted in place of a solver (`as_lower_solver`), so
+a closed form, or a solver of another library, is one line.
 """
 
 from bilevel.lower.accurate import Accurate

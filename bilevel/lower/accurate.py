@@ -25,47 +25,31 @@ __all__ = ["Accurate", "Solved", "augmented_lagrangian", "minimise"]
 
 
 class Solved(NamedTuple):
-    """What `augmented_lagrangian` found.
+    """What `augmented_lagrangian` found."""
 
-    Attributes:
-      y: the minimum.
-      multipliers: (p,), of the rows as they were given (scaled).
-      value: f(x, y).
-      violation: the largest violation of a row there.
-    """
+    y: PyTree  # the minimum
+    multipliers: jax.Array  # (p,), of the rows as they were given (scaled)
+    value: jax.Array  # f(x, y)
+    violation: jax.Array  # the largest of a row there
 
-    y: PyTree
-    multipliers: jax.Array
-    value: jax.Array
-    violation: jax.Array
+
+Objective = Callable[[PyTree], jax.Array]
 
 
 def minimise(
-    fn: Callable[[PyTree], jax.Array],
-    y: PyTree,
-    project: Any = None,
-    prox: Any = None,
-    steps: int = 200,
-    tol: Any = 1e-9,
+    fn: Objective, y: PyTree, project: Any = None, prox: Any = None, steps: int = 200, tol: Any = 1e-9
 ) -> PyTree:
-    """The minimum of a smooth function, over a simple set or with a proximal term, from y.
+    """The minimum of a smooth function from y, over a simple set (`project` y -> y) or with a `prox` (y, scaling) -> y.
 
     L-BFGS with a line search where there is neither; else accelerated proximal gradient with backtracking and restarts.
-
-    Args:
-      fn: y -> scalar, to be minimised.
-      y: the start.
-      project: the projection `y -> y` on the set, or None.
-      prox: the proximal operator `(y, scaling) -> y`, or None.
-      steps: the most steps.
-      tol: on the norm of the gradient (of the proximal gradient).
+    At most `steps` steps, until the norm of the (proximal) gradient is at most `tol`.
     """
     if project is None and prox is None:
         return _lbfgs(fn, y, steps, tol)
     return _fista(fn, y, project, prox, steps, tol)
 
 
-def _lbfgs(fn: Callable[[PyTree], jax.Array], y: PyTree, steps: int, tol: Any) -> PyTree:
+def _lbfgs(fn: Objective, y: PyTree, steps: int, tol: Any) -> PyTree:
     rule = optax.lbfgs()
     evaluate = optax.value_and_grad_from_state(fn)
 
@@ -75,23 +59,17 @@ def _lbfgs(fn: Callable[[PyTree], jax.Array], y: PyTree, steps: int, tol: Any) -
         better = value < lowest
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), y, best)
         updates, memory = rule.update(gradient, memory, y, value=value, grad=gradient, value_fn=fn)
-        return (
-            i + 1,
-            optax.apply_updates(y, updates),
-            memory,
-            best,
-            jnp.minimum(value, lowest),
-            derivatives.norm(gradient),
-        )
+        y, lowest = optax.apply_updates(y, updates), jnp.minimum(value, lowest)
+        return i + 1, y, memory, best, lowest, derivatives.norm(gradient)
 
-    dtype = jax.eval_shape(fn, y).dtype
-    start = (0, y, rule.init(y), y, jnp.asarray(jnp.inf, dtype), jnp.asarray(jnp.inf, dtype))
+    infinite = jnp.asarray(jnp.inf, jax.eval_shape(fn, y).dtype)
+    start = (0, y, rule.init(y), y, infinite, infinite)
     _, last, _, best, lowest, _ = jax.lax.while_loop(lambda c: (c[0] < steps) & (c[5] > tol), body, start)
     final = fn(last)
     return jax.tree.map(lambda a, b: jnp.where(final < lowest, a, b), last, best)
 
 
-def _fista(fn: Callable[[PyTree], jax.Array], y: PyTree, project: Any, prox: Any, steps: int, tol: Any) -> PyTree:
+def _fista(fn: Objective, y: PyTree, project: Any, prox: Any, steps: int, tol: Any) -> PyTree:
     def move(y: PyTree, gradient: PyTree, size: Any) -> PyTree:
         y = optax.tree.add_scale(y, -size, gradient)
         y = y if project is None else project(y)
@@ -113,21 +91,13 @@ def _fista(fn: Callable[[PyTree], jax.Array], y: PyTree, project: Any, prox: Any
         uphill = optax.tree.vdot(optax.tree.sub(ahead, new), step) > 0
         following = jnp.where(uphill, 1.0, (1 + jnp.sqrt(1 + 4 * t**2)) / 2).astype(t.dtype)
         momentum = jnp.where(uphill, 0.0, (t - 1) / following)
-        return (
-            i + 1,
-            new,
-            optax.tree.add_scale(new, momentum, step),
-            following,
-            size,
-            derivatives.norm(optax.tree.sub(new, ahead)) / size,
-        )
+        residual = derivatives.norm(optax.tree.sub(new, ahead)) / size
+        return i + 1, new, optax.tree.add_scale(new, momentum, step), following, size, residual
 
-    dtype = jax.eval_shape(fn, y).dtype
+    one = jnp.ones((), jax.eval_shape(fn, y).dtype)
     y = y if project is None else project(y)
-    one = jnp.ones((), dtype)
-    return jax.lax.while_loop(
-        lambda c: (c[0] < steps) & (c[5] > tol), body, (0, y, y, one, one, jnp.asarray(jnp.inf, dtype))
-    )[1]
+    start = (0, y, y, one, one, jnp.inf * one)
+    return jax.lax.while_loop(lambda c: (c[0] < steps) & (c[5] > tol), body, start)[1]
 
 
 def augmented_lagrangian(
@@ -166,14 +136,12 @@ def augmented_lagrangian(
         rho = jnp.where(violation > 0.25 * before, jnp.minimum(rho * 10, 1e8), rho)
         return i + 1, y, lam, rho, violation
 
-    if multipliers is None:
-        multipliers = jnp.zeros((rows.count,), rows.dtype)
+    lam = jnp.zeros((rows.count,), rows.dtype) if multipliers is None else multipliers
     rho = (1 + jnp.abs(lower(x, y))) / jnp.maximum(1.0, jnp.sum(rows.excess(x, y) ** 2))
-    start = (0, y, multipliers, jnp.clip(rho, 1.0, 1e3).astype(rows.dtype), jnp.asarray(jnp.inf, rows.dtype))
+    start = (0, y, lam, jnp.clip(rho, 1.0, 1e3).astype(rows.dtype), jnp.asarray(jnp.inf, rows.dtype))
     feasible = jnp.finfo(rows.dtype).eps ** 0.75
-    _, y, lam, _, violation = jax.lax.while_loop(
-        lambda c: (c[0] < rounds) & ((c[4] > feasible) | (c[0] < 3)), body, start
-    )
+    unfinished = lambda c: (c[0] < rounds) & ((c[4] > feasible) | (c[0] < 3))  # noqa: E731
+    _, y, lam, _, violation = jax.lax.while_loop(unfinished, body, start)
     return Solved(y, lam, lower(x, y), violation)
 
 
@@ -203,9 +171,8 @@ class Accurate:
         return LowerState(y, None)
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
-        """The minimum from `state`."""
-        rows = Constraints(level, x, state.y)
-        rows = rows.at(x, state.y)
+        """Run from `state`."""
+        rows = Constraints(level, x, state.y).at(x, state.y)
         tol = float(jnp.finfo(rows.dtype).eps) ** 0.75 if self.tol is None else self.tol
         start = None if state.memory is None else state.memory / rows.scale
         found = augmented_lagrangian(level, rows, x, state.y, start, self.steps, self.rounds, tol)

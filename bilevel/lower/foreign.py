@@ -28,7 +28,7 @@ class Function:
         return LowerState(y, None)
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
-        """Call the function."""
+        """Run from `state`."""
         return LowerState(self.fn(level, x, state.y), None)
 
 
@@ -63,10 +63,7 @@ def jaxopt(solver_class: Any, **options: Any) -> Function:
 
 
 def optimistix(solver: Any, **options: Any) -> Function:
-    """An optimistix minimiser, e.g.
-
-    `lower.optimistix(optimistix.BFGS(1e-8, 1e-8), max_steps=100)`, from the incoming y.
-    """
+    """An optimistix minimiser from the incoming y: `lower.optimistix(optimistix.BFGS(1e-8, 1e-8), max_steps=100)`."""
     options = {"throw": False, **options}
 
     def solve(level: Level, x: PyTree, y: PyTree) -> PyTree:

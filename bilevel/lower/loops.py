@@ -26,20 +26,16 @@ class LowerState:
 
 
 class Kernel(Protocol):
-    """A lower solver's step.
-
-    `advance(level, x, state)` is one step on the batch that the level holds; it returns the state after it and a
-    function that gives the residual at the point *before* it (which costs nothing where nobody calls it).
-    `end(state)` is what a run returns that has come to this state.
-    """
+    """A lower solver's step."""
 
     steps: int
 
     def advance(self, level: Level, x: PyTree, state: LowerState) -> tuple[LowerState, Callable[[], Scalar]]:
-        """One step, and the residual before it."""
+        """The state after a step on the batch that the level holds, and a function that gives the residual *before* it
+        (which costs nothing where nobody calls it)."""
 
     def end(self, state: LowerState) -> LowerState:
-        """What a run returns."""
+        """What a run returns that has come to this state."""
 
 
 def repeat(
@@ -58,12 +54,10 @@ def repeat(
 
 
 def until(kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any) -> LowerState:
-    """Steps until the residual is at most `tol`, or 25 have not made it smaller; at most `kernel.steps`.
+    """Steps until the residual is at most `tol`, or 25 have not made it smaller (the precision of the dtype).
 
-    After 25 without a smaller residual the precision of the dtype is reached. Not differentiable in reverse.
-
-    The residual is that of the point before the step: a step more than needed is taken, and none wasted on a test. The
-    point that meets the tolerance is what is returned.
+    At most `kernel.steps`. Not differentiable in reverse. The residual is that of the point before the step: a step
+    more than needed is taken, and none wasted on a test. The point that meets the tolerance is what is returned.
     """
 
     def unfinished(carry: Any) -> jax.Array:

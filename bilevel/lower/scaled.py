@@ -42,13 +42,10 @@ def _looked(known: Curvature, level: Level, x: PyTree, y: PyTree) -> Curvature:
         v = product(known.direction)
         size = optax.tree.norm(v)
         usable = jnp.isfinite(size) & (size > 1e-12)
-        turned = jax.tree.map(
-            lambda new, old: jnp.where(usable, new / jnp.where(usable, size, 1), old), v, known.direction
-        )
-        return Curvature(jnp.where(usable, size, known.size), turned)
+        new = Curvature(size, jax.tree.map(lambda v: v / jnp.where(usable, size, 1), v))
+        return jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, known)
 
-    found = jax.lax.fori_loop(0, jnp.where(known.size > 0, 1, _FIRST), power, known)
-    return jax.lax.stop_gradient(found)
+    return jax.lax.stop_gradient(jax.lax.fori_loop(0, jnp.where(known.size > 0, 1, _FIRST), power, known))
 
 
 def _step(step_size: Any, known: Curvature) -> Any:

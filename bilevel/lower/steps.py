@@ -9,31 +9,20 @@ from typing import Any
 import jax
 import optax
 
-from bilevel import derivatives
+from bilevel import derivatives, optimizers
 from bilevel._module import hyperparameters
 from bilevel.level import Level
 from bilevel.lower.loops import LowerState, repeat, until
-from bilevel.optimizers import (
-    Move,
-    accepted,
-    as_optimizer,
-    check_count,
-    check_optimizer,
-    is_rule,
-    quasi_newton,
-    residual,
-    withdraws,
-)
+from bilevel.optimizers import Move, accepted, as_optimizer, check_count, is_rule, residual, withdraws
 from bilevel.typing import PyTree, Scalar
 
 __all__ = ["LBFGS", "GradientDescent", "MomentumSGD", "Steps"]
 
 
 class Steps:
-    """A lower solver made of steps of an optax rule: what `GradientDescent` and `MomentumSGD` share.
+    """A lower solver made of steps of an optax rule; a subclass has `steps` and `rule()`.
 
-    A subclass has `steps` and `rule()`; a class of its own without a rule has `init`, `advance`, `end` and `steps`
-    (`loops.Kernel`), and everything that takes such solvers takes it.
+    Everything that takes such solvers takes a class of `init`, `advance`, `end` and `steps` (`loops.Kernel`) as well.
     """
 
     steps: int
@@ -46,8 +35,8 @@ class Steps:
     def step_size(self) -> Any:
         """The length of a step as a number, which a prox is scaled with."""
         raise ValueError(
-            f"{type(self).__name__} with a prox_lower takes a plain step size as its optimizer: the prox is scaled "
-            "with it."
+            f"{type(self).__name__} with a prox_lower takes a plain step size as its optimizer: "
+            "the prox is scaled with it."
         )
 
     def virtual(self) -> Steps:
@@ -56,25 +45,24 @@ class Steps:
 
     def looks(self, state: LowerState) -> bool:
         """Whether the rule looks at values of the loss, and not at gradients alone."""
-        return _compares(state.memory)
+        return withdraws(state.memory) or _searches(state.memory)
 
     def init(self, y: PyTree) -> LowerState:
         """The start of a run: y with fresh optimiser moments."""
         return LowerState(y, self.rule().init(y))
 
     def begin(self, x: PyTree, state: LowerState) -> LowerState:
-        """Where a run from `state` begins at this x."""
-        # Rules that compare values remember them, and they belong to the x of the last run.
+        """Where a run from `state` begins at this x: values that a rule remembers belong to the last run's x."""
         return self.init(state.y) if self.looks(state) else state
 
     def advance(self, level: Level, x: PyTree, state: LowerState) -> tuple[LowerState, Callable[[], Scalar]]:
         """One step on the batch that the level holds, and the residual before it."""
-        y, extra = state.y, {}
+        y, extra, loss = state.y, {}, lambda y: level(x, y)
         if _searches(state.memory):
-            value, gradient = optax.value_and_grad_from_state(lambda y: level(x, y))(y, state=state.memory)
-            extra = {"value": value, "grad": gradient, "value_fn": lambda y: level(x, y)}
+            value, gradient = optax.value_and_grad_from_state(loss)(y, state=state.memory)
+            extra = {"value": value, "grad": gradient, "value_fn": loss}
         elif withdraws(state.memory):
-            value, gradient = jax.value_and_grad(lambda y: level(x, y))(y)
+            value, gradient = jax.value_and_grad(loss)(y)
             extra = {"value": value}
         else:
             gradient = level.gradient(x, y)
@@ -133,12 +121,11 @@ class GradientDescent(Steps):
     start: Callable[[PyTree, PyTree], PyTree] | None = None
 
     def __post_init__(self) -> None:
-        check_optimizer("GradientDescent", "optimizer", self.optimizer)
+        optimizers.check_optimizer("GradientDescent", "optimizer", self.optimizer)
         check_count("GradientDescent", "the number of steps is a positive integer", steps=self.steps)
         if isinstance(self.tol, float) and not self.tol > 0:
-            raise ValueError(
-                f"GradientDescent(tol={self.tol!r}): the tolerance is positive, or None for a fixed number of steps."
-            )
+            what = "the tolerance is positive, or None for a fixed number of steps."
+            raise ValueError(f"GradientDescent(tol={self.tol!r}): {what}")
 
     def rule(self) -> optax.GradientTransformationExtraArgs:
         """`optimizer` as an optax rule."""
@@ -164,7 +151,6 @@ class MomentumSGD(Steps):
 
     Attributes:
       learning_rate: a number, or an optax schedule of the steps taken (static: another schedule is another program).
-      momentum, weight_decay: the numbers above.
       clip: the norm that f_y is clipped to over all of y, before the weight decay is added; None: no clipping.
       steps: steps per call, each on a fresh batch where the level's data are drawn.
 
@@ -181,9 +167,9 @@ class MomentumSGD(Steps):
     def __post_init__(self) -> None:
         check_count("MomentumSGD", "the number of steps is a positive integer", steps=self.steps)
         for name in ("learning_rate", "momentum", "weight_decay", "clip"):
-            value = getattr(self, name)
-            if isinstance(value, float) and (value < 0 or (value == 0 and name in ("learning_rate", "clip"))):
-                sign = "positive" if name in ("learning_rate", "clip") else "not negative"
+            value, positive = getattr(self, name), name in ("learning_rate", "clip")
+            if isinstance(value, float) and (value < 0 or (value == 0 and positive)):
+                sign = "positive" if positive else "not negative"
                 raise ValueError(f"MomentumSGD({name}={value!r}): the number is {sign}.")
 
     def rule(self) -> optax.GradientTransformationExtraArgs:
@@ -198,18 +184,10 @@ class MomentumSGD(Steps):
 
 
 def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:
-    """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|: no step size to choose.
-
-    For full batches without a projection.
-    """
-    return GradientDescent(quasi_newton(memory_size), steps, tol)
+    """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|, without a step size: full batches, no projection."""
+    return GradientDescent(optimizers.quasi_newton(memory_size), steps, tol)
 
 
 def _searches(memory: PyTree) -> bool:
     """Whether the rule has a line search of its own."""
     return optax.tree.get(memory, "value", None) is not None and not withdraws(memory)
-
-
-def _compares(memory: PyTree) -> bool:
-    """Whether the rule compares values with those of earlier steps."""
-    return withdraws(memory) or _searches(memory)

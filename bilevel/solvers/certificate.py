@@ -7,17 +7,15 @@ its sentence.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel.constraints import Constraints
+from bilevel.constraints import Constraints, random_like
 from bilevel.lower import LBFGS
 from bilevel.lower.accurate import Solved, augmented_lagrangian
 from bilevel.problem import Problem
@@ -32,176 +30,8 @@ MANY = 10_000
 """The most lower unknowns for which other starts are tried."""
 _STARTS = 8
 
-Measures = dict[str, float]
-
 
 # ---------------------------------------------------------------- the table
-
-
-@dataclasses.dataclass(frozen=True)
-class Findings:
-    """What a verdict is read from.
-
-    Attributes:
-      measures: of the search: `lower_loss`, `polished_gap`, `polished_violation`, `polished_change`, as far as
-        measured.
-      metrics: of the run's last step.
-      tol: the tolerance that the run was given, or None; `asked` that or 1e-3.
-      result: what the run ended by.
-      weight: the lower level's weight in the search, over the upper loss; `heavier`: over the run's penalty.
-      eps: the resolution of y's dtype.
-      least: no gap below this, relative to the lower loss, counts.
-    """
-
-    measures: Measures
-    metrics: dict[str, float]
-    tol: float | None
-    result: Result
-    weight: float = 0.0
-    eps: float = 0.0
-    least: float = 1e-3
-
-    @property
-    def asked(self) -> float:
-        """The tolerance to judge by."""
-        return 1e-3 if self.tol is None else self.tol
-
-    @property
-    def scale(self) -> float:
-        """The unit of differences of F."""
-        return 1 + min(abs(self.metrics.get("upper_loss", 0.0)), LARGE)
-
-    @property
-    def gap(self) -> float:
-        """How far below f(x, y) the search came."""
-        return self.measures["polished_gap"]
-
-    @property
-    def broken(self) -> float:
-        """What the search could not repair of the constraints."""
-        return self.measures.get("polished_violation", 0.0)
-
-    @property
-    def change(self) -> float:
-        """F where the lower level weighs more, less F."""
-        return self.measures.get("polished_change", 0.0)
-
-    @property
-    def lower_scale(self) -> float:
-        """The unit of differences of f."""
-        here = self.measures["lower_loss"]
-        return 1 + min(abs(here), abs(here - self.gap))
-
-    @property
-    def lower(self) -> bool:
-        """Whether the search came lower by more than the tolerance and the dtype allow."""
-        return not np.isfinite(self.gap) or self.gap > max(10 * self.asked, self.least) * self.lower_scale
-
-    @property
-    def undecided(self) -> bool:
-        """Whether F at this x depends on how much the lower level weighs."""
-        noise = 1e3 * self.eps * self.weight * abs(self.measures["lower_loss"])
-        return self.result is Result.CONVERGED and not abs(self.change) <= (10 * self.asked + noise) * self.scale
-
-    @property
-    def heavier(self) -> float:
-        """How many times the run's penalty the search took."""
-        return self.weight / max(self.metrics.get("penalty", 1.0), 1.0)
-
-    @property
-    def capped(self) -> float:
-        """The share of multipliers that sit on their cap."""
-        return self.metrics.get("multiplier_at_cap", 0.0)
-
-
-class Row(NamedTuple):
-    """One row: where `holds`, a result among `instead_of` becomes `result`, and `says` is added to the reason."""
-
-    holds: Callable[[Findings], bool]
-    instead_of: Collection[Result]
-    result: Result
-    says: Callable[[Findings], str]
-
-
-_CONVERGED = (Result.CONVERGED,)
-_ENDED = (Result.CONVERGED, Result.PENALTY_LIMITED)
-
-# The first row that holds decides.
-VERDICTS = (
-    Row(
-        lambda f: f.broken > max(1e-3, f.asked),
-        (*_ENDED, Result.MAX_STEPS),
-        Result.INFEASIBLE,
-        lambda f: (
-            "At this x no feasible lower-level y was found: "
-            f"the best breaks a constraint by {f.broken:.2g} (scaled rows)."
-        ),
-    ),
-    Row(
-        lambda f: (
-            f.result is Result.CONVERGED and f.tol is not None and f.metrics.get("violation", 0.0) > max(f.tol, 1e-3)
-        ),
-        _CONVERGED,
-        Result.INFEASIBLE,
-        lambda f: "",
-    ),
-    Row(
-        lambda f: f.lower,
-        _ENDED,
-        Result.LOWER_LEVEL,
-        lambda f: (
-            f"An independent solve of the lower level reaches {f.gap:.3g} below f(x, y)"
-            + (
-                ": y is stationary and not its minimum. Start elsewhere (multistart)."
-                if f.result is Result.CONVERGED
-                else "."
-            )
-        ),
-    ),
-    Row(
-        lambda f: f.undecided and f.change > 0,
-        _CONVERGED,
-        Result.PENALTY_LIMITED,
-        lambda f: (
-            f"With the lower level weighted {f.heavier:.0e} times more the upper loss at this x grows by "
-            f"{f.change:.2g}: "
-            "the lower level is too flat for this penalty. Raise it, or tighten the tolerance."
-        ),
-    ),
-    Row(
-        lambda f: f.undecided,
-        _CONVERGED,
-        Result.LOWER_LEVEL,
-        lambda f: (
-            f"Another y, as low in the lower loss, has an upper loss smaller by {-f.change:.2g}: the lower-level "
-            "solution is not unique, and this method does not choose among solutions. Take F2BA, MEHA or LVHBA."
-        ),
-    ),
-    Row(
-        lambda f: (
-            f.result is Result.MAX_STEPS
-            and f.metrics.get("hypergradient_norm", np.inf) <= f.asked * f.scale < f.metrics.get("bias", 0.0)
-        ),
-        (Result.MAX_STEPS,),
-        Result.PENALTY_LIMITED,
-        lambda f: (
-            f"The penalty's bias in the upper loss is about {f.metrics['bias']:.2g}: "
-            "raise the penalty, or extrapolate in it (Continuation)."
-        ),
-    ),
-)
-# And each of these that holds is added to it.
-REMARKS = (
-    Row(
-        lambda f: f.capped > 0,
-        _CONVERGED,
-        Result.PENALTY_LIMITED,
-        lambda f: (
-            f"{100 * f.capped:.0f}% of the multipliers sit on their cap: raise the cap; "
-            "if they follow it, no multiplier exists."
-        ),
-    ),
-)
 
 
 def verdict(
@@ -211,27 +41,91 @@ def verdict(
     tol: float | None,
     weight: float = 0.0,
     least: float | None = None,
-) -> tuple[Measures, Result, str]:
+) -> tuple[dict[str, float], Result, str]:
     """The measures as numbers, the result that they leave standing, and what is to be said about it.
 
     Args:
-      measures: what a search found.
+      measures: what a search found: `lower_loss`, `polished_gap`, `polished_violation`, `polished_change`, as far as
+        measured.
       result: what the run ended by.
       metrics: of its last step.
-      tol: the run's tolerance, or None.
-      weight: of the lower level in the search (`weight_of_lower`); 0: not varied.
+      tol: the run's tolerance, or None (1e-3 then).
+      weight: of the lower level in the search, over the upper loss (`weight_of_lower`); 0: not varied.
       least: the smallest gap that counts, relative to the lower loss; None: the resolution of the dtype, or 1e-3
         without a tolerance.
     """
-    eps = float(jnp.finfo(measures["lower_loss"].dtype).eps)
+    eps, asked = float(jnp.finfo(measures["lower_loss"].dtype).eps), 1e-3 if tol is None else tol
     least = least if least is not None else 1e-3 if tol is None else 100 * eps
     numbers = {name: float(value) for name, value in measures.items()}
-    findings = Findings(numbers, metrics, tol, result, weight, eps, least)
-    decided = next((row for row in VERDICTS if row.holds(findings)), None)
-    rows = [row for row in (decided, *(row for row in REMARKS if row.holds(findings))) if row is not None]
-    for row in rows:
-        result = row.result if result in row.instead_of else result
-    return numbers, result, " ".join(filter(None, (row.says(findings) for row in rows)))
+    here, gap = numbers["lower_loss"], numbers["polished_gap"]
+    broken, change = numbers.get("polished_violation", 0.0), numbers.get("polished_change", 0.0)
+    bias, capped = metrics.get("bias", 0.0), metrics.get("multiplier_at_cap", 0.0)
+    converged, ended = (Result.CONVERGED,), (Result.CONVERGED, Result.PENALTY_LIMITED)
+    broke = metrics.get("violation", 0.0) > max(asked, 1e-3)
+
+    scale = 1 + min(abs(metrics.get("upper_loss", 0.0)), LARGE)  # the unit of differences of F
+    # Whether the search came lower by more than the tolerance and the dtype allow.
+    lower = not np.isfinite(gap) or gap > max(10 * asked, least) * (1 + min(abs(here), abs(here - gap)))
+    # Whether F at this x depends on how much the lower level weighs.
+    noise = 1e3 * eps * weight * abs(here)
+    undecided = result in converged and not abs(change) <= (10 * asked + noise) * scale
+    settled = metrics.get("hypergradient_norm", np.inf) <= asked * scale
+    elsewhere = ": y is stationary and not its minimum. Start elsewhere (multistart)."
+
+    # The first row that holds decides: a result among the second column becomes the third, and the sentence is added.
+    rows = (
+        (
+            broken > max(1e-3, asked),
+            (*ended, Result.MAX_STEPS),
+            Result.INFEASIBLE,
+            "At this x no feasible lower-level y was found: "
+            f"the best breaks a constraint by {broken:.2g} (scaled rows).",
+        ),
+        (result in converged and tol is not None and broke, converged, Result.INFEASIBLE, ""),
+        (
+            lower,
+            ended,
+            Result.LOWER_LEVEL,
+            f"An independent solve of the lower level reaches {gap:.3g} below f(x, y)"
+            + (elsewhere if result in converged else "."),
+        ),
+        (
+            undecided and change > 0,
+            converged,
+            Result.PENALTY_LIMITED,
+            f"With the lower level weighted {weight / max(metrics.get('penalty', 1.0), 1.0):.0e} times more the upper "
+            f"loss at this x grows by {change:.2g}: the lower level is too flat for this penalty. Raise it, or tighten "
+            "the tolerance.",
+        ),
+        (
+            undecided,
+            converged,
+            Result.LOWER_LEVEL,
+            f"Another y, as low in the lower loss, has an upper loss smaller by {-change:.2g}: the lower-level "
+            "solution is not unique, and this method does not choose among solutions. Take F2BA, MEHA or LVHBA.",
+        ),
+        (
+            result is Result.MAX_STEPS and settled and asked * scale < bias,
+            (Result.MAX_STEPS,),
+            Result.PENALTY_LIMITED,
+            f"The penalty's bias in the upper loss is about {bias:.2g}: raise the penalty, or extrapolate in it "
+            "(Continuation).",
+        ),
+    )
+    # And this one is added to it.
+    remark = (
+        capped > 0,
+        converged,
+        Result.PENALTY_LIMITED,
+        f"{100 * capped:.0f}% of the multipliers sit on their cap: raise the cap; if they follow it, no multiplier "
+        "exists.",
+    )
+    said = []
+    for row in (next((row for row in rows if row[0]), None), remark):
+        if row is not None and row[0]:
+            result = row[2] if result in row[1] else result
+            said.append(row[3])
+    return numbers, result, " ".join(filter(None, said))
 
 
 # ---------------------------------------------------------------- the searches
@@ -239,16 +133,9 @@ def verdict(
 
 def scattered(y: PyTree, i: Any) -> PyTree:
     """Start number i = 1, 2, ... around y: noise of three sizes in turn, on y's scale. 0: y itself."""
-    leaves, structure = jax.tree.flatten(y)
     spread = jnp.where(i == 0, 0.0, 0.3 * 3.0 ** (i % 3))
-    moved = [
-        leaf
-        + spread
-        * (1 + jnp.sqrt(jnp.mean(leaf**2)))
-        * jax.random.normal(jax.random.fold_in(jax.random.key(i), j), leaf.shape, leaf.dtype)
-        for j, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(structure, moved)
+    noise = random_like(jax.random.key(i), y)
+    return jax.tree.map(lambda leaf, n: leaf + spread * (1 + jnp.sqrt(jnp.mean(leaf**2))) * n, y, noise)
 
 
 def weight_of_lower(problem: Problem, y: PyTree, metrics: dict[str, float], tol: float | None) -> float:
@@ -261,9 +148,7 @@ def weight_of_lower(problem: Problem, y: PyTree, metrics: dict[str, float], tol:
 
 
 def thorough(problem: Problem, x: PyTree, y: PyTree, weight: float) -> dict[str, Scalar]:
-    """Lower solves by augmented Lagrangians with line searches.
-
-    They start at y and, up to 10,000 unknowns, at seven other points.
+    """Lower solves by augmented Lagrangians with line searches from y and, up to 10,000 unknowns, seven other points.
 
     `lower_loss` = f(x, y); `polished_gap` = f(x, y) - v(x), v the least value found; `polished_violation`: what that
     solve could not repair of the constraints; `polished_change`, with a `weight`: F at the y that minimises F / weight

@@ -25,15 +25,10 @@ def GALET(
         x <- Proj_X(x + upper_optimizer(F_x - f_xy v))
 
     Steps that are None are 1 / L and 1 / L^2 with L = |f_yy|. `upper_optimizer`: None: `optimizers.spectral()`, which
-    needs full batches. See `hypergradients.LeastSquares`.
-
-    Reference: Xiao, Lu, Chen, NeurIPS 2023.
+    needs full batches. See `hypergradients.LeastSquares` (Xiao, Lu, Chen, NeurIPS 2023).
     """
-    return HypergradientDescent(
-        LeastSquares(linear_steps, linear_step),
-        ScaledDescent(lower_steps, lower_step),
-        spectral() if upper_optimizer is None else upper_optimizer,
-    )
+    rule = spectral() if upper_optimizer is None else upper_optimizer
+    return HypergradientDescent(LeastSquares(linear_steps, linear_step), ScaledDescent(lower_steps, lower_step), rule)
 
 
 def GAM(
@@ -43,9 +38,7 @@ def GAM(
 
     The lower level is solved to high accuracy (`lower.Accurate`) with `rounds` updates of the multipliers, each a
     minimisation of at most `inner_steps` steps. `upper_optimizer`: None: `optimizers.spectral()`, which needs full
-    batches. See `hypergradients.ActiveSet`.
-
-    Reference: Xu, Zhu, AAAI 2023.
+    batches. See `hypergradients.ActiveSet` (Xu, Zhu, AAAI 2023).
     """
     rule = spectral() if upper_optimizer is None else upper_optimizer
     return HypergradientDescent(ActiveSet(eps), Accurate(inner_steps, rounds), rule)
@@ -62,9 +55,8 @@ def AiPOD(
 
     Each step takes `lower_steps` projected gradient steps (`lower.EqualityDescent`; `lower_step` None: 1 / L, the
     publication takes 5 steps of 0.1) and at most `linear_steps` of CG on the null space of A. `upper_optimizer`: None:
-    `optimizers.spectral()`, which needs full batches. See `hypergradients.NullSpace`.
-
-    Reference: Xiao, Shen, Yin, Chen, AISTATS 2023.
+    `optimizers.spectral()`, which needs full batches. See `hypergradients.NullSpace` (Xiao, Shen, Yin, Chen, AISTATS
+    2023).
     """
     rule = spectral() if upper_optimizer is None else upper_optimizer
     return HypergradientDescent(NullSpace(linear_steps), EqualityDescent(lower_steps, lower_step, skip), rule)

@@ -11,6 +11,7 @@ import optax
 from bilevel import derivatives
 from bilevel.constraints import Constraints
 from bilevel.keys import StepKey
+from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.result import Result
 from bilevel.solvers import certificate
@@ -18,6 +19,9 @@ from bilevel.solvers.penalty._schedule import Path, as_schedule
 from bilevel.typing import Metrics, PyTree, Scalar
 
 norm = derivatives.norm
+
+SMOOTH = ("constraint", "equality", "project_upper", "project_lower")
+"""What most methods under coupled constraints honour: all but a prox."""
 
 
 def ratio(a: Any, b: Any) -> jax.Array:
@@ -42,6 +46,12 @@ def project_pair(problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree
     return x, y
 
 
+def proximal(lower: Level, x: PyTree, y: PyTree, size: Any) -> PyTree:
+    """The lower level's prox at y, as far as it has one, and its projection."""
+    y = y if lower.prox is None else lower.prox(y, x, size)
+    return y if lower.project is None else lower.project(y)
+
+
 def rate(new: PyTree, old: PyTree, size: Any) -> Scalar:
     """The length of a step over its step size: a residual in units of a gradient."""
     return norm(optax.tree.sub(new, old)) / size
@@ -50,12 +60,13 @@ def rate(new: PyTree, old: PyTree, size: Any) -> Scalar:
 class Reported:
     """A state with the point to report: the extrapolated one where there is one, else `here`."""
 
+    point: tuple[PyTree, PyTree]
     path: Path
 
     @property
     def here(self) -> tuple[PyTree, PyTree]:
         """(x, y) where nothing is extrapolated."""
-        raise NotImplementedError
+        return self.point
 
     @property
     def x(self) -> PyTree:
@@ -69,35 +80,17 @@ class Reported:
 
 
 def report(
-    path: Path,
-    *,
-    upper_loss: Scalar,
-    hypergradient_norm: Scalar,
-    lower_residual: Scalar,
-    gap: Scalar,
-    penalty: Scalar,
-    violation: Any = 0.0,
-    bias: Any = None,
-    slope: Any = 0.0,
-    **more: Scalar,
+    path: Path, *, gap: Scalar, penalty: Scalar, violation: Any = 0.0, bias: Any = None, slope: Any = 0.0, **more: Any
 ) -> Metrics:
-    """The family's metrics (`Diagnosed`); `path` is the one after the step.
+    """The family's metrics (`Diagnosed`), the others given as `more`; `path` is the one after the step.
 
     The bias is c times the gap where none is given, and at most slope = |grad F| times the last change by
     extrapolation.
     """
     bias = jnp.abs(penalty * gap) if bias is None else bias
     bias = jnp.where(jnp.isfinite(path.change), jnp.minimum(slope * path.change, bias), bias)
-    return {
-        "upper_loss": upper_loss,
-        "hypergradient_norm": hypergradient_norm,
-        "lower_residual": lower_residual,
-        "gap": gap,
-        "violation": jnp.asarray(violation, upper_loss.dtype),
-        "penalty": penalty,
-        "bias": bias,
-        **more,
-    }
+    violation = jnp.asarray(violation, more["upper_loss"].dtype)
+    return {"gap": gap, "violation": violation, "penalty": penalty, "bias": bias, **more}
 
 
 def share_at_cap(lam: jax.Array, cap: Any) -> Scalar:
@@ -149,7 +142,6 @@ class Diagnosed:
         return certificate.verdict(measures, result, metrics, tol, weight)
 
     def multipliers(self, problem: Problem, state: Any) -> dict[str, PyTree]:
-        """The lower level's multipliers in the user's units (f + lam . g + mu . h), shaped like the constraints'
-        outputs."""
+        """The lower level's multipliers (f + lam . g + mu . h), in the user's units, like the constraints' outputs."""
         rows = Constraints(problem.full_lower(), state.x, state.y, state.scale)
         return rows.multipliers(state.lam) if rows.count else {}

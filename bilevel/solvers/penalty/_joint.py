@@ -27,17 +27,11 @@ S = TypeVar("S", bound="JointState")
 
 @state
 class Watch:
-    """What keeps the curvature of f up to date along a run.
+    """What keeps the curvature of f up to date along a run."""
 
-    Attributes:
-      direction: the gap's last gradient in (x, y).
-      moved: the length of the step since, in all variables.
-      probe: a direction of large curvature.
-    """
-
-    direction: PyTree
-    moved: Scalar
-    probe: PyTree
+    direction: PyTree  # the gap's last gradient in (x, y)
+    moved: Scalar  # the length of the step since, in all variables
+    probe: PyTree  # a direction of large curvature
 
 
 @state
@@ -47,8 +41,7 @@ class JointState(Reported):
     Attributes:
       point: the iterate (x, y).
       theta: the auxiliary lower variable, shaped like y; None where there is none.
-      duals: multipliers by name, each (p,), of the scaled rows (`multipliers` gives the user's). `lam` is the one to
-        report.
+      duals: multipliers by name, each (p,), of the scaled rows (`multipliers` gives the user's); `lam` is reported.
       path: the penalty and what is extrapolated along it.
       scale: (p,), the rows' scale.
       curvatures: estimates by name.
@@ -62,11 +55,6 @@ class JointState(Reported):
     scale: jax.Array
     curvatures: dict[str, jax.Array]
     watch: Watch | None
-
-    @property
-    def here(self) -> tuple[PyTree, PyTree]:
-        """The iterate."""
-        return self.point
 
     @property
     def lam(self) -> jax.Array:
@@ -87,11 +75,8 @@ class JointState(Reported):
         floor, probe = curvature.probe_estimate(lambda u: curved(*u), self.point, key.step, L["f0"], watch.probe)
         change, moved = optax.tree.sub(apart, watch.direction), factor * (watch.moved + also)
         found = curvature.secant_estimate(L["f"], floor, change, moved, norm(self.point))
-        return dataclasses.replace(
-            self,
-            curvatures={**L, "f": jnp.maximum(found, floor), "f0": floor},
-            watch=Watch(apart, watch.moved, probe),
-        )
+        L = {**L, "f": jnp.maximum(found, floor), "f0": floor}
+        return dataclasses.replace(self, curvatures=L, watch=Watch(apart, watch.moved, probe))
 
     def stepped(
         self: S, point: PyTree, theta: PyTree = None, duals: dict[str, jax.Array] | None = None, **more: Any
@@ -106,13 +91,7 @@ class JointState(Reported):
 
 
 def begin(
-    problem: Problem,
-    x: PyTree,
-    y: PyTree,
-    key: StepKey,
-    schedule: Any,
-    duals: tuple[str, ...] = ("lam",),
-    follows: bool = True,
+    problem: Problem, x: PyTree, y: PyTree, key: StepKey, schedule: Any, follows: bool, duals: Any = ("lam",)
 ) -> JointState:
     """A start at (x, y): scaled rows, zero multipliers, curvatures by power iteration.
 
@@ -122,10 +101,9 @@ def begin(
     upper, lower = problem.levels(key)
     rows = Constraints(lower, x, y).at(x, y)
     convexity = curvature.hessian_norm(lambda y: lower(x, y), y)
-    product = jax.linearize(lambda y: jax.grad(lambda y: lower(x, y))(y), y)[1]
-    shifted = curvature.spectral_norm(
-        lambda v: optax.tree.add_scale(optax.tree.scale(1.05 * convexity, v), -1.0, product(v)), y
-    )
+    product = jax.linearize(jax.grad(lambda y: lower(x, y)), y)[1]
+    rest = lambda v: optax.tree.add_scale(optax.tree.scale(1.05 * convexity, v), -1.0, product(v))  # noqa: E731
+    shifted = curvature.spectral_norm(rest, y)
     curvatures = {
         "f": curvature.hessian_norm(lambda u: lower(*u), (x, y)),
         "F": curvature.hessian_norm(lambda u: upper(*u), (x, y)),
@@ -185,7 +163,7 @@ def descended(lower: Level, x: PyTree, y: PyTree, size: Any, steps: int) -> PyTr
 
 
 class Joint(Diagnosed):
-    """What the joint methods' steps end with."""
+    """What the joint methods' steps begin and end with."""
 
     def close(
         self, new: S, key: StepKey, found: Slopes, residuals: tuple[Any, ...], lower_residual: Any, **said: Any
@@ -198,13 +176,6 @@ class Joint(Diagnosed):
         c, slope = new.path.penalty, norm(found.upward)
         residual = c * norm(residuals)
         path = self.advance(new.path, key, new.point, residual / jnp.maximum(slope, 1e-30))
-        metrics = report(
-            path,
-            upper_loss=found.loss,
-            hypergradient_norm=residual,
-            lower_residual=lower_residual,
-            gap=found.gap,
-            slope=slope,
-            **{"penalty": c, **said},
-        )
+        said = {"penalty": c, "upper_loss": found.loss, "gap": found.gap, "slope": slope, **said}
+        metrics = report(path, hypergradient_norm=residual, lower_residual=lower_residual, **said)
         return dataclasses.replace(new, path=path), metrics

@@ -109,12 +109,9 @@ class Continuation:
         penalties = jnp.where(overdue & ~done, 0.0, penalties)
         # The last step is a whole one too: extrapolation needs stages in proportion.
         grown = jnp.where(self.grows(path), c * self.factor, c)
-        new = dataclasses.replace(
-            path,
-            penalty=jnp.where(done | overdue, grown, c).astype(dtype),
-            begun=jnp.where(done | overdue, k, path.begun).astype(dtype),
-            penalties=penalties,
-        )
+        follow = lambda new, old: jnp.where(done | overdue, new, old).astype(dtype)  # noqa: E731
+        c, begun = follow(grown, c), follow(k, path.begun)
+        new = dataclasses.replace(path, penalty=c, begun=begun, penalties=penalties)
         return self._extrapolated(new, point, done) if self.extrapolate else new
 
     def _extrapolated(self, path: Path, point: PyTree, done: jax.Array) -> Path:
@@ -122,9 +119,8 @@ class Continuation:
         ends = jax.tree.map(lambda e, p: jnp.where(done, jnp.concatenate([p[None], e[:-1]]), e), path.ends, point)
         found, regular = _richardson(ends, path.penalties, self.factor)
         held = derivatives.norm(optax.tree.sub(found, path.reported))
-        reported = jax.tree.map(
-            lambda f, p, old: jnp.where(regular, jnp.where(done, f, old), p), found, point, path.reported
-        )
+        choose = lambda f, p, old: jnp.where(regular, jnp.where(done, f, old), p)  # noqa: E731
+        reported = jax.tree.map(choose, found, point, path.reported)
         change = jnp.where(regular, jnp.where(done, held, path.change), jnp.inf).astype(path.change.dtype)
         return dataclasses.replace(path, ends=ends, reported=reported, change=change)
 
@@ -150,15 +146,11 @@ def _richardson(ends: PyTree, penalties: jax.Array, q: Any) -> tuple[PyTree, jax
     two = jax.tree.map(lambda e: (q * e[0] - e[1]) / (q - 1), ends)
     before = jax.tree.map(lambda e: (q * e[1] - e[2]) / (q - 1), ends)
     three = jax.tree.map(lambda a, b: (q**2 * a - b) / (q**2 - 1), two, before)
-    newest = optax.tree.sub(*[jax.tree.map(lambda e, i=i: e[i], ends) for i in (0, 1)])
-    older = optax.tree.sub(*[jax.tree.map(lambda e, i=i: e[i], ends) for i in (1, 2)])
-    size = derivatives.norm(jax.tree.map(lambda e: e[0], ends))
+    newest, older = (jax.tree.map(lambda e, i=i: e[i] - e[i + 1], ends) for i in (0, 1))
+    new, old, size = (derivatives.norm(u) for u in (newest, older, jax.tree.map(lambda e: e[0], ends)))
     resolution = 50 * jnp.finfo(penalties.dtype).eps * size
     # Consecutive differences fall by q; far from that (another active set, a series in a root of 1/c) nothing is
     # extrapolated.
-    ratio = q * derivatives.norm(newest) / jnp.maximum(derivatives.norm(older), resolution)
-    straight = optax.tree.vdot(newest, older) > 0.9 * derivatives.norm(newest) * derivatives.norm(older)
-    regular = (penalties[2] > 0) & (
-        ((ratio > 0.7) & (ratio < 1.4) & straight) | (derivatives.norm(older) <= resolution)
-    )
-    return three, regular
+    ratio = q * new / jnp.maximum(old, resolution)
+    falling = (ratio > 0.7) & (ratio < 1.4) & (optax.tree.vdot(newest, older) > 0.9 * new * old)
+    return three, (penalties[2] > 0) & (falling | (old <= resolution))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,12 @@ from bilevel._module import state
 from bilevel.constraints import Constraints
 from bilevel.keys import StepKey
 from bilevel.level import Level
-from bilevel.lower import LBFGS, GradientDescent
-from bilevel.optimizers import Move, residual, spectral
+from bilevel.optimizers import Move, spectral
 from bilevel.problem import Problem
 from bilevel.solvers.penalty import _base
 from bilevel.solvers.penalty._base import Diagnosed, Reported
 from bilevel.solvers.penalty._schedule import Continuation, Path, as_schedule
-from bilevel.typing import PyTree, Scalar
+from bilevel.typing import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,30 +73,10 @@ class ValueState(Reported):
         return self.seen, self.point[1]
 
 
-class Moved(NamedTuple):
-    """An upper step: the new x, the rule's memory and a fresh one, and how far from stationary x was."""
-
-    x: PyTree
-    memory: PyTree
-    fresh: PyTree
-    stationarity: Scalar
-
-
 @functools.cache
 def default_upper() -> optax.GradientTransformation:
     """The upper rule where batches are drawn."""
     return optax.adam(1e-2)
-
-
-def lower_rule(problem: Problem, steepness: Any, steps: int, dtype: Any) -> GradientDescent:
-    """The default lower solver: L-BFGS (with a projection: spectral projected gradients) on full batches.
-
-    `steps` steps of length 1 / (2 curvature) on minibatches.
-    """
-    if problem.stochastic:
-        return GradientDescent(0.5 / jnp.maximum(steepness, 1e-12), steps)
-    tol = 3 * float(jnp.finfo(dtype).eps) ** 0.75
-    return LBFGS(200, tol) if problem.project_lower is None else GradientDescent(spectral(), 500, tol)
 
 
 class ValueMethod(Diagnosed):
@@ -124,22 +103,18 @@ class ValueMethod(Diagnosed):
         path = as_schedule(self.penalty).init((x, y), _base.ratio(curvatures["F_yy"], curvatures["f_yy"]))
         return ValueState((x, y), x, inner(lam, y), self.move(problem).init(x), path, rows.scale, lam, curvatures)
 
-    def descend(self, problem: Problem, state: ValueState, value: Scalar, gradient: PyTree) -> Moved:
-        """One upper step along a gradient at the state's x."""
-        move, x = self.move(problem), state.point[0]
-        new, memory = move(gradient, state.upper, x, value=value, grad=gradient)
-        return Moved(new, memory, move.init(new), residual(x, gradient, problem.project_upper))
-
     def after(
-        self, state: ValueState, key: StepKey, moved: Moved, y: PyTree, inner: dict[str, PyTree], settled: Any = jnp.inf
+        self, problem: Problem, state: ValueState, key: StepKey, slope: Any, y: Any, inner: Any, settled: Any = jnp.inf
     ) -> ValueState:
-        """The state after a step. `settled`: the residual over |F_y|, at the x before the step, where y was found.
+        """The state after an upper step by `slope`, value and gradient at the state's x, where y was found.
 
-        The step rule starts afresh where the penalty, and with it the objective, jumped.
+        `settled`: the residual over |F_y| there. The step rule starts afresh where the penalty, and with it the
+        objective, jumped.
         """
-        x = state.point[0]
-        path, memory = self.advance(state.path, key, (x, y), settled), moved.memory
+        move, x, (value, gradient) = self.move(problem), state.point[0], slope
+        new, memory = move(gradient, state.upper, x, value=value, grad=gradient)
+        path = self.advance(state.path, key, (x, y), settled)
         if isinstance(self.penalty, Continuation):
             jumped = path.penalty != state.path.penalty
-            memory = jax.tree.map(lambda new, old: jnp.where(jumped, new, old), moved.fresh, memory)
-        return dataclasses.replace(state, point=(moved.x, y), seen=x, inner=inner, upper=memory, path=path)
+            memory = jax.tree.map(lambda fresh, old: jnp.where(jumped, fresh, old), move.init(new), memory)
+        return dataclasses.replace(state, point=(new, y), seen=x, inner=inner, upper=memory, path=path)

@@ -10,13 +10,13 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters
-from bilevel.constraints import Constraints
+from bilevel.constraints import Constraints, random_like
 from bilevel.keys import StepKey
 from bilevel.lower.accurate import minimise
-from bilevel.optimizers import Move
+from bilevel.optimizers import Move, residual
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import report
+from bilevel.solvers.penalty._base import SMOOTH, report
 from bilevel.solvers.penalty._schedule import Polynomial
 from bilevel.solvers.penalty._value import ValueMethod, ValueState, default_upper
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -30,14 +30,12 @@ class BVFSM(ValueMethod):
         y ~ argmin F(x, y) + P(f(x, y) - v) + (theta / 2) |y|^2,        P(w) = (c / 2) max(w, 0)^2
         x <- Proj_X(x + upper_optimizer(F_x(x, y) + P'(f - v) (f_x(x, y) - f_x(x, z))))
 
-    with mu = theta = regulariser / (k + 1)^power and c growing. Coupled constraints enter both inner problems as
-    (c / 2) |excess|^2.
+    with mu = theta = regulariser / (k + 1)^power and c growing. Both inner problems have (c / 2) |excess|^2 of coupled
+    constraints.
 
     Problem class: f may be nonconvex, but z must then be its *global* minimiser: it is the best of `starts` solves,
-      from
-    the last z and from random points `spread` around it. Oracle calls a step: (starts + 2) inner solves of
-      `inner_steps`
-    steps.
+    from the last z and from random points `spread` around it. Oracle calls a step: (starts + 2) inner solves of
+    `inner_steps` steps.
 
     Attributes:
       penalty: c, a schedule or a number.
@@ -47,11 +45,11 @@ class BVFSM(ValueMethod):
       upper_optimizer: None: Adam(0.01).
 
     The publication offers barriers too. The public code's barrier is evaluated at a detached constant, so that its
-    value does not see the constraint; that is not what is here. Accuracy is that of the quadratic penalty, O(c^-1/3)
-    in y at worst.
+    value does not see the constraint; that is not what is here. Accuracy is that of the quadratic penalty, O(c^-1/3) in
+    y at worst.
 
     Reference: Liu, Liu, Zeng, Zhang, Zhang, "Value-Function-Based Sequential Minimization for Bi-Level Optimization",
-      TPAMI 2023.
+    TPAMI 2023.
     """
 
     penalty: Any = Polynomial(10.0, 1.1, 1e6)
@@ -64,8 +62,7 @@ class BVFSM(ValueMethod):
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> ValueState:
         """Both lower variables start at y."""
-        honours = ("constraint", "equality", "project_upper", "project_lower")
-        refuse(self, problem, x, honours=honours, instead="solvers.MEHA")
+        refuse(self, problem, x, honours=SMOOTH, instead="solvers.MEHA")
         return self.begin(problem, x, y, key, lambda lam, y: {"z": y})
 
     def step(self, problem: Problem, state: ValueState, key: StepKey) -> tuple[ValueState, Metrics]:
@@ -84,34 +81,30 @@ class BVFSM(ValueMethod):
         z = self._global(regularised, state.inner["z"], lower.project, key.random)
         v = regularised(z)
 
-        def excess(x: PyTree, y: PyTree) -> Scalar:
+        def excess(y: PyTree) -> Scalar:
             return jnp.maximum(lower(x, y) - v, 0.0)
 
         def objective(y: PyTree) -> Scalar:
-            return upper(x, y) + c / 2 * excess(x, y) ** 2 + broken(x, y) + mu / 2 * optax.tree.norm(y, squared=True)
+            return upper(x, y) + c / 2 * excess(y) ** 2 + broken(x, y) + mu / 2 * optax.tree.norm(y, squared=True)
 
         # The better of two starts: where y was, and z.
         candidates = [minimise(objective, start, lower.project, None, self.inner_steps) for start in (y, z)]
         first = objective(candidates[0]) <= objective(candidates[1])
         y = jax.tree.map(lambda a, b: jnp.where(first, a, b), *candidates)
 
-        weight = c * excess(x, y)
-        gradient = jax.grad(
-            lambda x: upper(x, y) + broken(x, y) - weight * broken(x, z) + weight * (lower(x, y) - lower(x, z))
-        )(x)
-        moved = self.descend(problem, state, objective(y), gradient)
+        weight = c * excess(y)
+
+        def value(x: PyTree) -> Scalar:
+            return upper(x, y) + broken(x, y) - weight * broken(x, z) + weight * (lower(x, y) - lower(x, z))
+
+        gradient = jax.grad(value)(x)
         gap = lower(x, y) - lower(x, z)
-        new = self.after(state, key, moved, y, {"z": z})
-        return new, report(
-            new.path,
-            upper_loss=upper(x, y),
-            hypergradient_norm=moved.stationarity,
-            lower_residual=derivatives.norm(jax.grad(regularised)(z)) if lower.project is None else jnp.zeros_like(v),
-            gap=gap,
-            penalty=c,
-            violation=rows.violation(x, y),
-            bias=c * gap**2 + weight * jnp.abs(gap) + mu * optax.tree.norm(y, squared=True),
-        )
+        new = self.after(problem, state, key, (objective(y), gradient), y, {"z": z})
+        inner = derivatives.norm(jax.grad(regularised)(z)) if lower.project is None else jnp.zeros_like(v)
+        bias = c * gap**2 + weight * jnp.abs(gap) + mu * optax.tree.norm(y, squared=True)
+        stationarity = residual(x, gradient, problem.project_upper)
+        said = {"upper_loss": upper(x, y), "hypergradient_norm": stationarity, "lower_residual": inner}
+        return new, report(new.path, **said, gap=gap, penalty=c, violation=rows.violation(x, y), bias=bias)
 
     def move(self, problem: Problem) -> Move:
         """How x moves: the objective changes at every step, and a rule that compares values would be misled by it."""
@@ -120,13 +113,8 @@ class BVFSM(ValueMethod):
 
     def _global(self, fn: Any, z: PyTree, project: Any, random: jax.Array) -> PyTree:
         def start(i: Any) -> PyTree:
-            leaves, structure = jax.tree.flatten(z)
             spread = jnp.where(i == 0, 0.0, self.spread)
-            noise = [
-                jax.random.normal(jax.random.fold_in(jax.random.fold_in(random, i), j), leaf.shape, leaf.dtype)
-                for j, leaf in enumerate(leaves)
-            ]
-            return jax.tree.unflatten(structure, [leaf + spread * n for leaf, n in zip(leaves, noise, strict=True)])
+            return jax.tree.map(lambda leaf, n: leaf + spread * n, z, random_like(jax.random.fold_in(random, i), z))
 
         found = jax.lax.map(lambda i: minimise(fn, start(i), project, None, self.inner_steps), jnp.arange(self.starts))
         values = jax.vmap(fn)(found)

@@ -1,7 +1,8 @@
-"""F2SA, F2BA and the central difference: hypergradients from two lower solves and first derivatives."""
+"""F2SA, F2BA, the central difference and BLOCC: hypergradients from two lower solves and first derivatives."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,14 +11,16 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters
+from bilevel.constraints import Constraints
 from bilevel.keys import StepKey
-from bilevel.lower import GradientDescent, LowerState, as_lower_solver
-from bilevel.optimizers import residual
+from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
+from bilevel.lower.accurate import augmented_lagrangian
+from bilevel.optimizers import residual, spectral
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import report
+from bilevel.solvers.penalty._base import SMOOTH, report
 from bilevel.solvers.penalty._schedule import Continuation, Polynomial
-from bilevel.solvers.penalty._value import Tilted, ValueMethod, ValueState, lower_rule
+from bilevel.solvers.penalty._value import Tilted, ValueMethod, ValueState
 from bilevel.typing import LowerSolver, Metrics, PyTree, Scalar
 
 
@@ -35,9 +38,8 @@ class F2SA(ValueMethod):
     multiplied by c.
 
     Problem class: f strongly convex in y over a simple set Y. One-sided, the minimiser of f need not be unique; the
-      central
-    difference needs strong convexity, for f - nu F is unbounded where f is flat. Oracle calls a step: 2 lower solves, 2
-    gradients of F and 2 of f in x.
+    central difference needs strong convexity, for f - nu F is unbounded where f is flat. Oracle calls a step: 2 lower
+    solves, 2 gradients of F and 2 of f in x.
 
     Attributes:
       central: the central difference.
@@ -84,8 +86,8 @@ class F2SA(ValueMethod):
                 return (upper(x, y) + upper(x, z)) / 2 + c / 2 * (lower(x, y) - lower(x, z))
             return upper(x, y) + c * (lower(x, y) - lower(x, z))
 
-        penalised, gradient = jax.value_and_grad(value)(x)
-        moved = self.descend(problem, state, penalised, gradient)
+        slope = jax.value_and_grad(value)(x)
+        stationarity = residual(x, slope[1], problem.project_upper)
 
         middle = optax.tree.scale(0.5, optax.tree.add(y, z)) if self.central else y
         loss, upward = jax.value_and_grad(upper, argnums=1)(x, middle)
@@ -95,20 +97,12 @@ class F2SA(ValueMethod):
             bias = jnp.abs((upper(x, y) + upper(x, z)) / 2 - loss) + jnp.abs(c / 2 * gap)
             gap = jnp.maximum(lower(x, y), lower(x, z)) - lower(x, middle)
         inner = jnp.maximum(*(residual(u, f.gradient(x, u), f.project) for f, u in ((tilted, y), (other, z))))
-        slope = derivatives.norm(upward)
-        settled = (moved.stationarity + c * inner) / jnp.maximum(slope, 1e-30)
+        steep = derivatives.norm(upward)
+        settled = (stationarity + c * inner) / jnp.maximum(steep, 1e-30)
         ends = (y, z) if self.lower_solver is None else (found, reference)
-        new = self.after(state, key, moved, middle, dict(zip("yz", ends, strict=True)), settled)
-        return new, report(
-            new.path,
-            upper_loss=loss,
-            hypergradient_norm=jnp.maximum(moved.stationarity, c * inner),
-            lower_residual=inner,
-            gap=gap,
-            penalty=c,
-            bias=bias,
-            slope=slope,
-        )
+        new = self.after(problem, state, key, slope, middle, dict(zip("yz", ends, strict=True)), settled)
+        said = {"upper_loss": loss, "lower_residual": inner, "gap": gap, "penalty": c, "bias": bias, "slope": steep}
+        return new, report(new.path, hypergradient_norm=jnp.maximum(stationarity, c * inner), **said)
 
     def _solver(
         self, problem: Problem, curvature: Any, inner: dict[str, PyTree]
@@ -116,8 +110,11 @@ class F2SA(ValueMethod):
         """The lower solver and where its runs start: the default ones remember nothing but where they ended."""
         if self.lower_solver is not None:
             return as_lower_solver(self.lower_solver), inner
-        dtype = jnp.result_type(*jax.tree.leaves(inner["y"]))
-        solver = lower_rule(problem, curvature, self.lower_steps, dtype)
+        tol = 3 * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(inner["y"]))).eps) ** 0.75
+        if problem.stochastic:
+            solver = GradientDescent(0.5 / jnp.maximum(curvature, 1e-12), self.lower_steps)
+        else:
+            solver = LBFGS(200, tol) if problem.project_lower is None else GradientDescent(spectral(), 500, tol)
         return solver, {name: solver.init(start) for name, start in inner.items()}
 
 
@@ -133,10 +130,7 @@ def F2BA(lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = N
 def CentralF2SA(
     lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = 300.0, lower_steps: int = 10
 ) -> F2SA:
-    """The central difference (F2SA-p with p = 2): the same two solves, an error of O(1 / c^2).
-
-    For strongly convex f.
-    """
+    """The central difference (F2SA-p with p = 2), for strongly convex f: the same two solves, error O(1 / c^2)."""
     return F2SA(True, lower_solver, lower_steps, upper_optimizer, penalty)
 
 
@@ -147,3 +141,64 @@ def SingleLoopF2SA(lower_step: float = 0.1, upper_optimizer: Any = 0.01, penalty
     """
     schedule = Polynomial(10.0, 1 / 7) if penalty is None else penalty
     return F2SA(False, GradientDescent(lower_step, 1), 1, upper_optimizer, schedule)
+
+
+@hyperparameters
+class BLOCC(ValueMethod):
+    """BLOCC, F2BA with coupled constraints.
+
+        (z, mu)  = saddle of f + mu . c,         (y, lam) = saddle of F / c + f + lam . c            over y in Y
+        h(x)     = F_x(x, y) + c [(f + lam . c)_x(x, y) - (f + mu . c)_x(x, z)]
+        x        <- Proj_X(x + upper_optimizer(h))
+
+    Problem class: f strongly convex in y, constraints convex in y, linearly independent gradients of the active ones,
+    lower level feasible for every x. Oracle calls a step: two augmented-Lagrangian solves (each up to `rounds` of
+    `inner_steps` steps).
+
+    Attributes:
+      penalty: gamma of the publication, a schedule or a number.
+      upper_optimizer: None: `optimizers.spectral()` on full batches, Adam(0.01) on minibatches.
+      inner_steps, rounds: the most inner steps per multiplier update, and the most of those.
+
+    The publication's inner solver is (accelerated) projected ascent in the multiplier with gradient descent in y;
+    here both solves are augmented Lagrangians with line searches, which need no dual step size.
+
+    Reference: Jiang, Xiao, Tenorio, Real-Rojas, Marques, Chen, "A Primal-Dual-Assisted Penalty Approach to Bilevel
+    Optimization with Coupled Constraints", NeurIPS 2024.
+    """
+
+    penalty: Any = Continuation(settle=0.02)
+    upper_optimizer: Any = None
+    inner_steps: int = 60
+    rounds: int = 8
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> ValueState:
+        """Scale the rows; both saddle points start at (y, 0)."""
+        refuse(self, problem, x, honours=SMOOTH, instead="solvers.MEHA")
+        return self.begin(problem, x, y, key, lambda lam, y: {"y": (y, lam), "z": (y, lam)})
+
+    def step(self, problem: Problem, state: ValueState, key: StepKey) -> tuple[ValueState, Metrics]:
+        """One iteration."""
+        upper, lower = problem.levels(key)
+        (x, y), c = state.point, state.path.penalty
+        rows = Constraints(lower, x, y, state.scale)
+        options = {"steps": self.inner_steps, "rounds": self.rounds, "tol": float(jnp.finfo(rows.dtype).eps) ** 0.75}
+        z, mu, _, z_broken = augmented_lagrangian(lower, rows, x, *state.inner["z"], **options)
+        y, lam, _, broken = augmented_lagrangian(Tilted.of(lower, upper, 1 / c), rows, x, *state.inner["y"], **options)
+
+        def value(x: PyTree) -> Scalar:
+            lagrangians = lower(x, y) + jnp.vdot(lam, rows(x, y)) - lower(x, z) - jnp.vdot(mu, rows(x, z))
+            return upper(x, y) + c * lagrangians
+
+        penalised, gradient = slope = jax.value_and_grad(value)(x)
+        stationarity = residual(x, gradient, problem.project_upper)
+
+        loss, upward = jax.value_and_grad(upper, argnums=1)(x, y)
+        steep = derivatives.norm(upward)
+        settled = stationarity / jnp.maximum(steep, 1e-30)
+        new = self.after(problem, state, key, slope, y, {"y": (y, lam), "z": (z, mu)}, settled)
+        lagrangian = lambda z: lower(x, z) + jnp.vdot(mu, rows(x, z))  # noqa: E731
+        inner = derivatives.norm(jax.grad(lagrangian)(z)) if lower.project is None else z_broken
+        said = {"lower_residual": inner, "gap": (penalised - loss) / c, "violation": jnp.maximum(broken, z_broken)}
+        said |= {"upper_loss": loss, "hypergradient_norm": stationarity, "penalty": c, "slope": steep}
+        return dataclasses.replace(new, lam=mu), report(new.path, **said)

@@ -17,7 +17,7 @@ from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
 from bilevel.solvers.penalty import _base
-from bilevel.solvers.penalty._base import norm, project_pair, rate, share_at_cap
+from bilevel.solvers.penalty._base import SMOOTH, norm, project_pair, rate, share_at_cap
 from bilevel.solvers.penalty._joint import Joint, JointState, lower_scale, slopes, watching
 from bilevel.solvers.penalty._schedule import Continuation, as_schedule
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -25,15 +25,10 @@ from bilevel.typing import Metrics, PyTree, Scalar
 
 @state
 class LVHBAState(JointState):
-    """A joint state (theta and lam: the approximate saddle point of the proximal Lagrangian), and projections' memory.
+    """A joint state (theta, lam: the approximate saddle point of the proximal Lagrangian), and projections' memory."""
 
-    Attributes:
-      projection: (p,), the dual variable that the next projection on C starts from.
-      factor: (p, p) where C is affine and equalities alone: its projection's cached factor, else (0, 0).
-    """
-
-    projection: jax.Array
-    factor: jax.Array
+    projection: jax.Array  # (p,), the dual variable that the next projection on C starts from
+    factor: jax.Array  # (p, p) where C is affine and equalities alone: its projection's cached factor, else (0, 0)
 
 
 @hyperparameters
@@ -58,15 +53,12 @@ class LVHBA(Joint):
     Hessian-vector product every ten steps watches the curvature (`init` spends some 90 on its first estimate). With
     alpha set by hand there is none.
 
-    There is one scaling of the constraints: all rows together have the spectral norm of f's curvature in y at the
-      start,
-    so that a multiplier is a distance, as many steps away as theta is. `gamma2`, `beta` and the metrics are those of
-    rows of norm one.
+    All rows together are scaled to the spectral norm of f's curvature in y at the start, so that a multiplier is a
+    distance, as many steps away as theta is; `gamma2`, `beta` and the metrics are those of rows of norm one.
 
     Attributes:
       alpha, beta, eta: steps; None: from the curvature L of f, L_F of F and |B'| of the saddle operator,
-        alpha = min(1 / (2 L + L_F / c), 0.6 eta), beta = 0.3 gamma2, eta = 0.75 / |B'|, all followed along the run
-        for full batches.
+        alpha = min(1 / (2 L + L_F / c), 0.6 eta), beta = 0.3 gamma2, eta = 0.75 / |B'|, followed on full batches.
       gamma1, gamma2: proximal parameters; None: 3 / L and 30 L with L the curvature of f in y.
       penalty: a schedule (`Continuation`, `Polynomial(c0, p)` as published) or a number.
       cap: r, a distance. `multiplier_at_cap` tells where it binds.
@@ -75,9 +67,9 @@ class LVHBA(Joint):
         the dual (`projections.dual`), with linearised rows where they are nonlinear (C must be convex).
       projection_steps: the most steps of the latter.
 
-    The default step rules and values are ours: the published ones do not converge on the paper's own second toy
-    problem (`benchmarks/constrained.py`). The publication scales no rows, takes c_k = c0 (k+1)^p, p < 1/2, and does
-    not extrapolate.
+    The default step rules and values are ours: the published ones do not converge on the paper's own second toy problem
+    (`benchmarks/constrained.py`). The publication scales no rows, takes c_k = c0 (k+1)^p, p < 1/2, and does not
+    extrapolate.
 
     Reference: Yao, Yu, Zeng, Zhang, "Constrained Bi-Level Optimization: Proximal Lagrangian Value function Approach and
     Hessian-free Algorithm", ICLR 2024.
@@ -96,8 +88,7 @@ class LVHBA(Joint):
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> LVHBAState:
         """Scale the rows, project the start on C, and estimate the curvatures."""
-        honours = ("constraint", "equality", "project_upper", "project_lower")
-        refuse(self, problem, x, honours=honours, instead="solvers.MEHA")
+        refuse(self, problem, x, honours=SMOOTH, instead="solvers.MEHA")
         upper, lower = problem.levels(key)
         rows = Constraints(lower, x, y).at(x, y)
         zeros, together = jnp.zeros((rows.count,), rows.dtype), jnp.ones((), rows.dtype)
@@ -165,10 +156,7 @@ class LVHBA(Joint):
     def _saddle_step(
         self, problem: Problem, rows: Constraints, saddle: Any, start: PyTree, eta: Any, L: dict[str, jax.Array]
     ) -> tuple[PyTree, jax.Array, Scalar]:
-        """theta and lam after an (extra)gradient step from `start`,
-
-        and the operator's curvature as far as it is known.
-        """
+        """theta and lam after an (extra)gradient step from `start`, and what is known of the operator's curvature."""
 
         def forward(forces: PyTree) -> tuple[PyTree, jax.Array]:
             theta, lam = optax.tree.add_scale(start, -eta, forces)

@@ -14,7 +14,7 @@ from bilevel.constraints import depends
 from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import norm, rate
+from bilevel.solvers.penalty._base import norm, proximal, rate
 from bilevel.solvers.penalty._joint import Joint, JointState, Slopes, begin, lower_scale
 from bilevel.solvers.penalty._schedule import Continuation
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -33,10 +33,8 @@ class MEHA(Joint):
         y     <- prox_{alpha r(x,.)}(y - alpha (F_y(x, y) / c + f_y(x, y) - (y - theta) / gamma))         at the new x
 
     Problem class: f weakly convex in y, r convex in y, Y simple; no coupled constraints. Where f is not convex the
-      method
-    characterises stationary points of the lower level, not its global minimisers. Oracle calls a step: 2 f_y, 2 f_x,
-      F_x,
-    F_y.
+    method characterises stationary points of the lower level, not its global minimisers. Oracle calls a step: 2 f_y, 2
+    f_x, F_x, F_y.
 
     Attributes:
       alpha, eta: steps; None: alpha = 1 / (2 L + L_F / c), eta = 1 / (L + 1 / gamma), from power iteration in `init`.
@@ -73,16 +71,12 @@ class MEHA(Joint):
         (x, y), c, curvatures = state.point, state.path.penalty, state.curvatures
         gamma = self._gamma(curvatures)
 
-        def prox(y: PyTree, x: PyTree, size: Any) -> PyTree:
-            y = y if lower.prox is None else lower.prox(y, x, size)
-            return y if lower.project is None else lower.project(y)
-
         def phi(x: PyTree, y: PyTree) -> Scalar:
             return lower(x, y) if self.nonsmooth is None else lower(x, y) + self.nonsmooth(x, y)
 
         eta = 1 / (curvatures["f"] + 1 / gamma) if self.eta is None else self.eta
         gradient = optax.tree.add_scale(lower.gradient(x, state.theta), 1 / gamma, optax.tree.sub(state.theta, y))
-        theta = prox(optax.tree.add_scale(state.theta, -eta, gradient), x, eta)
+        theta = proximal(lower, x, optax.tree.add_scale(state.theta, -eta, gradient), eta)
 
         def gap(x: PyTree, y: PyTree, phi: Any = phi) -> Scalar:
             return phi(x, y) - phi(x, theta) - optax.tree.norm(optax.tree.sub(theta, y), squared=True) / (2 * gamma)
@@ -96,7 +90,8 @@ class MEHA(Joint):
         # The smooth part alone: r enters the step of y through its prox.
         F_y = jax.grad(upper, argnums=1)(new_x, y)
         gap_y = jax.grad(lambda x, y: gap(x, y, lower), argnums=1)(new_x, y)
-        new_y = prox(optax.tree.add_scale(optax.tree.add_scale(y, -alpha, gap_y), -alpha / c, F_y), new_x, alpha)
+        new_y = optax.tree.add_scale(optax.tree.add_scale(y, -alpha, gap_y), -alpha / c, F_y)
+        new_y = proximal(lower, new_x, new_y, alpha)
 
         found = Slopes(loss, (F_x, F_y), value, (gap_x, gap_y))
         new = state.followed(key, lower, found.apart, also=norm(optax.tree.sub(new_x, x)))

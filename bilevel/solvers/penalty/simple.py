@@ -10,10 +10,9 @@ import optax
 
 from bilevel._module import hyperparameters
 from bilevel.keys import StepKey
-from bilevel.level import Level
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import limited, rate
+from bilevel.solvers.penalty._base import limited, proximal, rate
 from bilevel.solvers.penalty._joint import Joint, JointState, Slopes, begin
 from bilevel.solvers.penalty._schedule import Continuation
 from bilevel.typing import Metrics, PyTree
@@ -55,11 +54,11 @@ class IterativeRegularization(Joint):
         loss, F_y = jax.value_and_grad(upper, argnums=1)(x, y)
         value, f_y = jax.value_and_grad(lower, argnums=1)(x, y)
         descent = optax.tree.scale(-size, optax.tree.add_scale(f_y, 1 / c, F_y))
-        after = _proximal(lower, x, optax.tree.add(y, limited(y, descent)), size)
+        after = proximal(lower, x, optax.tree.add(y, limited(y, descent)), size)
 
         theta = state.theta
         for _ in range(self.lower_steps):
-            theta = _proximal(lower, x, optax.tree.add_scale(theta, -size, lower.gradient(x, theta)), size)
+            theta = proximal(lower, x, optax.tree.add_scale(theta, -size, lower.gradient(x, theta)), size)
         found = Slopes(loss, (None, F_y), value - lower(x, theta), (None, f_y))
         new = state.followed(key, lower, found.apart, factor=1.0).stepped((x, after), theta)
         joint, inner = rate(after, y, size), rate(theta, state.theta, size)
@@ -74,8 +73,7 @@ class BiGSAM(Joint):
         y <- a_k s + (1 - a_k) t,        a_k = min(weight / (k + 1), 1)
 
     Problem class: x0=None; f convex (plus r by `prox_lower`), Y simple, F smooth and *strongly* convex. Converges to
-      the
-    solution, with the slow rate O(1 / k) of f's gap. Oracle calls: 1 gradient of each.
+    the solution, with the slow rate O(1 / k) of f's gap. Oracle calls: 1 gradient of each.
     `penalty` is tau (1 - a) / (sigma a).
 
     Attributes:
@@ -83,7 +81,7 @@ class BiGSAM(Joint):
       weight: a_k's.
 
     Reference: Sabach, Shtern, "A First Order Method for Solving Convex Bilevel Optimization Problems", SIAM J. Optim.
-      2017.
+    2017.
     """
 
     upper_step: float | None = None
@@ -106,12 +104,12 @@ class BiGSAM(Joint):
         loss, F_y = jax.value_and_grad(upper, argnums=1)(x, y)
         value, f_y = jax.value_and_grad(lower, argnums=1)(x, y)
         s = optax.tree.add_scale(y, -sigma, F_y)
-        t = _proximal(lower, x, optax.tree.add_scale(y, -tau, f_y), tau)
+        t = proximal(lower, x, optax.tree.add_scale(y, -tau, f_y), tau)
         after = optax.tree.add_scale(optax.tree.scale(a, s), 1 - a, t)
         if lower.project is not None:
             after = lower.project(after)
 
-        theta = _proximal(lower, x, optax.tree.add_scale(state.theta, -tau, lower.gradient(x, state.theta)), tau)
+        theta = proximal(lower, x, optax.tree.add_scale(state.theta, -tau, lower.gradient(x, state.theta)), tau)
         found = Slopes(loss, (None, F_y), value - lower(x, theta), (None, f_y))
         new = state.followed(key, lower, found.apart, factor=1.0).stepped((x, after), theta)
         joint, inner = rate(after, y, jnp.maximum(a * sigma, 1e-30)), rate(theta, state.theta, tau)
@@ -126,8 +124,3 @@ def _only_simple(solver: Any, problem: Problem, x: PyTree) -> None:
             f"{type(solver).__name__} is for simple bilevel problems, where both levels own y: pass x0=None, "
             "or take solvers.VPBGD instead."
         )
-
-
-def _proximal(lower: Level, x: PyTree, y: PyTree, size: Any) -> PyTree:
-    y = y if lower.prox is None else lower.prox(y, x, size)
-    return y if lower.project is None else lower.project(y)
