@@ -74,7 +74,7 @@ def perturbed(
       randomness: both points of a finite difference see one perturbation.
 
     Reference: Chen, Hsieh, "Stabilizing Differentiable Architecture Search via Perturbation-based Regularization", ICML
-      2020.
+    2020.
     """
     if isinstance(radius, (int, float)) and not radius > 0:
         raise ValueError(f"perturbed(radius={radius!r}): the radius is positive.")

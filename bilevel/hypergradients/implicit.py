@@ -30,9 +30,9 @@ class Implicit:
     a system that is not symmetric.
 
     Attributes:
-      linear_solver: any of `bilevel.linear`. None: `linear.CG(tol)`, or `linear.GMRES(tol)` with a
-        projection or prox, to a relative residual of eps^(3/4) of y's dtype (6e-6 in float32, 2e-12 in float64).
-        `linear.Identity(scale)` makes it Jacobian-free (T1-T2), `linear.Neumann` a truncated series.
+      linear_solver: any of `bilevel.linear`. None: `linear.CG(tol)`, or `linear.GMRES(tol)` with a projection or prox,
+        to a relative residual of eps^(3/4) of y's dtype (6e-6 in float32, 2e-12 in float64). `linear.Identity(scale)`
+        makes it Jacobian-free (T1-T2), `linear.Neumann` a truncated series.
       step: the step of the forward-backward map; only used with a projection or prox. Any positive number is exact;
         near 1/L the system is best conditioned.
 

@@ -80,8 +80,8 @@ class Decentralized:
 
     where `correct` is one of the forms of `decentralized.corrections`: local directions plus mixing with the
     neighbours. v solves (mean_i f_yy,i) v = mean_i F_y,i: a mean of local hypergradients would be another, wrong
-    direction.
-    Trackers and flows stay in the state from one outer step to the next: restarting them brings the heterogeneity back.
+    direction. Trackers and flows stay in the state from one outer step to the next: restarting them brings the
+    heterogeneity back.
 
     The data of both levels are `data.Agents` (or `data.Clients` with a batch size). `state.x` and `state.y` (also
     `solution.x`, `solution.y`) hold all agents' copies along a leading axis; `solution.state.mean_x` and `.mean_y` are

@@ -73,8 +73,8 @@ class BiGSAM(Joint):
         y <- a_k s + (1 - a_k) t,        a_k = min(weight / (k + 1), 1)
 
     Problem class: x0=None; f convex (plus r by `prox_lower`), Y simple, F smooth and *strongly* convex. Converges to
-    the solution, with the slow rate O(1 / k) of f's gap. Oracle calls: 1 gradient of each.
-    `penalty` is tau (1 - a) / (sigma a).
+    the solution, with the slow rate O(1 / k) of f's gap. Oracle calls: 1 gradient of each. `penalty` is tau (1 - a) /
+    (sigma a).
 
     Attributes:
       upper_step, lower_step: sigma and tau; None: 1 / L_F and 1 / L_f (the publication: 2 / (L_F + mu_F) and 1 / L_f).
