@@ -16,7 +16,7 @@ from bilevel import derivatives
 from bilevel.curvature import spectral_norm
 from bilevel.level import Level
 from bilevel.problem import Problem, ProblemError
-from bilevel.typing import PyTree, Scalar
+from bilevel.typing import Metrics, PyTree, Scalar
 
 
 def number_of_agents(problem: Problem, owner: str) -> int | None:
@@ -28,8 +28,7 @@ def number_of_agents(problem: Problem, owner: str) -> int | None:
         if source.parties is None:
             raise ProblemError(
                 f"{owner} needs to know whose samples are whose: {name} is one set of arrays for all ({source!r}). "
-                "Give data.Agents(arrays) with leading axes (agents, samples), or data.Clients([...]) for unequal "
-                "sizes."
+                "Give data.Agents(arrays) with leading axes (agents, samples), or data.Clients([...])."
             )
         if not source.random and not source.even:
             raise ProblemError(
@@ -50,9 +49,15 @@ def mean(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda a: jnp.mean(a, axis=0), tree)
 
 
-def norm_of_mean(tree: PyTree) -> jax.Array:
-    """|mean_i g_i|, of a direction that all agents together move along."""
-    return derivatives.norm(mean(tree))
+def measures(value: Any, h: PyTree, G: PyTree) -> Metrics:
+    """The upper loss, and the norms of the hypergradient and the lower gradient."""
+    return {"upper_loss": value, "hypergradient_norm": derivatives.norm(h), "lower_residual": derivatives.norm(G)}
+
+
+def traffic(rounds: Any, floats: Any) -> Metrics:
+    """How many exchanges there were, and the numbers that they moved."""
+    counts = {"communication_rounds": rounds, "communication_floats": floats}
+    return {name: jnp.asarray(count, jnp.float32) for name, count in counts.items()}
 
 
 def size_of(tree: PyTree) -> int:

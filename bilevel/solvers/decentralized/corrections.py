@@ -1,7 +1,7 @@
 """How copies of a variable move along local directions and still agree on the minimiser of the *mean*.
 
-With s the stacked copies, g the local directions, W the mixing matrix, Wb = (I + W) / 2, a the step (any optax rule:
-"- a g" below is its update) one step of each form is
+With s the stacked copies, g the local directions, W the mixing matrix, Wb = (I + W) / 2, and "- a g" the update of a
+step a or of any optax rule, one step of each form is
 
     none      s+ = W (s - a g)                                     diffusion: adapt, then combine
     none-cta  s+ = W s - a g                                       decentralised gradient descent: combine, then adapt
@@ -11,12 +11,10 @@ With s the stacked copies, g the local directions, W the mixing matrix, Wb = (I 
     extra     s+ = Wb (2 s - s_before) - a (g - g_before)          EXTRA
 
 "none" and "none-cta" converge to a point that is off by O(a) times the heterogeneity; the others have no such bias.
-Where the agents' Hessians are alike with largest eigenvalue L, the linear recursions are stable (Jury's test) while a L
-is below
+Where the agents' Hessians are alike with largest eigenvalue L, and w is the smallest eigenvalue of W (-1/3 on a ring),
+the linear recursions are stable (Jury's test) while a L is below
 
     none, gt, ed: 2         none-cta: 1 + w         gt-cta: (1 + w)^2 / 2         extra: (5 + 3 w) / 4
-
-with w the smallest eigenvalue of W (-1/3 on a ring).
 
 ED and EXTRA are kept in the form of an accumulated flow (s - mix(s), exact differences along edges) instead of two
 past iterates, whose rounding errors add up in float32:
@@ -34,6 +32,8 @@ Distributed Gradient Methods", CDC 2015.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -63,16 +63,28 @@ class Copies:
     optimizer: PyTree
 
 
+@dataclasses.dataclass(frozen=True)
 class Correction:
     """One form: how it starts and moves the copies along local directions, what it costs, how long steps may be.
 
     Attributes:
-      tracks, accumulates: whether the last directions and a tracker, or a flow, are remembered.
-      mixings: exchanges with the neighbours per step.
-      static: whether it needs one fixed graph.
+      advance: (network, copies, direction, move, step) -> copies: one step along each agent's local direction (a
+        gradient: the variable moves against it) by its own step rule `move`; `step` is the number of this mixing, for
+        time-varying networks.
+      limit: the largest stable step times curvature, for agents with equal Hessians, of the smallest eigenvalue of W.
+      tracks: whether the last directions and a tracker are remembered.
+      accumulates: whether a flow is remembered, which needs one fixed graph.
     """
 
-    tracks, accumulates, mixings, static = False, False, 1, False
+    advance: Callable[[Network, Copies, PyTree, Move, Any], Copies]
+    limit: Callable[[float], float] = lambda w: 2.0
+    tracks: bool = False
+    accumulates: bool = False
+
+    @property
+    def mixings(self) -> int:
+        """Exchanges with the neighbours per step."""
+        return 2 if self.tracks else 1
 
     def start(self, value: PyTree, move: Move) -> Copies:
         """Before the first step: nothing tracked."""
@@ -80,86 +92,52 @@ class Correction:
         memory = zeros if self.tracks or self.accumulates else None
         return Copies(value, zeros if self.tracks else None, memory, move.init(value))
 
-    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
-        """One step along each agent's local direction (a gradient: the variable moves against it).
 
-        `move` is each agent's own step rule; `step` the number of this mixing, for time-varying networks.
-        """
-        raise NotImplementedError
-
-    def limit(self, w: float) -> float:
-        """The largest stable step times curvature, for agents with equal Hessians; w the smallest eigenvalue of W."""
-        return 2.0
+def _adapt_then_combine(network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+    adapted, moments = move(direction, copies.optimizer, copies.value)
+    return Copies(network.mix(adapted, step), None, None, moments)
 
 
-class _Diffusion(Correction):
-    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
-        adapted, moments = move(direction, copies.optimizer, copies.value)
-        return Copies(network.mix(adapted, step), None, None, moments)
+def _combine_then_adapt(network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+    update, moments = move.updates(direction, copies.optimizer, copies.value)
+    return Copies(optax.apply_updates(network.mix(copies.value, step), update), None, None, moments)
 
 
-class _Descent(Correction):
-    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
-        update, moments = move.updates(direction, copies.optimizer, copies.value)
-        return Copies(optax.apply_updates(network.mix(copies.value, step), update), None, None, moments)
-
-    def limit(self, w: float) -> float:
-        return 1 + w
+def _tracking(network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+    change = optax.tree.sub(direction, copies.direction)
+    tracker = network.mix(optax.tree.add(copies.memory, change), step)
+    moved = _adapt_then_combine(network, copies, tracker, move, step)
+    return Copies(moved.value, direction, tracker, moved.optimizer)
 
 
-class _Tracking(Correction):
-    tracks, mixings = True, 2
-
-    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
-        change = optax.tree.sub(direction, copies.direction)
-        tracker = network.mix(optax.tree.add(copies.memory, change), step)
-        adapted, moments = move(tracker, copies.optimizer, copies.value)
-        return Copies(network.mix(adapted, step), direction, tracker, moments)
+def _tracking_descent(network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+    change = optax.tree.sub(direction, copies.direction)
+    tracker = optax.tree.add(network.mix(copies.memory, step), change)
+    moved = _combine_then_adapt(network, copies, tracker, move, step)
+    return Copies(moved.value, direction, tracker, moved.optimizer)
 
 
-class _TrackingDescent(Correction):
-    tracks, mixings = True, 2
-
-    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
-        change = optax.tree.sub(direction, copies.direction)
-        tracker = optax.tree.add(network.mix(copies.memory, step), change)
-        update, moments = move.updates(tracker, copies.optimizer, copies.value)
-        return Copies(optax.apply_updates(network.mix(copies.value, step), update), direction, tracker, moments)
-
-    def limit(self, w: float) -> float:
-        return (1 + w) ** 2 / 2
+def _exact_diffusion(network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+    moved, moments = move(direction, copies.optimizer, copies.value)
+    adapted = optax.tree.add(moved, copies.memory)
+    flow = optax.tree.scale(0.5, network.flow(adapted, step))
+    return Copies(optax.tree.sub(adapted, flow), None, optax.tree.sub(copies.memory, flow), moments)
 
 
-class _ExactDiffusion(Correction):
-    accumulates, static = True, True
-
-    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
-        moved, moments = move(direction, copies.optimizer, copies.value)
-        adapted = optax.tree.add(moved, copies.memory)
-        flow = optax.tree.scale(0.5, network.flow(adapted, step))
-        return Copies(optax.tree.sub(adapted, flow), None, optax.tree.sub(copies.memory, flow), moments)
-
-
-class _Extra(Correction):
-    accumulates, static = True, True
-
-    def advance(self, network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
-        update, moments = move.updates(direction, copies.optimizer, copies.value)
-        flow = optax.tree.scale(0.5, network.flow(copies.value, step))
-        memory = optax.tree.add(copies.memory, flow)
-        moved = optax.apply_updates(optax.tree.sub(copies.value, flow), update)
-        return Copies(optax.tree.sub(moved, memory), None, memory, moments)
-
-    def limit(self, w: float) -> float:
-        return (5 + 3 * w) / 4
+def _extra(network: Network, copies: Copies, direction: PyTree, move: Move, step: Any) -> Copies:
+    update, moments = move.updates(direction, copies.optimizer, copies.value)
+    flow = optax.tree.scale(0.5, network.flow(copies.value, step))
+    memory = optax.tree.add(copies.memory, flow)
+    moved = optax.apply_updates(optax.tree.sub(copies.value, flow), update)
+    return Copies(optax.tree.sub(moved, memory), None, memory, moments)
 
 
 CORRECTIONS: dict[str, Correction] = {
-    "none": _Diffusion(),
-    "gt": _Tracking(),
-    "ed": _ExactDiffusion(),
-    "extra": _Extra(),
-    "none-cta": _Descent(),
-    "gt-cta": _TrackingDescent(),
+    "none": Correction(_adapt_then_combine),
+    "gt": Correction(_tracking, tracks=True),
+    "ed": Correction(_exact_diffusion, accumulates=True),
+    "extra": Correction(_extra, lambda w: (5 + 3 * w) / 4, accumulates=True),
+    "none-cta": Correction(_combine_then_adapt, lambda w: 1 + w),
+    "gt-cta": Correction(_tracking_descent, lambda w: (1 + w) ** 2 / 2, tracks=True),
 }
 """The forms by the names that `Decentralized(x=, y=, v=)` takes."""

@@ -35,9 +35,9 @@ def MADSBO(
     Reference: Chen, Huang, Ma, Balasubramanian, "Decentralized Stochastic Bilevel Optimization with Improved
     per-Iteration Complexity", ICML 2023.
     """
-    loops: dict[str, Any] = {"lower_steps": lower_steps, "linear_steps": linear_steps, "averaging": averaging}
-    forms: dict[str, Any] = {"x": "none-cta", "y": "none-cta", "v": "gt-cta", "late": True}
-    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **(loops | forms | options))
+    loops = {"lower_steps": lower_steps, "linear_steps": linear_steps, "averaging": averaging}
+    options = {"x": "none-cta", "y": "none-cta", "v": "gt-cta", "late": True, **loops, **options}
+    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **options)
 
 
 def GTDSBO(
@@ -48,16 +48,14 @@ def GTDSBO(
     *,
     lower_steps: int = 5,
     linear_steps: int = 5,
-    averaging: float = 1.0,
     **options: Any,
 ) -> Decentralized:
-    """Everything tracked: adapt-then-combine gradient tracking of y, v and x. No bias from heterogeneous agents; the
-    one to begin with.
+    """MA-DSBO's loops with adapt-then-combine gradient tracking of y, v and x in place of gossip, and no average.
 
-    MA-DSBO's loops with `gt` in place of gossip. Reference: as `MADSBO` and `Decentralized`.
+    No bias from heterogeneous agents; the one to begin with. Reference: as `MADSBO` and `Decentralized`.
     """
-    loops: dict[str, Any] = {"lower_steps": lower_steps, "linear_steps": linear_steps, "averaging": averaging}
-    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **(loops | options))
+    options = {"lower_steps": lower_steps, "linear_steps": linear_steps, **options}
+    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **options)
 
 
 def DSOBA(
@@ -76,8 +74,8 @@ def DSOBA(
     Reference: Kong, Zhu, Lu, Huang, Yuan, "Decentralized Bilevel Optimization: A Perspective from Transient Iteration
     Complexity", JMLR 26(240), 2025.
     """
-    forms: dict[str, Any] = {"x": "none", "y": "none", "v": "none", "simultaneous": True, "averaging": averaging}
-    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **(forms | options))
+    options = {"x": "none", "y": "none", "v": "none", "simultaneous": True, "averaging": averaging, **options}
+    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **options)
 
 
 def SPARKLE(
@@ -92,17 +90,15 @@ def SPARKLE(
     averaging: float = 0.2,
     **options: Any,
 ) -> Decentralized:
-    """SPARKLE: single loop, a moving average, and a correction of its own for each variable (exact diffusion by
-    default).
+    """SPARKLE: single loop, a moving average, and for each variable its own correction (by default exact diffusion).
 
     ED and EXTRA send p + 2 q numbers to each neighbour a step, gradient tracking twice that. Correcting y and v
     matters more than correcting x.
 
     Reference: Zhu, Kong, Lu, Lin, Yuan, NeurIPS 2024.
     """
-    return Decentralized(
-        network, upper_optimizer, lower_optimizer, linear_optimizer, x, y, v, averaging=averaging, **options
-    )
+    options["averaging"] = averaging
+    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, x, y, v, **options)
 
 
 def SLDBO(
@@ -110,15 +106,14 @@ def SLDBO(
     upper_optimizer: Any = 0.01,
     lower_optimizer: Any = 0.1,
     linear_optimizer: Any = 0.1,
-    *,
-    radius: float | None = None,
     **options: Any,
 ) -> Decentralized:
-    """SLDBO: SOBA's simultaneous directions with gradient tracking of all three, v kept in a ball; deterministic, any
-    heterogeneity.
+    """SLDBO: SOBA's simultaneous directions with gradient tracking of all three, and v kept in a ball (`radius=`).
+
+    Deterministic, any heterogeneity.
 
     Reference: Dong, Ma, Yang, Yin, "A Single-Loop Algorithm for Decentralized Bilevel Optimization", Mathematics of
     Operations Research 2025.
     """
-    forms: dict[str, Any] = {"simultaneous": True, "radius": radius}
-    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **(forms | options))
+    options = {"simultaneous": True, **options}
+    return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **options)

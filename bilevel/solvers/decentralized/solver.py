@@ -1,7 +1,4 @@
-"""Decentralised bilevel optimisation: one solver, in SPARKLE's form.
-
-Local directions are `_directions.Joint`'s, then mixed.
-"""
+"""Decentralised bilevel optimisation: one solver, in SPARKLE's form. Local directions, then mixed."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
@@ -31,10 +27,7 @@ logger = logging.getLogger("bilevel")
 
 @state
 class DecentralizedState:
-    """All agents' copies of x, y and v with their corrections' memories, and the averaged hypergradients r.
-
-    `x`, `y` and `v` have a leading axis of agents; `mean_x` and `mean_y` are the averages over agents.
-    """
+    """All agents' copies of x, y and v with their corrections' memories, and the averaged hypergradients r."""
 
     upper: Copies
     lower: Copies
@@ -79,13 +72,11 @@ class Decentralized:
         x <- correct_x(x, r)
 
     where `correct` is one of the forms of `decentralized.corrections`: local directions plus mixing with the
-    neighbours. v solves (mean_i f_yy,i) v = mean_i F_y,i: a mean of local hypergradients would be another, wrong
-    direction. Trackers and flows stay in the state from one outer step to the next: restarting them brings the
-    heterogeneity back.
+    neighbours. v solves (mean_i f_yy,i) v = mean_i F_y,i: a mean of local hypergradients would be a wrong direction.
+    Trackers and flows stay in the state from one outer step to the next: restarting them brings the heterogeneity back.
 
-    The data of both levels are `data.Agents` (or `data.Clients` with a batch size). `state.x` and `state.y` (also
-    `solution.x`, `solution.y`) hold all agents' copies along a leading axis; `solution.state.mean_x` and `.mean_y` are
-    their means.
+    The data of both levels are `data.Agents` (or `data.Clients` with a batch size). `solution.x` and `.y` (also
+    `state.x`, `.y`) hold all agents' copies along a leading axis, `solution.state.mean_x` and `.mean_y` their means.
 
     Attributes:
       network: who talks to whom, from `bilevel.network`.
@@ -97,17 +88,14 @@ class Decentralized:
       late: x moves along r *before* r takes in the new hypergradient (MA-DSBO's order).
       simultaneous: all three directions at one point, from one linearisation (SOBA's order); needs one inner step each.
       radius: v is kept in a ball of this radius; None: free.
-      check_stability: before the first step compare step sizes times the largest curvature of any agent at the start
-        with the form's limit on this graph, and refuse what would diverge. Skipped for optax rules and under `jit` or
-        `vmap`.
-      record: report losses, residuals and consensus errors. On a mesh they cost all-reduces; the step itself needs
-        none.
+      check_stability: before the first step refuse step sizes that, times the largest curvature of any agent at the
+        start, exceed the form's limit on this graph. Skipped for optax rules and under `jit` or `vmap`.
+      record: report losses, residuals and consensus errors. On a mesh they cost all-reduces; the step needs none.
 
     Metrics: `upper_loss` (mean over agents), `hypergradient_norm` (|mean_i u_i|), `lower_residual` (|mean_i f_y,i|),
-    `consensus_x`, `consensus_y`, `consensus_v` (root of the mean squared distance to the mean), `communication_rounds`
-    (exchanges with the neighbours in this step), `communication_floats` (numbers that an agent sent to *each* neighbour
-    in this step). With a tolerance a run has converged when the norms and the consensus errors of x and y are at most
-    tol.
+    `consensus_x`, `consensus_y`, `consensus_v` (root of the mean squared distance to the mean), and of this step
+    `communication_rounds` (exchanges with the neighbours) and `communication_floats` (numbers that an agent sent to
+    *each* neighbour). A run has converged when the norms and the consensus errors of x and y are at most tol.
 
     Oracle calls per agent and outer step: lower_steps gradients, linear_steps HVPs, one cross product, one upper
     gradient.
@@ -141,25 +129,22 @@ class Decentralized:
         for name in ("x", "y", "v"):
             form = getattr(self, name)
             if form not in CORRECTIONS:
-                raise ValueError(
-                    f"{owner}({name}={form!r}): a correction is one of {', '.join(map(repr, CORRECTIONS))}."
-                )
-            if CORRECTIONS[form].static and self.network.varies:
+                forms = ", ".join(map(repr, CORRECTIONS))
+                raise ValueError(f"{owner}({name}={form!r}): a correction is one of {forms}.")
+            if CORRECTIONS[form].accumulates and self.network.varies:
                 raise ValueError(
                     f"{owner}({name}={form!r}): ED and EXTRA remember the flows of one fixed graph, and "
-                    f"{self.network.name} varies from "
-                    f'step to step. Take {name}="gt".'
+                    f'{self.network.name} varies from step to step. Take {name}="gt".'
                 )
         counts = {"lower_steps": self.lower_steps, "linear_steps": self.linear_steps}
         check_count(owner, "the number of steps is a positive integer", **counts)
-        if isinstance(self.averaging, float) and not 0 < self.averaging <= 1:
-            raise ValueError(
-                f"{owner}(averaging={self.averaging}): the weight of the new hypergradient lies in (0, 1]."
-            )
+        weight = self.averaging
+        if isinstance(weight, float) and not 0 < weight <= 1:
+            raise ValueError(f"{owner}(averaging={weight}): the weight of the new hypergradient lies in (0, 1].")
         if self.simultaneous and (self.lower_steps, self.linear_steps) != (1, 1):
             raise ValueError(
-                f"{owner}(simultaneous=True) takes one step of y, v and x from one point: lower_steps and "
-                f"linear_steps must be 1."
+                f"{owner}(simultaneous=True) takes one step of y, v and x from one point: lower_steps and linear_steps "
+                "must be 1."
             )
         if isinstance(self.radius, float) and not self.radius > 0:
             raise ValueError(f"{owner}(radius={self.radius}): the ball's radius is positive, or None.")
@@ -168,6 +153,15 @@ class Decentralized:
         """How each agent moves its copies of x, y and v."""
         rules = self.upper_optimizer, self.lower_optimizer, self.linear_optimizer
         return Point(*(Move(rule, many=True) for rule in rules))
+
+    def _advance(self, name: str, copies: Copies, direction: PyTree, step: Any) -> Copies:
+        """One of x, y and v, corrected; v kept in its ball."""
+        move = getattr(self._moves(), name)
+        copies = CORRECTIONS[getattr(self, name)].advance(self.network, copies, direction, move, step)
+        if name != "v" or self.radius is None:
+            return copies
+        project = jax.vmap(lambda v: optax.projections.projection_l2_ball(v, self.radius))
+        return dataclasses.replace(copies, value=project(copies.value))
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> DecentralizedState:
         """Every agent starts at the same x and y, and at v = 0."""
@@ -182,26 +176,18 @@ class Decentralized:
         if self.check_stability and not _agents.traced(problem, x, y, self):
             self._check(float(_curvature(problem, x, y, key)))
         move = self._moves()
-        return DecentralizedState(
-            CORRECTIONS[self.x].start(x, move.x),
-            CORRECTIONS[self.y].start(y, move.y),
-            CORRECTIONS[self.v].start(optax.tree.zeros_like(y), move.v),
-            optax.tree.zeros_like(x),
-        )
+        upper, lower = CORRECTIONS[self.x].start(x, move.x), CORRECTIONS[self.y].start(y, move.y)
+        linear = CORRECTIONS[self.v].start(optax.tree.zeros_like(y), move.v)
+        return DecentralizedState(upper, lower, linear, optax.tree.zeros_like(x))
 
     def _check(self, curvature: float) -> None:
         w = self.network.smallest_eigenvalue
-        for what, form, optimizer in (
-            ("lower_optimizer", self.y, self.lower_optimizer),
-            ("linear_optimizer", self.v, self.linear_optimizer),
-        ):
-            if is_rule(optimizer):
+        for what, form in (("lower_optimizer", self.y), ("linear_optimizer", self.v)):
+            if is_rule(getattr(self, what)):
                 continue
-            limit, size = CORRECTIONS[form].limit(w), float(optimizer)  # type: ignore[arg-type]
-            logger.info(
-                "%s times the largest curvature %.4g is %.4g; %r is stable below %.4g",
-                what, curvature, size * curvature, form, limit,
-            )  # fmt: skip
+            limit, size = CORRECTIONS[form].limit(w), float(getattr(self, what))
+            sentence = "%s times the largest curvature %.4g is %.4g; %r is stable below %.4g"
+            logger.info(sentence, what, curvature, size * curvature, form, limit)
             if size * curvature >= limit:
                 raise ProblemError(
                     f"{what}={size:g} times the largest curvature of an agent's lower level at the start "
@@ -212,27 +198,23 @@ class Decentralized:
 
     def step(self, problem: Problem, state: DecentralizedState, key: StepKey) -> tuple[DecentralizedState, Metrics]:
         """One outer iteration."""
-        moved = (self._simultaneous if self.simultaneous else self._in_turn)(problem.levels(key, "all"), state, key)
-        lower, linear, u, value, lower_y = moved
-
+        move = self._simultaneous if self.simultaneous else self._in_turn
+        lower, linear, u, value, lower_y = move(problem.levels(key, "all"), state, key)
         average = jax.tree.map(lambda r, u: r + self.averaging * (u - r), state.average, u)
         direction = state.average if self.late else average
-        upper = CORRECTIONS[self.x].advance(self.network, state.upper, direction, self._moves().x, key.step)
-        new = DecentralizedState(upper, lower, linear, average)
+        new = DecentralizedState(self._advance("x", state.upper, direction, key.step), lower, linear, average)
         return new, self._metrics(new, u, value, lower_y)
 
     def _in_turn(self, levels: Levels, state: DecentralizedState, key: StepKey) -> Any:
         """y, then v at the new y, then the hypergradient at both."""
-        (upper, lower), x, move = levels, state.x, self._moves()
+        (upper, lower), x = levels, state.x
 
         def lower_step(i: Any, copies: Copies) -> Copies:
             gradient = lower.redraw(i, self.lower_steps).gradient(x, copies.value)
-            step = key.inner(i, self.lower_steps).step
-            return CORRECTIONS[self.y].advance(self.network, copies, gradient, move.y, step)
+            return self._advance("y", copies, gradient, key.inner(i, self.lower_steps).step)
 
         found = _repeat(self.lower_steps, lower_step, state.lower)
         y = found.value
-
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         last = derivatives.linearised(lower.stream(Draw.CROSS), x, y)  # on full batches shared by all products
         products = lower.stream(Draw.PRODUCTS)
@@ -240,52 +222,34 @@ class Decentralized:
         def linear_step(i: Any, copies: Copies) -> Copies:
             at = derivatives.linearised(products.redraw(i, self.linear_steps), x, y) if lower.random else last
             residual = optax.tree.sub(at.hvp(copies.value), upper_y)
-            step = key.inner(i, self.linear_steps).step
-            return self._in_ball(CORRECTIONS[self.v].advance(self.network, copies, residual, move.v, step))
+            return self._advance("v", copies, residual, key.inner(i, self.linear_steps).step)
 
         linear = _repeat(self.linear_steps, linear_step, state.linear)
         return found, linear, optax.tree.sub(upper_x, last.cross(linear.value)), value, last.gradient_y
 
     def _simultaneous(self, levels: Levels, state: DecentralizedState, key: StepKey) -> Any:
         """All directions at (x, y, v): SOBA's, each agent's own."""
-        move = self._moves()
         value, direction = Joint()(*levels, Point(state.x, state.y, state.v))
-        lower = CORRECTIONS[self.y].advance(self.network, state.lower, direction.y, move.y, key.step)
-        linear = CORRECTIONS[self.v].advance(self.network, state.linear, direction.v, move.v, key.step)
-        return lower, self._in_ball(linear), direction.x, value, direction.y
-
-    def _in_ball(self, copies: Copies) -> Copies:
-        if self.radius is None:
-            return copies
-        project = jax.vmap(lambda v: optax.projections.projection_l2_ball(v, self.radius))
-        return dataclasses.replace(copies, value=project(copies.value))
+        lower = self._advance("y", state.lower, direction.y, key.step)
+        linear = self._advance("v", state.linear, direction.v, key.step)
+        return lower, linear, direction.x, value, direction.y
 
     def _metrics(self, state: DecentralizedState, u: PyTree, value: Scalar, lower_y: PyTree) -> Metrics:
         p, q = (_agents.size_of(tree) // self.network.n for tree in (state.x, state.y))
         x, y, v = (CORRECTIONS[form].mixings for form in (self.x, self.y, self.v))
         inner = self.lower_steps * y + self.linear_steps * v
-        found = {
-            "communication_rounds": jnp.asarray(inner + x, jnp.float32),
-            "communication_floats": jnp.asarray(inner * q + x * p, jnp.float32),
-        }
+        traffic = _agents.traffic(inner + x, inner * q + x * p)
         if not self.record:
-            return found
-        return {
-            "upper_loss": value / self.network.n,
-            "hypergradient_norm": _agents.norm_of_mean(u),
-            "lower_residual": _agents.norm_of_mean(lower_y),
-            "consensus_x": consensus_error(state.x),
-            "consensus_y": consensus_error(state.y),
-            "consensus_v": consensus_error(state.v),
-            **found,
-        }
+            return traffic
+        errors = {f"consensus_{name}": consensus_error(getattr(state, name)) for name in ("x", "y", "v")}
+        norms = _agents.measures(value / self.network.n, _agents.mean(u), _agents.mean(lower_y))
+        return norms | errors | traffic
 
     def status(self, state: DecentralizedState, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED where the norms and the consensus errors are within the tolerance."""
         if not self.record:
-            raise ValueError(
-                "solve(tol=...) with record=False: nothing is measured to compare with the tolerance. Set record=True."
-            )
+            why = "nothing is measured to compare with the tolerance. Set record=True."
+            raise ValueError(f"solve(tol=...) with record=False: {why}")
         return within(tol, metrics, "hypergradient_norm", "lower_residual", "consensus_x", "consensus_y")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import optax
@@ -10,9 +10,10 @@ import optax
 from bilevel._module import hyperparameters, state
 from bilevel.keys import Draw
 from bilevel.optimizers import Move, check_optimizer
+from bilevel.solvers import _agents
 from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
-from bilevel.solvers.federated.engine import Engine, Federated, Oracle, measures
+from bilevel.solvers.federated.engine import Engine, Federated, Oracle
 from bilevel.typing import Metrics, PyTree
 
 
@@ -37,18 +38,16 @@ class AggITD(Federated):
 
     with D_y = f_y, D_v = f_yy v - F_y, D_x = F_x - f_xy v. v is the sum over the lower steps t of
     prod_{s > t} (I - b f_yy(y_s)) b F_y(y_t): the matrix products of unrolled differentiation, aggregated over clients
-    while y is still moving. The published method draws the step at which the product starts at random; the sum over all
-    starts has the same expectation and less variance.
+    while y moves. The paper draws the step at which the product starts; the sum over all starts has the same
+    expectation and less variance.
 
     Attributes:
-      clients: how many take part in each round; None: all.
       upper_optimizer: the server's step size or optax rule for x.
       lower_step: b, below 1 / L.
       rounds: T; the bias of h falls as (1 - b mu)^T.
-      weighting: "samples": a client counts by its number of samples (`data.Clients`); "clients": all count alike.
 
-    Metrics as in `FederatedNested`; rounds + 1 rounds per outer step. The update is reconstructed from the paper's
-    description.
+    `clients`, `weighting` and metrics as in `FederatedNested`; rounds + 1 rounds per outer step. The update is
+    reconstructed from the paper's description.
 
     Reference: Xiao, Ji, "Communication-Efficient Federated Hypergradient Computation via Aggregated Iterative
     Differentiation", ICML 2023.
@@ -59,16 +58,12 @@ class AggITD(Federated):
     lower_step: float = 0.1
     rounds: int = 10
     weighting: str = "samples"
+    asks: ClassVar[tuple[Oracle, ...]] = (oracles.aggitd, oracles.hyper)
 
     def __post_init__(self) -> None:
         self._check("rounds")
         check_optimizer("AggITD", "upper_optimizer", self.upper_optimizer)
         check_optimizer("AggITD", "lower_step", self.lower_step)
-
-    @property
-    def asks(self) -> tuple[Oracle, ...]:
-        """The oracles of this method's rounds."""
-        return oracles.aggitd, oracles.hyper
 
     def begin(self, engine: Engine, x: PyTree, y: PyTree) -> AggITDState:
         """The server before the first round."""
@@ -89,4 +84,4 @@ class AggITD(Federated):
         last = engine.round(Draw.LAST).ask(oracles.hyper, Point(x, y, v))
         h = last.mean.x
         x, upper = Move(self.upper_optimizer)(h, state.upper, x)
-        return AggITDState(x, y, upper), measures(last.value, h, G)
+        return AggITDState(x, y, upper), _agents.measures(last.value, h, G)

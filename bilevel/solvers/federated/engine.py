@@ -1,7 +1,7 @@
 """How a server asks its clients: one interface, whether they are rows of arrays in this process or far away.
 
-A federated method is written once, against an `Engine`, as rounds of asks. An ask names an oracle (`oracles`) and the
-point that is sent; the answers come back weighted, both levels' terms put together, stacked over those who answered.
+A federated method is written once, against an `Engine`, as rounds of asks. An ask names one of `oracles` and the point
+that is sent; the answers come back weighted, both levels' terms put together, stacked over those who answered.
 
     at = engine.round(Draw.ROUND)                           clients sampled afresh
     D = at.ask(oracles.simfbo, Point(x, y, v)).mean         one exchange
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import derivatives
 from bilevel.data import ProblemError, Source
 from bilevel.keys import Draw, StepKey, permute
 from bilevel.level import Levels
@@ -76,7 +75,6 @@ class InProcess:
     """All clients in this process, stacked along a leading axis: every exchange is a part of the compiled step.
 
     Args:
-      problem: whose losses and data.
       key: the step's key: the clients of a round and their batches follow from it.
       clients: how many take part in a round; None: all.
       weighting: "samples": F and f are the means over all samples, so that a client counts by its number of them;
@@ -87,7 +85,7 @@ class InProcess:
         self.problem, self.key, self.weighting = problem, key, weighting
         self.total = next(source.parties for source in problem.sources if source.parties is not None)
         self.size = self.total if clients is None else clients
-        self.rounds, self.floats = 0, 0
+        self.spent = np.zeros(2, int)  # exchanges so far, and the numbers that their clients received and sent
 
     def round(self, draw: int) -> Round:
         """Clients sampled afresh."""
@@ -95,30 +93,20 @@ class InProcess:
 
     def repeat(self, draw: int, count: int, body: Callable[[Round, PyTree], PyTree], carry: PyTree) -> PyTree:
         """`count` rounds in a compiled loop."""
-        key, rounds, floats = self.key.fold_in(draw), self.rounds, self.floats
+        key, spent = self.key.fold_in(draw), self.spent
 
         def one(i: Any, carry: PyTree) -> PyTree:
-            self.rounds, self.floats = rounds, floats  # however often the body is traced, it counts once
+            self.spent = spent  # however often the body is traced, it counts once
             return body(Round(self, key.inner(i, count)), carry)
 
         carry = jax.lax.fori_loop(0, count, one, carry)
-        self.rounds, self.floats = (
-            before + count * (now - before) for before, now in ((rounds, self.rounds), (floats, self.floats))
-        )
+        self.spent = spent + count * (self.spent - spent)
         return carry
 
     def curvature(self, x: PyTree, y: PyTree, most: int = 64) -> jax.Array:
         """The largest curvature of up to `most` clients' lower levels."""
         some = jnp.asarray(np.unique(np.linspace(0, self.total - 1, min(self.total, most)).astype(int)))
         return _curvature(self.problem, self.key, some, Point(x, y, None))
-
-    @property
-    def traffic(self) -> Metrics:
-        """Exchanges so far, and the numbers that all their clients together received and sent."""
-        return {
-            "communication_rounds": jnp.asarray(self.rounds, jnp.float32),
-            "communication_floats": jnp.asarray(self.floats, jnp.float32),
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,25 +139,15 @@ class Round:
         return numbers if isinstance(self.who, str) else numbers[self.who]
 
     def importance(self, source: Source) -> jax.Array | None:
-        """m p_i of these clients, p_i their share of a level's objective.
-
-        With it a plain mean over them is unbiased.
-        """
+        """m p_i of these clients, p_i their share of a level's objective: a plain mean over them is unbiased."""
         if self.engine.weighting == "clients" or not source.given:
             return None
         return self.of(source.shares())
 
     def ask(
-        self,
-        oracle: Oracle,
-        sent: Any,
-        own: Any = None,
-        only: Any = None,
-        *,
-        held: bool = False,
-        weighted: bool = False,
-        **options: Any,
-    ) -> Answers:
+        self, oracle: Oracle, sent: Any, own: Any = None, only: Any = None, *, held: bool = False,
+        weighted: bool = False, **options: Any,
+    ) -> Answers:  # fmt: skip
         """One exchange.
 
         Args:
@@ -190,13 +168,11 @@ class Round:
         here = here if own is None else Point(here.x, here.y, sent.v)
         if weighted:
             levels = Levels(*(dataclasses.replace(level, weights=w) for level, w in zip(levels, weights, strict=True)))
-            found = oracle(levels, here, **options)
-            each = found.upper
-        else:
-            found = oracle(levels, here, **options)
+        found = oracle(levels, here, **options)
+        each = found.upper
+        if not weighted:
             each = oracles.joined(_weighed(found.upper, weights[0]), _weighed(found.lower, weights[1]))
-        engine.rounds += 1
-        engine.floats += _agents.size_of(here.v if held else here) + _agents.size_of(each)
+        engine.spent = engine.spent + np.array([1, _agents.size_of(here.v if held else here) + _agents.size_of(each)])
         return Answers(None if found.value is None else found.value / engine.size, each, own)
 
 
@@ -248,16 +224,14 @@ class Federated:
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> Any:
         """The server before the first round, its clients in this process."""
         refuse(self, problem, x)
-        owner, clients = type(self).__name__, self.clients
-        total = _agents.number_of_agents(problem, owner)
+        name, clients = type(self).__name__, self.clients
+        total = _agents.number_of_agents(problem, name)
         if total is None:
-            raise ProblemError(
-                f"{owner} samples clients, and neither level has data: give data.Agents or data.Clients."
-            )
+            raise ProblemError(f"{name} samples clients, and neither level has data: give data.Agents or data.Clients.")
         if clients is not None and clients > total:
             raise ProblemError(
-                f"{owner}(clients={clients}) samples more clients than the {total} that exist: take clients={total} "
-                "or fewer, or None for all."
+                f"{name}(clients={clients}) samples more clients than the {total} that exist: take clients={total} or "
+                "fewer, or None for all."
             )
         return self.begin(InProcess(problem, key, clients, self.weighting), x, y)
 
@@ -265,9 +239,4 @@ class Federated:
         """One outer iteration."""
         engine = InProcess(problem, key, self.clients, self.weighting)
         state, metrics = self.advance(engine, state)
-        return state, metrics | engine.traffic
-
-
-def measures(value: Any, h: PyTree, G: PyTree) -> Metrics:
-    """The upper loss and the two measures of stationarity."""
-    return {"upper_loss": value, "hypergradient_norm": derivatives.norm(h), "lower_residual": derivatives.norm(G)}
+        return state, metrics | _agents.traffic(*engine.spent)

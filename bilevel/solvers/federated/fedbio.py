@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,10 @@ import optax
 from bilevel._module import hyperparameters, state
 from bilevel.keys import Draw
 from bilevel.optimizers import check_count
+from bilevel.solvers import _agents
 from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
-from bilevel.solvers.federated.engine import Engine, Federated, Oracle, measures
+from bilevel.solvers.federated.engine import Engine, Federated, Oracle
 from bilevel.solvers.federated.simfbo import FederatedSingleLoop
 from bilevel.typing import Metrics, PyTree
 
@@ -29,8 +30,8 @@ def FedBiO(
 ) -> FederatedSingleLoop:
     """FedBiO: x, y and v walk `local_steps` local steps and are averaged.
 
-    The server's average of the clients' variables is a server step along their summed directions: `FederatedSingleLoop`
-    with the server's steps `local_steps` times the clients'.
+    Averaging the clients' variables is a server step along their summed directions: `FederatedSingleLoop` with the
+    server's steps `local_steps` times the clients'.
 
     Reference: Li, Huang, Huang, "Communication-Efficient Federated Bilevel Optimization with Global and Local Lower
     Level Problems", NeurIPS 2023 (the global lower level problem).
@@ -65,17 +66,13 @@ class FedBiOAcc(Federated):
     momentum is corrected at the client's own point and then averaged, not at the averaged point.
 
     Attributes:
-      clients: how many take part in each round; None: all (what the paper assumes).
       upper_step, lower_step, linear_step: relative step sizes of x, y and v.
       delta, offset: of the schedule; the first step is delta / offset^(1/3).
       momentum: the constant c of the forgetting rate c a_t^2.
       local_steps: local steps per round.
-      weighting: "samples": a client's losses count by its number of samples (`data.Clients`); "clients": all alike.
 
-    Two evaluations of each oracle per local step. Metrics as in `FederatedSingleLoop` (the norms are those of the
-    averaged momenta).
-
-    Reference: Li, Huang, Huang, NeurIPS 2023.
+    Two evaluations of each oracle per local step. `clients` (the paper assumes all), `weighting` (of the losses) and
+    metrics as in `FederatedNested`; the norms are those of the averaged momenta. Reference: as `FedBiO`.
     """
 
     clients: int | None = None
@@ -87,6 +84,7 @@ class FedBiOAcc(Federated):
     momentum: float = 10.0
     local_steps: int = 5
     weighting: str = "samples"
+    asks: ClassVar[tuple[Oracle, ...]] = (oracles.storm,)
 
     def __post_init__(self) -> None:
         self._check("local_steps")
@@ -94,11 +92,6 @@ class FedBiOAcc(Federated):
             value = getattr(self, name)
             if isinstance(value, float) and not value > 0:
                 raise ValueError(f"FedBiOAcc({name}={value}): a positive number is needed.")
-
-    @property
-    def asks(self) -> tuple[Oracle, ...]:
-        """The oracles of this method's rounds."""
-        return (oracles.storm,)
 
     def begin(self, engine: Engine, x: PyTree, y: PyTree) -> AcceleratedState:
         """The server before the first round; momenta start with the first sample."""
@@ -108,14 +101,14 @@ class FedBiOAcc(Federated):
     def advance(self, engine: Engine, state: AcceleratedState) -> tuple[AcceleratedState, Metrics]:
         """One round."""
 
-        def schedule(t: jax.Array) -> tuple[Point, jax.Array]:
+        def schedule(t: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
             a = self.delta / jnp.cbrt(self.offset + t)
             kept = jnp.where(t == 0, 0.0, jnp.maximum(1 - self.momentum * a * a, 0.0))
-            return Point(a * self.upper_step, a * self.lower_step, a * self.linear_step), kept
+            return (a * self.upper_step, a * self.lower_step, a * self.linear_step), kept
 
         sent = Point(state.x, state.y, state.v), state.momenta
         first = engine.key.inner(0, self.local_steps).step
-        options = {"first": first, "local_steps": self.local_steps, "schedule": schedule}
-        found = engine.round(Draw.ROUND).ask(oracles.storm, sent, weighted=True, **options)
+        own = {"first": first, "local_steps": self.local_steps, "schedule": schedule}
+        found = engine.round(Draw.ROUND).ask(oracles.storm, sent, weighted=True, **own)
         at, momenta = found.mean
-        return AcceleratedState(at.x, at.y, at.v, momenta), measures(found.value, momenta.x, momenta.y)
+        return AcceleratedState(at.x, at.y, at.v, momenta), _agents.measures(found.value, momenta.x, momenta.y)

@@ -81,10 +81,6 @@ class ParallelHypergradient(_Series):
     (1 - mu/L)^terms and their variance falls with the number of clients; the sum's is several times smaller, for the
     same communication.
 
-    Attributes:
-      terms: the number of terms of the truncated series.
-      random: the paper's random chain length.
-
     Rounds: terms + 1. Oracle calls: terms - 1 HVPs, one cross product, F_x and F_y per chain.
 
     Reference: Huang, Zhang, Ji, "Achieving Linear Speedup in Non-IID Federated Bilevel Learning", ICML 2023.
@@ -105,10 +101,6 @@ class SharedHypergradient(_Series):
 
     The common random length leaves a variance that more clients do not lower; `random=False` sums the series instead.
 
-    Attributes:
-      terms: the number of terms of the truncated series.
-      random: the paper's random chain length.
-
     Reference: Tarzanagh, Li, Thrampoulidis, Oymak, "FedNest: Federated Bilevel, Minimax, and Compositional
     Optimization", ICML 2022.
     """
@@ -120,13 +112,9 @@ class SharedHypergradient(_Series):
 
 @hyperparameters
 class LocalHypergradient:
-    """LFedNest's: every client inverts its own Hessian. One round, and biased: the mean of local hypergradients is
-    another direction.
+    """LFedNest's: every client inverts its own Hessian by `terms` terms of the series.
 
-    A baseline; right where all clients have equal lower levels.
-
-    Attributes:
-      terms: the number of terms of the truncated series.
+    One round, and biased where lower levels differ: the mean of local hypergradients is another direction. A baseline.
     """
 
     terms: int = 10

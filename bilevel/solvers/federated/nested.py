@@ -11,38 +11,19 @@ import optax
 from bilevel._module import hyperparameters, state
 from bilevel.keys import Draw
 from bilevel.optimizers import Move, check_optimizer, is_rule
+from bilevel.solvers import _agents
 from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
-from bilevel.solvers.federated.engine import Engine, Federated, Oracle, measures
+from bilevel.solvers.federated.engine import Engine, Federated, Oracle
 from bilevel.solvers.federated.hypergradients import LocalHypergradient, ParallelHypergradient, SharedHypergradient
 from bilevel.typing import Metrics, PyTree
 
-
-def _minibatch(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    G = at.ask(oracles.grad_y, Point(x, y, None)).mean.y
-    return *Move(solver.lower_optimizer)(G, memory, y), G
-
-
-def _local(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    own = {"local_steps": solver.local_steps, "step_size": solver.lower_optimizer}
-    moved = at.ask(oracles.local, Point(x, y, None), **own).mean.y
-    residual = jax.tree.map(lambda d: -d / (solver.local_steps * solver.lower_optimizer), moved)
-    return optax.tree.add(y, moved), memory, residual
-
-
-def _svrg(solver: FederatedNested, at: Any, x: PyTree, y: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    own = {"local_steps": solver.local_steps, "step_size": solver.lower_optimizer}
-    G = at.ask(oracles.grad_y, Point(x, y, None)).mean.y
-    moved = at.ask(oracles.local, Point(x, y, G), held=True, **own).mean.y
-    return optax.tree.add(y, moved), memory, G
-
-
-LOWER: dict[str, tuple[Any, tuple[Oracle, ...]]] = {
-    "minibatch": (_minibatch, (oracles.grad_y,)),
-    "svrg": (_svrg, (oracles.grad_y, oracles.local)),
-    "local": (_local, (oracles.local,)),
+LOWER: dict[str, tuple[Oracle, ...]] = {
+    "minibatch": (oracles.grad_y,),
+    "svrg": (oracles.grad_y, oracles.local),
+    "local": (oracles.local,),
 }
-"""The lower rounds: (solver, clients, x, y, memory) -> (y, memory, residual), and the oracles that they ask."""
+"""The lower rounds, and the oracles that they ask."""
 
 
 @state
@@ -80,10 +61,8 @@ class FederatedNested(Federated):
       clients: how many take part in each round; None: all.
       upper_optimizer, lower_optimizer: the server's step sizes or optax rules ("svrg" and "local" need a number for y).
       hypergradient: an estimator of `federated.hypergradients`.
-      lower: one of the three above.
-      lower_rounds, local_steps, local_upper_steps: as above.
-      curvature: L, at least the largest eigenvalue of any client's lower Hessian; None: 1.2 times an estimate at the
-        start.
+      lower, lower_rounds, local_steps, local_upper_steps: as above.
+      curvature: L, at least any client's largest lower curvature; None: 1.2 times an estimate at the start.
       weighting: "samples": a client counts by its number of samples (`data.Clients`); "clients": all count alike.
 
     Metrics: `upper_loss`, `hypergradient_norm` (|h|) and `lower_residual` (|mean G|), on the clients of their rounds;
@@ -107,9 +86,8 @@ class FederatedNested(Federated):
         check_optimizer(owner, "upper_optimizer", self.upper_optimizer)
         check_optimizer(owner, "lower_optimizer", self.lower_optimizer)
         if self.lower not in LOWER:
-            raise ValueError(
-                f"{owner}(lower={self.lower!r}): the lower rounds are one of {', '.join(map(repr, LOWER))}."
-            )
+            rounds = ", ".join(map(repr, LOWER))
+            raise ValueError(f"{owner}(lower={self.lower!r}): the lower rounds are one of {rounds}.")
         if self.lower != "minibatch" and is_rule(self.lower_optimizer):
             raise ValueError(
                 f"{owner}(lower={self.lower!r}) takes its steps on the clients: lower_optimizer must be a step size, "
@@ -125,7 +103,7 @@ class FederatedNested(Federated):
     def asks(self) -> tuple[Oracle, ...]:
         """The oracles of this method's rounds."""
         walk = (oracles.fedout,) if self.local_upper_steps > 1 else ()
-        return *LOWER[self.lower][1], *self.hypergradient.asks, *walk
+        return *LOWER[self.lower], *self.hypergradient.asks, *walk
 
     def begin(self, engine: Engine, x: PyTree, y: PyTree) -> FederatedState:
         """The server before the first round."""
@@ -135,21 +113,28 @@ class FederatedNested(Federated):
 
     def advance(self, engine: Engine, state: FederatedState) -> tuple[FederatedState, Metrics]:
         """The rounds of one outer iteration."""
-        x, (take, _) = state.x, LOWER[self.lower]
+        x = state.x
 
         def lower_round(at: Any, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
-            return take(self, at, x, *carry[:2])
+            y, memory, _ = carry
+            G = None if self.lower == "local" else at.ask(oracles.grad_y, Point(x, y, None)).mean.y
+            if self.lower == "minibatch":
+                return *Move(self.lower_optimizer)(G, memory, y), G
+            own = {"local_steps": self.local_steps, "step_size": self.lower_optimizer}
+            moved = at.ask(oracles.local, Point(x, y, G), held=G is not None, **own).mean.y
+            if G is None:
+                G = jax.tree.map(lambda d: -d / (self.local_steps * self.lower_optimizer), moved)
+            return optax.tree.add(y, moved), memory, G
 
         start = (state.y, state.lower, optax.tree.zeros_like(state.y))
         y, memory, residual = engine.repeat(Draw.ROUND, self.lower_rounds, lower_round, start)
         value, h = self.hypergradient(engine, x, y, state.curvature)
-        direction = h
+        metrics = _agents.measures(value, h, residual)
         if self.local_upper_steps > 1:
             own = {"local_steps": self.local_upper_steps, "step_size": self.upper_optimizer}
-            found = engine.round(Draw.WALK).ask(oracles.fedout, Point(x, y, h), weighted=True, **own)
-            direction = found.mean.x
-        x, upper = Move(self.upper_optimizer)(direction, state.upper, x)
-        return FederatedState(x, y, upper, memory, state.curvature), measures(value, h, residual)
+            h = engine.round(Draw.WALK).ask(oracles.fedout, Point(x, y, h), weighted=True, **own).mean.x
+        x, upper = Move(self.upper_optimizer)(h, state.upper, x)
+        return FederatedState(x, y, upper, memory, state.curvature), metrics
 
 
 def FedMBO(
@@ -157,22 +142,19 @@ def FedMBO(
     upper_optimizer: Any = 0.01,
     lower_optimizer: Any = 0.1,
     *,
-    lower_rounds: int = 5,
     terms: int = 10,
     chain: str = "sum",
     **options: Any,
 ) -> FederatedNested:
-    """FedMBO: minibatch rounds for y, parallel hypergradient chains over freshly sampled clients; variance falls as
-    1/clients.
+    """FedMBO: minibatch rounds for y, parallel chains over freshly sampled clients; variance falls as 1/clients.
 
     Args:
       clients: sampled per round.
       upper_optimizer, lower_optimizer: the server's steps for x and y.
-      lower_rounds: rounds for y per outer step.
       terms: terms of the Neumann series.
       chain: "sum" (the truncated series, several times less variance for the same rounds) or "random" (the paper's
         random lengths).
-      **options: further fields of `FederatedNested`.
+      **options: further fields of `FederatedNested` (`lower_rounds`, `curvature`, ...).
 
     lower_rounds + terms + 1 rounds per outer step. The update is reconstructed from the paper's description; it has no
     public code.
@@ -181,14 +163,8 @@ def FedMBO(
     """
     if chain not in ("sum", "random"):
         raise ValueError(f"FedMBO(chain={chain!r}): 'sum' or 'random'.")
-    return FederatedNested(
-        clients,
-        upper_optimizer,
-        lower_optimizer,
-        ParallelHypergradient(terms, chain == "random"),
-        lower_rounds=lower_rounds,
-        **options,
-    )
+    chains = ParallelHypergradient(terms, chain == "random")
+    return FederatedNested(clients, upper_optimizer, lower_optimizer, chains, **options)
 
 
 def FedNest(
@@ -196,24 +172,20 @@ def FedNest(
     upper_optimizer: Any = 0.01,
     lower_optimizer: Any = 0.1,
     *,
-    lower_rounds: int = 5,
-    local_steps: int = 1,
-    local_upper_steps: int = 1,
     terms: int = 10,
     chain: str = "random",
     **options: Any,
 ) -> FederatedNested:
-    """FedNest: variance-reduced local steps for y (FedInn), one chain of averaged Hessians (FedIHGP), local steps for
-    x (FedOut).
+    """FedNest: `local_steps` variance-reduced for y (FedInn), one chain of averaged Hessians (FedIHGP),
+    `local_upper_steps` for x (FedOut).
 
-    The chain's common random length leaves a variance that more clients do not lower; chain="sum" sums the series.
+    Arguments as `FedMBO`'s. The chain's common random length leaves a variance that more clients do not lower;
+    chain="sum" sums the series.
 
     Reference: Tarzanagh, Li, Thrampoulidis, Oymak, ICML 2022.
     """
-    return FederatedNested(
-        clients, upper_optimizer, lower_optimizer, SharedHypergradient(terms, chain == "random"), "svrg",
-        lower_rounds, local_steps, local_upper_steps, **options,
-    )  # fmt: skip
+    shared = SharedHypergradient(terms, chain == "random")
+    return FederatedNested(clients, upper_optimizer, lower_optimizer, shared, "svrg", **options)
 
 
 def LFedNest(
@@ -221,23 +193,11 @@ def LFedNest(
     upper_optimizer: Any = 0.01,
     lower_optimizer: Any = 0.1,
     *,
-    lower_rounds: int = 5,
-    local_steps: int = 1,
     terms: int = 10,
     **options: Any,
 ) -> FederatedNested:
-    """LFedNest: everything local, averaged. Few rounds, and a bias where clients differ that no step size removes: a
-    baseline.
+    """LFedNest: everything local, averaged; arguments as `FedMBO`'s.
 
-    Reference: Tarzanagh, Li, Thrampoulidis, Oymak, ICML 2022.
+    A baseline: few rounds, and a bias where clients differ that no step size removes. Reference: as `FedNest`.
     """
-    return FederatedNested(
-        clients,
-        upper_optimizer,
-        lower_optimizer,
-        LocalHypergradient(terms),
-        "local",
-        lower_rounds,
-        local_steps,
-        **options,
-    )
+    return FederatedNested(clients, upper_optimizer, lower_optimizer, LocalHypergradient(terms), "local", **options)

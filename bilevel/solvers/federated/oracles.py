@@ -67,8 +67,7 @@ def simfbo(levels: Levels, at: Point, local_steps: int = 1, steps: Any = ()) -> 
     """All three directions, averaged along `local_steps` local steps of the sizes `steps` (of x, y, v)."""
     if local_steps == 1:
         return _joint(levels, at)
-    total = _walked(levels, at, local_steps, steps, None)
-    return Terms(total.value, *optax.tree.scale(1 / local_steps, (total.lower, total.upper)))
+    return uneven(levels, at, None, local_steps, steps, jnp.asarray(local_steps))
 
 
 def _joint(levels: Levels, at: Point) -> Terms:
@@ -76,15 +75,9 @@ def _joint(levels: Levels, at: Point) -> Terms:
     return Terms(found.value, found.lower, found.upper)
 
 
-def uneven(levels: Levels, at: Point, counts: jax.Array, most: int, steps: Any, divisor: jax.Array) -> Terms:
-    """The sums of the directions along each client's own number of local steps (`counts`, at most `most`), divided."""
-    total = _walked(levels, at, most, steps, counts)
-    shared = jax.tree.map(lambda d: d / rows(divisor, d).astype(d.dtype), (total.lower, total.upper))
-    return Terms(total.value, *shared)
-
-
-def _walked(levels: Levels, at: Point, most: int, steps: Any, counts: jax.Array | None) -> Terms:
-    """The sums of the directions along local steps; the loss is that of the first."""
+def uneven(levels: Levels, at: Point, counts: jax.Array | None, most: int, steps: Any, divisor: jax.Array) -> Terms:
+    """The sums of the directions along each client's own number of local steps (`counts`, at most `most`; None: all
+    take so many), divided; the loss is that of the first step."""
 
     def step(k: Any, carry: tuple[Point, Terms]) -> tuple[Point, Terms]:
         at, total = carry
@@ -92,33 +85,33 @@ def _walked(levels: Levels, at: Point, most: int, steps: Any, counts: jax.Array 
         if counts is not None:
             stopped = jax.tree.map(lambda d: jnp.where(rows(k < counts, d), d, 0), (found.lower, found.upper))
             found = Terms(found.value, *stopped)
-        D = joined(found.upper, found.lower)
-        down = [
-            jax.tree.map(lambda a, d, s=s: a - s * d, a, d)
-            for s, a, d in zip(steps, (at.x, at.y, at.v), (D.x, D.y, D.v), strict=True)
-        ]
         first = Terms(jnp.where(k == 0, found.value, 0), found.lower, found.upper)
-        return Point(*down), optax.tree.add(total, first)
+        return _down(at, steps, joined(found.upper, found.lower)), optax.tree.add(total, first)
 
     shapes = jax.eval_shape(lambda at: _joint(levels, at), at)
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    return jax.lax.fori_loop(0, most, step, (at, zero))[1]
+    total = jax.lax.fori_loop(0, most, step, (at, zero))[1]
+    shared = jax.tree.map(lambda d: d / rows(divisor, d).astype(d.dtype), (total.lower, total.upper))
+    return Terms(total.value, *shared)
+
+
+def _down(at: Point, sizes: Any, D: Point) -> Point:
+    """x, y and v, each a step of its own size against its direction."""
+    trios = zip(sizes, (at.x, at.y, at.v), (D.x, D.y, D.v), strict=True)
+    return Point(*(jax.tree.map(lambda a, d, s=s: (a - s * d).astype(a.dtype), a, d) for s, a, d in trios))
 
 
 def storm(levels: Levels, at: tuple[Point, Point], first: jax.Array, local_steps: int, schedule: Any) -> Terms:
     """Where the three variables and their momenta go in `local_steps` steps, numbers `first`, first + 1, ... of a run.
 
-    `schedule(t)` gives the steps' sizes (a `Point`) and the share of the momentum's error that is kept.
+    `schedule(t)` gives the steps' sizes (of x, y, v) and the share of the momentum's error that is kept.
     """
 
     def step(k: Any, carry: tuple[Point, Point, Any]) -> tuple[Point, Point, Any]:
         at, momenta, _ = carry
         sizes, kept = schedule(first + k)
-        moved = Point(*(
-            jax.tree.map(lambda a, m, s=s: (a - s * m).astype(a.dtype), a, m)
-            for s, a, m in zip(*((t.x, t.y, t.v) for t in (sizes, at, momenta)), strict=True)
-        ))  # fmt: skip
-        upper, lower = levels.upper.redraw(k, local_steps), levels.lower.redraw(k, local_steps)
+        moved = _down(at, sizes, momenta)
+        upper, lower = (level.redraw(k, local_steps) for level in levels)
         value, new = Joint()(upper, lower, moved)
         _, old = Joint()(upper, lower, at)
         momenta = jax.tree.map(lambda n, m, o: (n + kept * (m - o)).astype(n.dtype), new, momenta, old)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters, state
-from bilevel.keys import Draw, StepKey
+from bilevel.keys import Draw
 from bilevel.optimizers import Move, check_count, check_optimizer, is_rule
-from bilevel.problem import Problem
+from bilevel.solvers import _agents
 from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
-from bilevel.solvers.federated.engine import Engine, Federated, Oracle, measures
+from bilevel.solvers.federated.engine import Engine, Federated, InProcess, Oracle
 from bilevel.typing import Metrics, PyTree
 
 _VARIABLES = ("upper", "lower", "linear")
@@ -46,19 +47,15 @@ class FederatedSingleLoop(Federated):
     instead.
 
     Attributes:
-      clients: how many take part in each round; None: all.
       upper_optimizer, lower_optimizer, linear_optimizer: the server's step sizes or optax rules for x, y and v.
       local_steps: local steps per round, one number or one per client.
       local_upper, local_lower, local_linear: the clients' step sizes a, b, g; None: the server's, divided by the mean
         number of local steps.
       normalise: as above.
       radius: v is kept in a ball of this radius; None: free.
-      weighting: "samples": a client counts by its number of samples (`data.Clients`) in the server's average;
-        "clients": all count alike.
 
-    Metrics: `upper_loss`, `hypergradient_norm` (|mean D_x|) and `lower_residual` (|mean D_y|) on the round's clients at
-    the server's point (averaged along the local steps), `communication_rounds` (1), `communication_floats` (received
-    and sent by all clients).
+    `clients`, `weighting` and metrics as in `FederatedNested`; the norms are |mean D_x| and |mean D_y| at the server's
+    point (averaged along the local steps).
 
     Oracle calls per local step: one of each, from one linearisation.
     """
@@ -100,27 +97,19 @@ class FederatedSingleLoop(Federated):
         """The oracle of this method's round; one number of local steps per client is for clients with numbers."""
         return (oracles.uneven if isinstance(self.local_steps, tuple) else oracles.simfbo,)
 
-    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> SingleLoopState:
-        """The server before the first round, its clients in this process, v at 0."""
-        state = super().init(problem, x, y, key)
-        total = next(source.parties for source in problem.sources if source.parties is not None)
-        if isinstance(self.local_steps, tuple) and len(self.local_steps) != total:
-            raise ValueError(
-                f"{type(self).__name__}(local_steps=...) has {len(self.local_steps)} entries for {total} clients: "
-                "give one for each."
-            )
-        return state
-
     def begin(self, engine: Engine, x: PyTree, y: PyTree) -> SingleLoopState:
         """The server before the first round, v at 0."""
+        name, given = type(self).__name__, len(self._counts)
+        if isinstance(engine, InProcess) and isinstance(self.local_steps, tuple) and given != engine.total:
+            raise ValueError(
+                f"{name}(local_steps=...) has {given} entries for {engine.total} clients: give one for each."
+            )
         v = optax.tree.zeros_like(y)
         upper, lower, linear = self._moves()
         return SingleLoopState(x, y, v, upper.init(x), lower.init(y), linear.init(v))
 
     def _moves(self) -> tuple[Move, Move, Move]:
-        def ball(v: PyTree) -> PyTree:
-            return optax.projections.projection_l2_ball(v, self.radius)
-
+        ball = functools.partial(optax.projections.projection_l2_ball, scale=self.radius)
         linear = Move(self.linear_optimizer, None if self.radius is None else ball)
         return Move(self.upper_optimizer), Move(self.lower_optimizer), linear
 
@@ -134,7 +123,7 @@ class FederatedSingleLoop(Federated):
         y, lower_memory = lower(D.y, state.lower, state.y)
         v, linear_memory = linear(D.v, state.linear, state.v)
         new = SingleLoopState(x, y, v, upper_memory, lower_memory, linear_memory)
-        return new, measures(found.value, D.x, D.y)
+        return new, _agents.measures(found.value, D.x, D.y)
 
     def _options(self, at: Any) -> dict[str, Any]:
         """The oracle's: how many local steps, of which sizes."""
@@ -171,9 +160,5 @@ def SimFBO(
 
 
 def ShroFBO(clients: int | None = 10, *optimizers: Any, **options: Any) -> FederatedSingleLoop:
-    """ShroFBO: `SimFBO`, with its arguments and defaults, for clients that take unequal numbers of local steps: each
-    one's sum is divided by its own number.
-
-    Reference: Yang, Xiao, Ji, NeurIPS 2023.
-    """
+    """ShroFBO: `SimFBO`, each client's sum divided by its own number of local steps. Reference: as `SimFBO`."""
     return SimFBO(clients, *optimizers, normalise=True, **options)
