@@ -28,15 +28,9 @@ from bilevel.typing import PyTree, Scalar
 LinearMap = Callable[[PyTree], PyTree]
 
 __all__ = [
-    "dominant_eigenvalue",
-    "extreme_eigenvalues",
-    "hessian_norm",
-    "jacobian_norm",
-    "probe_estimate",
-    "secant_estimate",
-    "spectral_norm",
-    "unit_direction",
-]
+    "dominant_eigenvalue", "extreme_eigenvalues", "hessian_norm", "jacobian_norm", "probe_estimate", "secant_estimate",
+    "spectral_norm", "unit_direction",
+]  # fmt: skip
 
 
 def extreme_eigenvalues(

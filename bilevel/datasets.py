@@ -25,19 +25,9 @@ import jax
 import numpy as np
 
 __all__ = [
-    "DatasetNotFoundError",
-    "breast_cancer",
-    "corrupt_labels",
-    "diabetes",
-    "digits",
-    "electricity",
-    "fashion_mnist",
-    "long_tail",
-    "mnist",
-    "split",
-    "standardise",
-    "wine",
-]
+    "DatasetNotFoundError", "breast_cancer", "corrupt_labels", "diabetes", "digits", "electricity", "fashion_mnist",
+    "long_tail", "mnist", "split", "standardise", "wine",
+]  # fmt: skip
 
 ENVIRONMENT_VARIABLE = "BILEVEL_DATA"
 

@@ -19,14 +19,9 @@ from bilevel.typing import PyTree
 Loss = Callable[[PyTree, PyTree], jax.Array]
 
 __all__ = [
-    "Linearised",
-    "cross_product",
-    "gradient_and_cross",
-    "gradient_and_products",
-    "hvp",
-    "linearised",
+    "Linearised", "cross_product", "gradient_and_cross", "gradient_and_products", "hvp", "linearised",
     "mixed_mode_gradient",
-]
+]  # fmt: skip
 
 
 class Linearised(NamedTuple):

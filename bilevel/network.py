@@ -30,21 +30,9 @@ from bilevel._module import hyperparameters
 from bilevel.typing import PyTree
 
 __all__ = [
-    "Network",
-    "NetworkError",
-    "complete",
-    "consensus_error",
-    "erdos_renyi",
-    "exponential",
-    "from_adjacency",
-    "matrix",
-    "metropolis",
-    "one_peer",
-    "ring",
-    "star",
-    "time_varying",
-    "torus",
-]
+    "Network", "NetworkError", "complete", "consensus_error", "erdos_renyi", "exponential", "from_adjacency", "matrix",
+    "metropolis", "one_peer", "ring", "star", "time_varying", "torus",
+]  # fmt: skip
 
 logger = logging.getLogger("bilevel")
 

@@ -29,14 +29,8 @@ Function = Callable[..., Any]
 Condition = Callable[..., Any]
 
 __all__ = [
-    "block_coordinate",
-    "kkt",
-    "kkt_qp",
-    "mirror_descent",
-    "projected_gradient",
-    "proximal_gradient",
-    "stationarity",
-]
+    "block_coordinate", "kkt", "kkt_qp", "mirror_descent", "projected_gradient", "proximal_gradient", "stationarity",
+]  # fmt: skip
 
 
 def stationarity(fun: Function) -> Condition:

@@ -16,18 +16,9 @@ from bilevel._module import state
 from bilevel.typing import Project, PyTree, Scalar
 
 __all__ = [
-    "Move",
-    "Withdrawing",
-    "accepted",
-    "as_optimizer",
-    "check_count",
-    "check_optimizer",
-    "coupled_adam",
-    "quasi_newton",
-    "residual",
-    "spectral",
-    "withdraws",
-]
+    "Move", "Withdrawing", "accepted", "as_optimizer", "check_count", "check_optimizer", "coupled_adam", "quasi_newton",
+    "residual", "spectral", "withdraws",
+]  # fmt: skip
 
 
 def as_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:

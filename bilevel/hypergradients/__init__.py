@@ -22,23 +22,9 @@ from bilevel.problem import Problem
 from bilevel.typing import X, Y
 
 __all__ = [
-    "HOZOG",
-    "PZOBO",
-    "SAMA",
-    "ActiveSet",
-    "Estimate",
-    "Estimator",
-    "FiniteDifference",
-    "FirstOrder",
-    "Implicit",
-    "JacobianFree",
-    "LeastSquares",
-    "NullSpace",
-    "OneStep",
-    "StochasticImplicit",
-    "Unrolled",
-    "value_and_hypergradient",
-]
+    "HOZOG", "PZOBO", "SAMA", "ActiveSet", "Estimate", "Estimator", "FiniteDifference", "FirstOrder", "Implicit",
+    "JacobianFree", "LeastSquares", "NullSpace", "OneStep", "StochasticImplicit", "Unrolled", "value_and_hypergradient",
+]  # fmt: skip
 
 
 def value_and_hypergradient(

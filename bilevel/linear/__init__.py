@@ -44,22 +44,7 @@ from bilevel.linear.preconditioners import (
 from bilevel.linear.series import Identity, Neumann, Richardson
 
 __all__ = [
-    "CG",
-    "GMRES",
-    "MINRES",
-    "BiCGStab",
-    "Dense",
-    "Identity",
-    "Jacobi",
-    "LinearCarry",
-    "LinearInfo",
-    "LinearSolver",
-    "Neumann",
-    "NormalCG",
-    "Nystrom",
-    "NystromPreconditioner",
-    "Preconditioner",
-    "PreconditionerState",
-    "Richardson",
+    "CG", "GMRES", "MINRES", "BiCGStab", "Dense", "Identity", "Jacobi", "LinearCarry", "LinearInfo", "LinearSolver",
+    "Neumann", "NormalCG", "Nystrom", "NystromPreconditioner", "Preconditioner", "PreconditionerState", "Richardson",
     "StaleCholesky",
-]
+]  # fmt: skip

@@ -14,18 +14,6 @@ from bilevel.lower.scaled import EqualityDescent, ScaledDescent
 from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Steps
 
 __all__ = [
-    "LBFGS",
-    "Accurate",
-    "EqualityDescent",
-    "Function",
-    "GradientDescent",
-    "LowerState",
-    "MomentumSGD",
-    "ScaledDescent",
-    "Steps",
-    "as_lower_solver",
-    "jaxopt",
-    "optimistix",
-    "repeat",
-    "until",
-]
+    "LBFGS", "Accurate", "EqualityDescent", "Function", "GradientDescent", "LowerState", "MomentumSGD", "ScaledDescent",
+    "Steps", "as_lower_solver", "jaxopt", "optimistix", "repeat", "until",
+]  # fmt: skip

@@ -6,16 +6,6 @@ from bilevel.runs.strength import Adaptive, Best, adaptive, keep_best
 from bilevel.runs.sweep import Sweep, sweep
 
 __all__ = [
-    "Adaptive",
-    "Best",
-    "Decision",
-    "EarlyStopping",
-    "Monitor",
-    "Multistart",
-    "Snapshot",
-    "Sweep",
-    "adaptive",
-    "keep_best",
-    "multistart",
-    "sweep",
-]
+    "Adaptive", "Best", "Decision", "EarlyStopping", "Monitor", "Multistart", "Snapshot", "Sweep", "adaptive",
+    "keep_best", "multistart", "sweep",
+]  # fmt: skip

@@ -20,24 +20,9 @@ from bilevel.solvers._variance_reduction import PAGE, SAGA, SARAH, STORM, Moment
 from bilevel.typing import Metrics, PyTree
 
 __all__ = [
-    "FSLA",
-    "MASOBA",
-    "MRBO",
-    "PAGE",
-    "SABA",
-    "SAGA",
-    "SARAH",
-    "SOBA",
-    "SPABA",
-    "SRBA",
-    "STORM",
-    "SUSTAIN",
-    "AdamSOBA",
-    "Joint",
-    "Momentum",
-    "Series",
-    "SingleLoop",
-]
+    "FSLA", "MASOBA", "MRBO", "PAGE", "SABA", "SAGA", "SARAH", "SOBA", "SPABA", "SRBA", "STORM", "SUSTAIN", "AdamSOBA",
+    "Joint", "Momentum", "Series", "SingleLoop",
+]  # fmt: skip
 
 
 @state
