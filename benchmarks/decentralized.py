@@ -70,7 +70,7 @@ def cost(problem: Problem, solver: Any, features: int, seconds: float, repeats: 
 
 def agents(most: int, samples: int, features: int, seconds: float, rounds: int) -> None:
     print(
-        f"\nCPU microseconds per outer step (GTDSBO, one y and one z step), {samples} samples of {features} "
+        f"\nCPU microseconds per outer step (GTDSBO, one y and one v step), {samples} samples of {features} "
         f"features per agent"
     )
     print(

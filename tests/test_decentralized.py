@@ -62,13 +62,13 @@ def test_one_agent_is_the_centralised_method(form: str, x64: None) -> None:
     )
     state, _ = _run(problem, solver, jnp.zeros(p), jnp.zeros(q), steps)
     c, d, A, B, b = (np.asarray(a)[0].mean(axis=0) for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
-    x, y, z, r = np.zeros(p), np.zeros(q), np.zeros(q), np.zeros(p)
+    x, y, v, r = np.zeros(p), np.zeros(q), np.zeros(q), np.zeros(p)
     for _ in range(steps):
         for _ in range(2):
             y = y - beta * (A @ y - B @ x - b)
         for _ in range(3):
-            z = z - gamma * (A @ z - (y - c))
-        r = 0.6 * r + 0.4 * (0.5 * x + d + B.T @ z)
+            v = v - gamma * (A @ v - (y - c))
+        r = 0.6 * r + 0.4 * (0.5 * x + d + B.T @ v)
         x = x - alpha * r
     np.testing.assert_allclose(state.x[0], x, atol=1e-12)
     np.testing.assert_allclose(state.y[0], y, atol=1e-12)
@@ -90,14 +90,14 @@ def test_dsoba_with_one_agent_is_soba(x64: None) -> None:
     problem, (p, q) = quadratic(1)
     state, _ = _run(problem, DSOBA(network.ring(1), 0.05, 0.1, 0.15, averaging=1.0), jnp.zeros(p), jnp.zeros(q), 30)
     c, d, A, B, b = (np.asarray(a)[0, 0] for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
-    x, y, z = np.zeros(p), np.zeros(q), np.zeros(q)
+    x, y, v = np.zeros(p), np.zeros(q), np.zeros(q)
     for _ in range(30):
-        x, y, z = x - 0.05 * (0.5 * x + d + B.T @ z), y - 0.1 * (A @ y - B @ x - b), z - 0.15 * (A @ z - (y - c))
+        x, y, v = x - 0.05 * (0.5 * x + d + B.T @ v), y - 0.1 * (A @ y - B @ x - b), v - 0.15 * (A @ v - (y - c))
     np.testing.assert_allclose(state.x[0], x, atol=1e-13)
 
 
 def test_plain_gossip_has_a_bias_of_order_alpha(x64: None) -> None:
-    """x by gossip, y and z tracked: halving alpha halves the error and the consensus error."""
+    """x by gossip, y and v tracked: halving alpha halves the error and the consensus error."""
     problem, _ = quadratic(8, het=1.0)
     found = []
     for alpha in (0.04, 0.02, 0.01):
@@ -108,11 +108,11 @@ def test_plain_gossip_has_a_bias_of_order_alpha(x64: None) -> None:
     assert found[-1][0] > 1e-4
 
 
-def test_correcting_y_and_z_matters_more_than_correcting_x(x64: None) -> None:
+def test_correcting_y_and_v_matters_more_than_correcting_x(x64: None) -> None:
     problem, _ = quadratic(8, het=1.0)
     only_x, _ = _error(problem, SPARKLE(RING, 0.01, 0.1, 0.1, y="none", v="none"), 5000)
-    only_yz, _ = _error(problem, SPARKLE(RING, 0.01, 0.1, 0.1, x="none"), 5000)
-    assert only_yz < only_x / 3
+    only_yv, _ = _error(problem, SPARKLE(RING, 0.01, 0.1, 0.1, x="none"), 5000)
+    assert only_yv < only_x / 3
 
 
 def test_madsbo_is_the_papers_recursion(x64: None) -> None:
@@ -122,19 +122,19 @@ def test_madsbo_is_the_papers_recursion(x64: None) -> None:
     state, _ = _run(problem, solver, jnp.zeros(p), jnp.zeros(q), 25)
     c, d, A, B, b = (np.asarray(a)[:, 0] for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
     apply, transposed = functools.partial(np.einsum, "nij,nj->ni"), functools.partial(np.einsum, "nij,ni->nj")
-    x, y, z, r = np.zeros((4, p)), np.zeros((4, q)), np.zeros((4, q)), np.zeros((4, p))
+    x, y, v, r = np.zeros((4, p)), np.zeros((4, q)), np.zeros((4, q)), np.zeros((4, p))
     tracker = before = np.zeros((4, q))
     for _ in range(25):
         for _ in range(2):
             y = W @ y - 0.05 * (apply(A, y) - apply(B, x) - b)
         for _ in range(3):
-            s = apply(A, z) - (y - c)
+            s = apply(A, v) - (y - c)
             tracker, before = W @ tracker + s - before, s
-            z = W @ z - 0.04 * tracker
-        u = 0.5 * x + d + transposed(B, z)
+            v = W @ v - 0.04 * tracker
+        u = 0.5 * x + d + transposed(B, v)
         x, r = W @ x - 0.02 * r, 0.7 * r + 0.3 * u
     np.testing.assert_allclose(state.x, x, atol=1e-12)
-    np.testing.assert_allclose(state.v, z, atol=1e-12)
+    np.testing.assert_allclose(state.v, v, atol=1e-12)
 
 
 def test_time_varying_graph_and_optax_rules(x64: None) -> None:

@@ -5,8 +5,8 @@ step a or of any optax rule, one step of each form is
 
     none      s+ = W (s - a g)                                     diffusion: adapt, then combine
     none-cta  s+ = W s - a g                                       decentralised gradient descent: combine, then adapt
-    gt        v+ = W (v + g - g_before),   s+ = W (s - a v+)       gradient tracking: adapt, then combine
-    gt-cta    v+ = W v + g - g_before,     s+ = W s - a v+         gradient tracking: combine, then adapt
+    gt        t+ = W (t + g - g_before),   s+ = W (s - a t+)       gradient tracking: adapt, then combine
+    gt-cta    t+ = W t + g - g_before,     s+ = W s - a t+         gradient tracking: combine, then adapt
     ed        s+ = Wb (2 s - s_before - a (g - g_before))          exact diffusion
     extra     s+ = Wb (2 s - s_before) - a (g - g_before)          EXTRA
 
@@ -53,7 +53,7 @@ class Copies:
     Attributes:
       value: the copies, along a leading axis.
       direction: the last local directions (gt).
-      memory: the tracker v (gt), or the accumulated flow (ed, extra).
+      memory: the tracker t (gt), or the accumulated flow (ed, extra).
       optimizer: each agent's memory of its step rule.
     """
 
