@@ -16,7 +16,7 @@ import numpy as np
 from distributed_problems import quadratic
 
 from bilevel import data, distributed, network, solve
-from bilevel.solvers import GTDSBO, SPARKLE, FedMBO, SimFBO
+from bilevel.solvers import GTDSBO, SLDBO, SPARKLE, FedMBO, SimFBO
 
 METHODS = {
     "gt": lambda: GTDSBO(network.ring(8), 0.05, 0.1, 0.1, lower_steps=2, linear_steps=2),
@@ -55,7 +55,8 @@ def collectives() -> list[str]:
     problem, (p, q) = quadratic(8, het=0.5, samples=4, size=2)
     problem = distributed.shard(problem, distributed.mesh())
     found = []
-    for solver in (METHODS["gt"](), SPARKLE(network.torus(2, 4)), SPARKLE(network.exponential(8))):
+    rings = METHODS["gt"](), SLDBO(network.ring(8), radius=5.0)
+    for solver in (*rings, SPARKLE(network.torus(2, 4)), SPARKLE(network.exponential(8))):
         key = data.as_step_key(0)
         state = solver.init(problem, jnp.zeros(p), jnp.zeros(q), key)
         step = jax.jit(lambda problem, state, key, solver=solver: solver.step(problem, state, key)[0])

@@ -84,7 +84,7 @@ def test_four_devices_are_one_device(expected: dict[str, Any], tmp_path: Path) -
     found = np.load(tmp_path / "out.npz")
     assert found["devices"] == 4 and found["gt devices"] == 4
     _same(found, expected, METHODS)
-    assert found["collectives"].tolist() == ["collective-permute"] * 3
+    assert found["collectives"].tolist() == ["collective-permute"] * 4
 
 
 @pytest.mark.slow
