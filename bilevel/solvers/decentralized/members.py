@@ -48,13 +48,14 @@ def GTDSBO(
     *,
     lower_steps: int = 5,
     linear_steps: int = 5,
+    averaging: float = 1.0,
     **options: Any,
 ) -> Decentralized:
     """MA-DSBO's loops with adapt-then-combine gradient tracking of y, v and x in place of gossip, and no average.
 
     No bias from heterogeneous agents; the one to begin with. Reference: as `MADSBO` and `Decentralized`.
     """
-    options = {"lower_steps": lower_steps, "linear_steps": linear_steps, **options}
+    options |= {"lower_steps": lower_steps, "linear_steps": linear_steps, "averaging": averaging}
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **options)
 
 
@@ -106,6 +107,8 @@ def SLDBO(
     upper_optimizer: Any = 0.01,
     lower_optimizer: Any = 0.1,
     linear_optimizer: Any = 0.1,
+    *,
+    radius: float | None = None,
     **options: Any,
 ) -> Decentralized:
     """SLDBO: SOBA's simultaneous directions with gradient tracking of all three, and v kept in a ball (`radius=`).
@@ -115,5 +118,5 @@ def SLDBO(
     Reference: Dong, Ma, Yang, Yin, "A Single-Loop Algorithm for Decentralized Bilevel Optimization", Mathematics of
     Operations Research 2025.
     """
-    options = {"simultaneous": True, **options}
+    options = {"simultaneous": True, "radius": radius, **options}
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **options)

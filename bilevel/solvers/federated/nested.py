@@ -142,6 +142,7 @@ def FedMBO(
     upper_optimizer: Any = 0.01,
     lower_optimizer: Any = 0.1,
     *,
+    lower_rounds: int = 5,
     terms: int = 10,
     chain: str = "sum",
     **options: Any,
@@ -151,10 +152,11 @@ def FedMBO(
     Args:
       clients: sampled per round.
       upper_optimizer, lower_optimizer: the server's steps for x and y.
+      lower_rounds: rounds for y per outer step.
       terms: terms of the Neumann series.
       chain: "sum" (the truncated series, several times less variance for the same rounds) or "random" (the paper's
         random lengths).
-      **options: further fields of `FederatedNested` (`lower_rounds`, `curvature`, ...).
+      **options: further fields of `FederatedNested` (`curvature`, `weighting`).
 
     lower_rounds + terms + 1 rounds per outer step. The update is reconstructed from the paper's description; it has no
     public code.
@@ -164,6 +166,7 @@ def FedMBO(
     if chain not in ("sum", "random"):
         raise ValueError(f"FedMBO(chain={chain!r}): 'sum' or 'random'.")
     chains = ParallelHypergradient(terms, chain == "random")
+    options["lower_rounds"] = lower_rounds
     return FederatedNested(clients, upper_optimizer, lower_optimizer, chains, **options)
 
 
@@ -172,6 +175,9 @@ def FedNest(
     upper_optimizer: Any = 0.01,
     lower_optimizer: Any = 0.1,
     *,
+    lower_rounds: int = 5,
+    local_steps: int = 1,
+    local_upper_steps: int = 1,
     terms: int = 10,
     chain: str = "random",
     **options: Any,
@@ -185,7 +191,8 @@ def FedNest(
     Reference: Tarzanagh, Li, Thrampoulidis, Oymak, ICML 2022.
     """
     shared = SharedHypergradient(terms, chain == "random")
-    return FederatedNested(clients, upper_optimizer, lower_optimizer, shared, "svrg", **options)
+    steps = lower_rounds, local_steps, local_upper_steps
+    return FederatedNested(clients, upper_optimizer, lower_optimizer, shared, "svrg", *steps, **options)
 
 
 def LFedNest(
@@ -193,6 +200,8 @@ def LFedNest(
     upper_optimizer: Any = 0.01,
     lower_optimizer: Any = 0.1,
     *,
+    lower_rounds: int = 5,
+    local_steps: int = 1,
     terms: int = 10,
     **options: Any,
 ) -> FederatedNested:
@@ -200,4 +209,5 @@ def LFedNest(
 
     A baseline: few rounds, and a bias where clients differ that no step size removes. Reference: as `FedNest`.
     """
-    return FederatedNested(clients, upper_optimizer, lower_optimizer, LocalHypergradient(terms), "local", **options)
+    steps = LocalHypergradient(terms), "local", lower_rounds, local_steps
+    return FederatedNested(clients, upper_optimizer, lower_optimizer, *steps, **options)

@@ -144,6 +144,9 @@ def SimFBO(
     upper_optimizer: Any = 0.005,
     lower_optimizer: Any = 0.05,
     linear_optimizer: Any = 0.05,
+    *,
+    local_steps: int | tuple[int, ...] = 1,
+    radius: float | None = None,
     **options: Any,
 ) -> FederatedSingleLoop:
     """SimFBO: one round of p + 2 q numbers each way per outer step. The practical default.
@@ -151,14 +154,27 @@ def SimFBO(
     Args:
       clients: sampled per round.
       upper_optimizer, lower_optimizer, linear_optimizer: the server's steps for x, y and v.
-      **options: further fields of `FederatedSingleLoop` (`local_steps`, `radius`, ...).
+      local_steps: of every client, or one number for each.
+      radius: of the ball that holds v; None: no ball.
+      **options: further fields of `FederatedSingleLoop`.
 
     Reference: Yang, Xiao, Ji, "SimFBO: Towards Simple, Flexible and Communication-efficient Federated Bilevel
     Learning", NeurIPS 2023.
     """
+    options |= {"local_steps": local_steps, "radius": radius}
     return FederatedSingleLoop(clients, upper_optimizer, lower_optimizer, linear_optimizer, **options)
 
 
-def ShroFBO(clients: int | None = 10, *optimizers: Any, **options: Any) -> FederatedSingleLoop:
+def ShroFBO(
+    clients: int | None = 10,
+    upper_optimizer: Any = 0.005,
+    lower_optimizer: Any = 0.05,
+    linear_optimizer: Any = 0.05,
+    *,
+    local_steps: int | tuple[int, ...] = 1,
+    radius: float | None = None,
+    **options: Any,
+) -> FederatedSingleLoop:
     """ShroFBO: `SimFBO`, each client's sum divided by its own number of local steps. Reference: as `SimFBO`."""
-    return SimFBO(clients, *optimizers, normalise=True, **options)
+    options |= {"local_steps": local_steps, "radius": radius, "normalise": True}
+    return FederatedSingleLoop(clients, upper_optimizer, lower_optimizer, linear_optimizer, **options)
