@@ -138,14 +138,13 @@ def accepted(memory: PyTree, params: PyTree) -> tuple[PyTree, Any]:
     if len(found) > 1:
         raise ValueError(
             f"{len(found)} step rules of one chain withdraw steps (quasi_newton, spectral), and cannot agree on where "
-            "the "
-            "variable stands: keep one of them."
+            "the variable stands: keep one of them."
         )
     if jax.tree.structure(found[0].x) != jax.tree.structure(params):  # type: ignore[operator]
         raise ValueError(
             "A step rule that withdraws steps (quasi_newton, spectral) moves only a part of the variable here "
-            "(optax.masked, "
-            "optax.partition), while the rest moves on: give it the whole variable, or take another rule."
+            "(optax.masked, optax.partition), while the rest moves on: give it the whole variable, or take another "
+            "rule."
         )
     return found[0].x, found[0].accepted
 

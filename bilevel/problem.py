@@ -26,8 +26,8 @@ _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", 
 class Problem(Generic[X, Y]):
     """The bilevel problem
 
-        min over x in X   F(x, y*(x))   subject to   y*(x) in argmin over y in Y of f(x, y),  g(x, y) <= 0,  h(x, y) =
-        0.
+        min over x in X   F(x, y*(x))
+        subject to   y*(x) in argmin over y in Y of f(x, y)   subject to   g(x, y) <= 0,  h(x, y) = 0.
 
     A `Problem` is a pytree: its functions are static, its data are leaves. Data are thus arguments of a compiled step
     and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems.

@@ -40,7 +40,7 @@ from bilevel.keys import StepKey
 from bilevel.problem import Problem
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers.federated import Answers, Federated, Point, oracles
+from bilevel.solvers.federated import Answers, Federated, Point, combined, oracles
 from bilevel.solvers.federated.oracles import Terms
 from bilevel.typing import PyTree
 
@@ -267,7 +267,7 @@ class _Server:
         def part(terms: Point, level: str) -> Point:
             return jax.tree.map(lambda a: np.asarray(self.weight(node, level) * a, a.dtype), terms)
 
-        return oracles.joined(part(answer.upper, "upper"), part(answer.lower, "lower"))
+        return combined(part(answer.lower, "lower"), part(answer.upper, "upper"))
 
     def weight(self, node: int, level: str) -> float:
         """How much a client counts: 1 on average over the clients heard of."""

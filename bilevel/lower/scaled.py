@@ -92,9 +92,9 @@ class EqualityDescent:
     With `skip` < 1 it is E-AiPOD's, which keeps a correction r from one call to the next and projects with this
     probability only:
 
-        z = y - beta (f_y - r);   with probability skip:  y <- Proj(z - (beta / skip) r),  r <- r + (skip / beta) (y -
-        z)
-                                  else                    y <- z
+        z = y - beta (f_y - r)
+        with probability skip:   y <- Proj(z - (beta / skip) r),   r <- r + (skip / beta) (y - z)
+        else:                    y <- z
 
     A call factors the constraints' A A' once. The level's random numbers decide, those of its `key`.
 

@@ -60,11 +60,6 @@ def traffic(rounds: Any, floats: Any) -> Metrics:
     return {name: jnp.asarray(count, jnp.float32) for name, count in counts.items()}
 
 
-def size_of(tree: PyTree) -> int:
-    """How many numbers one copy holds."""
-    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
-
-
 def spread(tree: PyTree, n: int, problem: Problem) -> PyTree:
     """n copies along a leading axis, lying where the agents' data lie: sharded as they are, on all processes."""
     sharding = agents_sharding(problem)

@@ -19,10 +19,8 @@ from bilevel.typing import PyTree, Scalar
 
 @state
 class Point:
-    """The three variables, or a direction for each: x (upper), y (lower), v (linear system.
-
-    None where it is no variable).
-    """
+    """The three variables, or a direction for each: x (upper), y (lower), v (linear system); None where it is no
+    variable."""
 
     x: PyTree
     y: PyTree
@@ -44,9 +42,17 @@ class Components:
     upper: Point
 
 
-def combined(lower: Point, upper: Point) -> Point:
-    """The direction (F_x - f_xy v, f_y, f_yy v - F_y) from the two levels' terms."""
-    return Point(optax.tree.sub(upper.x, lower.x), lower.y, optax.tree.sub(lower.v, upper.v))
+def combined(lower: Point | None, upper: Point | None) -> Point:
+    """The direction (F_x - f_xy v, f_y, f_yy v - F_y) from the two levels' terms, a tree without leaves being none."""
+    nothing = Point(None, None, None)
+    lower, upper = lower or nothing, upper or nothing
+    return Point(_less(upper.x, lower.x), lower.y, _less(lower.v, upper.v))
+
+
+def _less(a: PyTree, b: PyTree) -> PyTree:
+    if not jax.tree.leaves(b):
+        return a
+    return optax.tree.sub(a, b) if jax.tree.leaves(a) else optax.tree.scale(-1, b)
 
 
 @hyperparameters
@@ -92,8 +98,10 @@ class Series:
 
     with, over K = `steps` batches B_1, ..., B_K of the lower level,
 
-        w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y                     (`randomised=False`) w = K eta
-        prod_{j<=P} (I - eta f_yy(B_j)) F_y,  P uniform on 0, ..., K-1     (`randomised=True`, unbiased for the first)
+        w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y                  (`randomised=False`)
+        w = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y,  P uniform on 0, ..., K-1  (`randomised=True`)
+
+    The second is unbiased for the first with K - 1 in the place of K.
 
     Attributes:
       step_size: eta, below 2/L.

@@ -140,8 +140,8 @@ class Recursion:
 class STORM:
     """Momentum that is corrected with the *same* batch at the last point.
 
-        m_t = D(z_t; B_t) + (1 - eta_t) (m_{t-1} - D(z_{t-1}; B_t)),    eta_t = eta / (t + 1)^eta_decay,    m_0 = D(z_0;
-        B_0)
+        m_t = D(z_t; B_t) + (1 - eta_t) (m_{t-1} - D(z_{t-1}; B_t)),    m_0 = D(z_0; B_0)
+        eta_t = eta / (t + 1)^eta_decay
 
     Attributes:
       eta, eta_decay: the schedule of the weight.
@@ -263,8 +263,8 @@ def refuse_endless(what: str, problem: Problem) -> None:
         if source.count is None:
             raise ProblemError(
                 f"{what} passes over all samples now and then, and {name} is a {type(source).__name__}, which has no "
-                "end. "
-                "Give arrays or data.Minibatches, or take a method without full passes (SOBA, MASOBA, SUSTAIN, MRBO)."
+                "end. Give arrays or data.Minibatches, or take a method without full passes (SOBA, MASOBA, SUSTAIN, "
+                "MRBO)."
             )
 
 
@@ -348,10 +348,8 @@ class SAGA:
         if needed > self.max_bytes:
             raise ProblemError(
                 f"SAGA's tables would take {_readable(needed)}, more than its bound of {_readable(self.max_bytes)}: "
-                "one "
-                f"gradient of each of the {lower.blocks or 0} lower and {upper.blocks or 0} upper blocks. Take SRBA, "
-                "which "
-                "reaches the same accuracy with six vectors, or larger batches, or raise max_table_bytes."
+                f"one gradient of each of the {lower.blocks or 0} lower and {upper.blocks or 0} upper blocks. Take "
+                "SRBA, which reaches the same accuracy with six vectors, or larger batches, or raise max_table_bytes."
             )
         terms = Point(at.x, at.y, at.v)
         return _empty(_packed(terms), lower.blocks), _empty(_packed(Point(at.x, None, at.v)), upper.blocks)
@@ -452,8 +450,7 @@ def _refuse_unnumbered(name: str, source: Source) -> None:
     if left:
         raise ProblemError(
             f"SAGA needs blocks that share out the samples, and {source.size} does not divide the {source.count} "
-            "samples of "
-            f"{name}: the mean over the blocks would not be the mean over the samples. "
+            f"samples of {name}: the mean over the blocks would not be the mean over the samples. "
             f"{_divisors(source.count, source.size)}drop the last {left} samples, or take SRBA."  # type: ignore[arg-type]
         )
 

@@ -53,8 +53,7 @@ class UpperFirst:
         if not hasattr(self.hypergradient, "at"):
             raise TypeError(
                 "UpperFirst estimates at the incoming y, ahead of the lower solver: take "
-                "hypergradients.FiniteDifference or "
-                f"FirstOrder, not {type(self.hypergradient).__name__}."
+                f"hypergradients.FiniteDifference or FirstOrder, not {type(self.hypergradient).__name__}."
             )
         check_optimizer("UpperFirst", "upper_optimizer", self.upper_optimizer)
         as_lower_solver(self.lower_solver)
@@ -66,8 +65,7 @@ class UpperFirst:
         if withdraws(memory):
             raise ProblemError(
                 "UpperFirst (DARTS) cannot withdraw an upper step, since the lower level has moved with it: take a "
-                "step size or "
-                "an optax rule such as optax.adam(1e-2) as upper_optimizer."
+                "step size or an optax rule such as optax.adam(1e-2) as upper_optimizer."
             )
         return UpperFirstState(x, y, as_lower_solver(self.lower_solver).init(y).memory, memory)
 

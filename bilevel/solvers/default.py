@@ -44,8 +44,7 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
             solver = AID(lower_solver=GradientDescent(0.1, 1000, tol=1e-6))
             return solver, (
                 "Chose AID (implicit differentiation of the forward-backward map, with GMRES; lower steps of 0.1): "
-                "full batches, "
-                "a projected or proximal lower level."
+                "full batches, a projected or proximal lower level."
             )
         return (
             AID(),
@@ -55,8 +54,7 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
     if nonsmooth:
         raise ProblemError(
             "No solver is chosen automatically for minibatches with a projected or proximal lower level: name one, "
-            "such as "
-            "solvers.VPBGD or solvers.MEHA, or give full batches."
+            "such as solvers.VPBGD or solvers.MEHA, or give full batches."
         )
     return (
         STFBO(),

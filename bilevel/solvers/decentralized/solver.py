@@ -235,7 +235,7 @@ class Decentralized:
         return lower, linear, direction.x, value, direction.y
 
     def _metrics(self, state: DecentralizedState, u: PyTree, value: Scalar, lower_y: PyTree) -> Metrics:
-        p, q = (_agents.size_of(tree) // self.network.n for tree in (state.x, state.y))
+        p, q = (optax.tree.size(tree) // self.network.n for tree in (state.x, state.y))
         x, y, v = (CORRECTIONS[form].mixings for form in (self.x, self.y, self.v))
         inner = self.lower_steps * y + self.linear_steps * v
         traffic = _agents.traffic(inner + x, inner * q + x * p)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bilevel.solvers._directions import Point
+from bilevel.solvers._directions import Point, combined
 from bilevel.solvers.federated import oracles
 from bilevel.solvers.federated.aggitd import AggITD
 from bilevel.solvers.federated.engine import Answers, Engine, Federated, InProcess
@@ -14,5 +14,5 @@ from bilevel.solvers.federated.simfbo import FederatedSingleLoop, ShroFBO, SimFB
 __all__ = [
     "AggITD", "Answers", "Engine", "FedBiO", "FedBiOAcc", "FedMBO", "FedNest", "Federated", "FederatedNested",
     "FederatedSingleLoop", "InProcess", "LFedNest", "LocalHypergradient", "ParallelHypergradient", "Point",
-    "SharedHypergradient", "ShroFBO", "SimFBO", "oracles",
+    "SharedHypergradient", "ShroFBO", "SimFBO", "combined", "oracles",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bilevel.data import ProblemError, Source
 from bilevel.keys import Draw, StepKey, permute
@@ -27,7 +28,7 @@ from bilevel.optimizers import check_count
 from bilevel.problem import Problem
 from bilevel.solvers import _agents
 from bilevel.solvers._base import refuse
-from bilevel.solvers._directions import Point
+from bilevel.solvers._directions import Point, combined
 from bilevel.solvers.federated import oracles
 from bilevel.typing import Metrics, PyTree, Scalar
 
@@ -171,8 +172,8 @@ class Round:
         found = oracle(levels, here, **options)
         each = found.upper
         if not weighted:
-            each = oracles.joined(_weighed(found.upper, weights[0]), _weighed(found.lower, weights[1]))
-        engine.spent = engine.spent + np.array([1, _agents.size_of(here.v if held else here) + _agents.size_of(each)])
+            each = combined(_weighed(found.lower, weights[1]), _weighed(found.upper, weights[0]))
+        engine.spent = engine.spent + np.array([1, optax.tree.size(here.v if held else here) + optax.tree.size(each)])
         return Answers(None if found.value is None else found.value / engine.size, each, own)
 
 

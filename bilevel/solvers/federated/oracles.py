@@ -4,7 +4,7 @@
 
 An oracle takes the client's levels, the point, and options; all clients of a round stand along a leading axis (over
 Flower a client is a round of one). It gives `Terms`, what each level contributes, apart because a client may count
-differently in each; `joined` puts them together.
+differently in each; `_directions.combined` puts them together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bilevel import derivatives
 from bilevel.keys import Draw
 from bilevel.level import Levels
 from bilevel.solvers import _agents
-from bilevel.solvers._directions import Joint, Point
+from bilevel.solvers._directions import Joint, Point, combined
 from bilevel.typing import PyTree
 
 
@@ -86,7 +86,7 @@ def uneven(levels: Levels, at: Point, counts: jax.Array | None, most: int, steps
             stopped = jax.tree.map(lambda d: jnp.where(rows(k < counts, d), d, 0), (found.lower, found.upper))
             found = Terms(found.value, *stopped)
         first = Terms(jnp.where(k == 0, found.value, 0), found.lower, found.upper)
-        return _down(at, steps, joined(found.upper, found.lower)), optax.tree.add(total, first)
+        return _down(at, steps, combined(found.lower, found.upper)), optax.tree.add(total, first)
 
     shapes = jax.eval_shape(lambda at: _joint(levels, at), at)
     zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
@@ -169,19 +169,6 @@ def local_hyper(levels: Levels, at: Point, terms: int, curvature: Any) -> Terms:
 def curvature(levels: Levels, at: Point) -> Terms:
     """The largest |eigenvalue| of any of these clients' lower Hessians, as the value."""
     return Terms(_agents.largest_curvature(levels.lower, at.x, at.y))
-
-
-def joined(upper: Point | None, lower: Point | None) -> Point:
-    """The direction (F_x - f_xy v, f_y, f_yy v - F_y) made of both levels' terms, a tree without leaves being none."""
-    nothing = Point(None, None, None)
-    upper, lower = upper or nothing, lower or nothing
-    return Point(_less(upper.x, lower.x), lower.y, _less(lower.v, upper.v))
-
-
-def _less(a: PyTree, b: PyTree) -> PyTree:
-    if not jax.tree.leaves(b):
-        return a
-    return optax.tree.sub(a, b) if jax.tree.leaves(a) else optax.tree.scale(-1, b)
 
 
 def factor(p: PyTree, product: PyTree, curvature: Any) -> PyTree:
