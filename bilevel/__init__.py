@@ -21,6 +21,7 @@ from bilevel import (
     projections,
     regularizers,
     runs,
+    sets,
     solvers,
 )
 from bilevel._module import hyperparameters, state
@@ -40,5 +41,5 @@ __all__ = [
     "CheckpointError", "Event", "History", "Level", "Levels", "Multistart", "Problem", "ProblemError", "Result",
     "Solution", "Sweep", "curvature", "data", "derivatives", "diagnostics", "hypergradients", "hyperparameters",
     "implicit", "linear", "lower", "multistart", "network", "optimality", "optimizers", "projections", "regularizers",
-    "run", "runs", "solve", "solvers", "state", "sweep",
+    "run", "runs", "sets", "solve", "solvers", "state", "sweep",
 ]  # fmt: skip
