@@ -51,6 +51,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel._module import hyperparameters
+from bilevel.quadratic import qp
 from bilevel.typing import Project, PyTree
 
 __all__ = [
@@ -516,8 +517,6 @@ class Polyhedron(Set):
 
     def __call__(self, z: PyTree) -> PyTree:
         """The quadratic programme min |v - z|^2 / 2 over the polyhedron."""
-        from bilevel.quadratic import qp
-
         flat, back = _flat(z)
         A, b = _matrix("Polyhedron", "A", self.A, self.b, flat)
         G, h = _matrix("Polyhedron", "G", self.G, self.h, flat)
