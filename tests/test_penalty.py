@@ -24,6 +24,8 @@ from bilevel.solvers import (
     LVHBA,
     MEHA,
     SFLCB,
+    SOBA,
+    STFBO,
     VPBGD,
     AiPOD,
     BiCGAFFA,
@@ -501,6 +503,13 @@ def test_solvers_refuse_what_they_cannot_honour():
     for solver in (MEHA(), VPBGD(), GPBGD(), BOME(), F2SA(), GALET(), AiPOD()):
         with pytest.raises(ProblemError, match=f"{type(solver).__name__} cannot honour the coupled inequality"):
             solve(problem, x0, y0, solver)
+    above = dataclasses.replace(quadratic()[0], upper_constraint=lambda x, y: y)
+    for solver in (MEHA(), VPBGD(), F2SA(), LVHBA(), BLOCC(), GALET(), SOBA(), STFBO()):
+        with pytest.raises(ProblemError, match=f"{type(solver).__name__} cannot honour the upper level's inequality"):
+            solve(above, *quadratic()[3:], solver)
+    level = dataclasses.replace(quadratic()[0], upper_equality=lambda x, y: x)
+    with pytest.raises(ProblemError, match=r"SingleLoop cannot honour the upper level's equality .* solvers.MPCC"):
+        solve(level, *quadratic()[3:], SOBA())
     with pytest.raises(ProblemError, match="affine"):
         solve(dataclasses.replace(problem, constraint=lambda x, y: y**2 - x), x0, y0, SFLCB())
     with pytest.raises(ProblemError, match="needs an upper variable"):

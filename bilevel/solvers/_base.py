@@ -12,6 +12,8 @@ from bilevel.result import Result
 from bilevel.typing import Metrics, PyTree
 
 _PARTS = {
+    "upper_constraint": "the upper level's inequality upper_constraint=",
+    "upper_equality": "the upper level's equality upper_equality=",
     "constraint": "the coupled inequality constraint=",
     "equality": "the coupled equality constraint equality=",
     "project_upper": "the upper projection project_upper=",
@@ -29,7 +31,8 @@ def refuse(
       solver: the solver, for its name.
       problem: the problem.
       x: the upper variable (None in a simple bilevel problem).
-      honours: which of constraint, equality, project_upper, project_lower, prox_lower the solver treats.
+      honours: which of upper_constraint, upper_equality, constraint, equality, project_upper, project_lower,
+        prox_lower the solver treats.
       simple: whether it takes x0=None.
       instead: what to take instead, a sentence's end such as "solvers.LVHBA".
     """
@@ -37,6 +40,7 @@ def refuse(
     cure = f" Take {instead} instead." if instead else ""
     for part, what in _PARTS.items():
         if getattr(problem, part) is not None and part not in honours:
+            cure = " Take solvers.MPCC instead." if part.startswith("upper_") else cure
             raise ProblemError(f"{name} cannot honour {what} of the problem, and would ignore it.{cure}")
     if not simple and not jax.tree.leaves(x):
         raise ProblemError(

@@ -30,6 +30,11 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
     Raises:
       ProblemError: no solver of this package honours all parts of the problem.
     """
+    if problem.upper_constraint is not None or problem.upper_equality is not None:
+        raise ProblemError(
+            "No solver is chosen automatically for upper_constraint= and upper_equality=: name one of bilevel.solvers "
+            "that honours them."
+        )
     chosen = choose(problem, x, y)
     if chosen is not None:
         return chosen[0], f"Chose {chosen[1]}"
