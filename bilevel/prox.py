@@ -25,8 +25,8 @@ they are: `prox.lasso(0.1)(y, None, 1.0)`.
 | `projection(set)` | 0 on the set, infinite elsewhere |
 | `chain(first, second, ...)` | one after the other: the sum, where that is exact |
 
-All are differentiable in both modes with respect to y, x and the scaling, without NaN at the kinks, where the derivative
-is that of one side.
+All are differentiable in both modes with respect to y, x and the scaling, without NaN at the kinks, where the
+derivative is that of one side.
 """
 
 from __future__ import annotations

@@ -90,9 +90,9 @@ def qp(
     feasible set makes a solution unique or at least existent.
 
     Degenerate problems: where an active row has a multiplier of zero the solution has a kink, and the derivative is
-    that of one side. Where active rows are dependent the multipliers are not unique: those returned are one choice, dy is
-    right for every change under which the same rows can stay active, and the least-squares compromise for others. Where
-    y is not unique (a linear programme with a tie) dy is the shortest.
+    that of one side. Where active rows are dependent the multipliers are not unique: those returned are one choice; dy
+    is right for every change under which the same rows can stay active, and the least-squares compromise for others.
+    Where y is not unique (a linear programme with a tie) dy is the shortest.
 
     Raises a ValueError for shapes that do not fit, numbers that are NaN, and a Q, known in advance, with a negative
     eigenvalue.
@@ -217,24 +217,21 @@ def _solve_jvp(tol: float, max_steps: int, primals: Any, tangents: Any) -> tuple
     return found, (u[:n], u[n : n + nu.shape[0]], u[n + nu.shape[0] :], *(zero(a) for a in found[3:]))
 
 
-def _active_system(Q: jax.Array, M: jax.Array, active: jax.Array) -> Any:
+def _active_system(Q: jax.Array, M: jax.Array, active: jax.Array, equilibrate: bool = True) -> Any:
     """The solution of [[Q, M^T], [M, -inactive]] u = b, least squares where active rows are dependent.
 
-    M is zero on the rows that are not active. The system is equilibrated first, so that the cut-off of the
-    pseudo-inverse does not depend on units, and the answer is refined once.
+    M is zero on the rows that are not active. The system is equilibrated, so that the cut-off of the pseudo-inverse
+    does not depend on units, and the answer is refined once.
     """
-    column, row = _equilibrated(Q, M)
-    scale = jnp.concatenate([column, row])
-    inside = jnp.block([[Q, M.T], [M, -jnp.diag(jnp.where(active, 0.0, 1 / row**2).astype(Q.dtype))]])
-    matrix = scale[:, None] * inside * scale
+    column, row = _equilibrated(Q, M) if equilibrate else (jnp.ones(Q.shape[0], Q.dtype), jnp.ones(M.shape[0], Q.dtype))
+    scale = jnp.concatenate([column, row])  # one on the rows that are not active
+    matrix = scale[:, None] * jnp.block([[Q, M.T], [M, -jnp.diag(jnp.where(active, 0.0, 1.0).astype(Q.dtype))]]) * scale
     cut = 10 * matrix.shape[0] * float(jnp.finfo(Q.dtype).eps)
     inverse = jnp.linalg.pinv(matrix, rtol=cut, hermitian=True)
 
     def solve(b: jax.Array) -> jax.Array:
-        # Rows that are not active hold 1 / row^2 instead of 1 here, and their right-hand side accordingly.
-        b = b * scale * jnp.concatenate([jnp.ones_like(column), jnp.where(active, 1.0, 1 / row**2)])
-        u = inverse @ b
-        return scale * (u + inverse @ (b - matrix @ u))
+        u = inverse @ (scale * b)
+        return scale * (u + inverse @ (scale * b - matrix @ u))
 
     return solve
 
@@ -300,13 +297,14 @@ def _polished(
     """The point of the active rows as equations: the smallest correction of (y, z), twice."""
     n = y.shape[0]
     held = jnp.where(active[:, None], M, 0.0)
-    solve = _active_system(Q, held, active)
-    z = jnp.where(active, z, 0.0)
-    for _ in range(2):
-        left = jnp.concatenate([Q @ y + c + held.T @ z, jnp.where(active, M @ y - r, 0.0)])
-        step = solve(-left)
-        y, z = y + step[:n], jnp.where(active, z + step[n:], 0.0)
-    return y, z
+    solve = _active_system(Q, held, active, equilibrate=False)  # it is already
+
+    def correct(_: Any, point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        y, z = point
+        step = solve(-jnp.concatenate([Q @ y + c + held.T @ z, jnp.where(active, M @ y - r, 0.0)]))
+        return y + step[:n], jnp.where(active, z + step[n:], 0.0)
+
+    return jax.lax.fori_loop(0, 2, correct, (y, jnp.where(active, z, 0.0)))
 
 
 def _interior_point(
@@ -351,27 +349,24 @@ def _interior_point(
             jnp.where(infeasible, QPStatus.INFEASIBLE, jnp.where(unbounded, QPStatus.UNBOUNDED, QPStatus.INACCURATE)),
         ).astype(jnp.int32)
 
-    def factored(z: jax.Array, s: jax.Array) -> Any:
-        weight = z[p:] / s
-        small = 10 * eps
+    def inverted(z: jax.Array, s: jax.Array) -> jax.Array:
+        weight, small = z[p:] / s, 10 * eps
         H = Q + (G.T * weight) @ G
         H = H + small * jnp.maximum(jnp.max(jnp.abs(jnp.diag(H))), 1.0) * eps**0.25 * jnp.eye(n, dtype=dtype)
-        factors = jax.scipy.linalg.lu_factor(jnp.block([[H, A.T], [A, -small * jnp.eye(p, dtype=dtype)]]))
+        # An inverse compiles in a fraction of a factor's time, and the refinement below makes up for its rounding.
+        return jnp.linalg.inv(jnp.block([[H, A.T], [A, -small * jnp.eye(p, dtype=dtype)]]))
 
-        def once(f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-            right = jnp.concatenate([f + G.T @ (weight * g[p:]), g[:p]])
-            u = jax.scipy.linalg.lu_solve(factors, right)
-            return u[:n], jnp.concatenate([u[n:], weight * (G @ u[:n] - g[p:])])
+    def solved(inverse: jax.Array, weight: jax.Array, force: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Q x + M^T v = force, M x - [0, v / weight] = rows, for columns: one solve and two refinements."""
 
-        def solve(f: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-            x, v = once(f, g)
-            for _ in range(2):
-                left = g - M @ x + jnp.concatenate([jnp.zeros(p, dtype), v[p:] / weight])
-                dx, dv = once(f - Q @ x - M.T @ v, left)
-                x, v = x + dx, v + dv
-            return x, v
+        def refine(_: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, v = found
+            f = force - Q @ x - M.T @ v
+            g = rows - M @ x + jnp.concatenate([jnp.zeros((p, v.shape[1]), dtype), v[p:] / weight[:, None]])
+            u = inverse @ jnp.concatenate([f + G.T @ (weight[:, None] * g[p:]), g[:p]])
+            return x + u[:n], v + jnp.concatenate([u[n:], weight[:, None] * (G @ u[:n] - g[p:])])
 
-        return solve
+        return jax.lax.fori_loop(0, 3, refine, (jnp.zeros_like(force), jnp.zeros_like(rows)))
 
     def longest(v: jax.Array, dv: jax.Array) -> jax.Array:
         return jnp.min(jnp.where(dv < 0, -v / jnp.where(dv < 0, dv, -1.0), jnp.inf), initial=jnp.inf)
@@ -380,15 +375,14 @@ def _interior_point(
         i, point, _, _ = carry
         x, z, s, t, k = point
         dual, primal, along, _, Qx = residuals(point)
-        solve = factored(z, s)
-        direction = solve(-c, r)
+        inverse, weight = inverted(z, s), z[p:] / s
         xi = x / t
         slope = 2 * Qx / t + c
-        bottom = -k / t + slope @ direction[0] + r @ direction[1] - xi @ Qx / t
 
-        def newton(keep: Any, of_s: jax.Array, of_k: jax.Array) -> tuple[jax.Array, ...]:
-            right = -keep * primal + jnp.concatenate([jnp.zeros(p, dtype), of_s / z[p:]])
-            dx, dz = solve(-keep * dual, right)
+        def right(keep: Any, of_s: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return -keep * dual, -keep * primal + jnp.concatenate([jnp.zeros(p, dtype), of_s / z[p:]])
+
+        def newton(keep: Any, of_s: jax.Array, of_k: jax.Array, dx: Any, dz: Any) -> tuple[jax.Array, ...]:
             dt = (-keep * along + of_k / t - slope @ dx - r @ dz) / bottom
             dx, dz = dx + dt * direction[0], dz + dt * direction[1]
             return dx, dz, -(of_s + s * dz[p:]) / z[p:], dt, -(of_k + k * dt) / t
@@ -399,13 +393,16 @@ def _interior_point(
             return jnp.minimum(1.0, 0.99 * functools.reduce(jnp.minimum, ends))
 
         mu = (s @ z[p:] + t * k) / (m + 1)
-        predictor = newton(1.0, s * z[p:], t * k)
+        force, rows = right(1.0, s * z[p:])
+        pair = solved(inverse, weight, jnp.stack([-c, force], 1), jnp.stack([r, rows], 1))
+        direction = pair[0][:, 0], pair[1][:, 0]
+        bottom = -k / t + slope @ direction[0] + r @ direction[1] - xi @ Qx / t
+        predictor = newton(1.0, s * z[p:], t * k, pair[0][:, 1], pair[1][:, 1])
         sigma = (1 - length(predictor)) ** 3
-        corrector = newton(
-            1 - sigma,
-            s * z[p:] + predictor[2] * predictor[1][p:] - sigma * mu,
-            t * k + predictor[3] * predictor[4] - sigma * mu,
-        )
+        of_s = s * z[p:] + predictor[2] * predictor[1][p:] - sigma * mu
+        of_k = t * k + predictor[3] * predictor[4] - sigma * mu
+        dx, dz = solved(inverse, weight, *(v[:, None] for v in right(1 - sigma, of_s)))
+        corrector = newton(1 - sigma, of_s, of_k, dx[:, 0], dz[:, 0])
         size = length(corrector)
         new = tuple(a + size * da for a, da in zip(point, corrector, strict=True))
         unit = jnp.maximum(new[3], new[4])  # the embedding is homogeneous: keep its size at one

@@ -1159,7 +1159,8 @@ def _simplex(v: jax.Array, total: jax.Array, k: int) -> jax.Array:
     top = jnp.max(still)
     largest, index = jax.lax.top_k(jnp.maximum(still - top, -room), k)
     ranks = jnp.arange(1, k + 1)
-    count = jnp.maximum(jnp.sum(ranks * largest - jnp.cumsum(largest) + room > 0), 1)
+    inside = (ranks * largest - jnp.cumsum(largest) + room > 0) & (largest > -room)  # rounding may say > 0 at the cut
+    count = jnp.maximum(jnp.sum(inside), 1)
     support = jnp.zeros(v.shape, bool).at[index].set(ranks <= count)
     v = v - top
     tau = (jnp.sum(jnp.where(support, v, 0.0)) - total) / count

@@ -125,7 +125,7 @@ def test_the_points_dtype_is_kept_and_single_precision_suffices(x64, name, dtype
 
 @each
 def test_bounds_and_rows_describe_the_set(x64, name):
-    """A point is in a smooth set exactly where bounds and rows hold: those of projections do, and those outside don't."""
+    """A point is in a smooth set exactly where bounds and rows hold: projections are, and points outside are not."""
     one = ALL[name]
     z, p = jnp.asarray(POINTS), jax.vmap(one)(jnp.asarray(POINTS))
 
@@ -226,7 +226,7 @@ def test_products_go_part_by_part_and_leave_free_parts_alone():
     assert upper["b"] == jnp.inf and one.inequality(z).shape == (1,) and one.smooth
     assert bool(one.contains(p, 1e-6)) and not bool(one.contains(z, 1e-6))
     assert not sets.Product({"w": lambda w: w, "b": None, "pair": None}).smooth
-    with pytest.raises(ValueError, match="Product's sets are .* and the variable is .*None for a part that is free"):
+    with pytest.raises(ValueError, match=r"Product's sets are .* and the variable is .*None for a part that is free"):
         one({"w": z["w"]})
 
 
