@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import host
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import CAPACITY, Loop, at_step
 from bilevel.optimizers import check_count
@@ -24,7 +25,7 @@ from bilevel.result import Result
 from bilevel.solution import Solution
 from bilevel.solvers.default import default_solver
 from bilevel.streaming import Streams
-from bilevel.typing import Solver, X, Y
+from bilevel.typing import HostSolver, Solver, X, Y
 
 __all__ = ["solve"]
 
@@ -38,7 +39,7 @@ def solve(
     problem: Problem[X, Y],
     x0: X,
     y0: Y,
-    solver: Solver | None = None,
+    solver: Solver | HostSolver | None = None,
     *,
     steps: int = 1000,
     key: int | jax.Array | StepKey = 0,
@@ -58,7 +59,7 @@ def solve(
     Args:
       problem: the problem.
       x0, y0: where to start: pytrees of floating-point arrays (they are copied). `x0=None`: a simple bilevel problem.
-      solver: one of `bilevel.solvers`, or any object with `init` and `step`. None: one is chosen from the problem and
+      solver: one of `bilevel.solvers`, or any object with `init` and `step` (or `search`). None: one is chosen from the problem and
         named, with the reason, in the log (logger "bilevel") and in the solution.
       steps: outer steps, those before a resume included.
       key: a seed or a PRNG key. What step k draws is a function of the key and of k (`data.StepKey`): the same key
@@ -89,6 +90,7 @@ def solve(
     check_count("solve", steps=steps, metrics_every=metrics_every, callback_every=callback_every)
     check_count("solve", checkpoint_every=checkpoint_every, checkpoint_keep=checkpoint_keep, chunk=chunk)
     problem, x, y, solver, reason = _checked(problem, x0, y0, solver, tol)
+    steps = host.most_steps(solver, steps)
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
     metrics_every = metrics_every or math.ceil(steps / 100)
     schedule = Schedule(
@@ -109,8 +111,11 @@ def solve(
         newest = run.history.last().items()
         last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
         run.result = Result(int(solver.status(run.state, last, tol)))  # type: ignore[attr-defined]
-    pace = _Pace(chunk)
-    _drive(run, Loop(streams.rest, solver, base, tol, pace.most), streams, pace, progress)
+    if isinstance(solver, HostSolver):
+        host.drive(run, streams.rest, solver, base, tol, progress)
+    else:
+        pace = _Pace(chunk)
+        _drive(run, Loop(streams.rest, solver, base, tol, pace.most), streams, pace, progress)
     if hasattr(solver, "finish") and run.result not in (Result.DIVERGED, Result.INTERRUPTED):
         numbers = {name: float(value) for name, value in run.history.last().items() if np.ndim(value) == 0}
         found, run.result, run.why = solver.finish(streams.peeked(), run.state, run.result, numbers, tol)
@@ -135,10 +140,10 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
     if solver is None:
         solver, reason = default_solver(problem, x, y)
         logger.info("%s", reason)
-    if not (hasattr(solver, "init") and hasattr(solver, "step")):
+    if not (hasattr(solver, "init") and hasattr(solver, "step")) and not isinstance(solver, HostSolver):
         raise TypeError(
             f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), "
-            "such as solvers.AID()."
+            "such as solvers.AID(), or init, search and status, such as solvers.MPCC()."
         )
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(
