@@ -22,7 +22,7 @@ import numpy as np
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
 
-__all__ = ["Evaluated", "Program", "precise"]
+__all__ = ["Evaluated", "Program", "precise", "size_of"]
 
 _TIGHT = 1e-9
 """Relative: two numbers that are equal but for rounding."""
@@ -367,6 +367,9 @@ class Program:
             direction = np.zeros(k)
             direction[block] = rng.choice([-1.0, 1.0], block.stop - block.start)
             lengths += self._curving(xy, direction, values, jacobian) if direction.any() else []
+            # At a solution some are zero but for rounding: no lengths.
+            least = 1e-4 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
+            lengths = [length for length in lengths if length >= least]
             found.append(float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0)
         return found
 
@@ -432,6 +435,19 @@ def _opposite(samples: list[np.ndarray]) -> np.ndarray:
             pairs.append((i, rest[0]))
             taken |= {i, rest[0]}
     return np.asarray(pairs, int).reshape(-1, 2)
+
+
+def size_of(problem: Problem, x: PyTree, y: PyTree) -> tuple[int, int]:
+    """The numbers of unknowns and of rows, without a compile; a `ProblemError` where a `Program` is not made."""
+    _refuse(problem, "A check of a small problem")
+    sets = [_set_bounds(problem.project_upper, x), _set_bounds(problem.project_lower, y)]
+    bounds = [Bounds.of(*both) for both in sets]
+    leaves = [*jax.tree.leaves(x), *jax.tree.leaves(y)]
+    layout = Layout(jax.tree.structure(x), jax.tree.structure(y), tuple(np.shape(leaf) for leaf in leaves))
+    unknowns = sum(layout.sizes)
+    vector = np.zeros(unknowns, np.result_type(*(np.asarray(leaf).dtype for leaf in leaves)))
+    shapes = jax.eval_shape(lambda vector: _all_rows(problem, (bounds[0], bounds[1]), layout, vector), vector)
+    return unknowns, sum(int(np.prod(shape.shape)) for shape in shapes[2:])
 
 
 def _set_bounds(project: Any, variable: PyTree) -> tuple[np.ndarray, np.ndarray]:

@@ -306,6 +306,43 @@ class Search:
         """Where the upper level would like (x, y) to be: a local solve that ignores the lower loss."""
         return self.local(self.program.point(xy), None, np.zeros(self.program.p, bool), stationary=False)[: self.k]
 
+    def polish(self, xy: np.ndarray, steps: int = 40) -> np.ndarray:
+        """The lower solution next to y, by Newton's method on its conditions: as exact as the arithmetic allows.
+
+        A minimiser of f alone is known to the root of what f resolves, and where f is flat to less.
+        """
+        program, n, k = self.program, self.n, self.k
+        z, left = self.multipliers(xy)
+        if not np.isfinite(left) or left > 1e-2:
+            return xy
+        held = program.inequality & (z[k : k + program.p] > 1e-7) & (program(z).g > -1e-4)
+        z[k : k + program.p][program.inequality & ~held] = 0.0
+        held[program.pairs[:, 0]] = True
+        unknown = np.r_[n:k, k + np.flatnonzero(held), k + program.p : program.size]
+
+        def conditions(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            at = program(z)
+            return np.concatenate([at.r, at.g[held], at.h]), np.concatenate([at.dr, at.dg[held], at.dh])[:, unknown]
+
+        value, slope = conditions(z)
+        size = np.abs(value).max(initial=0.0)
+        for _ in range(steps):
+            if size < 1e-15 or not np.isfinite(slope).all():
+                break
+            after = z.copy()
+            after[unknown] -= np.linalg.lstsq(slope, value, rcond=None)[0]
+            new_value, new_slope = conditions(after)
+            new_size = np.abs(new_value).max(initial=0.0)
+            if not new_size < size:
+                break
+            z, value, slope, size = after, new_value, new_slope, new_size
+        lam = z[k : k + program.p][program.inequality]
+        at = program(program.point(z[:k]))
+        before = program(program.point(xy))
+        fine = lam.min(initial=0.0) > -1e-7 and program.violation(at, upper=False) <= FEASIBLE
+        near = np.abs(z[:k] - xy).max() <= 1e-1 and at.f <= before.f + 1e-9
+        return z[:k] if fine and near else xy
+
     # ------------------------------------------------------------ points
 
     def judge(self, z: np.ndarray, rng: np.random.Generator, known: Iterable[np.ndarray] = (), count: int = 0) -> Point:
