@@ -32,8 +32,8 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
     """
     if problem.upper_constraint is not None or problem.upper_equality is not None:
         raise ProblemError(
-            "No solver is chosen automatically for the upper level's upper_constraint= and upper_equality=: name a solver of "
-            "bilevel.solvers that honours them."
+            "No solver is chosen automatically for upper_constraint= and upper_equality=: name one of bilevel.solvers "
+            "that honours them."
         )
     chosen = choose(problem, x, y)
     if chosen is not None:

@@ -153,9 +153,7 @@ class MPCC:
         }
         zeros = _in_shape(program, np.zeros(sum(program.layout.rows[:2])), np.zeros(program.p + program.q))
         far = np.float64(np.inf)
-        return MPCCState(
-            x, y, zeros, far, far, far, np.bool_(False), ends, (x, y), np.int64(0), np.bool_(False)
-        )
+        return MPCCState(x, y, zeros, far, far, far, np.bool_(False), ends, (x, y), np.int64(0), np.bool_(False))
 
     def search(self, problem: Problem, state: MPCCState, key: StepKey) -> Iterator[tuple[MPCCState, Metrics]]:
         """Start after start from where the state stands: the state and the metrics after each.
@@ -204,9 +202,7 @@ class MPCC:
             scale = max(float(np.abs(other).max(initial=0.0)) for other in [point, *seen[:1]]) or 1.0
             if all(np.abs(point - other).max() > _DIFFERENT * scale for other in seen):
                 seen.append(point)
-                found.append(
-                    Local(x, y, float(state.ends["upper_loss"][i]), bool(state.ends["verified"][i]))
-                )
+                found.append(Local(x, y, float(state.ends["upper_loss"][i]), bool(state.ends["verified"][i])))
         return found
 
 

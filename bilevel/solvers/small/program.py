@@ -377,11 +377,13 @@ class Program:
         """The lengths along a direction on which the gradients of F, of f in y and of the rows change by themselves."""
         n, k = self.n, self.n + self.m
         _, _, G, H, g, h, r = self._slices
-        gradients = lambda values, jacobian: [  # noqa: E731
-            jacobian[0, :k],
-            values[r],
-            *jacobian[np.r_[G, H, g, h], :k],
-        ]
+        gradients = (
+            lambda values, jacobian: [  # noqa: E731
+                jacobian[0, :k],
+                values[r],
+                *jacobian[np.r_[G, H, g, h], :k],
+            ]
+        )
         before, lengths = gradients(values, jacobian), {}
         sizes = [float(np.linalg.norm(gradient)) for gradient in before]
         for size in 10.0 ** np.arange(-10, 11, 1):

@@ -274,9 +274,7 @@ class _Check:
         above = np.concatenate(
             [at.dG[program.upper_inequality], at.dg[off], *([np.stack(tie_rows)] if tie_rows else [])]
         )
-        room = np.concatenate(
-            [-at.G[program.upper_inequality], -at.g[off], [max(-value, 0.0) for value, _ in ties]]
-        )
+        room = np.concatenate([-at.G[program.upper_inequality], -at.g[off], [max(-value, 0.0) for value, _ in ties]])
         room = np.maximum(room, 0.0)  # what is broken a little may stay so
         # The point stays where it is an end of its equations: their left-hand sides are not asked to be repaired.
         equal = np.concatenate([at.dH, at.dG[upper_pair], at.dh, at.dg[pair], at.dg[branch], at.dr])
