@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import host
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import CAPACITY, Loop, at_step
 from bilevel.optimizers import check_count
@@ -25,7 +26,7 @@ from bilevel.solution import Solution
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver
 from bilevel.streaming import Streams
-from bilevel.typing import Solver, X, Y
+from bilevel.typing import HostSolver, Solver, X, Y
 
 __all__ = ["solve"]
 
@@ -42,7 +43,7 @@ def solve(
     problem: Problem[X, Y],
     x0: X,
     y0: Y,
-    solver: Solver | None = None,
+    solver: Solver | HostSolver | None = None,
     *,
     steps: int = 1000,
     key: int | jax.Array | StepKey = 0,
@@ -62,8 +63,8 @@ def solve(
     Args:
       problem: the problem.
       x0, y0: where to start: pytrees of floating-point arrays (they are copied). `x0=None`: a simple bilevel problem.
-      solver: one of `bilevel.solvers`, or any object with `init` and `step`. None: one is chosen from the problem and
-        named, with the reason, in the log (logger "bilevel") and in the solution.
+      solver: one of `bilevel.solvers`, or any object with `init` and `step` (on the host: `init` and `search`). None: one
+        is chosen from the problem and named, with the reason, in the log (logger "bilevel") and in the solution.
       steps: outer steps, those before a resume included.
       key: a seed or a PRNG key. What step k draws is a function of the key and of k (`data.StepKey`): the same key
         gives the same run, whatever the chunk size.
@@ -93,6 +94,7 @@ def solve(
     check_count("solve", steps=steps, metrics_every=metrics_every, callback_every=callback_every)
     check_count("solve", checkpoint_every=checkpoint_every, checkpoint_keep=checkpoint_keep, chunk=chunk)
     problem, x, y, solver, reason = _checked(problem, x0, y0, solver, tol)
+    steps = host.most_steps(solver, steps)
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
     metrics_every = metrics_every or math.ceil(steps / 100)
     schedule = Schedule(
@@ -137,7 +139,7 @@ def solve(
 def _settle(
     run: Recorder,
     streams: Streams,
-    solver: Solver,
+    solver: Solver | HostSolver,
     base: StepKey,
     start: tuple[Any, Any],
     tol: float | None,
@@ -151,7 +153,10 @@ def _settle(
     """
     asked, met = tol, False
     for trial in range(_TIGHTER + 1):
-        _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
+        if isinstance(solver, HostSolver):
+            host.drive(run, streams.rest, solver, base, asked, progress)
+        else:
+            _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
         if tol is None and run.result is Result.MAX_STEPS:
             run.result = Result.COMPLETED
         met = met or run.result is Result.CONVERGED
@@ -188,10 +193,10 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
     if solver is None:
         solver, reason = default_solver(problem, x, y)
         logger.info("%s", reason)
-    if not (hasattr(solver, "init") and hasattr(solver, "step")):
+    if not (hasattr(solver, "init") and hasattr(solver, "step")) and not isinstance(solver, HostSolver):
         raise TypeError(
             f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), "
-            "such as solvers.AID()."
+            "such as solvers.AID(), or init, search and status, such as solvers.MPCC()."
         )
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(
