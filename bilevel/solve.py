@@ -57,7 +57,8 @@ def solve(
 
     Args:
       problem: the problem.
-      x0, y0: where to start: pytrees of floating-point arrays (they are copied). `x0=None`: a simple bilevel problem.
+      x0, y0: where to start: pytrees of floating-point arrays (they are copied, and projected on X and Y where the
+        problem has projections). `x0=None`: a simple bilevel problem.
       solver: one of `bilevel.solvers`, or any object with `init` and `step`. None: one is chosen from the problem and
         named, with the reason, in the log (logger "bilevel") and in the solution.
       steps: outer steps, those before a resume included.
@@ -131,6 +132,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
     problem = jax.tree.map(jnp.asarray, problem)
+    x, y = problem.projected(x, y)
     reason = ""
     if solver is None:
         solver, reason = default_solver(problem, x, y)

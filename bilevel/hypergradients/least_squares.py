@@ -71,6 +71,7 @@ class LeastSquares:
         v = jax.lax.scan(improve, carry.v, None, length=self.steps)[0]
         cross, product = local.products(v)
         metrics = {
+            "lower_loss": local.value,
             "lower_residual": derivatives.norm(local.gradient_y),
             "linear_residual": derivatives.norm(optax.tree.sub(F_y, product)),
         }

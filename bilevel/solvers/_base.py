@@ -52,3 +52,34 @@ def within(tol: Any, metrics: Metrics, *names: str) -> jax.Array:
     """CONVERGED where all these metrics, as far as they are measured, are at most tol; 0, to go on, elsewhere."""
     worst = jnp.max(jnp.stack([metrics[name] for name in names if name in metrics]))
     return jnp.where(worst <= tol, Result.CONVERGED.value, 0)
+
+
+# Of F_y: with more of it left the hypergradient is not that of the problem.
+_LINEAR = 1e-3
+
+
+def linear_settled(tol: Any, metrics: Metrics) -> Any:
+    """Whether the hypergradient's linear system is solved: what is left of F_y is at most tol, or a thousandth of it,
+    and no negative curvature was met. True where neither is measured."""
+    settled: Any = True
+    if "linear_error" in metrics:
+        settled = (metrics["linear_error"] <= _LINEAR) | (metrics["linear_residual"] <= tol)
+    return settled & (metrics.get("negative_curvature", 0) == 0)
+
+
+def linear_remark(metrics: dict[str, float]) -> str:
+    """What the linear systems of the last step say about the lower level, in a sentence; nothing where all is well."""
+    if metrics.get("negative_curvature", 0) > 0:
+        return (
+            "The linear solver met negative curvature of the lower loss: y is no minimum, but a saddle point or a "
+            "maximum of it (or the lower level is unbounded, or not solved yet). Start elsewhere (multistart), solve the "
+            "lower level by lower.Newton(), or add a strongly convex term to it."
+        )
+    if metrics.get("linear_error", 0) > _LINEAR:
+        return (
+            f"The linear system f_yy v = F_y is left with {100 * metrics['linear_error']:.2g}% of F_y. Either f_yy is "
+            "singular and F_y not in its range: the lower-level solution is not unique, F prefers another one, and "
+            "this method does not choose among solutions (F2BA, MEHA and LVHBA do); or the linear solver was cut "
+            "short: give it more steps."
+        )
+    return ""
