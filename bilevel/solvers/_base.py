@@ -72,8 +72,8 @@ def linear_remark(metrics: dict[str, float]) -> str:
     if metrics.get("negative_curvature", 0) > 0:
         return (
             "The linear solver met negative curvature of the lower loss: y is no minimum, but a saddle point or a "
-            "maximum of it (or the lower level is unbounded, or not solved yet). Start elsewhere (multistart), solve the "
-            "lower level by lower.Newton(), or add a strongly convex term to it."
+            "maximum of it (or the lower level is unbounded, or not solved yet). Start elsewhere (multistart), solve "
+            "the lower level by lower.Newton(), or add a strongly convex term to it."
         )
     if metrics.get("linear_error", 0) > _LINEAR:
         return (

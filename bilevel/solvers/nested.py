@@ -180,10 +180,10 @@ def AID(
 ) -> HypergradientDescent:
     """Approximate implicit differentiation: a lower solve, a warm-started linear solve, an upper step.
 
-    Defaults, for full batches, without a step size to choose: `lower.LBFGS(tol=1e-6)`, `linear.Robust` (CG with a warm
-    start, or GMRES with a projection or prox on the lower level, and least squares where f_yy is singular; up to 32 unknowns
-    as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()`
-    with a projection on the upper level).
+    Defaults, for full batches, without a step size to choose: `lower.LBFGS(tol=1e-6)`, `linear.Robust` (CG from a warm
+    start, or GMRES with a projection or prox on the lower level, and least squares where f_yy is singular; up
+    to 32 unknowns as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()` with a projection on the upper
+    level). `lower_solver=lower.Newton()` solves small or badly conditioned lower levels to the dtype's precision.
 
     References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation",
     ICML 2020.
