@@ -52,7 +52,8 @@ class PZOBO(_Perturbing):
     variance grows with dim x and falls with Q. Cost: Q + 1 lower runs (vmapped), one upper gradient.
 
     Attributes:
-      directions: Q. The paper's code takes 10, or 1 for large problems.
+      directions: Q. The authors take one direction, uniform on the unit sphere, in the place of each normal one here,
+        which has sqrt(dim x) times its length: their mu is that much larger than ours for the same perturbation.
       mu: the perturbation's size.
 
     Reference: Sow, Ji, Liang, "On the Convergence Theory for Hessian-Free Bilevel Algorithms", NeurIPS 2022.

@@ -136,8 +136,8 @@ class VRBO:
     the point that the directions belong to, on the same batches. With full batches all directions are exact.
 
     The inner loop ends with a step of y, so that the directions belong to the point before it: the difference that
-    brings them to (x, y) is taken before the next upper step. Left out (as in the pseudocode read literally), each
-    outer step loses one difference, and with N = 1 the iteration diverges.
+    brings them to (x, y) is taken before the next upper step. Without it each outer step would lose one, and with N = 1
+    the iteration diverge.
 
     Attributes:
       upper_optimizer, lower_optimizer: optax rules or step sizes b and a.

@@ -44,7 +44,7 @@ class SFLCB(Joint):
     The publication keeps slack variables for the inequalities and steps in them; here they are eliminated exactly,
     which is the Proj above. It takes one step size for everything and a constant penalty (delta = 0.1).
 
-    Reference: Shen, Huang, Zhang, Shen, "Single-loop First-order Algorithm for Linearly Constrained Bilevel
+    Reference: Shen, Huang, Zhang, Shen, "A Single-Loop First-Order Algorithm for Linearly Constrained Bilevel
     Optimization", NeurIPS 2025.
     """
 
