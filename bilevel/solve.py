@@ -22,6 +22,7 @@ from bilevel.problem import Problem, as_variable
 from bilevel.recorder import Event, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
+from bilevel.solvers._base import refuse_unreached
 from bilevel.solvers.default import default_solver
 from bilevel.streaming import Streams
 from bilevel.typing import Solver, X, Y
@@ -142,6 +143,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
             f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), "
             "such as solvers.AID()."
         )
+    refuse_unreached(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(
             f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, "

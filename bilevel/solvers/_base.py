@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel.constraints import depends
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.typing import Metrics, PyTree
@@ -45,6 +46,27 @@ def refuse(
     if not simple and not jax.tree.leaves(x):
         raise ProblemError(
             f"{name} needs an upper variable: x0 is empty (a simple bilevel problem, where both levels own y).{cure}"
+        )
+
+
+def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
+    """Raise a `ProblemError` where x reaches neither level, so that every hypergradient would be zero.
+
+    Read off the traces of both losses and of all constraints. A lower solver that starts at x (MAML) reaches it.
+    """
+    begins = getattr(getattr(solver, "lower_solver", None), "start", None)
+    if not jax.tree.leaves(x) or begins is not None:
+        return
+    upper, lower = problem.levels(0)
+    functions = [upper, lower, *(getattr(level, part) for level in (upper, lower) for part in ("constraint", "equality"))]
+    if problem.prox_lower is not None:
+        functions.append(lambda x, y: problem.prox_lower(y, x, 1.0))  # type: ignore[misc]
+    if not any(depends(fn, x, y) for fn in functions if fn is not None):
+        raise ProblemError(
+            "x0 reaches neither the upper nor the lower loss (nor a constraint): the objective does not depend on x, and "
+            "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, give it "
+            "start=: solvers.HypergradientDescent(hypergradients.Unrolled(), lower.GradientDescent(0.1, 5, "
+            "start=lambda x, y: x))."
         )
 
 

@@ -72,5 +72,5 @@ class BOME(Joint):
         point = descend(problem, (x, y), direction, xi)
 
         # What the multiplier leaves of F's gradient in the direction and the gap together are the KKT measure.
-        new = state.followed(key, lower, found.apart).stepped(point, w)
+        new = state.followed(key, lower, found).stepped(point, w)
         return self.close(new, key, found, (norm(direction),), jnp.sqrt(steep), penalty=lam, bias=lam * found.gap)
