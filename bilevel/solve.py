@@ -22,7 +22,8 @@ from bilevel.problem import Problem, as_variable
 from bilevel.recorder import Event, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers._base import refuse_unreached
+from bilevel.solvers._base import linear_remark, refuse_unreached
+from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver
 from bilevel.streaming import Streams
 from bilevel.typing import Solver, X, Y
@@ -33,6 +34,9 @@ logger = logging.getLogger("bilevel")
 
 # Between two saves that the user did not schedule.
 _SAVE_SECONDS = 5.0
+
+# How often a run goes on after the certificate did not let its end stand.
+_TIGHTER = 4
 
 
 def solve(
@@ -112,16 +116,66 @@ def solve(
         last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
         run.result = Result(int(solver.status(run.state, last, tol)))  # type: ignore[attr-defined]
     pace = _Pace(chunk)
-    _drive(run, Loop(streams.rest, solver, base, tol, pace.most), streams, pace, progress)
-    if hasattr(solver, "finish") and run.result not in (Result.DIVERGED, Result.INTERRUPTED):
-        numbers = {name: float(value) for name, value in run.history.last().items() if np.ndim(value) == 0}
-        found, run.result, run.why = solver.finish(streams.peeked(), run.state, run.result, numbers, tol)
-        run.note(found)
+    certificate = _settle(run, streams, solver, base, (x, y), tol, pace, progress)
     if run.why:
         logger.warning("%s", run.why)
     reason = " ".join(part for part in (reason, run.why) if part)
     seconds = time.perf_counter() - began
-    return Solution(run.state.x, run.state.y, run.result, run.history, run.state, run.done, seconds, solver, reason)
+    return Solution(
+        x=run.state.x,
+        y=run.state.y,
+        result=run.result,
+        history=run.history,
+        state=run.state,
+        steps=run.done,
+        seconds=seconds,
+        solver=solver,
+        reason=reason,
+        certificate=certificate,
+        multipliers=_multipliers(solver, streams, run.state),
+    )
+
+
+def _settle(
+    run: Recorder,
+    streams: Streams,
+    solver: Solver,
+    base: StepKey,
+    start: tuple[Any, Any],
+    tol: float | None,
+    pace: _Pace,
+    progress: bool | None,
+) -> Certificate:
+    """Drive the run to an end that the certificate lets stand, or to its last step.
+
+    The tolerance is a solver's own measure, in units that the problem need not share: where the certificate says that
+    x, or y, is not there yet, the run goes on with a smaller one.
+    """
+    asked, met = tol, False
+    for trial in range(_TIGHTER + 1):
+        _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
+        if tol is None and run.result is Result.MAX_STEPS:
+            run.result = Result.COMPLETED
+        met = met or run.result is Result.CONVERGED
+        ended = Result.CONVERGED if met and run.result is Result.MAX_STEPS else run.result
+        numbers = {name: float(value) for name, value in run.history.last().items() if np.ndim(value) == 0}
+        found = certify(streams.peeked(), run.state.x, run.state.y, start, ended, numbers, tol)
+        again = run.result is Result.CONVERGED and found.unsettled and run.done < run.schedule.steps
+        if asked is None or not again or trial == _TIGHTER:
+            break
+        asked, run.result = asked / 30, Result.MAX_STEPS
+    run.note(found.measures)
+    along = "" if found.result is Result.CONVERGED else linear_remark(numbers)
+    run.result, run.why = found.result, " ".join(part for part in (run.why, found.why, along) if part)
+    return found
+
+
+def _multipliers(solver: Any, streams: Streams, state: Any) -> dict[str, Any]:
+    """Those that the solver knows, in the user's units."""
+    known = getattr(state, "multipliers", None)
+    if isinstance(known, dict):
+        return known
+    return solver.multipliers(streams.peeked(), state) if hasattr(solver, "multipliers") else {}
 
 
 def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | None) -> tuple[Problem, X, Y, Solver, str]:

@@ -57,9 +57,7 @@ class Solver(Protocol):
     `problem.levels(key)` binds the step's batches, `key.random` is a key for `jax.random`.
 
     Optional: `status(state, metrics, tol) -> int32`, one of `Result`'s codes (0 to go on), asked after each step where
-    `solve` was given a tolerance. `finish(problem, state, result, metrics, tol) -> (measures, result, sentence)`,
-    called on the host after the last step with the last metrics: numbers for the history, the result to report, what to
-    add to the reason.
+    `solve` was given a tolerance. `multipliers(problem, state)`: those of the constraints by name, for the solution.
     """
 
     def init(self, problem: Problem[Any, Any], x: PyTree, y: PyTree, key: StepKey) -> Any:

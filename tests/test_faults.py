@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel import Problem, Result, implicit, linear, run, solve, solvers
+from bilevel import Problem, ProblemError, Result, data, hypergradients, implicit, linear, lower, run, solve, solvers
 from bilevel.hypergradients import value_and_hypergradient
 
 A = jnp.asarray
@@ -263,3 +263,151 @@ def test_a_task_that_is_not_stacked_is_one_system(x64):
         jnp.zeros(2), jnp.zeros(2)
     )
     np.testing.assert_allclose(estimate.gradient, [-2.0, -2.0], rtol=1e-9)
+
+
+# An x that reaches nothing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [None, solvers.ITD(5, 0.1), solvers.SOBA(), solvers.F2BA()], ids=str)
+def test_an_x_that_reaches_no_loss_is_refused_before_the_run(solver):
+    problem = Problem(lambda x, y: (y - 1) ** 2, lambda x, y: (y - 2) ** 2)
+    with pytest.raises(ProblemError, match=r"x0 reaches neither the upper nor the lower loss.*start=lambda"):
+        solve(problem, A(0.3), A(0.0), solver, steps=3)
+    drawn = data.Minibatches(np.ones((8, 1), np.float32), 4)
+    problem = Problem(lambda x, y: (y - 1) ** 2, lambda x, y, b: jnp.mean((y - b) ** 2), lower_data=drawn)
+    with pytest.raises(ProblemError, match="x0 reaches neither"):
+        solve(problem, A(0.3), A(0.0), solvers.SOBA(), steps=3)
+
+
+def test_an_x_that_is_the_start_alone_is_learnt_where_the_solver_begins_there(x64):
+    """MAML: y_5(x) = 2 + 0.8^5 (x - 2), at its best where y_5 = 1."""
+    problem = Problem(lambda x, y: (y - 1) ** 2, lambda x, y: (y - 2) ** 2)
+    inner = lower.GradientDescent(0.1, 5, start=lambda x, y: x)
+    maml = solvers.HypergradientDescent(hypergradients.Unrolled(), inner)
+    solution = solve(problem, A(0.3), A(0.0), maml, steps=30)
+    np.testing.assert_allclose(solution.x, 2 - 0.8**-5, rtol=1e-6)
+
+
+def test_an_x_of_one_constraint_alone_is_accepted():
+    problem = Problem(lambda x, y: (y - 1) ** 2, lambda x, y: y**2, constraint=lambda x, y: x - y)
+    assert solve(problem, A(0.3), A(0.5), solvers.BiCGAFFA(), steps=2).steps == 2
+
+
+# Penalty methods ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [solvers.VPBGD(), solvers.GPBGD()], ids=["VPBGD", "GPBGD"])
+def test_the_pbgd_toy_ends_at_the_lower_solution_from_everywhere(solver):
+    """F curves 400 times more where it waves than where it is flat, and most starts are in its flat part."""
+    problem = Problem(
+        lambda x, y: jnp.cos(4 * y + 2) / (1 + jnp.exp(2 - 4 * x)) + 0.5 * jnp.log((4 * x - 2) ** 2 + 1),
+        lambda x, y: (x + y) ** 2,
+        project_upper=lambda x: jnp.clip(x, 0, 3),
+    )
+    random = np.random.default_rng(0)
+    x, y = A(random.uniform(0, 3, 40), jnp.float32), A(random.uniform(-10, 10, 40), jnp.float32)
+    state, _ = jax.jit(jax.vmap(lambda x, y: run(problem, solver, x, y, 1500)))(x, y)
+    assert np.abs(state.x + state.y).max() < 1e-2
+    h = lambda x: problem.upper(x, -x)
+    slope = jax.vmap(jax.grad(h))(state.x)
+    inside = (state.x > 1e-3) & (state.x < 3 - 1e-3)
+    assert np.abs(slope[inside]).max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["1/x", "log"])
+def test_a_closed_edge_where_a_loss_is_not_defined_is_not_stepped_on(kind, x64):
+    """F = 1e-3 / x + x or x - 1e-3 log x, whose minimum is near the edge x = 0; the first steps overshoot it."""
+    barrier = (lambda x: 1e-3 / x) if kind == "1/x" else (lambda x: -1e-3 * jnp.log(x))
+    problem = Problem(
+        lambda x, y: barrier(x) + x + 0.1 * y**2, lambda x, y: (y - x) ** 2 / 2,
+        project_upper=lambda x: jnp.maximum(x, 0.0), constraint=lambda x, y: y - 5.0,
+    )  # fmt: skip
+    solution = solve(problem, A(1.0), A(1.0), solvers.LVHBA(), steps=1500)
+    assert solution.result is not Result.DIVERGED
+    assert 0 < float(solution.x) < 0.1
+
+
+def toll(**sets):
+    """Two arcs, costs y_1 + x and 2 y_2 + 1, demand 1, revenue x y_1: x* = 3/2, y* = (1/2, 1/2), multiplier -5/2."""
+    return Problem(
+        lambda x, y: -x * y[0],
+        lambda x, y: y[0] ** 2 / 2 + y[1] ** 2 + (0.5 + x) * y[0] + 1.5 * y[1],
+        equality=lambda x, y: y[0] + y[1] - 1,
+        project_upper=lambda x: jnp.clip(x, 0, 5),
+        **sets,
+    )
+
+
+@pytest.mark.parametrize("sets", [{}, {"project_lower": lambda y: jnp.maximum(y, 0)}], ids=["free", "y >= 0"])
+def test_the_multiplier_of_a_toll_has_no_bias_of_the_penalty(sets, x64):
+    solver = solvers.LVHBA()
+    solution = solve(toll(**sets), A(0.2), A([0.5, 0.5]), solver, steps=1000)
+    x, y = solution.x, solution.y
+    multiplier = solver.multipliers(toll(**sets), solution.state)["equality"]
+    np.testing.assert_allclose(x, 1.5, atol=0.02)
+    np.testing.assert_allclose(multiplier, -2.5, atol=0.02)
+    # And it fits the reported point as well as one number can fit two conditions.
+    left = np.array([y[0] + 0.5 + x, 2 * y[1] + 1.5]) + multiplier
+    np.testing.assert_allclose(left.sum(), 0, atol=1e-6)
+
+
+def test_the_multiplier_of_a_slack_inequality_is_zero_and_of_an_active_one_exact(x64):
+    from bilevel.constraints import Constraints
+    from bilevel.solvers.penalty._base import refined
+
+    level = Problem(
+        lambda x, y: 0.0,
+        lambda x, y: jnp.sum((y - 2) ** 2) / 2,
+        constraint=lambda x, y: A([3 * (y[0] - 1), y[1] - 9.0]),
+    ).full_lower()
+    y = A([1.0, 2.0])
+    rows = Constraints(level, A(0.0), y).at(A(0.0), y)
+    found = rows.multipliers(refined(level, rows, A(0.0), y, A([0.5, 0.3])))["constraint"]
+    np.testing.assert_allclose(found, [1 / 3, 0], atol=1e-9)
+
+
+def test_richardson_gains_more_along_the_ladder(x64):
+    """A quadratic with a bias of order 1 / c: three stages cancel two orders, so that the gain grows as c^2."""
+    random = np.random.default_rng(0)
+    m, b = random.normal(size=(4, 4)), random.normal(size=(4, 3))
+    q, goal = m @ m.T / 4 + np.eye(4), random.normal(size=4)
+    k = np.linalg.solve(q, b)
+    x_star = np.linalg.solve(np.eye(3) + k.T @ k, k.T @ goal)
+    problem = Problem(
+        lambda x, y: jnp.sum(x**2) / 2 + jnp.sum((y - goal) ** 2) / 2, lambda x, y: y @ q @ y / 2 - y @ (b @ x)
+    )
+
+    def gain(shrink):
+        penalty = solvers.Continuation(settle=0.02, shrink=shrink, maximum=100.0)
+        state = run(problem, solvers.F2BA(penalty=penalty), jnp.zeros(3), jnp.zeros(4), 90)[0]
+        return jnp.linalg.norm(state.point[0] - x_star) / jnp.linalg.norm(state.x - x_star)
+
+    constant, shrinking = jax.jit(jax.vmap(gain))(A([0.0, 2.0]))
+    assert solvers.F2BA().penalty.shrink == solvers.BLOCC().penalty.shrink == 2
+    assert constant < 600 and shrinking > 1500
+
+
+# Variance reduction in a double loop ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lower_steps", [1, 4])
+def test_vrbo_is_exact_at_every_step_on_full_batches(lower_steps, x64):
+    """Between restarts, which never come again here: its direction is that of the point that it belongs to."""
+    from bilevel.keys import as_step_key
+    from bilevel.solvers._directions import Series
+    from bilevel.solvers._variance_reduction import full
+
+    problem = Problem(
+        lambda x, y: jnp.sum((y - 1) ** 2) + jnp.sum(x**2), lambda x, y: jnp.sum(A([1.0, 2.0, 5.0]) * (y - x) ** 2) / 2
+    )
+    solver = solvers.VRBO(0.1, 0.15, Series(0.15, 60), lower_steps=lower_steps, period=10_000)
+    state = solver.init(problem, jnp.zeros(3), jnp.ones(3), as_step_key(0))
+    step = jax.jit(solver.step)
+    for t in range(6):
+        state, _ = step(problem, state, as_step_key(0, t))
+        exact = full(problem, solver.directions, state.at)[1]
+        np.testing.assert_allclose(state.direction.x, exact.x, atol=1e-12)
+        np.testing.assert_allclose(state.direction.y, exact.y, atol=1e-12)
+    for t in range(6, 300):
+        state, _ = step(problem, state, as_step_key(0, t))
+    np.testing.assert_allclose(state.x, 0.5, atol=1e-6)

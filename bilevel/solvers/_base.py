@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.constraints import depends
+from bilevel.level import takes_batch
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.typing import Metrics, PyTree
@@ -57,17 +58,26 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
     begins = getattr(getattr(solver, "lower_solver", None), "start", None)
     if not jax.tree.leaves(x) or begins is not None:
         return
-    upper, lower = problem.levels(0)
-    functions = [upper, lower, *(getattr(level, part) for level in (upper, lower) for part in ("constraint", "equality"))]
-    if problem.prox_lower is not None:
-        functions.append(lambda x, y: problem.prox_lower(y, x, 1.0))  # type: ignore[misc]
-    if not any(depends(fn, x, y) for fn in functions if fn is not None):
-        raise ProblemError(
-            "x0 reaches neither the upper nor the lower loss (nor a constraint): the objective does not depend on x, and "
-            "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, give it "
-            "start=: solvers.HypergradientDescent(hypergradients.Unrolled(), lower.GradientDescent(0.1, 5, "
-            "start=lambda x, y: x))."
-        )
+    of_upper, of_lower = problem.sources
+    parts = {
+        "upper": of_upper, "upper_constraint": of_upper, "upper_equality": of_upper,
+        "lower": of_lower, "constraint": of_lower, "equality": of_lower,
+    }  # fmt: skip
+    for name, source in parts.items():
+        fn = getattr(problem, name)
+        batched = fn is not None and source.given and (name in ("upper", "lower") or takes_batch(fn))
+        bound = (lambda x, y, fn=fn, source=source: fn(x, y, source.example())) if batched else fn
+        if fn is not None and depends(bound, x, y):
+            return
+    prox = problem.prox_lower
+    if prox is not None and depends(lambda x, y: prox(y, x, 1.0), x, y):
+        return
+    raise ProblemError(
+        "x0 reaches neither the upper nor the lower loss (nor a constraint): the objective does not depend on x, and "
+        "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, give it "
+        "a start: solvers.HypergradientDescent(hypergradients.Unrolled(), lower.GradientDescent(0.1, 5, start=lambda "
+        "x, y: x))."
+    )
 
 
 def within(tol: Any, metrics: Metrics, *names: str) -> jax.Array:

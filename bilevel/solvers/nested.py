@@ -15,9 +15,7 @@ from bilevel.keys import StepKey
 from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
 from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
 from bilevel.problem import Problem, ProblemError
-from bilevel.result import Result
-from bilevel.solvers import certificate
-from bilevel.solvers._base import linear_remark, linear_settled, refuse, within
+from bilevel.solvers._base import linear_settled, refuse, within
 from bilevel.typing import Metrics, PyTree, Scalar
 
 __all__ = ["AID", "IMAML", "ITD", "T1T2", "HypergradientDescent", "OneStep", "TruncatedITD"]
@@ -128,29 +126,6 @@ class HypergradientDescent:
         estimator says), the linear system is solved to it or to a thousandth of F_y, and met no negative curvature."""
         met = within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
         return jnp.where(linear_settled(tol, metrics), met, 0)
-
-    def finish(
-        self, problem: Problem, state: NestedState, result: Result, metrics: dict[str, float], tol: Any
-    ) -> tuple[dict[str, Any], Result, str]:
-        """At the end of a run that met its tolerance: whether y minimises the lower level, or only is stationary there.
-
-        An independent solve of the lower level from several starts; CONVERGED becomes LOWER_LEVEL where it ends lower
-        (a double well, a saddle point). For full batches, at most 10,000 lower unknowns, and no projection or prox;
-        under coupled constraints as for penalty methods (`certificate.thorough`).
-        """
-        if result is not Result.CONVERGED or problem.stochastic:
-            return {}, result, linear_remark(metrics)
-        if problem.constraint is not None or problem.equality is not None:
-            weight = certificate.weight_of_lower(problem, state.y, metrics, tol)
-            measures = certificate.thorough(problem, state.x, state.y, weight)
-            return certificate.verdict(measures, result, metrics, tol, weight)
-        if problem.project_lower is not None or problem.prox_lower is not None:
-            return {}, result, ""
-        if optax.tree.size(state.y) > certificate.MANY:
-            return {}, result, ""
-        measures = certificate.quick(problem, state.x, state.y)
-        numbers, found, why = certificate.verdict(measures, result, metrics, tol, least=1e-3)
-        return ({}, result, "") if found is result else ({"polished_gap": numbers["polished_gap"]}, found, why)
 
     def multipliers(self, problem: Problem, state: NestedState) -> dict[str, PyTree]:
         """The lower level's multipliers in the user's units, where the estimator knows them; else none."""

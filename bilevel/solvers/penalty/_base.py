@@ -15,12 +15,13 @@ from bilevel.keys import StepKey
 from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.result import Result
-from bilevel.solvers import certificate
 from bilevel.solvers.penalty._schedule import Path, as_schedule
 from bilevel.typing import Metrics, PyTree, Scalar
 
 norm = derivatives.norm
 
+LARGE = 1e6
+"""Beyond this an upper loss is no scale for tolerances: a run that explodes would meet them all."""
 SMOOTH = ("constraint", "equality", "project_upper", "project_lower")
 """What most methods under coupled constraints honour: all but a prox."""
 
@@ -159,7 +160,7 @@ def _refined(lower: Level, rows: Constraints, x: PyTree, y: PyTree, lam: jax.Arr
 
 
 class Diagnosed:
-    """`status`, `finish` and `multipliers`, the same for all members of the family.
+    """`status` and `multipliers`, the same for all members of the family.
 
     A member's metrics hold, in units of the upper loss F and its gradient:
 
@@ -174,7 +175,7 @@ class Diagnosed:
       `multiplier_at_cap`: the share of multipliers that sit on their cap (methods with a cap).
 
     With a tolerance a run ends CONVERGED when residual, violation and bias are all within it, and PENALTY_LIMITED when
-    only the bias is not and the penalty cannot grow any more. The end of a run is checked by `solvers.certificate`.
+    only the bias is not and the penalty cannot grow any more.
     """
 
     penalty = 1.0  # a member's schedule, or its number; this one never grows
@@ -185,19 +186,11 @@ class Diagnosed:
 
     def status(self, state: Any, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED, PENALTY_LIMITED or 0 to go on; see the class."""
-        scale = 1 + jnp.minimum(jnp.abs(metrics["upper_loss"]), certificate.LARGE)
+        scale = 1 + jnp.minimum(jnp.abs(metrics["upper_loss"]), LARGE)
         settled = (metrics["hypergradient_norm"] <= tol * scale) & (metrics["violation"] <= tol)
         unbiased = metrics["bias"] <= tol * scale
         stuck = settled & ~unbiased & ~as_schedule(self.penalty).grows(state.path)
         return jnp.where(settled & unbiased, Result.CONVERGED.value, jnp.where(stuck, Result.PENALTY_LIMITED.value, 0))
-
-    def finish(
-        self, problem: Problem, state: Any, result: Result, metrics: dict[str, float], tol: float | None
-    ) -> tuple[dict[str, float], Result, str]:
-        """Check the end of a run, whatever it ended by: see `certificate.thorough`."""
-        weight = certificate.weight_of_lower(problem, state.y, metrics, tol)
-        measures = certificate.thorough(problem, state.x, state.y, weight)
-        return certificate.verdict(measures, result, metrics, tol, weight)
 
     def multipliers(self, problem: Problem, state: Any) -> dict[str, PyTree]:
         """The lower level's multipliers (f + lam . g + mu . h), in the user's units, like the constraints' outputs.
