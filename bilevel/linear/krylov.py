@@ -183,7 +183,8 @@ class TaskCG(Krylov):
 
         def dots(a: PyTree, b: PyTree) -> jax.Array:
             pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-            return sum(jnp.sum((x.astype(dtype) * y.astype(dtype)).reshape(len(x), -1), 1) for x, y in pairs)
+            each = [jnp.sum((x.astype(dtype) * y.astype(dtype)).reshape(len(x), -1), 1) for x, y in pairs]
+            return jnp.sum(jnp.stack(each), 0)
 
         def along(scalars: jax.Array, x: PyTree, y: PyTree) -> PyTree:
             wide = lambda leaf: scalars.reshape(-1, *[1] * (leaf.ndim - 1))  # noqa: E731

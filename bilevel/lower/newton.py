@@ -11,11 +11,11 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import linear
 from bilevel._module import hyperparameters
+from bilevel.data import ProblemError
 from bilevel.level import Level
 from bilevel.linear.krylov import conjugate_gradients
 from bilevel.lower.loops import LowerState
 from bilevel.optimizers import check_count
-from bilevel.problem import ProblemError
 from bilevel.typing import PyTree, Scalar
 
 __all__ = ["Newton"]
