@@ -30,10 +30,23 @@ class Watch:
     """What keeps the curvatures of f and F up to date along a run."""
 
     direction: PyTree  # the gap's last gradient in (x, y)
-    upward: PyTree  # F's
     moved: Scalar  # the length of the step since, in all variables
-    gone: Scalar  # and in (x, y) alone
     probe: PyTree  # a direction of large curvature
+    loss: Scalar  # F before that step,
+    slope: Scalar  # its slope along it,
+    gone: Scalar  # and the step's length in (x, y) alone
+    upward: PyTree = None  # F's gradient, within a step
+
+    def along(self, loss: Scalar, estimate: Any) -> Scalar:
+        """The curvature of F along the last step, from its value there, or a relaxed estimate where that is larger.
+
+        2 |F(u + s) - F(u) - F' s| / |s|^2
+        """
+        left, square = 2 * jnp.abs(loss - self.loss - self.slope), self.gone**2
+        noise = 1e3 * jnp.finfo(square.dtype).eps * (jnp.abs(loss) + jnp.abs(self.loss))
+        resolved = (left > noise) & (square > 0) & jnp.isfinite(left)
+        observed = left / jnp.where(resolved, square, 1.0)
+        return jnp.where(resolved, jnp.maximum(0.99 * estimate, observed), estimate).astype(jnp.result_type(estimate))
 
 
 @state
@@ -79,10 +92,8 @@ class JointState(Reported):
         change, moved = optax.tree.sub(found.apart, watch.direction), factor * (watch.moved + also)
         size = norm(self.point)
         steeper = jnp.maximum(curvature.secant_estimate(L["f"], floor, change, moved, size), floor)
-        gone, upward = watch.gone + also, optax.tree.sub(found.upward, watch.upward)
-        F = curvature.secant_estimate(L["F"], 0.0, upward, gone, size)
-        L = {**L, "f": steeper, "f0": floor, "F": F}
-        watch = Watch(found.apart, found.upward, watch.moved, watch.gone, probe)
+        L = {**L, "f": steeper, "f0": floor, "F": watch.along(found.loss, L["F"])}
+        watch = dataclasses.replace(watch, direction=found.apart, probe=probe, loss=found.loss, upward=found.upward)
         return dataclasses.replace(self, curvatures=L, watch=watch)
 
     def stepped(
@@ -94,8 +105,10 @@ class JointState(Reported):
         if self.watch is None:
             return new
         moved = norm(optax.tree.sub((point, theta, duals), (self.point, self.theta, self.duals)))
-        gone = norm(optax.tree.sub(point, self.point))
-        return dataclasses.replace(new, watch=dataclasses.replace(self.watch, moved=moved, gone=gone))
+        step = optax.tree.sub(point, self.point)
+        slope = jnp.asarray(optax.tree.vdot(self.watch.upward, step), self.watch.slope.dtype)
+        watch = dataclasses.replace(self.watch, moved=moved, slope=slope, gone=norm(step), upward=None)
+        return dataclasses.replace(new, watch=watch)
 
 
 def begin(
@@ -130,8 +143,8 @@ def watching(problem: Problem, point: PyTree, follows: bool) -> Watch | None:
     if problem.stochastic or not follows:
         return None
     dtype = jnp.result_type(*jax.tree.leaves(point[1]))
-    nothing, zero = optax.tree.zeros_like(point), jnp.zeros((), dtype)
-    return Watch(nothing, nothing, zero, zero, curvature.unit_direction(point))
+    zero = jnp.zeros((), dtype)
+    return Watch(optax.tree.zeros_like(point), zero, curvature.unit_direction(point), zero, zero, zero)
 
 
 def lower_scale(curvatures: dict[str, jax.Array]) -> Scalar:
