@@ -23,6 +23,7 @@ from bilevel.problem import Problem, as_variable
 from bilevel.recorder import Event, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
+from bilevel.solvers._base import linear_remark, refuse_unreached
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver
 from bilevel.streaming import Streams
@@ -62,7 +63,8 @@ def solve(
 
     Args:
       problem: the problem.
-      x0, y0: where to start: pytrees of floating-point arrays (they are copied). `x0=None`: a simple bilevel problem.
+      x0, y0: where to start: pytrees of floating-point arrays (they are copied, and projected on X and Y where the
+        problem has projections). `x0=None`: a simple bilevel problem.
       solver: one of `bilevel.solvers`, or any object with `init` and `step` (on the host: `init` and `search`). None: one
         is chosen from the problem and named, with the reason, in the log (logger "bilevel") and in the solution.
       steps: outer steps, those before a resume included.
@@ -168,7 +170,8 @@ def _settle(
             break
         asked, run.result = asked / 30, Result.MAX_STEPS
     run.note(found.measures)
-    run.result, run.why = found.result, " ".join(part for part in (run.why, found.why) if part)
+    along = "" if found.result is Result.CONVERGED else linear_remark(numbers)
+    run.result, run.why = found.result, " ".join(part for part in (run.why, found.why, along) if part)
     return found
 
 
@@ -189,6 +192,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
     problem = jax.tree.map(jnp.asarray, problem)
+    x, y = problem.projected(x, y)
     reason = ""
     if solver is None:
         solver, reason = default_solver(problem, x, y)
@@ -198,6 +202,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
             f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), "
             "such as solvers.AID(), or init, search and status, such as solvers.MPCC()."
         )
+    refuse_unreached(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(
             f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, "
