@@ -7,7 +7,8 @@ function theorem gives the derivative from T alone, whatever the solver did insi
 
 `custom_root` attaches this rule to a solver, and `custom_fixed_point` does so for y* = T(y*, a). Both keep the
 signatures of `jaxopt.implicit_diff`; the decorated function can be differentiated in either mode, and again. `argmin`
-is the case in which T is the gradient of a lower-level objective. Ready-made conditions are in `bilevel.optimality`.
+is the case in which T is the gradient of a lower-level objective, and `qp` is a quadratic programme as a layer.
+Ready-made conditions are in `bilevel.optimality`.
 
 The derivative is that of the *solution*: it is exact only as far as the solver converged, and it is zero with respect
 to the initial guess, by design. To differentiate with respect to the start (as MAML does), differentiate through the
@@ -35,6 +36,7 @@ from bilevel._arguments import Leaves, bind, hoisted, holds_tracer, replaced, si
 from bilevel.linear import CG, GMRES, Dense
 from bilevel.linear._common import is_skew
 from bilevel.optimality import stationarity
+from bilevel.quadratic import QPSolution, QPStatus, qp
 from bilevel.typing import PyTree, Scalar, X, Y
 
 LinearMap = Callable[[PyTree], PyTree]
@@ -43,7 +45,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Args = TypeVar("Args", bound=tuple[Any, ...])
 
-__all__ = ["argmin", "custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
+__all__ = [
+    "QPSolution", "QPStatus", "argmin", "custom_fixed_point", "custom_root", "qp", "root_jvp", "root_vjp",
+]  # fmt: skip
 
 
 def custom_root(
