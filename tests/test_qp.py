@@ -128,7 +128,9 @@ def test_infeasible_and_unbounded_random_programmes_equal_the_verdicts_of_scipy(
     for trial in range(20):
         Q, c = np.diag([1.0, 1, 0, 0]), random.normal(size=4)
         A, b = random.normal(size=(1, 4)), random.normal(size=1)
-        G, h = random.normal(size=(4 + 4 * (trial % 2), 4)), random.normal(size=4 + 4 * (trial % 2)) - trial % 2
+        G, h = random.normal(size=(8, 4)), random.normal(size=8) - trial % 2
+        if trial % 4 == 2:
+            G[:, 3], A[:, 3], c[3] = np.abs(G[:, 3]), 0.0, 1.0  # down along -y_3
         empty = scipy.optimize.linprog(0 * c, G, h, A, b, bounds=(None, None)).status == 2
         flat = np.vstack([Q, A])
         fall = scipy.optimize.linprog(c, G, 0 * h, flat, np.zeros(len(flat)), bounds=(-1, 1)).fun
