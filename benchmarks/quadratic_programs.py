@@ -224,7 +224,8 @@ def main():
                 rows[name] = type(error).__name__
                 continue
             try:
-                gradients[name] = lambda program=_harness.compiled(gradient, batch[1])[0]: program(batch[1])
+                program, _ = _harness.compiled(gradient, batch[1])
+                gradients[name] = lambda program=program: program(batch[1])
             except Exception as error:
                 print(f"{name}: no gradient of a batch ({type(error).__name__})")
         times = _harness.interleaved(calls, options.rounds), _harness.interleaved(gradients, options.rounds)

@@ -180,8 +180,8 @@ def _solve(tol: float, max_steps: int, Q: Any, c: Any, A: Any, b: Any, G: Any, h
     column, row = _equilibrated(Q, M)
     Q1, M1, c1, r1 = column[:, None] * Q * column, row[:, None] * M * column, column * c, row * r
     length = _unit_of_length(Q1, c1, r1, p)
-    value = _or_one(jnp.maximum(length**2 * _largest(Q1), length * _largest(c1)))
-    Q2, c2, r2 = (length**2 / value) * Q1, (length / value) * c1, r1 / length
+    force = _or_one(jnp.maximum(length * _largest(Q1), _largest(c1)))
+    Q2, c2, r2 = (length / force) * Q1, c1 / force, r1 / length
 
     y, z, s, status, steps = _interior_point(Q2, c2, M1, r2, p, tol, max_steps)
     # A row counts as active where its multiplier outweighs its slack.
@@ -195,7 +195,7 @@ def _solve(tol: float, max_steps: int, Q: Any, c: Any, A: Any, b: Any, G: Any, h
     values = jnp.linalg.eigvalsh(Q1)
     concave = values[0] < -_negative(Q.dtype, c.shape[0]) * jnp.max(jnp.abs(values))
     status = jnp.where(concave, QPStatus.NONCONVEX, status).astype(jnp.int32)
-    z = row * z * (value / length)
+    z = row * z * force
     lam = jnp.where(real, jnp.maximum(z[p:], 0.0), 0.0)
     return length * column * y, z[:p], lam, active, status, steps, residual
 

@@ -68,13 +68,13 @@ def train(loss, x, steps):
     return x, values, path
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--days", type=int, default=200, help="to train on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("decision_focused.png"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     rng = np.random.default_rng(args.seed)
     truth = {name: rng.normal(size=(FEATURES, GOODS)).astype(np.float32) for name in ("odd", "even")}
@@ -116,7 +116,7 @@ def main():
     )
     left.legend()
     sample = jnp.argsort(later[0][:, 0])[:: 500 // 12]
-    for k, (name, model) in enumerate((("known prices", None), *(("least squares", start), ("layer", x)))):
+    for k, model in enumerate((None, start, x)):
         prices = later[1] if model is None else predict(model, later[0])
         orders = order(prices[sample])
         bottom = np.zeros(len(sample))
@@ -135,6 +135,7 @@ def main():
     )
     figure.savefig(args.out, dpi=120)
     print(f"saved {args.out}")
+    return regrets
 
 
 if __name__ == "__main__":
