@@ -41,8 +41,8 @@ def GAM(
     Where it is exact: f strongly convex in y, linearly independent gradients of the active constraints, and none weakly
     active (multiplier and slack both zero) at the solution. The gradient then is that of x -> F(x, y*(x)) up to the
     lower solve's accuracy, the multipliers are those of the lower level without a bias of any penalty, and a few steps
-    end the run. At a weakly active constraint h has a kink, and the shortest of two one-sided gradients is taken. Bounds
-    of y are to be stated as constraints.
+    end the run. At a weakly active constraint h has a kink, and the shortest of two one-sided gradients is taken.
+    Bounds of y are to be stated as constraints.
 
     The lower level is solved to high accuracy (`lower.Accurate`) with `rounds` updates of the multipliers, each a
     minimisation of at most `inner_steps` steps. `upper_optimizer`: None: `optimizers.spectral()`, which needs full
