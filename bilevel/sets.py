@@ -56,7 +56,7 @@ from bilevel.typing import Project, PyTree
 
 __all__ = [
     "Affine", "Ball", "Birkhoff", "Box", "BoxSection", "Halfspace", "Hyperplane", "Intersection", "NonNegative",
-    "Polyhedron", "Product", "Set", "Simplex", "SparseSimplex", "Sphere", "Transport",
+    "Polyhedron", "Product", "Set", "Simplex", "SparseSimplex", "Sphere", "Transport", "seen",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -821,6 +821,35 @@ class Intersection(Set):
 # What follows serves the sets above: numbers and trees, then the searches for active sets.
 
 _SIGNS = 8  # unknowns up to which the 1-norm ball has its 2^n rows
+
+
+def seen(project: Project, z: PyTree) -> Box | None:
+    """The box that a function projects on, by trying it; None where it is none.
+
+    Far corners give the bounds, and points of all sizes must then be clipped to them. No proof, but a function that is
+    clipped at both ends and everywhere tried is a clip.
+    """
+    dtype = np.result_type(*(np.asarray(leaf).dtype for leaf in jax.tree.leaves(z)))
+    huge = float(jnp.finfo(dtype).max) ** 0.5
+    filled = lambda value: jax.tree.map(lambda leaf: jnp.full_like(leaf, value), z)  # noqa: E731
+    random = np.random.default_rng(0)
+    scattered = lambda size: jax.tree.map(  # noqa: E731
+        lambda leaf: jnp.asarray(size * random.standard_normal(np.shape(leaf)), jnp.result_type(leaf)), z
+    )
+    try:
+        low, high = (jax.tree.map(np.asarray, project(filled(value))) for value in (-huge, huge))
+        low = jax.tree.map(lambda bound: np.where(bound <= -huge / 2, -np.inf, bound), low)
+        high = jax.tree.map(lambda bound: np.where(bound >= huge / 2, np.inf, bound), high)
+        box = Box(low, high)
+        points = [z, *(scattered(size) for size in (1e-3, 0.1, 1.0, 10.0, 1e3))]
+        same = (
+            np.allclose(a, b, rtol=1e-6, atol=0.0)
+            for point in points
+            for a, b in zip(jax.tree.leaves(project(point)), jax.tree.leaves(box(point)), strict=True)
+        )
+        return box if all(same) else None
+    except (TypeError, ValueError):
+        return None
 
 
 def _is_part(node: Any) -> bool:

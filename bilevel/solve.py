@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from bilevel.result import Result
 from bilevel.solution import Solution
 from bilevel.solvers._base import linear_remark, refuse_unreached
 from bilevel.solvers.certificate import Certificate, certify
-from bilevel.solvers.default import default_solver
+from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
 from bilevel.typing import HostSolver, Solver, X, Y
 
@@ -35,6 +36,18 @@ logger = logging.getLogger("bilevel")
 
 # Between two saves that the user did not schedule.
 _SAVE_SECONDS = 5.0
+
+# Ends of a solver that was chosen here after which another one may do better.
+_MENDABLE = (
+    Result.MAX_STEPS,
+    Result.DIVERGED,
+    Result.LOWER_LEVEL,
+    Result.SEVERAL_MINIMISERS,
+    Result.NOT_STATIONARY,
+    Result.LOCAL,
+    Result.PENALTY_LIMITED,
+    Result.INFEASIBLE,
+)
 
 # How often a run goes on after the certificate did not let its end stand.
 _TIGHTER = 4
@@ -95,6 +108,7 @@ def solve(
     began = time.perf_counter()
     check_count("solve", steps=steps, metrics_every=metrics_every, callback_every=callback_every)
     check_count("solve", checkpoint_every=checkpoint_every, checkpoint_keep=checkpoint_keep, chunk=chunk)
+    asked_for = solver
     problem, x, y, solver, reason = _checked(problem, x0, y0, solver, tol)
     steps = host.most_steps(solver, steps)
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
@@ -123,7 +137,7 @@ def solve(
         logger.warning("%s", run.why)
     reason = " ".join(part for part in (reason, run.why) if part)
     seconds = time.perf_counter() - began
-    return Solution(
+    solution = Solution(
         x=run.state.x,
         y=run.state.y,
         result=run.result,
@@ -136,6 +150,16 @@ def solve(
         certificate=certificate,
         multipliers=_multipliers(solver, streams, run.state),
     )
+    chosen = asked_for is None and tol is not None and checkpoint is None and callback is None
+    if chosen and run.result in _MENDABLE and (other := second_solver(problem, x, y, solver)) is not None:
+        again, why = other
+        logger.info("%s", f"Went on with {why}.")
+        options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every)
+        second = solve(problem, x, y, again, steps=steps, progress=progress, chunk=chunk, **options)
+        if second.result is Result.CONVERGED:
+            reason = f"{reason} Went on with {why}. {second.reason}".strip()
+            return dataclasses.replace(second, reason=reason, seconds=time.perf_counter() - began)
+    return solution
 
 
 def _settle(

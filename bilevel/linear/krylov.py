@@ -326,7 +326,7 @@ def _by_singular_values(h: Matvec, b: PyTree) -> Answer:
     matrix, x = dense_matrix(h, b), flatten(b)
     usable = jnp.all(jnp.isfinite(matrix))
     matrix = jnp.where(usable, matrix, 0)
-    v = jnp.linalg.lstsq(matrix, x, rcond=10 * max(len(x), 4) * float(jnp.finfo(x.dtype).eps))[0]
+    v = jnp.linalg.lstsq(matrix, x, rcond=2 * max(len(x), 4) * float(jnp.finfo(x.dtype).eps))[0]
     solution = unflatten(jnp.where(usable, v, jnp.nan))
     return solution, report(norm(axpy(-1.0, h(solution), b)), 0)
 

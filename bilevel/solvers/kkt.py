@@ -38,6 +38,12 @@ def GAM(
 ) -> HypergradientDescent:
     """Implicit differentiation through the lower level's KKT system: small lower levels, any convex constraints.
 
+    Where it is exact: f strongly convex in y, linearly independent gradients of the active constraints, and none weakly
+    active (multiplier and slack both zero) at the solution. The gradient then is that of x -> F(x, y*(x)) up to the
+    lower solve's accuracy, the multipliers are those of the lower level without a bias of any penalty, and a few steps
+    end the run. At a weakly active constraint h has a kink, and the shortest of two one-sided gradients is taken.
+    Bounds of y are to be stated as constraints.
+
     The lower level is solved to high accuracy (`lower.Accurate`) with `rounds` updates of the multipliers, each a
     minimisation of at most `inner_steps` steps. `upper_optimizer`: None: `optimizers.spectral()`, which needs full
     batches. See `hypergradients.ActiveSet` (Xu, Zhu, AAAI 2023).

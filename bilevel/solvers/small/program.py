@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import sets
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
 
@@ -187,6 +188,7 @@ class Program:
     """
 
     def __init__(self, problem: Problem, x: PyTree, y: PyTree, owner: str = "MPCC") -> None:
+        problem = visible(problem, x, y)
         self.problem, self.owner = problem, owner
         _refuse(problem, owner)
         leaves = [*jax.tree.leaves(x), *jax.tree.leaves(y)]
@@ -294,6 +296,12 @@ class Program:
         """(x, y) of the user as one scaled vector."""
         return np.concatenate([flatten(x), flatten(y)]) / self.columns[: self.n + self.m]
 
+    def losses(self, x: PyTree, y: PyTree) -> tuple[float, float]:
+        """F and f in the user's units."""
+        with self.precision():
+            at = self(self.point(self.scaled(x, y)))
+        return at.F * self.upper_scale, at.f * self.lower_scale
+
     @property
     def upper_scale(self) -> float:
         """What a difference of scaled F is multiplied with to be one of F."""
@@ -377,13 +385,11 @@ class Program:
         """The lengths along a direction on which the gradients of F, of f in y and of the rows change by themselves."""
         n, k = self.n, self.n + self.m
         _, _, G, H, g, h, r = self._slices
-        gradients = (
-            lambda values, jacobian: [  # noqa: E731
-                jacobian[0, :k],
-                values[r],
-                *jacobian[np.r_[G, H, g, h], :k],
-            ]
-        )
+        gradients = lambda values, jacobian: [
+            jacobian[0, :k],
+            values[r],
+            *jacobian[np.r_[G, H, g, h], :k],
+        ]
         before, lengths = gradients(values, jacobian), {}
         sizes = [float(np.linalg.norm(gradient)) for gradient in before]
         for size in 10.0 ** np.arange(-10, 11, 1):
@@ -441,6 +447,7 @@ def _opposite(samples: list[np.ndarray]) -> np.ndarray:
 
 def size_of(problem: Problem, x: PyTree, y: PyTree) -> tuple[int, int]:
     """The numbers of unknowns and of rows, without a compile; a `ProblemError` where a `Program` is not made."""
+    problem = visible(problem, x, y)
     _refuse(problem, "A check of a small problem")
     sets = [_set_bounds(problem.project_upper, x), _set_bounds(problem.project_lower, y)]
     bounds = [Bounds.of(*both) for both in sets]
@@ -450,6 +457,18 @@ def size_of(problem: Problem, x: PyTree, y: PyTree) -> tuple[int, int]:
     vector = np.zeros(unknowns, np.result_type(*(np.asarray(leaf).dtype for leaf in leaves)))
     shapes = jax.eval_shape(lambda vector: _all_rows(problem, (bounds[0], bounds[1]), layout, vector), vector)
     return unknowns, sum(int(np.prod(shape.shape)) for shape in shapes[2:])
+
+
+def visible(problem: Problem, x: PyTree, y: PyTree) -> Problem:
+    """The same problem, with a box in the place of a function that projects on one."""
+    found = {}
+    for name, variable in (("project_upper", x), ("project_lower", y)):
+        project = getattr(problem, name)
+        if project is not None and not hasattr(project, "bounds") and jax.tree.leaves(variable):
+            box = sets.seen(project, variable)
+            if box is not None:
+                found[name] = box
+    return dataclasses.replace(problem, **found) if found else problem
 
 
 def _set_bounds(project: Any, variable: PyTree) -> tuple[np.ndarray, np.ndarray]:

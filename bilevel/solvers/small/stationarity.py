@@ -18,7 +18,7 @@ from bilevel.solvers.small.program import Evaluated, Program, size_of
 from bilevel.solvers.small.search import FEASIBLE, Lowest, Search, lower_starts, solve_lower
 from bilevel.typing import PyTree
 
-__all__ = ["Lower", "Stationarity", "lower_verified", "refusal", "stationary"]
+__all__ = ["Lower", "Stationarity", "lower_verified", "refusal", "stationary", "unbounded"]
 
 _MOST = 256
 """The most linear programmes, and the most supports that are looked at for vertices."""
@@ -121,6 +121,39 @@ def lower_verified(
             max(gap, 0.0) * program.lower_scale,
             gain * program.upper_scale,
         )
+
+
+def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = None) -> bool:
+    """Whether f(x, .) keeps falling, feasibly, along a ray from y: steepest descent or the most negative curvature."""
+    program = program or Program(problem, x, y, "The check of the lower level")
+    with program.precision():
+        xy = program.scaled(x, y)
+        at, n, k = program(program.point(xy)), program.n, program.n + program.m
+        if not np.isfinite(at.f) or not np.isfinite(at.dr).all():
+            return False
+        size = 1 + np.abs(xy).max(initial=0.0)
+        rays = [-at.df[n:k]]
+        if k - n:
+            curvature = at.dr[:, n:k]
+            values, basis = np.linalg.eigh((curvature + curvature.T) / 2)
+            if values[0] < -1e-6 * np.abs(values).max():
+                rays += [basis[:, 0], -basis[:, 0]]
+        for ray in rays:
+            length = np.linalg.norm(ray)
+            if not length > 0:
+                continue
+            values_along = []
+            for reach in (1e1, 1e2, 1e3, 1e4):
+                point = xy.copy()
+                point[n:] += reach * size * ray / length
+                there = program(program.point(point))
+                if not np.isfinite(there.f) or program.violation(there, upper=False) > FEASIBLE:
+                    break
+                values_along.append(there.f)
+            falls = np.diff([at.f, *values_along])
+            if len(values_along) == 4 and (falls < 0).all() and falls[-1] < falls[0]:
+                return True
+    return False
 
 
 def stationary(
