@@ -147,7 +147,7 @@ class Box(Set):
     def __post_init__(self) -> None:
         object.__setattr__(self, "lower", _numbers("Box(lower=...)", self.lower, none=-math.inf))
         object.__setattr__(self, "upper", _numbers("Box(upper=...)", self.upper, none=math.inf))
-        if jax.tree.structure(self.lower) == jax.tree.structure(self.upper):
+        if jax.tree.structure(self.lower) == jax.tree.structure(self.upper):  # type: ignore[operator]
             for low, high in zip(jax.tree.leaves(self.lower), jax.tree.leaves(self.upper), strict=True):
                 _ordered("Box", low, high)
 
@@ -703,7 +703,7 @@ class Product(Set):
     def _parts(self, z: PyTree) -> tuple[list[tuple[Any, PyTree]], Any]:
         parts, treedef = jax.tree.flatten(self.sets, is_leaf=_is_part)
         try:
-            return list(zip(parts, treedef.flatten_up_to(z), strict=True)), treedef
+            return list(zip(parts, treedef.flatten_up_to(z), strict=True)), treedef  # type: ignore[attr-defined]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"Product's sets are {treedef} and the variable is {jax.tree.structure(z)}; the sets have the "
@@ -903,7 +903,8 @@ def _numbers(name: str, value: Any, none: float | None = None, array: bool = Fal
         if isinstance(leaf, (bool, str)) or not isinstance(leaf, (int, float, np.ndarray, np.number, jax.Array)):
             raise ValueError(f"{name} holds a {type(leaf).__name__}; numbers and arrays are expected.")
         if not isinstance(leaf, jax.Array):
-            leaf = float(leaf) if np.ndim(leaf) == 0 else np.asarray(leaf, None if leaf.dtype.kind == "f" else float)
+            kept = isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f"
+            leaf = float(leaf) if np.ndim(leaf) == 0 else np.asarray(leaf, None if kept else float)
         if np.isnan(_known(leaf)).any():  # type: ignore[arg-type]
             raise ValueError(f"{name} holds a NaN.")
         return leaf
@@ -1026,7 +1027,7 @@ def _ordered(owner: str, low: Any, high: Any) -> None:
 
 def _aligned(name: str, value: Any, z: PyTree) -> PyTree:
     """A tree of numbers spread over z: like z in structure, shapes and dtypes."""
-    if jax.tree.structure(z) == jax.tree.structure(0) and isinstance(value, (list, tuple)):
+    if jax.tree_util.all_leaves([z]) and isinstance(value, (list, tuple)):
         value = _stacked(value)  # for an array z, a list is an array
 
     def spread(number: Any, part: PyTree) -> PyTree:
@@ -1199,10 +1200,9 @@ def _simplex(v: jax.Array, total: jax.Array, k: int) -> jax.Array:
 
 
 def _section_nonempty(lower: Any, upper: Any, a: Any, b: Any) -> None:
-    known = [_known(value) for value in (lower, upper, a, b)]
-    if any(value is None for value in known):
+    low, high, slope, level = (_known(value) for value in (lower, upper, a, b))
+    if low is None or high is None or slope is None or level is None:
         return
-    low, high, slope, level = known
     moving = slope != 0
     low, high, slope = low[moving], high[moving], slope[moving]
     least = np.where(slope > 0, slope * low, slope * high).sum()
