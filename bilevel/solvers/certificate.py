@@ -235,10 +235,13 @@ def certify(
     With a tolerance everything in this module's table that size allows; without one, values, sets and rows, and up to
     2,000 lower unknowns on full batches the lower level from y, where it is constrained, penalised or not convex.
     """
+    if result in (Result.LOWER_LEVEL, Result.INFEASIBLE):  # a solver's own word: the search may find better or worse
+        found = certify(problem, x, y, start, Result.MAX_STEPS, metrics, tol)
+        return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
     if result not in _ANY:
         return Certificate(result)
     if (tol is not None or result is Result.CONVERGED) and not _refusal(problem, x, y):
-        return _of_small(problem, x, y, result, metrics, tol)
+        return _of_small(problem, x, y, start, result, metrics, tol)
     unchecked = _obstacles(problem, x, y, tol)
     if unchecked is None:
         return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
@@ -275,13 +278,23 @@ def _refusal(problem: Problem, x: PyTree, y: PyTree) -> str:
 
 
 def _of_small(
-    problem: Problem, x: PyTree, y: PyTree, result: Result, metrics: dict[str, float], tol: float | None
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    start: tuple[PyTree, PyTree],
+    result: Result,
+    metrics: dict[str, float],
+    tol: float | None,
 ) -> Certificate:
-    """The same of a small problem, on the host: all vertices of the multipliers and branches, no sample of directions."""
+    """The same of a small problem, on the host: all vertices of the multipliers and all branches."""
     from bilevel.solvers.small.program import Program
     from bilevel.solvers.small.stationarity import lower_verified, stationary, unbounded
 
     program = Program(problem, x, y, "The certificate")
+    before = Program(problem, *start, "The certificate")
+    n, k = program.n, program.n + program.m
+    if any((program.columns[part] < 1e-3 * before.columns[part]).any() for part in (slice(0, n), slice(n, k))):
+        program = before  # at the end a variable is zero but for rounding, which is no unit
     lower = lower_verified(problem, x, y, program=program)
     upper_loss, lower_loss = program.losses(x, y)
     found: dict[str, float] = {

@@ -18,6 +18,7 @@ from bilevel.result import Result
 from bilevel.solvers.small.nlp import METHODS
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.search import LADDER, Point, Search, lower_starts, sample, solve_lower
+from bilevel.solvers.small.stationarity import unbounded
 from bilevel.typing import Metrics, PyTree
 
 __all__ = ["MPCC", "Local", "MPCCState"]
@@ -232,10 +233,18 @@ class _Run:
             rng = np.random.default_rng([*self._seed, step])
             point = self._better(self._from(step, rng), rng)
             passed = self.best is not None and self.best.verified(solver.tol)
+            if not passed and step == 1 and self._falls(point):
+                yield step, point, True
+                return
             finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
             yield step, point, finished
             if finished:
                 return
+
+    def _falls(self, point: Point) -> bool:
+        """Whether the lower level falls for ever at the start and at this point: there is nothing to search for."""
+        points = (self.program.start, point.xy)
+        return all(unbounded(self.program.problem, *self.program.trees(xy), self.program) for xy in points)
 
     def _better(self, points: list[Point], rng: np.random.Generator) -> Point:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""

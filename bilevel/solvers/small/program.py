@@ -363,7 +363,7 @@ class Program:
         _, f, G, H, g, h, r = self._slices
         constraints = np.r_[G, H, g, h]
         found = []
-        for block in (slice(0, n), slice(n, k)):
+        for block in (slice(n, k), slice(0, n)):
             lengths: list[float] = []
             width = (high - low)[block]
             lengths += list(width[np.isfinite(width) & (width > 0)] / 2)
@@ -375,21 +375,29 @@ class Program:
             direction = np.zeros(k)
             direction[block] = rng.choice([-1.0, 1.0], block.stop - block.start)
             lengths += self._curving(xy, direction, values, jacobian) if direction.any() else []
+            if found and direction.any():
+                # As far as x moves the lower solution by a unit of y.
+                along_y = np.zeros(k)
+                along_y[n:] = found[0] * rng.choice([-1.0, 1.0], k - n)
+                with np.errstate(all="ignore"):
+                    moved = np.linalg.norm(jacobian[r, :k] @ along_y) / np.linalg.norm(jacobian[r, :k] @ direction)
+                lengths += [float(moved)] if np.isfinite(moved) and moved > 0 else []
             # At a solution some are zero but for rounding: no lengths.
             least = 1e-4 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
             lengths = [length for length in lengths if length >= least]
             found.append(float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0)
-        return found
+        return found[::-1]
 
     def _curving(self, xy: np.ndarray, direction: np.ndarray, values: np.ndarray, jacobian: np.ndarray) -> list[float]:
         """The lengths along a direction on which the gradients of F, of f in y and of the rows change by themselves."""
         n, k = self.n, self.n + self.m
         _, _, G, H, g, h, r = self._slices
-        gradients = lambda values, jacobian: [
-            jacobian[0, :k],
-            values[r],
-            *jacobian[np.r_[G, H, g, h], :k],
-        ]
+        rows = np.r_[0, G, H, g, h]
+
+        def gradients(values: np.ndarray, jacobian: np.ndarray) -> list[np.ndarray]:
+            # By x and by y apart: the two have units of their own.
+            return [values[r], *jacobian[rows, :n], *jacobian[rows, n:k]]
+
         before, lengths = gradients(values, jacobian), {}
         sizes = [float(np.linalg.norm(gradient)) for gradient in before]
         for size in 10.0 ** np.arange(-10, 11, 1):
