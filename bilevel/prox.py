@@ -36,7 +36,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bilevel.quadratic import qp
 from bilevel.sets import _aligned, _flat, _known
@@ -126,12 +125,12 @@ def group_lasso(strength: Strength, axis: int | tuple[int, ...] | None = None) -
             if not all(-leaf.ndim <= a < leaf.ndim for a in axes):
                 raise ValueError(f"group_lasso(axis={axis}) was given a leaf of shape {leaf.shape}.")
             value = jnp.asarray(value, jnp.promote_types(leaf.dtype, jnp.float32))
-            groups = np.delete(np.array(leaf.shape, int), [a % leaf.ndim for a in axes])
+            groups = tuple(length for i, length in enumerate(leaf.shape) if i not in [a % leaf.ndim for a in axes])
             try:
-                value = jnp.broadcast_to(value, tuple(groups))
+                value = jnp.broadcast_to(value, groups)
             except ValueError:
                 raise ValueError(
-                    f"group_lasso: the strength has the shape {value.shape} and the groups have {tuple(groups)}."
+                    f"group_lasso: the strength has the shape {value.shape} and the groups have {groups}."
                 ) from None
             value = jnp.expand_dims(value, [a % leaf.ndim for a in axes])
             return _shrunk(leaf.astype(value.dtype), scaling * value, axes).astype(leaf.dtype)

@@ -102,6 +102,10 @@ def qp(
     Kolter, "OptNet: Differentiable Optimization as a Layer in Neural Networks", ICML 2017 (the derivative).
     """
     given = _checked(Q, c, A, b, G, h)
+    return _answer(given, tol, max_steps)
+
+
+def _answer(given: tuple[Any, ...], tol: float | None, max_steps: int) -> QPSolution:
     out = jnp.result_type(*(a for a in given if a is not None), jnp.bfloat16)
     dtype = jnp.promote_types(out, jnp.float32)
     n = np.shape(given[1])[0]
@@ -110,10 +114,16 @@ def qp(
     eps = float(jnp.finfo(dtype).eps)
     tol = (1e-9 if eps < 1e-10 else 2e-5) if tol is None else tol
     rows = (*((A, b) if A is not None else nothing), *((G, h) if G is not None else nothing))
-    y, nu, lam, _, status, steps, residual = _solve(tol, max_steps, (Q + Q.T) / 2, c, *rows)  # type: ignore[union-attr]
+    y, nu, lam, _, status, steps, residual = _compiled(tol, max_steps, (Q + Q.T) / 2, c, *rows)  # type: ignore[union-attr]
     failed = (status == QPStatus.INFEASIBLE) | (status == QPStatus.UNBOUNDED) | (status == QPStatus.NONCONVEX)
+    failed |= jnp.isnan(residual)  # a NaN in the numbers, which eager calls refuse
     y, nu, lam = ((v * jnp.where(failed, jnp.nan, 1.0)).astype(out) for v in (y, nu, lam))  # a NaN derivative too
     return QPSolution(y, None if A is None else nu, None if G is None else lam, status, steps, residual)
+
+
+def projection(z: jax.Array, A: jax.Array, b: jax.Array, G: jax.Array, h: jax.Array) -> jax.Array:
+    """The projection of a vector on {A v = b, G v <= h}, arrays that were checked before; NaN where there is none."""
+    return _answer((jnp.eye(z.shape[0], dtype=z.dtype), -z, A, b, G, h), None, 60).y
 
 
 def _checked(*given: Any) -> tuple[Any, ...]:
@@ -170,8 +180,8 @@ def _solve(tol: float, max_steps: int, Q: Any, c: Any, A: Any, b: Any, G: Any, h
     column, row = _equilibrated(Q, M)
     Q1, M1, c1, r1 = column[:, None] * Q * column, row[:, None] * M * column, column * c, row * r
     length = _unit_of_length(Q1, c1, r1, p)
-    value = _or_one(jnp.maximum(length**2 * _largest(Q1), length * _largest(c1)))
-    Q2, c2, r2 = (length**2 / value) * Q1, (length / value) * c1, r1 / length
+    force = _or_one(jnp.maximum(length * _largest(Q1), _largest(c1)))
+    Q2, c2, r2 = (length / force) * Q1, c1 / force, r1 / length
 
     y, z, s, status, steps = _interior_point(Q2, c2, M1, r2, p, tol, max_steps)
     # A row counts as active where its multiplier outweighs its slack.
@@ -185,7 +195,7 @@ def _solve(tol: float, max_steps: int, Q: Any, c: Any, A: Any, b: Any, G: Any, h
     values = jnp.linalg.eigvalsh(Q1)
     concave = values[0] < -_negative(Q.dtype, c.shape[0]) * jnp.max(jnp.abs(values))
     status = jnp.where(concave, QPStatus.NONCONVEX, status).astype(jnp.int32)
-    z = row * z * (value / length)
+    z = row * z * force
     lam = jnp.where(real, jnp.maximum(z[p:], 0.0), 0.0)
     return length * column * y, z[:p], lam, active, status, steps, residual
 
@@ -215,6 +225,9 @@ def _solve_jvp(tol: float, max_steps: int, primals: Any, tangents: Any) -> tuple
         jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.inexact) else np.zeros(a.shape, jax.dtypes.float0)
     )
     return found, (u[:n], u[n : n + nu.shape[0]], u[n + nu.shape[0] :], *(zero(a) for a in found[3:]))
+
+
+_compiled = jax.jit(_solve, static_argnums=(0, 1))
 
 
 def _active_system(Q: jax.Array, M: jax.Array, active: jax.Array, equilibrate: bool = True) -> Any:

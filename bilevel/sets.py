@@ -51,7 +51,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel._module import hyperparameters
-from bilevel.quadratic import qp
+from bilevel.quadratic import projection
 from bilevel.typing import Project, PyTree
 
 __all__ = [
@@ -520,7 +520,7 @@ class Polyhedron(Set):
         flat, back = _flat(z)
         A, b = _matrix("Polyhedron", "A", self.A, self.b, flat)
         G, h = _matrix("Polyhedron", "G", self.G, self.h, flat)
-        return back(qp(jnp.eye(flat.shape[0], dtype=flat.dtype), -flat, A, b, G, h).y)
+        return back(projection(flat, A, b, G, h))
 
     def inequality(self, z: PyTree) -> jax.Array:
         """The rows G z - h with a finite h."""
@@ -608,6 +608,8 @@ class Transport(Set):
 
     The dual in (u, v) is concave and piecewise quadratic; a damped Newton method maximises it. `kl` is the projection
     in the Kullback-Leibler divergence.
+
+    Its potentials are as large as the scores: the sums are met to the rounding of the largest score.
 
     Args:
       row_sums: a vector (m,), not negative.
@@ -1245,6 +1247,7 @@ def _section(
     return before | after, jnp.where(before == (a > 0), -1, 1)
 
 
+@jax.jit
 def _transport(scores: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """The Euclidean projection on the polytope; the last Newton step, on the final support, is differentiated."""
     scores = scores - jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))  # u takes it up
@@ -1262,6 +1265,7 @@ def _transport(scores: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Ar
     return jnp.where(support, jax.nn.relu(moved + step[:m, None] + step[None, m:]), 0.0)
 
 
+@jax.jit
 def _kl_transport(scores: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """The projection in the Kullback-Leibler divergence: Sinkhorn's rounds, then Newton's; two are differentiated."""
     scores = scores - jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))
@@ -1307,6 +1311,7 @@ def _dual_newton(
     unit = jnp.max(sums)
     unit = jnp.where(unit > 0, unit, 1.0)
     eps = jnp.finfo(scores.dtype).eps
+    reach = _largest(scores)
 
     def at(w: jax.Array) -> jax.Array:
         return scores + w[:m, None] + w[None, m:]
@@ -1322,7 +1327,8 @@ def _dual_newton(
         i, w, slope, _ = carry
         weights = jax.vmap(jax.vmap(jax.grad(plan_of)))(at(w))
         size = jnp.max(jnp.abs(slope)) / unit
-        damping = jnp.maximum(jnp.minimum(size, 1.0), 10 * eps) * jnp.maximum(jnp.mean(weights.sum(1)), eps)
+        # With the least curvature that takes the whole gradient's step no further than the scores reach.
+        damping = jnp.maximum(jnp.minimum(size, 1.0), 10 * eps) * unit / (unit + reach)
         direction = -jnp.linalg.solve(_laplacian(weights) + damping * jnp.eye(w.shape[0], dtype=w.dtype), slope)
         here, descent = value(w), slope @ direction
 

@@ -355,7 +355,7 @@ def _multipliers(search: Search, point: Point) -> tuple[np.ndarray, np.ndarray]:
     if left > 1e-3:
         z = point.z
     at = program(z)
-    F, f, G, H, g, h, r = program._slices
+    _, _, G, H, _, _, _ = program._slices
     lam, mu = z[k : k + program.p].copy(), z[k + program.p :]
     for i, j in program.pairs:
         lam[i], lam[j] = max(lam[i], 0.0), max(-lam[i], 0.0)

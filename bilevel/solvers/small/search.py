@@ -135,7 +135,7 @@ def lower_starts(program: Program, xy: np.ndarray, count: int, rng: np.random.Ge
 
 
 def sample(low: np.ndarray, high: np.ndarray, center: np.ndarray, rng: np.random.Generator, wide: bool) -> np.ndarray:
-    """A point in a box: uniform where it is closed, log-uniform widths where it is open; not `wide`: near the center."""
+    """A point in a box: uniform where it is closed, log-uniform widths where it is open; or near the center."""
     width = 10.0 ** rng.uniform(-1, 1.5)
     around = center + width * rng.normal(size=center.size)
     if not wide:
@@ -347,7 +347,7 @@ class Search:
 
     def judge(self, z: np.ndarray, rng: np.random.Generator, known: Iterable[np.ndarray] = (), count: int = 0) -> Point:
         """The point (x, y) of z, with the lower level solved from several starts."""
-        program, k, n = self.program, self.k, self.n
+        program, k = self.program, self.k
         xy = np.clip(z[:k], program.lower[:k], program.upper[:k])
         at = program(program.point(xy))
         starts = lower_starts(program, xy, count or self.lower_count, rng) + [y for y in known]
