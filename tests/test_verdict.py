@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_problems import CASES, Case
+from known_problems import CASES, Case
 
 from bilevel import Solution, solve
 
