@@ -135,7 +135,7 @@ def group_lasso(strength: Strength, axis: int | tuple[int, ...] | None = None) -
             value = jnp.expand_dims(value, [a % leaf.ndim for a in axes])
             return _shrunk(leaf.astype(value.dtype), scaling * value, axes).astype(leaf.dtype)
 
-        if jax.tree.structure(value) == jax.tree.structure(y):
+        if jax.tree.structure(value) == jax.tree.structure(y):  # type: ignore[operator]
             return jax.tree.map(leafwise, y, value)
         return jax.tree.map(lambda leaf: leafwise(leaf, value), y)
 

@@ -114,7 +114,7 @@ def _answer(given: tuple[Any, ...], tol: float | None, max_steps: int) -> QPSolu
     eps = float(jnp.finfo(dtype).eps)
     tol = (1e-9 if eps < 1e-10 else 2e-5) if tol is None else tol
     rows = (*((A, b) if A is not None else nothing), *((G, h) if G is not None else nothing))
-    y, nu, lam, _, status, steps, residual = _compiled(tol, max_steps, (Q + Q.T) / 2, c, *rows)  # type: ignore[union-attr]
+    y, nu, lam, _, status, steps, residual = _compiled(tol, max_steps, (Q + Q.T) / 2, c, *rows)  # type: ignore[union-attr, operator]
     failed = (status == QPStatus.INFEASIBLE) | (status == QPStatus.UNBOUNDED) | (status == QPStatus.NONCONVEX)
     failed |= jnp.isnan(residual)  # a NaN in the numbers, which eager calls refuse
     y, nu, lam = ((v * jnp.where(failed, jnp.nan, 1.0)).astype(out) for v in (y, nu, lam))  # a NaN derivative too

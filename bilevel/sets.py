@@ -147,7 +147,7 @@ class Box(Set):
     def __post_init__(self) -> None:
         object.__setattr__(self, "lower", _numbers("Box(lower=...)", self.lower, none=-math.inf))
         object.__setattr__(self, "upper", _numbers("Box(upper=...)", self.upper, none=math.inf))
-        if jax.tree.structure(self.lower) == jax.tree.structure(self.upper):
+        if jax.tree.structure(self.lower) == jax.tree.structure(self.upper):  # type: ignore[operator]
             for low, high in zip(jax.tree.leaves(self.lower), jax.tree.leaves(self.upper), strict=True):
                 _ordered("Box", low, high)
 
@@ -703,7 +703,7 @@ class Product(Set):
     def _parts(self, z: PyTree) -> tuple[list[tuple[Any, PyTree]], Any]:
         parts, treedef = jax.tree.flatten(self.sets, is_leaf=_is_part)
         try:
-            return list(zip(parts, treedef.flatten_up_to(z), strict=True)), treedef
+            return list(zip(parts, treedef.flatten_up_to(z), strict=True)), treedef  # type: ignore[attr-defined]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"Product's sets are {treedef} and the variable is {jax.tree.structure(z)}; the sets have the "
@@ -903,7 +903,7 @@ def _numbers(name: str, value: Any, none: float | None = None, array: bool = Fal
         if isinstance(leaf, (bool, str)) or not isinstance(leaf, (int, float, np.ndarray, np.number, jax.Array)):
             raise ValueError(f"{name} holds a {type(leaf).__name__}; numbers and arrays are expected.")
         if not isinstance(leaf, jax.Array):
-            leaf = float(leaf) if np.ndim(leaf) == 0 else np.asarray(leaf, None if leaf.dtype.kind == "f" else float)
+            leaf = float(leaf) if np.ndim(leaf) == 0 else np.asarray(leaf, None if leaf.dtype.kind == "f" else float)  # type: ignore[union-attr]
         if np.isnan(_known(leaf)).any():  # type: ignore[arg-type]
             raise ValueError(f"{name} holds a NaN.")
         return leaf
@@ -1026,7 +1026,7 @@ def _ordered(owner: str, low: Any, high: Any) -> None:
 
 def _aligned(name: str, value: Any, z: PyTree) -> PyTree:
     """A tree of numbers spread over z: like z in structure, shapes and dtypes."""
-    if jax.tree.structure(z) == jax.tree.structure(0) and isinstance(value, (list, tuple)):
+    if jax.tree.structure(z) == jax.tree.structure(0) and isinstance(value, (list, tuple)):  # type: ignore[operator]
         value = _stacked(value)  # for an array z, a list is an array
 
     def spread(number: Any, part: PyTree) -> PyTree:
@@ -1204,10 +1204,10 @@ def _section_nonempty(lower: Any, upper: Any, a: Any, b: Any) -> None:
         return
     low, high, slope, level = known
     moving = slope != 0
-    low, high, slope = low[moving], high[moving], slope[moving]
+    low, high, slope = low[moving], high[moving], slope[moving]  # type: ignore[index]
     least = np.where(slope > 0, slope * low, slope * high).sum()
     most = np.where(slope > 0, slope * high, slope * low).sum()
-    slack = 1e-5 * (abs(level) + max((np.abs(v) for v in (least, most) if np.isfinite(v)), default=0.0))
+    slack = 1e-5 * (abs(level) + max((np.abs(v) for v in (least, most) if np.isfinite(v)), default=0.0))  # type: ignore[arg-type]
     if not least - slack <= level <= most + slack:
         raise ValueError(
             f"BoxSection is empty: a . z ranges over [{least:g}, {most:g}] in the box, and is asked to be {level:g}."

@@ -365,7 +365,7 @@ class Program:
         rng = np.random.default_rng(1)
         _, _, G, H, g, h, r = self._slices
         constraints = np.r_[G, H, g, h]
-        found = []
+        found: list[float] = []
         for block in (slice(n, k), slice(0, n)):
             lengths: list[float] = []
             width = (high - low)[block]
