@@ -78,8 +78,8 @@ def solve(
       problem: the problem.
       x0, y0: where to start: pytrees of floating-point arrays (they are copied, and projected on X and Y where the
         problem has projections). `x0=None`: a simple bilevel problem.
-      solver: one of `bilevel.solvers`, or any object with `init` and `step` (on the host: `init` and `search`). None: one
-        is chosen from the problem and named, with the reason, in the log (logger "bilevel") and in the solution.
+      solver: one of `bilevel.solvers`, or any object with `init` and `step` (on the host: `init` and `search`). None:
+        one is chosen from the problem and named, with the reason, in the log (logger "bilevel") and in the solution.
       steps: outer steps, those before a resume included.
       key: a seed or a PRNG key. What step k draws is a function of the key and of k (`data.StepKey`): the same key
         gives the same run, whatever the chunk size.

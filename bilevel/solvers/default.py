@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import derivatives, linear
+from bilevel import derivatives
 from bilevel.constraints import Constraints, depends, is_affine
 from bilevel.curvature import extreme_eigenvalues
 from bilevel.lower import GradientDescent
@@ -26,7 +26,7 @@ __all__ = ["ROWS", "Facts", "Row", "as_markdown", "default_solver", "look", "sec
 
 # Above this many constraint values LV-HBA's projection on the coupled set is dearer than its step.
 _MANY_ROWS = 2000
-# The most lower unknowns whose curvature is looked at before the choice, and up to which Newton's matrix is written down.
+# The most lower unknowns whose curvature is looked at before the choice, and whose Hessian is written down.
 _DENSE = 100
 
 
@@ -135,7 +135,7 @@ def _take(name: str, *args: Any, **kwargs: Any) -> Any:
 def _newton() -> Any:
     from bilevel.lower import Newton
 
-    return _take("AID", Newton(), linear_solver=linear.Dense())
+    return _take("AID", Newton())
 
 
 ROWS = (
@@ -153,8 +153,8 @@ ROWS = (
         lambda f: f.small and f.curvature in ("flat", "indefinite"),
         functools.partial(_take, "MPCC"),
         "MPCC",
-        "a small problem whose lower level is flat or not convex at the start: several minimisers are possible, and the "
-        "best for F is looked for",
+        "a small problem whose lower level is flat or not convex at the start: several minimisers are possible, and "
+        "the best for F is looked for",
     ),
     Row(
         "constraints of the upper level, larger",
@@ -212,8 +212,8 @@ ROWS = (
         lambda f: not f.rows and not f.simple and not f.stochastic and f.curvature == "convex",
         _newton,
         "AID",
-        "implicit differentiation with Newton steps and a direct linear solve, whatever the condition; no step sizes to "
-        "set: full batches, no coupled constraints, few lower unknowns",
+        "implicit differentiation with Newton steps and a direct linear solve, whatever the condition; no step sizes "
+        "to set: full batches, no coupled constraints, few lower unknowns",
     ),
     Row(
         "full batches",

@@ -18,6 +18,7 @@ from bilevel.result import Result
 from bilevel.solvers.small.nlp import METHODS
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.search import LADDER, Point, Search, lower_starts, sample, solve_lower
+from bilevel.solvers.small.stationarity import unbounded
 from bilevel.typing import Metrics, PyTree
 
 __all__ = ["MPCC", "Local", "MPCCState"]
@@ -228,6 +229,12 @@ class _Run:
     def all(self, done: int) -> Iterator[tuple[int, Point, bool]]:
         """(number, where it ended, whether it was the last) of each start."""
         solver = self.solver
+        if done == 0 and self._falls():
+            z = self.search.multipliers(self.program.start)[0]
+            self.best = self.search.judge(z, np.random.default_rng(self._seed), count=1)
+            self.best.gap = np.inf
+            yield 0, self.best, True
+            return
         for step in range(done, solver.most_steps):
             rng = np.random.default_rng([*self._seed, step])
             point = self._better(self._from(step, rng), rng)
@@ -236,6 +243,14 @@ class _Run:
             yield step, point, finished
             if finished:
                 return
+
+    def _falls(self) -> bool:
+        """Whether the lower level falls for ever at the start and at points around it: there is nothing to search."""
+        program, rng = self.program, np.random.default_rng(self._seed)
+        k = program.n + program.m
+        points = [program.start]
+        points += [sample(program.lower[:k], program.upper[:k], program.start, rng, wide) for wide in (False, True)]
+        return all(unbounded(program.problem, *program.trees(xy), program) for xy in points)
 
     def _better(self, points: list[Point], rng: np.random.Generator) -> Point:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""
@@ -346,7 +361,7 @@ def _multipliers(search: Search, point: Point) -> tuple[np.ndarray, np.ndarray]:
     if left > 1e-3:
         z = point.z
     at = program(z)
-    F, f, G, H, g, h, r = program._slices
+    _, _, G, H, _, _, _ = program._slices
     lam, mu = z[k : k + program.p].copy(), z[k + program.p :]
     for i, j in program.pairs:
         lam[i], lam[j] = max(lam[i], 0.0), max(-lam[i], 0.0)

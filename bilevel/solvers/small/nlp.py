@@ -109,7 +109,7 @@ def _walled(rows: Rows) -> Rows:
     """Values that are not finite are a wall: large numbers, from which a line search turns back."""
     if all(np.isfinite(part).all() for part in rows):
         return rows
-    wall = lambda part, value: np.where(np.isfinite(part), part, value)  # noqa: E731
+    wall: Any = lambda part, value: np.where(np.isfinite(part), part, value)  # noqa: E731
     return Rows(
         1e12,
         np.zeros_like(rows.gradient),

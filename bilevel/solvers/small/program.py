@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,10 +32,11 @@ _TIGHT = 1e-9
 
 def precise() -> Any:
     """A block in which JAX computes in double precision, which the methods of the host do as well."""
-    switch = getattr(jax, "enable_x64", None)
-    if switch is None:  # before it was moved there
-        from jax.experimental import enable_x64 as switch
-    return switch(True)
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64  # type: ignore[attr-defined]  # before it was moved
+
+    return enable_x64(True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,13 +209,13 @@ class Program:
             self.double = False
             single = xy.astype(np.float32)
             shapes = jax.eval_shape(lambda vector: _all_rows(problem, self._bounds, layout, vector), single)
-        counts = tuple(int(np.prod(shape.shape)) for shape in shapes)
+        counts: tuple[Any, ...] = tuple(int(np.prod(shape.shape)) for shape in shapes)
         self.shapes = self._user_shapes(problem, x, y, counts[2:])
         self.layout = dataclasses.replace(layout, rows=counts[2:])
         self.p, self.q = counts[4], counts[5]
         self.size = self.n + self.m + self.p + self.q
         edges = np.cumsum([0, 1, 1, *counts[2:], self.m])
-        self._slices = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        self._slices = [slice(a, b) for a, b in itertools.pairwise(edges)]
         self._cache: dict[bytes, Evaluated] = {}
         self.calls = 0
         self.columns, self.rows = np.ones(self.size), np.ones(edges[-1])
@@ -266,7 +268,8 @@ class Program:
             if len(self._cache) > 64:
                 self._cache.clear()
             v, d = [values[part] for part in self._slices], [jacobian[part] for part in self._slices]
-            found = Evaluated(float(v[0][0]), float(v[1][0]), *v[2:], d[0][0], d[1][0], *d[2:])
+            parts: tuple[Any, ...] = (*v[2:], d[0][0], d[1][0], *d[2:])
+            found = Evaluated(float(v[0][0]), float(v[1][0]), *parts)
             self._cache[key] = found
         return found
 
@@ -342,7 +345,7 @@ class Program:
             column = column[np.isfinite(column) & (column > 0)]
             # Losses by the median, constraints by the start, which are affine mostly.
             self.rows[row] = 1 / float(np.median(column)) if column.size else 1.0
-        F, f, G, H, g, h, r = self._slices
+        _, f, G, _, g, h, r = self._slices
         self.rows[r] = self.rows[f] * self.columns[n:k]
         self.columns[k : k + self.p] = self.rows[g] / self.rows[f]
         self.columns[k + self.p :] = self.rows[h] / self.rows[f]
@@ -360,10 +363,10 @@ class Program:
         n, k = self.n, self.n + self.m
         values, jacobian = self.raw(self.point(xy))
         rng = np.random.default_rng(1)
-        _, f, G, H, g, h, r = self._slices
+        _, _, G, H, g, h, r = self._slices
         constraints = np.r_[G, H, g, h]
-        found = []
-        for block in (slice(0, n), slice(n, k)):
+        found: list[float] = []
+        for block in (slice(n, k), slice(0, n)):
             lengths: list[float] = []
             width = (high - low)[block]
             lengths += list(width[np.isfinite(width) & (width > 0)] / 2)
@@ -375,21 +378,29 @@ class Program:
             direction = np.zeros(k)
             direction[block] = rng.choice([-1.0, 1.0], block.stop - block.start)
             lengths += self._curving(xy, direction, values, jacobian) if direction.any() else []
+            if found and direction.any():
+                # As far as x moves the lower solution by a unit of y.
+                along_y = np.zeros(k)
+                along_y[n:] = found[0] * rng.choice([-1.0, 1.0], k - n)
+                with np.errstate(all="ignore"):
+                    moved = np.linalg.norm(jacobian[r, :k] @ along_y) / np.linalg.norm(jacobian[r, :k] @ direction)
+                lengths += [float(moved)] if np.isfinite(moved) and moved > 0 else []
             # At a solution some are zero but for rounding: no lengths.
             least = 1e-4 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
             lengths = [length for length in lengths if length >= least]
             found.append(float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0)
-        return found
+        return found[::-1]
 
     def _curving(self, xy: np.ndarray, direction: np.ndarray, values: np.ndarray, jacobian: np.ndarray) -> list[float]:
         """The lengths along a direction on which the gradients of F, of f in y and of the rows change by themselves."""
         n, k = self.n, self.n + self.m
         _, _, G, H, g, h, r = self._slices
-        gradients = lambda values, jacobian: [
-            jacobian[0, :k],
-            values[r],
-            *jacobian[np.r_[G, H, g, h], :k],
-        ]
+        rows = np.r_[0, G, H, g, h]
+
+        def gradients(values: np.ndarray, jacobian: np.ndarray) -> list[np.ndarray]:
+            # By x and by y apart: the two have units of their own.
+            return [values[r], *jacobian[rows, :n], *jacobian[rows, n:k]]
+
         before, lengths = gradients(values, jacobian), {}
         sizes = [float(np.linalg.norm(gradient)) for gradient in before]
         for size in 10.0 ** np.arange(-10, 11, 1):
@@ -461,7 +472,7 @@ def size_of(problem: Problem, x: PyTree, y: PyTree) -> tuple[int, int]:
 
 def visible(problem: Problem, x: PyTree, y: PyTree) -> Problem:
     """The same problem, with a box in the place of a function that projects on one."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, variable in (("project_upper", x), ("project_lower", y)):
         project = getattr(problem, name)
         if project is not None and not hasattr(project, "bounds") and jax.tree.leaves(variable):

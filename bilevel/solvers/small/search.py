@@ -135,7 +135,7 @@ def lower_starts(program: Program, xy: np.ndarray, count: int, rng: np.random.Ge
 
 
 def sample(low: np.ndarray, high: np.ndarray, center: np.ndarray, rng: np.random.Generator, wide: bool) -> np.ndarray:
-    """A point in a box: uniform where it is closed, log-uniform widths where it is open; not `wide`: near the center."""
+    """A point in a box: uniform where it is closed, log-uniform widths where it is open; or near the center."""
     width = 10.0 ** rng.uniform(-1, 1.5)
     around = center + width * rng.normal(size=center.size)
     if not wide:
@@ -340,14 +340,14 @@ class Search:
         at = program(program.point(z[:k]))
         before = program(program.point(xy))
         fine = lam.min(initial=0.0) > -1e-7 and program.violation(at, upper=False) <= FEASIBLE
-        near = np.abs(z[:k] - xy).max() <= 1e-1 and at.f <= before.f + 1e-9
+        near = (np.abs(z[:k] - xy).max() <= 1e-1 and at.f <= before.f + 1e-9) or at.f < before.f - 1e-9
         return z[:k] if fine and near else xy
 
     # ------------------------------------------------------------ points
 
     def judge(self, z: np.ndarray, rng: np.random.Generator, known: Iterable[np.ndarray] = (), count: int = 0) -> Point:
         """The point (x, y) of z, with the lower level solved from several starts."""
-        program, k, n = self.program, self.k, self.n
+        program, k = self.program, self.k
         xy = np.clip(z[:k], program.lower[:k], program.upper[:k])
         at = program(program.point(xy))
         starts = lower_starts(program, xy, count or self.lower_count, rng) + [y for y in known]
