@@ -442,7 +442,7 @@ class Program:
         closed = np.isfinite(low) & np.isfinite(high)
         with np.errstate(invalid="ignore"):
             equal = closed & (np.abs(low - high) <= _TIGHT * (unit + np.abs(low)))  # but for rounding
-        low[equal] = high[equal] = 0.5 * (low + high)[equal]
+        low[equal] = high[equal] = 0.5 * (low[equal] + high[equal])
         crossed = low > high
         low[crossed], high[crossed] = -np.inf, np.inf  # no point meets them: the rows will say so
         for row in np.flatnonzero(alone):
