@@ -239,6 +239,8 @@ def certify(
     With a tolerance everything in this module's table that size allows; without one, values, sets and rows, and up to
     2,000 lower unknowns on full batches the lower level from y, where it is constrained, penalised or not convex.
     """
+    if jax.process_count() > 1:
+        return Certificate(result, unchecked=("The end was not looked at: the run is spread over several processes.",))
     if result in (Result.LOWER_LEVEL, Result.INFEASIBLE):  # a solver's own word: the search may find better or worse
         found = certify(problem, x, y, start, Result.MAX_STEPS, metrics, tol)
         return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
