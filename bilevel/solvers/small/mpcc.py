@@ -116,7 +116,7 @@ class MPCC:
     starts: int = 10
     method: str = "SLSQP"
     tol: float = 1e-6
-    rounds: int = 5
+    rounds: int = 12
     lower_starts: int = 8
     largest: int = _LARGE
 
@@ -327,8 +327,9 @@ class _Run:
                 z = search.ladder(z)
             rounds = search.cut_rounds(z, rng)
             points += rounds
-            for end in search.crossover(rounds[-1].z):
-                points.append(search.judge(end, rng, [p[n:] for p in rounds[-1].lowest.points[:2]]))
+            last = min(rounds, key=lambda point: _rank(point, solver.tol))
+            for end in search.crossover(last.z):
+                points.append(search.judge(end, rng, [p[n:] for p in last.lowest.points[:2]]))
         # The lower level's solutions at the x that were met are points of the problem themselves.
         for point in list(points):
             for other in point.lowest.points[:3]:

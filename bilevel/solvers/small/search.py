@@ -26,7 +26,8 @@ FEASIBLE = 1e-6
 """The largest violation of a row that counts as none, in units of the variables."""
 RUNAWAY = 1e5
 """A point beyond it, in units of the variables, is never verified."""
-_ACTIVE = 1e-5
+_BOTH = 3
+"""Rounds of cuts in which the search goes on from the lower solution, too."""
 
 
 @dataclasses.dataclass
@@ -401,21 +402,33 @@ class Search:
 
     def cut_rounds(self, z: np.ndarray, rng: np.random.Generator, stationary: bool = True) -> list[Point]:
         """From an end of a local solve: cuts where the lower level has a lower point, until none has; all points."""
-        points, cuts = [self.judge(z, rng)], []
-        for _ in range(self.rounds):
-            point = points[-1]
+        points = [self.judge(z, rng)]
+        cuts: list[Cut] = []
+        point = points[0]
+        for i in range(self.rounds):
             if point.gap <= self.tol or not point.lowest.points:
                 break
             lowest = point.lowest.points[0]
             lam = np.abs(self.multipliers(lowest)[0][self.k :])
             cuts.append(Cut(lowest[self.n :], 2 * float(lam.max(initial=0.0)) + 1))
+            # Both restarts; later on the second ends where it did before.
+            starts = [point.z, self.multipliers(lowest)[0]] if i < _BOTH else [point.z]
             ends = []
-            for start in (point.z, self.multipliers(lowest)[0]):
+            for start in starts:
                 if stationary:
                     end = self.ladder(start, LADDER[1:], cuts)
                 else:
                     end = self.local(start, None, cuts=cuts, stationary=False, iterations=100)
                 ends.append(self.judge(end, rng, [cut.y for cut in cuts]))
-            points += sorted(ends, key=lambda point: (not point.verified(self.tol), point.loss), reverse=True)
-            # The best goes on: a verified one ends the loop.
+            points += ends
+            # What is still too low goes on while it is lower than what is verified: the optimum may be where two
+            # lower minimisers tie, which cuts come to from below.
+            reached = min((p.loss for p in points if p.verified(self.tol)), default=np.inf)
+            open_ends = [p for p in ends if not p.verified(self.tol) and p.loss < reached and p.lowest.points]
+            if not open_ends:
+                break
+            after = min(open_ends, key=lambda p: p.loss)
+            if np.abs(after.xy - point.xy).max() < 1e-9:
+                break
+            point = after
         return points
