@@ -26,6 +26,8 @@ FEASIBLE = 1e-6
 """The largest violation of a row that counts as none, in units of the variables."""
 RUNAWAY = 1e5
 """A point beyond it, in units of the variables, is never verified."""
+_HOPELESS = 1e-2
+"""A violation at which a point is not looked at any further."""
 _BOTH = 3
 """Rounds of cuts in which the search goes on from the lower solution, too."""
 
@@ -104,13 +106,13 @@ def solve_lower(
     program: Program, xy: np.ndarray, starts: Iterable[np.ndarray], iterations: int = 100, method: str = "SLSQP"
 ) -> Lowest:
     """Local solves of the lower level at the x of `xy` from several y; a feasible start counts as a point itself."""
-    n, k = program.n, program.n + program.m
-    lower, upper = program.lower[:k].copy(), program.upper[:k].copy()
+    n = program.n
+    lower, upper = program.own_lower.copy(), program.own_upper.copy()
     lower[:n] = upper[:n] = xy[:n]
     rows, found = lower_rows(program), []
     for y in starts:
         start = np.concatenate([xy[:n], y])
-        end = minimise(rows, start, lower, upper, method=method, iterations=iterations, tol=1e-13)
+        end = minimise(rows, start, lower, upper, method=method, iterations=iterations, tol=1e-13, far=1e30)
         for point in (start, end):
             at = program(program.point(point))
             broken = program.violation(at, upper=False)
@@ -128,13 +130,13 @@ def solve_lower(
 
 
 def lower_starts(program: Program, xy: np.ndarray, count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """y itself, then points around it and in its box, at widths of all sizes."""
+    """y itself and -y, then points around it and in its box, at widths of all sizes."""
     n, k = program.n, program.n + program.m
-    starts = [xy[n:]]
-    low, high = program.lower[n:k], program.upper[n:k]
-    for i in range(count - 1):
+    low, high = program.own_lower[n:k], program.own_upper[n:k]
+    starts = [xy[n:], np.clip(-xy[n:], low, high)]
+    for i in range(count - 2):
         starts.append(sample(low, high, xy[n:], rng, wide=i % 2 == 0))
-    return starts
+    return starts[:count]
 
 
 def sample(
@@ -378,6 +380,8 @@ class Search:
         program, k = self.program, self.k
         xy = np.clip(z[:k], program.lower[:k], program.upper[:k])
         at = program(program.point(xy))
+        if program.violation(at) > _HOPELESS:
+            return Point(xy, np.concatenate([xy, z[k:]]), at.F, program.violation(at), np.inf, Lowest(np.inf, [], []))
         starts = lower_starts(program, xy, count or self.lower_count, rng) + [y for y in known]
         lowest = solve_lower(program, xy, starts, method=self.method)
         gap = at.f - lowest.value if lowest.points else np.inf
