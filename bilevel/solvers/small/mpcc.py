@@ -239,6 +239,12 @@ class _Run:
     def all(self, done: int) -> Iterator[tuple[int, Point, bool]]:
         """(number, where it ended, whether it was the last) of each start."""
         solver = self.solver
+        if done == 0 and self._falls():
+            z = self.search.multipliers(self.program.start)[0]
+            self.best = self.search.judge(z, np.random.default_rng(self._seed), count=1)
+            self.best.gap = np.inf
+            yield 0, self.best, True
+            return
         for step in range(done, solver.most_steps):
             rng = np.random.default_rng([*self._seed, step])
             points = self._from(step, rng)
@@ -246,18 +252,18 @@ class _Run:
             point = self._better(points, rng) if points else self.best
             assert point is not None
             passed = self.best is not None and self.best.verified(solver.tol)
-            if not passed and step == 1 and self._falls(point):
-                yield step, point, True
-                return
             finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
             yield step, point, finished
             if finished:
                 return
 
-    def _falls(self, point: Point) -> bool:
-        """Whether the lower level falls for ever at the start and at this point: there is nothing to search for."""
-        points = (self.program.start, point.xy)
-        return all(unbounded(self.program.problem, *self.program.trees(xy), self.program) for xy in points)
+    def _falls(self) -> bool:
+        """Whether the lower level falls for ever at the start and at points around it: there is nothing to search."""
+        program, rng = self.program, np.random.default_rng(self._seed)
+        k = program.n + program.m
+        points = [program.start]
+        points += [sample(program.lower[:k], program.upper[:k], program.start, rng, wide) for wide in (False, True)]
+        return all(unbounded(program.problem, *program.trees(xy), program) for xy in points)
 
     def _better(self, points: list[Point], rng: np.random.Generator) -> Point:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""

@@ -370,7 +370,7 @@ class Search:
         at = program(program.point(z[:k]))
         before = program(program.point(xy))
         fine = lam.min(initial=0.0) > -1e-7 and program.violation(at, upper=False) <= FEASIBLE
-        near = np.abs(z[:k] - xy).max() <= 1e-1 and at.f <= before.f + 1e-9
+        near = (np.abs(z[:k] - xy).max() <= 1e-1 and at.f <= before.f + 1e-9) or at.f < before.f - 1e-9
         return z[:k] if fine and near else xy
 
     # ------------------------------------------------------------ points

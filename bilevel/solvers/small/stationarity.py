@@ -106,6 +106,11 @@ def lower_verified(
                 there = program(program.point(end))
                 if program.violation(there, upper=False) <= FEASIBLE and there.f <= lowest.value + 1e-8:
                     known.append(end)
+        for point in known:  # a first-order method stops early where f is ill-conditioned; Newton's does not
+            there = program(program.point(point))
+            if program.violation(there, upper=False) <= FEASIBLE and there.f < lowest.value:
+                lowest.value = there.f
+                gap = at.f - there.f
         upper = lambda at: float(max(np.max(at.G, initial=0.0), np.max(np.abs(at.H), initial=0.0)))  # noqa: E731
         evaluated = [program(program.point(point)) for point in known]
         broken = upper(at)
