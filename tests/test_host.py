@@ -16,6 +16,7 @@ import pytest
 
 import bilevel
 from bilevel import Problem, Result, host, solve, solvers
+from bilevel.checkpoint import CheckpointError
 from bilevel.typing import HostSolver
 
 PROBLEM = Problem(
@@ -32,20 +33,22 @@ class State:
     done: Any
 
 
+HOOKS: list[Any] = []
+
+
 @dataclasses.dataclass(frozen=True)
 class Halving:
-    """x and y go half of the way to the solution 1/2, and `act(done)` is called on the way."""
+    """x and y go half of the way to the solution 1/2, and what is in HOOKS is called with the step on the way."""
 
     most_steps: int = 6
-    act: Any = None
 
     def init(self, problem, x, y, key):
         return State(x, y, np.int64(0))
 
     def search(self, problem, state, key):
         while state.done < self.most_steps:
-            if self.act is not None:
-                self.act(int(state.done))
+            for hook in HOOKS:
+                hook(int(state.done))
             half = lambda tree: jax.tree.map(lambda leaf: leaf + (0.5 - leaf) / 2, tree)
             state = State(half(state.x), half(state.y), state.done + 1)
             yield state, {"upper_loss": problem.upper(state.x, state.y)}
@@ -95,37 +98,41 @@ def test_steps_are_a_bound():
     np.testing.assert_allclose(solution.x, [expected(3)])
 
 
-def test_interrupt_returns_the_newest_state():
-    def act(done):
-        if done == 3:
-            signal.raise_signal(signal.SIGINT)
+@pytest.fixture
+def hooks():
+    yield HOOKS
+    HOOKS.clear()
 
-    solution = solve(PROBLEM, *start(), Halving(act=act))
+
+def test_interrupt_returns_the_newest_state(hooks):
+    hooks.append(lambda done: signal.raise_signal(signal.SIGINT) if done == 3 else None)
+    solution = solve(PROBLEM, *start(), Halving())
     assert solution.result is Result.INTERRUPTED
     assert solution.steps == 3
     np.testing.assert_allclose(solution.x, [expected(3)])
 
 
-def test_resumes_where_an_interrupt_left(tmp_path):
+def test_resumes_after_an_error(tmp_path, hooks):
     class Stop(Exception):
         pass
 
-    def act(done):
+    def stop(done):
         if done == 4:
             raise Stop
 
-    run = lambda solver: solve(
-        PROBLEM, *start(), solver, checkpoint=tmp_path / "run", checkpoint_every=1, key=3, metrics={"x": lambda x, y: x}
-    )
+    run = lambda: solve(PROBLEM, *start(), Halving(), checkpoint=tmp_path / "run", checkpoint_every=1, key=3)
+    hooks.append(stop)
     with pytest.raises(Stop):
-        run(Halving(act=act))
-    with pytest.raises(bilevel.CheckpointError, match="act was Halving"):
-        pass_on = Halving(act=None)
-        run(dataclasses.replace(pass_on, act="another"))
+        run()
+    hooks[:] = [lambda done: None if done >= 4 else pytest.fail("a step was repeated")]
+    again = run()
+    hooks.clear()
     whole = solve(PROBLEM, *start(), Halving(), key=3)
-    again = run(Halving(act=lambda done: None if done >= 4 else pytest.fail("a step was repeated")))
     assert again.steps == 6
     np.testing.assert_array_equal(again.x, whole.x)
+    np.testing.assert_array_equal(again.history["upper_loss"], whole.history["upper_loss"])
+    with pytest.raises(CheckpointError, match=r"solver\.most_steps was 6, is now 7"):
+        solve(PROBLEM, *start(), Halving(7), checkpoint=tmp_path / "run", key=3)
 
 
 KILLED = """

@@ -22,6 +22,7 @@ from bilevel.solvers.small.program import Evaluated, Program
 __all__ = ["Lowest", "Point", "Search", "lower_starts", "solve_lower"]
 
 LADDER = (1e-1, 1e-3, 1e-5, 1e-8)
+_SHORT = (1e-4, 1e-8)
 FEASIBLE = 1e-6
 """The largest violation of a row that counts as none, in units of the variables."""
 RUNAWAY = 1e5
@@ -409,6 +410,7 @@ class Search:
         points = [self.judge(z, rng)]
         cuts: list[Cut] = []
         point = points[0]
+        gaps: list[float] = []
         for i in range(self.rounds):
             if point.gap <= self.tol or not point.lowest.points:
                 break
@@ -420,7 +422,7 @@ class Search:
             ends = []
             for start in starts:
                 if stationary:
-                    end = self.ladder(start, LADDER[1:], cuts)
+                    end = self.ladder(start, _SHORT, cuts)
                 else:
                     end = self.local(start, None, cuts=cuts, stationary=False, iterations=100)
                 ends.append(self.judge(end, rng, [cut.y for cut in cuts]))
@@ -432,7 +434,9 @@ class Search:
             if not open_ends:
                 break
             after = min(open_ends, key=lambda p: p.loss)
-            if np.abs(after.xy - point.xy).max() < 1e-9:
+            gaps.append(after.gap)
+            stuck = len(gaps) > 3 and gaps[-1] > 0.8 * gaps[-4]
+            if stuck or np.abs(after.xy - point.xy).max() < 1e-9:
                 break
             point = after
         return points
