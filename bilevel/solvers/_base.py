@@ -53,8 +53,8 @@ def refuse(
 def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
     """Raise a `ProblemError` where x reaches neither level, so that every hypergradient would be zero.
 
-    Read off the traces of both losses and of all constraints. A lower solver that starts at x (MAML) reaches it, and one
-    of the user's may; so may a solver of the user's.
+    Read off the traces of both losses and of all constraints. A lower solver that starts at x (MAML) reaches it, and
+    one of the user's may; so may a solver of the user's.
     """
     ours = lambda part: type(part).__module__.split(".")[0] == "bilevel"  # noqa: E731
     below = getattr(solver, "lower_solver", None)
