@@ -116,7 +116,7 @@ class MPCC:
     starts: int = 10
     method: str = "SLSQP"
     tol: float = 1e-6
-    rounds: int = 5
+    rounds: int = 12
     lower_starts: int = 8
     largest: int = _LARGE
 
@@ -216,6 +216,7 @@ class _Run:
         self.solver, self.program = solver, program
         self.search = Search(program, solver.method, solver.tol, solver.rounds, solver.lower_starts)
         self.best: Point | None = None
+        self.known: list[np.ndarray] = []
         self._scouts: list[np.ndarray] | None = None
         self._seed = [int(part) for part in np.asarray(jax.random.key_data(key.base)).ravel()]
         self._seed += [int(key.stream)]
@@ -228,6 +229,12 @@ class _Run:
             self.best = self.search.judge(z, np.random.default_rng(self._seed), count=1)
         self.best.gap, self.best.violation = float(state.gap), float(state.violation)
         self.best.loss = float(state.upper_loss) * self.program.rows[0]
+        self._learn(state.ends)
+
+    def _learn(self, ends: dict[str, Any]) -> None:
+        """The verified ends as a state holds them, so that a resumed run knows what the first one did."""
+        at = lambda i: (jax.tree.map(lambda leaf: leaf[i], ends[name]) for name in ("x", "y"))  # noqa: E731
+        self.known = [self.program.scaled(*at(i)) for i in np.flatnonzero(ends["verified"])]
 
     def all(self, done: int) -> Iterator[tuple[int, Point, bool]]:
         """(number, where it ended, whether it was the last) of each start."""
@@ -240,7 +247,10 @@ class _Run:
             return
         for step in range(done, solver.most_steps):
             rng = np.random.default_rng([*self._seed, step])
-            point = self._better(self._from(step, rng), rng)
+            points = self._from(step, rng)
+            # Nothing new: the start came to where an earlier one had been.
+            point = self._better(points, rng) if points else self.best
+            assert point is not None
             passed = self.best is not None and self.best.verified(solver.tol)
             finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
             yield step, point, finished
@@ -265,14 +275,19 @@ class _Run:
             if point.verified(tol):
                 known = [other[self.program.n :] for p in points for other in p.lowest.points[:2]]
                 closer = self.search.judge(point.z, rng, known, 3 * self.solver.lower_starts)
-                if not closer.verified(tol):
-                    point.gap = closer.gap
+                falls = unbounded(self.program.problem, *self.program.trees(point.xy), self.program)
+                if falls or not closer.verified(tol):
+                    point.gap = np.inf if falls else closer.gap
                     continue
             self.best = point
             return point
         if self.best is None:
             self.best = points[0]
         return points[0]
+
+    def _is_known(self, xy: np.ndarray) -> bool:
+        """Whether a verified end of an earlier start is there."""
+        return any(np.abs(xy - other).max() < 1e-5 for other in self.known)
 
     def scouts(self) -> list[np.ndarray]:
         """Lower solutions at many x, of each set of active rows that is met the best for F, the best first.
@@ -331,10 +346,13 @@ class _Run:
                 z = search.ladder(z, LADDER[2:])
             else:
                 z = search.ladder(z)
+            if self._is_known(z[:k]):
+                return []
             rounds = search.cut_rounds(z, rng)
             points += rounds
-            for end in search.crossover(rounds[-1].z):
-                points.append(search.judge(end, rng, [p[n:] for p in rounds[-1].lowest.points[:2]]))
+            last = min(rounds, key=lambda point: _rank(point, solver.tol))
+            for end in search.crossover(last.z) if last.violation <= 1e-2 else []:
+                points.append(search.judge(end, rng, [p[n:] for p in last.lowest.points[:2]]))
         # The lower level's solutions at the x that were met are points of the problem themselves.
         for point in list(points):
             for other in point.lowest.points[:3]:
@@ -355,6 +373,7 @@ class _Run:
             jax.tree.map(lambda store, leaf: store.__setitem__(step, leaf), ends[name], tree)
         ends["upper_loss"][step] = point.loss * program.upper_scale
         ends["verified"][step] = point.verified(tol)
+        self._learn(ends)
         x, y = program.trees(best.xy)
         with program.precision():
             upper, lower = _multipliers(self.search, best)

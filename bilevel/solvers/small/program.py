@@ -181,6 +181,7 @@ class Program:
       n, m, p, q: the numbers of x, y, lower inequalities and lower equalities.
       start: the point (x, y).
       lower, upper: bounds of the unknowns that sets or rows imply.
+      own_lower, own_upper: those of (x, y) that the lower level's rows and the sets imply, without the upper's rows.
       pairs, upper_pairs: (k, 2): inequalities i and j with g_i = -g_j (G_i = -G_j), which are one equality.
       inequality, upper_inequality: bool, which rows of g and of G are of no such pair.
       bounding, upper_bounding: bool, which rows of g and of G bound one unknown: `lower` and `upper` have them.
@@ -388,7 +389,7 @@ class Program:
                     moved = np.linalg.norm(jacobian[r, :k] @ along_y) / np.linalg.norm(jacobian[r, :k] @ direction)
                 lengths += [float(moved)] if np.isfinite(moved) and moved > 0 else []
             # At a solution some are zero but for rounding: no lengths.
-            least = 1e-4 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
+            least = 1e-2 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
             lengths = [length for length in lengths if length >= least]
             found.append(float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0)
         return found[::-1]
@@ -408,7 +409,8 @@ class Program:
         for size in 10.0 ** np.arange(-10, 11, 1):
             after = gradients(*self.raw(self.point(xy + size * direction)))
             for i, (a, b, norm) in enumerate(zip(after, before, sizes, strict=True)):
-                change = float(np.linalg.norm(a - b))
+                with np.errstate(all="ignore"):
+                    change = float(np.linalg.norm(a - b))
                 if i not in lengths and np.isfinite(change) and norm > 0 and change > 1e-2 * norm:
                     lengths[i] = size * norm / change
             if len(lengths) == sum(size > 0 for size in sizes):
@@ -420,6 +422,8 @@ class Program:
         k = self.n + self.m
         _, _, G, _, g, _, _ = self._slices
         low, high = low.copy(), high.copy()
+        # The lower level is bound by its own rows alone, whatever the upper level asks of y.
+        own_low, own_high = low.copy(), high.copy()
         alone = np.zeros(self.rows.size, bool)
         for row in np.r_[G, g]:
             gradients = np.stack([jacobian[row, :k] for _, jacobian in samples])
@@ -434,10 +438,13 @@ class Program:
                 continue
             edge = float(np.median(edges))
             alone[row] = True
-            if slope > 0:
-                high[j] = min(high[j], edge)
-            else:
-                low[j] = max(low[j], edge)
+            for is_own, lows, highs in ((False, low, high), (True, own_low, own_high)):
+                if is_own and not g.start <= row < g.stop:
+                    continue
+                if slope > 0:
+                    highs[j] = min(highs[j], edge)
+                else:
+                    lows[j] = max(lows[j], edge)
         unit = self.columns[:k]
         closed = np.isfinite(low) & np.isfinite(high)
         with np.errstate(invalid="ignore"):
@@ -448,6 +455,8 @@ class Program:
         for row in np.flatnonzero(alone):
             alone[row] = not crossed[np.flatnonzero(samples[0][1][row, :k])].any()
         self.lower[:k], self.upper[:k] = low / unit, high / unit
+        own = own_low <= own_high
+        self.own_lower, self.own_upper = np.where(own, own_low, -np.inf) / unit, np.where(own, own_high, np.inf) / unit
         self.bounding, self.upper_bounding = alone[g], alone[G]
         first = samples[0]
         self.edges = {}
