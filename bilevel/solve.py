@@ -194,7 +194,7 @@ def _settle(
         if asked is None or not again or trial == _TIGHTER:
             break
         asked, run.result = asked / 30, Result.MAX_STEPS
-    run.note(found.measures)
+    run.note({name: value for name, value in found.measures.items() if name.startswith("polished")})
     settled = (Result.CONVERGED, Result.INTERRUPTED, Result.STOPPED)
     along = "" if found.result in settled else linear_remark(numbers)
     run.result, run.why = found.result, " ".join(part for part in (run.why, found.why, along) if part)
@@ -203,7 +203,7 @@ def _settle(
 
 def _pooled(tree: Any, like: Any) -> Any:
     """A variable as the problem's losses take it: the mean over agents where each has its own."""
-    if jax.tree.structure(tree) != jax.tree.structure(like):
+    if jax.tree.structure(tree) != jax.tree.structure(like):  # type: ignore[operator]
         return tree
     mean = lambda leaf, one: jnp.mean(leaf, axis=0) if jnp.ndim(leaf) == jnp.ndim(one) + 1 else leaf  # noqa: E731
     return jax.tree.map(mean, tree, like)
