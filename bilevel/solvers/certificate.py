@@ -236,8 +236,8 @@ def certify(
 ) -> Certificate:
     """Check the end (x, y) of a run from `start` that ended by `result`, with `metrics` of its last step.
 
-    With a tolerance everything in this module's table that size allows; without one, values, sets and rows, and up to
-    2,000 lower unknowns on full batches the lower level from y, where it is constrained, penalised or not convex.
+    With a tolerance everything in this module's table that size allows, up to 10,000 unknowns; without one, up to 2,000
+    on full batches, values, sets and rows, and the lower level from y where it is constrained, penalised or not convex.
     """
     if jax.process_count() > 1:
         return Certificate(result, unchecked=("The end was not looked at: the run is spread over several processes.",))
@@ -251,27 +251,25 @@ def certify(
     unchecked = _obstacles(problem, x, y, tol)
     if unchecked is None:
         return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
+    if unchecked:  # nothing is evaluated on data or models of that size
+        why = " ".join(unchecked) if tol is not None and result is Result.CONVERGED else ""
+        return Certificate(result, why, unchecked=unchecked)
     nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
     rows = problem.constraint is not None or problem.equality is not None
     n = optax.tree.size(y)
-    curved = not unchecked and not nonsmooth and not rows and n <= _CURVED
+    curved = not nonsmooth and not rows and n <= _CURVED
     units, at, found = _examined(problem, x, y, *start, curved=curved)
     numbers = {name: float(value) for name, value in found.items()}
     better = None
     concave = numbers.get("curvature_least", 0.0) < -1e-6 * abs(numbers.get("curvature_greatest", 0.0))
-    if (
-        not unchecked
-        and numbers["finite"]
-        and (tol is not None or (n <= _CURVED and (rows or concave or "penalty" in metrics)))
-    ):
+    whole = tol is not None or result is Result.CONVERGED
+    if numbers["finite"] and (whole or rows or concave or "penalty" in metrics):
         search = _Search(problem, units, at, numbers)
-        search.minimise(starts=1 if tol is None and not concave else 8 if n <= 1000 else 3, choose=tol is not None)
-        if tol is not None and jax.tree.leaves(x) and np.isfinite(numbers["gap"]):
-            search.move(metrics)
+        search.minimise(starts=1 if not whole and not concave else 8 if n <= 1000 else 3, choose=whole)
+        if whole and jax.tree.leaves(x) and np.isfinite(numbers["gap"]):
+            search.move()
         better = search.better
     result, why = verdict(numbers, result, metrics, tol)
-    if unchecked and tol is not None and result is Result.CONVERGED:
-        why = " ".join([why, *unchecked]).strip()
     measures = {name: numbers[name] for name in _REPORTED if name in numbers}
     unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and numbers.get("gap", 1.0) <= 0.1)
     return Certificate(result, why, measures, unchecked, unsettled, better)
@@ -365,7 +363,7 @@ def _obstacles(problem: Problem, x: PyTree, y: PyTree, tol: float | None) -> tup
     if problem.stochastic and tol is None:
         return ("Not checked by an independent solve: minibatches, and no tolerance.",)
     for name, tree in (("x", x), ("y", y)):
-        if optax.tree.size(tree) > MANY:
+        if optax.tree.size(tree) > (MANY if tol is not None else _CURVED):
             size = f"{name} holds {optax.tree.size(tree):,} numbers"
             return (f"Not checked by an independent solve, because of size: {size}.",)
     return ()
@@ -511,7 +509,7 @@ class _Search:
     def _keep(self, u: PyTree, w: Any) -> None:
         self.better = (times(self.units.x, u), times(self.units.y, self._unravel_w(jnp.asarray(w))))
 
-    def move(self, metrics: dict[str, float]) -> None:
+    def move(self) -> None:
         """Move x, solve the lower level there, and see whether F is lower."""
         found, u = self.found, np.asarray(self.flat_u)
         solved, best = self._base
