@@ -17,7 +17,7 @@ from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.solvers.small.nlp import METHODS
 from bilevel.solvers.small.program import Program, flatten
-from bilevel.solvers.small.search import LADDER, Point, Search, lower_starts, sample, solve_lower
+from bilevel.solvers.small.search import LADDER, Point, Search, lower_starts, sample, solve_lower, spread
 from bilevel.solvers.small.stationarity import unbounded
 from bilevel.typing import Metrics, PyTree
 
@@ -28,6 +28,8 @@ logger = logging.getLogger("bilevel")
 _LARGE = 600
 """Unknowns and rows, multipliers included, above which a dense method takes minutes a start."""
 _DIFFERENT = 1e-3
+_SCOUTS, _FEW = 30, 60
+"""Lower solves before the search, and the most unknowns for which so many are made."""
 
 
 class Local(NamedTuple):
@@ -214,6 +216,7 @@ class _Run:
         self.solver, self.program = solver, program
         self.search = Search(program, solver.method, solver.tol, solver.rounds, solver.lower_starts)
         self.best: Point | None = None
+        self._scouts: list[np.ndarray] | None = None
         self._seed = [int(part) for part in np.asarray(jax.random.key_data(key.base)).ravel()]
         self._seed += [int(key.stream)]
 
@@ -271,30 +274,58 @@ class _Run:
             self.best = points[0]
         return points[0]
 
+    def scouts(self) -> list[np.ndarray]:
+        """Lower solutions at many x, of each set of active rows that is met the best for F, the best first.
+
+        The first is the one next to where the upper level would like y to be.
+        """
+        if self._scouts is None:
+            search, program = self.search, self.program
+            n, k = program.n, program.n + program.m
+            rng = np.random.default_rng([*self._seed, 1 << 20])
+            low, high, start = program.lower[:k], program.upper[:k], program.start
+            wished = search.high_point(start)
+            count = _SCOUTS if program.size <= _FEW else _SCOUTS // 3
+            tried = [(wished, [wished[n:]]), (start, lower_starts(program, start, 3, rng))]
+            for i in range(1, count):
+                xy = sample(low, high, start, rng, i % 3 > 0, spread(i, k))
+                tried.append((xy, [xy[n:]] if i % 2 else [start[n:], xy[n:]]))
+            best: dict[bytes, tuple[float, np.ndarray]] = {}
+            for xy, starts in tried:
+                for point in solve_lower(program, xy, starts, method=self.solver.method).points[:1]:
+                    at = program(program.point(point))
+                    cost = at.F + 1e2 * program.violation(at)
+                    active = (at.g > -1e-4).tobytes() + (at.G > -1e-4).tobytes()
+                    if np.isfinite(cost) and cost < best.get(active, (np.inf,))[0]:
+                        best[active] = cost, point
+            self._scouts = [point for _, point in sorted(best.values(), key=lambda pair: pair[0])]
+            first = solve_lower(program, wished, [wished[n:]], method=self.solver.method).points[:1]
+            self._scouts = first + self._scouts
+        return self._scouts
+
     def _from(self, step: int, rng: np.random.Generator) -> list[Point]:
         """All points that one start gives."""
         search, program, solver = self.search, self.program, self.solver
         n, k = program.n, program.n + program.m
         xy = program.start
         if step:
-            wide = step % 2 == 0
-            xy = sample(program.lower[:k], program.upper[:k], xy, rng, wide)
+            place = spread(step, k)
+            xy = sample(program.lower[:k], program.upper[:k], xy, rng, step % 4 != 0, place)
         points: list[Point] = []
         stationary = step < solver.starts
-        if step % 2 or not stationary:
-            # From the lower level's solution at this x, on its own branch.
-            wished = step == 1 or step % 4 == 3
-            xy = search.high_point(xy) if wished else xy
-            starts = lower_starts(program, xy, 1 if wished else 3, rng)
-            lowest = solve_lower(program, xy, starts, method=solver.method)
-            if lowest.points:
-                xy = lowest.points[0]
+        branching = bool(step % 2) or not stationary
+        if branching:
+            # From the lower level's solution at an x, on its own branch.
+            scouted = self.scouts()
+            xy = scouted[(step // 2) % len(scouted)] if scouted else xy
         z, left = search.multipliers(xy)
+        if branching and left > 1e-3 and program.p:
+            stationary = False  # there is no multiplier at a lower solution: no constraint qualification
         if not stationary:
             z = search.local(z, None, stationary=False, iterations=100)
             points += search.cut_rounds(z, rng, stationary=False)
         else:
-            if step % 2 and left < 1e-4:
+            if branching:
                 active = (z[k : k + program.p] > -program(z).g) & program.inequality
                 z = search.local(z, None, active)
                 z = search.ladder(z, LADDER[2:])

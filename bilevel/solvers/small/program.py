@@ -183,6 +183,8 @@ class Program:
       lower, upper: bounds of the unknowns that sets or rows imply.
       pairs, upper_pairs: (k, 2): inequalities i and j with g_i = -g_j (G_i = -G_j), which are one equality.
       inequality, upper_inequality: bool, which rows of g and of G are of no such pair.
+      bounding, upper_bounding: bool, which rows of g and of G bound one unknown: `lower` and `upper` have them.
+      edges: of each bounding row of g, its unknown and the bound.
       double: whether the functions are evaluated in double precision.
 
     Raises:
@@ -192,7 +194,7 @@ class Program:
     def __init__(self, problem: Problem, x: PyTree, y: PyTree, owner: str = "MPCC") -> None:
         problem = visible(problem, x, y)
         self.problem, self.owner = problem, owner
-        _refuse(problem, owner)
+        _refuse(problem, x, y, owner)
         leaves = [*jax.tree.leaves(x), *jax.tree.leaves(y)]
         self.dtypes = [np.asarray(leaf).dtype for leaf in leaves]
         layout = Layout(jax.tree.structure(x), jax.tree.structure(y), tuple(np.shape(leaf) for leaf in leaves))
@@ -418,6 +420,7 @@ class Program:
         k = self.n + self.m
         _, _, G, _, g, _, _ = self._slices
         low, high = low.copy(), high.copy()
+        alone = np.zeros(self.rows.size, bool)
         for row in np.r_[G, g]:
             gradients = np.stack([jacobian[row, :k] for _, jacobian in samples])
             if not np.isfinite(gradients).all() or np.count_nonzero(gradients[0]) != 1:
@@ -430,13 +433,28 @@ class Program:
             if np.ptp(edges) > 1e-6 * (self.columns[j] + abs(edges[0])):
                 continue
             edge = float(np.median(edges))
+            alone[row] = True
             if slope > 0:
                 high[j] = min(high[j], edge)
             else:
                 low[j] = max(low[j], edge)
+        unit = self.columns[:k]
+        closed = np.isfinite(low) & np.isfinite(high)
+        with np.errstate(invalid="ignore"):
+            equal = closed & (np.abs(low - high) <= _TIGHT * (unit + np.abs(low)))  # but for rounding
+        low[equal] = high[equal] = 0.5 * (low[equal] + high[equal])
         crossed = low > high
         low[crossed], high[crossed] = -np.inf, np.inf  # no point meets them: the rows will say so
-        self.lower[:k], self.upper[:k] = low / self.columns[:k], high / self.columns[:k]
+        for row in np.flatnonzero(alone):
+            alone[row] = not crossed[np.flatnonzero(samples[0][1][row, :k])].any()
+        self.lower[:k], self.upper[:k] = low / unit, high / unit
+        self.bounding, self.upper_bounding = alone[g], alone[G]
+        first = samples[0]
+        self.edges = {}
+        for i in np.flatnonzero(self.bounding):
+            j = int(np.flatnonzero(first[1][g, :k][i])[0])
+            edge = points[0][j] - first[0][g][i] / first[1][g, :k][i, j]
+            self.edges[int(i)] = j, float(edge / unit[j])
 
 
 def _opposite(samples: list[np.ndarray]) -> np.ndarray:
@@ -459,7 +477,7 @@ def _opposite(samples: list[np.ndarray]) -> np.ndarray:
 def size_of(problem: Problem, x: PyTree, y: PyTree) -> tuple[int, int]:
     """The numbers of unknowns and of rows, without a compile; a `ProblemError` where a `Program` is not made."""
     problem = visible(problem, x, y)
-    _refuse(problem, "A check of a small problem")
+    _refuse(problem, x, y, "A check of a small problem")
     sets = [_set_bounds(problem.project_upper, x), _set_bounds(problem.project_lower, y)]
     bounds = [Bounds.of(*both) for both in sets]
     leaves = [*jax.tree.leaves(x), *jax.tree.leaves(y)]
@@ -490,7 +508,13 @@ def _set_bounds(project: Any, variable: PyTree) -> tuple[np.ndarray, np.ndarray]
     return flatten(lower), flatten(upper)
 
 
-def _refuse(problem: Problem, owner: str) -> None:
+def _smooth(project: Any, variable: PyTree) -> bool:
+    by_size = getattr(project, "smooth_for", None)
+    return bool(getattr(project, "smooth", True) if by_size is None else by_size(variable))
+
+
+def _refuse(problem: Problem, x: PyTree, y: PyTree, owner: str) -> None:
+    variables = {"project_upper": x, "project_lower": y}
     if problem.stochastic or any(source.host for source in problem.sources):
         raise ProblemError(
             f"{owner} works on full batches, and the problem's data are drawn anew at every step: give both levels' "
@@ -509,7 +533,7 @@ def _refuse(problem: Problem, owner: str) -> None:
                 "object of bilevel.sets (sets.Box, sets.Simplex, ...), or state the set by constraint= or "
                 "upper_constraint= rows."
             )
-        if project is not None and not getattr(project, "smooth", True):
+        if project is not None and not _smooth(project, variables[name]):
             raise ProblemError(
                 f"{owner} needs smooth rows, and those of {project!r} ({name}=) are not. State the set by smooth rows "
                 "with more variables, or take a first-order solver, which needs its projection alone."

@@ -80,16 +80,18 @@ class Point:
 def lower_rows(program: Program) -> Any:
     """The lower level at the x of the point, as an NLP in y."""
     n, k = program.n, program.n + program.m
+    rest = program.inequality & ~program.bounding
+    first = program.pairs[:, 0]
+    first = first[~program.bounding[first]]
 
     def rows(xy: np.ndarray) -> Rows:
         at = program(program.point(xy))
         gradient = np.concatenate([np.zeros(n), at.df[n:k]])
-        first = program.pairs[:, 0]
         return Rows(
             at.f,
             gradient,
-            -at.g[program.inequality],
-            -at.dg[program.inequality][:, :k],
+            -at.g[rest],
+            -at.dg[rest][:, :k],
             np.concatenate([at.h, at.g[first]]),
             np.concatenate([at.dh[:, :k], at.dg[first][:, :k]]),
         )
@@ -134,19 +136,37 @@ def lower_starts(program: Program, xy: np.ndarray, count: int, rng: np.random.Ge
     return starts
 
 
-def sample(low: np.ndarray, high: np.ndarray, center: np.ndarray, rng: np.random.Generator, wide: bool) -> np.ndarray:
-    """A point in a box: uniform where it is closed, log-uniform widths where it is open; or near the center."""
+def sample(
+    low: np.ndarray,
+    high: np.ndarray,
+    center: np.ndarray,
+    rng: np.random.Generator,
+    wide: bool,
+    place: np.ndarray | None = None,
+) -> np.ndarray:
+    """A point in a box: uniform where it is closed, log-uniform widths where it is open; or near the center.
+
+    `place`: where in the closed ones, in [0, 1].
+    """
     width = 10.0 ** rng.uniform(-1, 1.5)
     around = center + width * rng.normal(size=center.size)
     if not wide:
         return np.clip(around, low, high)
     closed = np.isfinite(low) & np.isfinite(high)
     span = np.where(closed, high - low, 0.0)
-    inside = np.where(closed, low, 0.0) + span * rng.uniform(size=center.size)
+    inside = np.where(closed, low, 0.0) + span * (rng.uniform(size=center.size) if place is None else place)
     above = np.where(np.isfinite(low), low, 0.0) + 10.0 ** rng.uniform(-1, 1.5, center.size)
     below = np.where(np.isfinite(high), high, 0.0) - 10.0 ** rng.uniform(-1, 1.5, center.size)
     half = np.where(np.isfinite(low), above, np.where(np.isfinite(high), below, around))
     return np.where(closed, inside, half)
+
+
+def spread(number: int, size: int) -> np.ndarray:
+    """Point number 1, 2, ... of an additive recurrence that fills [0, 1]^size evenly."""
+    root = 2.0
+    for _ in range(30):  # of r^(size + 1) = r + 1: the golden ratio and its relatives
+        root = (1 + root) ** (1 / (size + 1))
+    return (0.5 + number * root ** -np.arange(1.0, size + 1)) % 1.0
 
 
 # ---------------------------------------------------------------- the whole problem
@@ -185,23 +205,26 @@ class Search:
         """The NLP: relaxed by t; on the branch `active` (g_i = 0 there, lam_i = 0 elsewhere); or, not `stationary`,
         without multipliers."""
         program, k = self.program, self.k
+        # Bounds of one unknown are the method's own, exactly; as rows besides they would be rows twice.
         pair, upper_pair = program.pairs[:, 0], program.upper_pairs[:, 0]
+        pair, upper_pair = pair[~program.bounding[pair]], upper_pair[~program.upper_bounding[upper_pair]]
+        keep = program.inequality
+        rest, upper_rest = keep & ~program.bounding, program.upper_inequality & ~program.upper_bounding
+        off = rest if active is None else rest & ~active
 
         def rows(z: np.ndarray) -> Rows:
             at = program(z)
             lam = z[k : k + program.p]
-            keep = program.inequality
-            inequality = [-at.G[program.upper_inequality], -at.g[keep]]
-            inequality_jacobian = [-at.dG[program.upper_inequality], -at.dg[keep]]
+            inequality = [-at.G[upper_rest], -at.g[off]]
+            inequality_jacobian = [-at.dG[upper_rest], -at.dg[off]]
             equality = [at.H, at.h, at.G[upper_pair], at.g[pair]]
             equality_jacobian = [at.dH, at.dh, at.dG[upper_pair], at.dg[pair]]
             if stationary:
                 equality.append(at.r)
                 equality_jacobian.append(at.dr)
             if active is not None:
-                inequality[1], inequality_jacobian[1] = -at.g[keep & ~active], -at.dg[keep & ~active]
-                equality.append(at.g[keep & active])
-                equality_jacobian.append(at.dg[keep & active])
+                equality.append(at.g[rest & active])
+                equality_jacobian.append(at.dg[rest & active])
             elif stationary and program.p:
                 product = lam[:, None] * at.dg
                 product[:, k : k + program.p] += np.diag(at.g)
@@ -257,6 +280,10 @@ class Search:
             z = z.copy()
             z[k + off] = 0.0
             lower[k + off] = upper[k + off] = 0.0
+            for i in np.flatnonzero(program.bounding & program.inequality & active):
+                j, edge = program.edges[int(i)]
+                if not (fixed and j < self.n):
+                    z[j] = lower[j] = upper[j] = edge
         rows = self.rows(t, active, cuts, stationary)
         return minimise(rows, z, lower, upper, method=self.method, iterations=iterations)
 
