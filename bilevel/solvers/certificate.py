@@ -35,6 +35,9 @@ from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
 from bilevel.result import Result
 from bilevel.solvers._units import Units, natural_units, normalised, rms, times
+from bilevel.solvers.small.mpcc import MPCC
+from bilevel.solvers.small.program import Program
+from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
 from bilevel.typing import PyTree, Scalar
 
 __all__ = ["Certificate", "certify", "verdict"]
@@ -99,7 +102,7 @@ def verdict(
     feasible = max(asked, 1e-4)
     margin = 10 * asked
     get = lambda name: found.get(name, 0.0)  # noqa: E731
-    above = lambda name, least, noise: not get(name) <= max(least, get(noise))  # noqa: E731  a NaN is above
+    above = lambda name, least, noise="": not get(name) <= max(least, get(noise))  # noqa: E731  a NaN is above
     bias, capped = metrics.get("bias", 0.0), metrics.get("multiplier_at_cap", 0.0)
     change, penalised = get("polished_change"), "penalty" in metrics
     undecided = above("gain", margin, "noise_upper")
@@ -117,26 +120,26 @@ def verdict(
             "At the end a loss, a constraint or a gradient is not finite.",
         ),
         (
-            above("repaired", max(1e-3, asked), "none"),
+            above("repaired", max(1e-3, asked)),
             _ANY,
             Result.INFEASIBLE,
             f"At this x no feasible lower-level y was found: the best breaks a constraint by {get('repaired'):.2g} "
             "(scaled rows).",
         ),
         (
-            above("outside", feasible, "none"),
+            above("outside", feasible),
             _ANY,
             Result.INFEASIBLE,
             f"x or y lies outside its set, by {get('outside'):.2g} of its size.",
         ),
         (
-            above("upper_violation", feasible, "none"),
+            above("upper_violation", feasible),
             _ANY,
             Result.INFEASIBLE,
             f"A constraint of the upper level is broken by {get('upper_violation'):.2g} (scaled rows).",
         ),
         (
-            above("violation", 10 * feasible, "none"),
+            above("violation", 10 * feasible),
             _LIVE,
             Result.INFEASIBLE,
             f"y breaks a constraint of the lower level by {get('violation'):.2g} (scaled rows).",
@@ -246,7 +249,7 @@ def certify(
         return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
     if result not in _ANY:
         return Certificate(result)
-    if (tol is not None or result is Result.CONVERGED) and not _refusal(problem, x, y):
+    if (tol is not None or result is Result.CONVERGED) and not refusal(problem, x, y):
         with np.errstate(all="ignore"):  # a run may have ended at numbers of any size
             return _of_small(problem, x, y, start, result, metrics, tol)
     unchecked = _obstacles(problem, x, y, tol)
@@ -270,16 +273,22 @@ def certify(
         if whole and jax.tree.leaves(x) and np.isfinite(numbers["gap"]):
             search.move()
         better = search.better
-    result, why = verdict(numbers, result, metrics, tol)
-    measures = {name: numbers[name] for name in _REPORTED if name in numbers}
-    unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and numbers.get("gap", 1.0) <= 0.1)
+    return _concluded(numbers, result, metrics, tol, unchecked, better)
+
+
+def _concluded(
+    found: dict[str, float],
+    result: Result,
+    metrics: dict[str, float],
+    tol: float | None,
+    unchecked: tuple[str, ...],
+    better: tuple[PyTree, PyTree] | None,
+) -> Certificate:
+    """The certificate that measures lead to, whichever search took them."""
+    result, why = verdict(found, result, metrics, tol)
+    measures = {name: found[name] for name in _REPORTED if name in found}
+    unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and found.get("gap", 1.0) <= 0.1)
     return Certificate(result, why, measures, unchecked, unsettled, better)
-
-
-def _refusal(problem: Problem, x: PyTree, y: PyTree) -> str:
-    from bilevel.solvers.small.stationarity import refusal
-
-    return refusal(problem, x, y)
 
 
 def _of_small(
@@ -292,9 +301,6 @@ def _of_small(
     tol: float | None,
 ) -> Certificate:
     """The same of a small problem, on the host: all vertices of the multipliers and all branches."""
-    from bilevel.solvers.small.program import Program
-    from bilevel.solvers.small.stationarity import lower_verified, stationary, unbounded
-
     program = Program(problem, x, y, "The certificate")
     before = Program(problem, *start, "The certificate")
     n, k = program.n, program.n + program.m
@@ -328,19 +334,13 @@ def _of_small(
             better = _elsewhere(problem, x, y, upper_loss, found, program.upper_scale)
     elif not jax.tree.leaves(x):
         found["near"] = 0.0
-    result, why = verdict(found, result, metrics, tol)
-    measures = {name: found[name] for name in _REPORTED if name in found}
-    unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and found["gap"] <= 0.1)
-    return Certificate(result, why, measures, unchecked, unsettled, better)
+    return _concluded(found, result, metrics, tol, unchecked, better)
 
 
 def _elsewhere(
     problem: Problem, x: PyTree, y: PyTree, upper_loss: float, found: dict[str, float], unit: float
 ) -> tuple[PyTree, PyTree] | None:
     """A verified point with a lower F, from a few starts of a search; `far` and `beaten` say by how much."""
-    from bilevel.solvers.small.mpcc import MPCC
-    from bilevel.solvers.small.stationarity import lower_verified
-
     solver, key = MPCC(starts=_AROUND), as_step_key(0)
     ends = solver.search(problem, solver.init(problem, x, y, key), key)
     state = [state for state, _ in itertools.islice(ends, _AROUND)][-1]
