@@ -31,6 +31,7 @@ from bilevel import derivatives
 from bilevel.constraints import Constraints
 from bilevel.curvature import extreme_eigenvalues
 from bilevel.keys import as_step_key
+from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
 from bilevel.result import Result
@@ -588,8 +589,8 @@ def _reached(
             return jax.lax.cond(weight > 0, tilted, lambda w: lower(u, w).astype(ws.dtype), w)
 
         if smooth:
-            flat = _newton(lambda flat: value(u, unravel_w(flat)), ws[j])
-            w, multipliers, broken = unravel_w(flat), jnp.zeros((0,), ws.dtype), jnp.zeros((), ws.dtype)
+            w = Newton(60)(lower.with_loss(value), u, LowerState(unravel_w(ws[j]), None)).y
+            multipliers, broken = jnp.zeros((0,), ws.dtype), jnp.zeros((), ws.dtype)
         else:
             tol = jnp.where(weight > 0, jnp.minimum(1e-3 * weight, 1e-9), 1e-9)
             solved = augmented_lagrangian(lower.with_loss(value), rows, u, unravel_w(ws[j]), tol=tol)
@@ -604,43 +605,6 @@ def _reached(
         jnp.zeros_like(ws), jnp.zeros((n, rows.count), ws.dtype), *(jnp.zeros((n,), ws.dtype) for _ in range(4))
     )  # fmt: skip
     return jax.lax.fori_loop(0, count, one, empty)
-
-
-def _newton(fn: Any, w: jax.Array, steps: int = 60) -> jax.Array:
-    """Newton steps with the moduli of the Hessian's eigenvalues, halved until the value falls."""
-    gradient, hessian = jax.grad(fn), jax.hessian(fn)
-    eps = jnp.finfo(w.dtype).eps
-
-    def body(carry: Any) -> Any:
-        k, w, value, _ = carry
-        g = gradient(w)
-        eigenvalues, basis = jnp.linalg.eigh(hessian(w))
-        size = jnp.abs(eigenvalues)
-        largest = jnp.max(size)
-        floor = jnp.where(largest > 0, 1e3 * eps * largest, 1.0)
-        direction = -basis @ ((basis.T @ g) / jnp.maximum(size, floor))
-        direction = jnp.where(jnp.isfinite(direction), direction, -g)
-        longest = 10 * (1 + jnp.linalg.norm(w))
-        length = jnp.linalg.norm(direction)
-        direction = direction * jnp.where(length > longest, longest / jnp.where(length > 0, length, 1.0), 1.0)
-
-        def worse(carry: Any) -> Any:
-            size, trial = carry
-            return ~(trial < value) & (size > 1e-10)
-
-        def halve(carry: Any) -> Any:
-            size = carry[0] / 2
-            return size, fn(w + size * direction)
-
-        one = jnp.ones((), w.dtype)
-        size_, trial = jax.lax.while_loop(worse, halve, (one, fn(w + direction)))
-        better = trial < value
-        return k + 1, jnp.where(better, w + size_ * direction, w), jnp.where(better, trial, value), ~better
-
-    def unfinished(carry: Any) -> Any:
-        return (carry[0] < steps) & ~carry[3] & (carry[2] > -1e7)
-
-    return jax.lax.while_loop(unfinished, body, (0, w, fn(w), jnp.asarray(False)))[1]
 
 
 @jax.jit
