@@ -303,7 +303,7 @@ class _Run:
             count = _SCOUTS if program.size <= _FEW else _SCOUTS // 3
             tried = [(wished, [wished[n:]]), (start, lower_starts(program, start, 3, rng))]
             for i in range(1, count):
-                xy = sample(low, high, start, rng, i % 3 > 0, spread(i, k))
+                xy = search.feasible(sample(low, high, start, rng, i % 3 > 0, spread(i, k)))
                 tried.append((xy, [xy[n:]] if i % 2 else [start[n:], xy[n:]]))
             best: dict[bytes, tuple[float, np.ndarray]] = {}
             for xy, starts in tried:
@@ -323,12 +323,13 @@ class _Run:
         search, program, solver = self.search, self.program, self.solver
         n, k = program.n, program.n + program.m
         xy = program.start
+        stationary = step < solver.starts
+        branching = bool(step % 2) or not stationary
         if step:
             place = spread(step, k)
             xy = sample(program.lower[:k], program.upper[:k], xy, rng, step % 4 != 0, place)
+            xy = xy if branching else search.feasible(xy)
         points: list[Point] = []
-        stationary = step < solver.starts
-        branching = bool(step % 2) or not stationary
         if branching:
             # From the lower level's solution at an x, on its own branch.
             scouted = self.scouts()

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import sets
+from bilevel.constraints import depends
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
 
@@ -187,6 +188,7 @@ class Program:
       bounding, upper_bounding: bool, which rows of g and of G bound one unknown: `lower` and `upper` have them.
       edges: of each bounding row of g, its unknown and the bound.
       double: whether the functions are evaluated in double precision.
+      linear: whether the lower level is a linear programme in y at every x, seen in its trace.
 
     Raises:
       ProblemError: a part of the problem is not made for this.
@@ -228,6 +230,20 @@ class Program:
         with self.precision():
             self._measure(xy, low, high)
         self.start = xy / self.columns[: self.n + self.m]
+
+    @functools.cached_property
+    def linear(self) -> bool:
+        lower = self.problem.full_lower()
+        with self.precision():
+            x, y = self.trees(self.start)
+            if self.double:
+                x, y = jax.tree.map(lambda leaf: leaf.astype(float), (x, y))
+
+            def slopes(y: PyTree, x: PyTree, tangent: PyTree) -> Any:
+                parts = lambda y: (lower(x, y), _rows(lower, self._bounds[1], y, x, y))  # noqa: E731
+                return jax.jvp(parts, (y,), (tangent,))[1]
+
+            return not depends(slopes, y, x, y, on=0)
 
     @staticmethod
     def _user_shapes(problem: Problem, x: PyTree, y: PyTree, counts: tuple[int, ...]) -> dict[str, tuple[PyTree, int]]:

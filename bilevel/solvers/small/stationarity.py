@@ -15,7 +15,7 @@ import numpy as np
 
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers.small.program import Evaluated, Program, size_of
-from bilevel.solvers.small.search import FEASIBLE, Lowest, Search, lower_starts, solve_lower
+from bilevel.solvers.small.search import FEASIBLE, Lowest, Search, lower_starts, solve_linear, solve_lower
 from bilevel.typing import PyTree
 
 __all__ = ["Lower", "Stationarity", "lower_verified", "refusal", "stationary", "unbounded"]
@@ -143,6 +143,8 @@ def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = 
         at, n, k = program(program.point(xy)), program.n, program.n + program.m
         if not np.isfinite(at.f) or not np.isfinite(at.dr).all():
             return False
+        if program.linear:
+            return solve_linear(program, xy)[1]
         size = 1 + np.abs(xy).max(initial=0.0)
         rays = [-at.df[n:k]]
         if k - n:
