@@ -325,14 +325,15 @@ def _of_small(
         "polished_change": lower.loss_change if lower.loss_change > lower.loss_gain else -lower.loss_gain,
     }
     unchecked: tuple[str, ...] = ()
-    better = None
+    better = None if lower.better is None else (x, lower.better)
     if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
         slope = stationary(problem, x, y, 1e-3 if tol is None else tol, program)
         found["near"] = max(0.0, -slope.slope)
         found["descent"] = found["near"] * program.upper_scale
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
+        better = slope.reached or better
         if "start_loss" not in metrics and found["near"] <= 1e-2:  # the search of MPCC itself has looked around
-            better = _elsewhere(problem, x, y, upper_loss, found, program.upper_scale)
+            better = _elsewhere(problem, x, y, upper_loss, found, program.upper_scale) or better
     elif not jax.tree.leaves(x):
         found["near"] = 0.0
     return _concluded(found, result, metrics, tol, unchecked, better)

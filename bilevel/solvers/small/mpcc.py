@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -60,6 +61,7 @@ class MPCCState:
         solver's own units; whether the point passed.
       ends: x, y, upper_loss and verified of each start, stacked; `MPCC.others` reads them.
       start: where the search began.
+      lead, led: where the next start is, and whether it is there: `MPCC.towards`.
       done, finished: the starts behind it, and whether there are no more.
     """
 
@@ -72,6 +74,8 @@ class MPCCState:
     verified: Any
     ends: dict[str, Any]
     start: tuple[PyTree, PyTree]
+    lead: tuple[PyTree, PyTree]
+    led: Any
     done: Any
     finished: Any
 
@@ -155,8 +159,12 @@ class MPCC:
             "verified": np.zeros(count, bool),
         }
         zeros = _in_shape(program, np.zeros(sum(program.layout.rows[:2])), np.zeros(program.p + program.q))
-        far = np.float64(np.inf)
-        return MPCCState(x, y, zeros, far, far, far, np.bool_(False), ends, (x, y), np.int64(0), np.bool_(False))
+        far, no = np.float64(np.inf), np.bool_(False)
+        return MPCCState(x, y, zeros, far, far, far, no, ends, (x, y), (x, y), no, np.int64(0), no)
+
+    def towards(self, state: MPCCState, x: PyTree, y: PyTree) -> MPCCState:
+        """The state whose next start is (x, y): a point lower than the best one, which a check of the end has found."""
+        return dataclasses.replace(state, lead=(x, y), led=np.bool_(True), finished=np.bool_(False))
 
     def search(self, problem: Problem, state: MPCCState, key: StepKey) -> Iterator[tuple[MPCCState, Metrics]]:
         """Start after start from where the state stands: the state and the metrics after each.
@@ -168,7 +176,8 @@ class MPCC:
         if state.done:
             run.resume(state)
         with program.precision():
-            ends = run.all(int(state.done))
+            lead = program.scaled(*state.lead) if state.led else None
+            ends = run.all(int(state.done), lead)
         while True:
             with program.precision():
                 end = next(ends, None)
@@ -236,8 +245,8 @@ class _Run:
         at = lambda i: (jax.tree.map(lambda leaf: leaf[i], ends[name]) for name in ("x", "y"))  # noqa: E731
         self.known = [self.program.scaled(*at(i)) for i in np.flatnonzero(ends["verified"])]
 
-    def all(self, done: int) -> Iterator[tuple[int, Point, bool]]:
-        """(number, where it ended, whether it was the last) of each start."""
+    def all(self, done: int, lead: np.ndarray | None = None) -> Iterator[tuple[int, Point, bool]]:
+        """(number, where it ended, whether it was the last) of each start; the first at `lead`, where there is one."""
         solver = self.solver
         if done == 0 and self._falls():
             z = self.search.multipliers(self.program.start)[0]
@@ -247,12 +256,15 @@ class _Run:
             return
         for step in range(done, solver.most_steps):
             rng = np.random.default_rng([*self._seed, step])
-            points = self._from(step, rng)
+            points = self._from(step, rng, lead)
+            lead = None
             # Nothing new: the start came to where an earlier one had been.
             point = self._better(points, rng) if points else self.best
             assert point is not None
             passed = self.best is not None and self.best.verified(solver.tol)
             finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
+            if finished and passed:
+                self.best = self.search.exact(self.best, rng)
             yield step, point, finished
             if finished:
                 return
@@ -318,19 +330,19 @@ class _Run:
             self._scouts = first + self._scouts
         return self._scouts
 
-    def _from(self, step: int, rng: np.random.Generator) -> list[Point]:
+    def _from(self, step: int, rng: np.random.Generator, lead: np.ndarray | None = None) -> list[Point]:
         """All points that one start gives."""
         search, program, solver = self.search, self.program, self.solver
         n, k = program.n, program.n + program.m
-        xy = program.start
-        stationary = step < solver.starts
-        branching = bool(step % 2) or not stationary
-        if step:
+        xy = program.start if lead is None else lead
+        stationary = step < solver.starts or lead is not None
+        branching = bool(step % 2) or not stationary or lead is not None
+        if step and lead is None:
             place = spread(step, k)
             xy = sample(program.lower[:k], program.upper[:k], xy, rng, step % 4 != 0, place)
             xy = xy if branching else search.feasible(xy)
         points: list[Point] = []
-        if branching:
+        if branching and lead is None:
             # From the lower level's solution at an x, on its own branch.
             scouted = self.scouts()
             xy = scouted[(step // 2) % len(scouted)] if scouted else xy
@@ -347,7 +359,7 @@ class _Run:
                 z = search.ladder(z, LADDER[2:])
             else:
                 z = search.ladder(z)
-            if self._is_known(z[:k]):
+            if lead is None and self._is_known(z[:k]):
                 return []
             rounds = search.cut_rounds(z, rng)
             points += rounds
@@ -388,6 +400,8 @@ class _Run:
             np.bool_(best.verified(tol)),
             ends,
             before.start,
+            before.lead,
+            np.bool_(False),
             np.int64(step + 1),
             np.bool_(finished),
         )

@@ -188,7 +188,6 @@ class Program:
       bounding, upper_bounding: bool, which rows of g and of G bound one unknown: `lower` and `upper` have them.
       edges: of each bounding row of g, its unknown and the bound.
       double: whether the functions are evaluated in double precision.
-      linear: whether the lower level is a linear programme in y at every x, seen in its trace.
 
     Raises:
       ProblemError: a part of the problem is not made for this.
@@ -233,6 +232,7 @@ class Program:
 
     @functools.cached_property
     def linear(self) -> bool:
+        """Whether f(x, .) and the lower level's rows are affine at every x."""
         lower = self.problem.full_lower()
         with self.precision():
             x, y = self.trees(self.start)

@@ -31,6 +31,10 @@ _HOPELESS = 1e-2
 """A violation at which a point is not looked at any further."""
 _BOTH = 3
 """Rounds of cuts in which the search goes on from the lower solution, too."""
+EXACT = 1e-10
+"""What the conditions of a lower solution are left with by rounding."""
+_BESIDE = 1e-2
+"""How far from a relaxed point the exact one is at most, in units of the variables."""
 _STEEP = 1e3
 """A lower solution that moves faster with x, in units of the variables, is at a kink."""
 
@@ -393,6 +397,11 @@ class Search:
                 if worst.min(initial=0.0) >= -1e-9:
                     break
                 free[int(np.argmin(worst))] = False
+            for _ in range(
+                2
+            ):  # the ridge holds multipliers down by a part of themselves: it is for those far from active
+                left = at.r + columns @ found
+                found[free] += np.linalg.solve(matrix[np.ix_(free, free)], -columns[:, free].T @ left)
         except np.linalg.LinAlgError:
             return z, np.inf
         found = np.clip(found, np.where(sign, 0.0, -1e3), 1e3)
@@ -491,6 +500,20 @@ class Search:
             if not any(np.array_equal(branch, other) for other in branches):
                 branches.append(branch)
         return [self.local(z, None, branch, cuts) for branch in branches[: most + 1]]
+
+    def exact(self, point: Point, rng: np.random.Generator) -> Point:
+        """The solution that a verified point stands for: y on its conditions at x, or both on a branch of theirs.
+
+        What is relaxed by 1e-8 lets F be better by its root where f is flat, and x lie on the wrong side of a tie.
+        """
+        if self.multipliers(point.xy)[1] <= EXACT:
+            return point
+        found = []
+        for end in [self.polish(point.xy), *self.crossover(point.z)]:
+            z, left = self.multipliers(end[: self.k])
+            if left <= EXACT and np.abs(z[: self.k] - point.xy).max() <= _BESIDE:
+                found.append(self.judge(z, rng, [p[self.n :] for p in point.lowest.points[:2]]))
+        return min((p for p in found if p.verified(self.tol)), key=lambda p: p.loss, default=point)
 
     def cut_rounds(self, z: np.ndarray, rng: np.random.Generator, stationary: bool = True) -> list[Point]:
         """From an end of a local solve: cuts where the lower level has a lower point, until none has; all points."""
