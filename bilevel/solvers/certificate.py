@@ -314,7 +314,7 @@ def _of_small(
         "upper_violation": lower.upper_violation,
         "violation": lower.violation,
         "repaired": 0.0 if np.isfinite(lower.gap) else lower.violation,
-        "bounded": float(not unbounded(problem, x, y, program)),
+        "bounded": float(not unbounded(problem, x, y, program, curved=lower.gap > 1e-3)),
         "gap": lower.gap,
         "gain": max(lower.optimistic_gain, lower.loss_change / program.upper_scale),
         "noise_upper": 1e-12 * abs(upper_loss) / program.upper_scale,

@@ -249,10 +249,7 @@ class _Run:
         """(number, where it ended, whether it was the last) of each start; the first at `lead`, where there is one."""
         solver = self.solver
         if done == 0 and self._falls():
-            z = self.search.multipliers(self.program.start)[0]
-            self.best = self.search.judge(z, np.random.default_rng(self._seed), count=1)
-            self.best.gap = np.inf
-            yield 0, self.best, True
+            yield 0, self._hopeless(), True
             return
         for step in range(done, solver.most_steps):
             rng = np.random.default_rng([*self._seed, step])
@@ -262,6 +259,9 @@ class _Run:
             point = self._better(points, rng) if points else self.best
             assert point is not None
             passed = self.best is not None and self.best.verified(solver.tol)
+            if step == 0 and not passed and point.gap > 1e-3 and self._falls(curved=True):
+                yield 0, self._hopeless(), True
+                return
             finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
             if finished and passed:
                 self.best = self.search.exact(self.best, rng)
@@ -269,13 +269,21 @@ class _Run:
             if finished:
                 return
 
-    def _falls(self) -> bool:
+    def _hopeless(self) -> Point:
+        """The start, as where a search ends that has nothing to look for."""
+        self.best = self.search.judge(
+            self.search.multipliers(self.program.start)[0], np.random.default_rng(self._seed), count=1
+        )
+        self.best.gap = np.inf
+        return self.best
+
+    def _falls(self, curved: bool = False) -> bool:
         """Whether the lower level falls for ever at the start and at points around it: there is nothing to search."""
         program, rng = self.program, np.random.default_rng(self._seed)
         k = program.n + program.m
         points = [program.start]
         points += [sample(program.lower[:k], program.upper[:k], program.start, rng, wide) for wide in (False, True)]
-        return all(unbounded(program.problem, *program.trees(xy), program) for xy in points)
+        return all(unbounded(program.problem, *program.trees(xy), program, curved) for xy in points)
 
     def _better(self, points: list[Point], rng: np.random.Generator) -> Point:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""

@@ -14,8 +14,18 @@ from typing import Any
 import numpy as np
 
 from bilevel.problem import Problem, ProblemError
+from bilevel.solvers.small.nlp import minimise
 from bilevel.solvers.small.program import Evaluated, Program, size_of
-from bilevel.solvers.small.search import EXACT, FEASIBLE, Lowest, Search, lower_starts, solve_linear, solve_lower
+from bilevel.solvers.small.search import (
+    EXACT,
+    FEASIBLE,
+    Lowest,
+    Search,
+    lower_rows,
+    lower_starts,
+    solve_linear,
+    solve_lower,
+)
 from bilevel.typing import PyTree
 
 __all__ = ["Lower", "Stationarity", "lower_verified", "refusal", "stationary", "unbounded"]
@@ -142,8 +152,11 @@ def lower_verified(
         )
 
 
-def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = None) -> bool:
-    """Whether f(x, .) keeps falling, feasibly, along a ray from y: steepest descent or the most negative curvature."""
+def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = None, curved: bool = False) -> bool:
+    """Whether f(x, .) keeps falling, feasibly, along a ray from y: steepest descent or the most negative curvature.
+
+    `curved`: or along a path, by its least values in boxes that grow.
+    """
     program = program or Program(problem, x, y, "The check of the lower level")
     with program.precision():
         xy = program.scaled(x, y)
@@ -175,7 +188,30 @@ def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = 
             falls = np.diff([at.f, *values_along])
             if len(values_along) == 4 and (falls < 0).all() and falls[-1] < falls[0]:
                 return True
-    return False
+        return curved and _falls_in_boxes(program, xy)
+
+
+def _falls_in_boxes(program: Program, xy: np.ndarray) -> bool:
+    """Whether the lowest lower values found in boxes around y fall by more and more as the boxes grow."""
+    n, size = program.n, 1 + np.abs(xy).max(initial=0.0)
+    points, values = [xy], [program(program.point(xy)).f]
+    if np.isfinite(program.own_lower[n:]).all() and np.isfinite(program.own_upper[n:]).all():
+        return False
+    for reach in (1e1, 1e2, 1e3, 1e4):
+        box = np.concatenate([np.zeros(n), np.full(program.m, reach * size)])
+        lower, upper = np.maximum(program.own_lower, xy - box), np.minimum(program.own_upper, xy + box)
+        lower[:n] = upper[:n] = xy[:n]
+        starts = [points[-1], *(np.clip(xy + sign * box, lower, upper) for sign in (0.3, -0.3))]
+        ends = [minimise(lower_rows(program), start, lower, upper, iterations=100, far=1e30) for start in starts]
+        at = [(program(program.point(end)), end) for end in ends]
+        fair = [(there.f, end) for there, end in at if program.violation(there, upper=False) <= FEASIBLE * reach]
+        if not fair:
+            return False
+        value, end = min(fair, key=lambda pair: pair[0])
+        values.append(value)
+        points.append(end)
+    falls = np.diff(values[1:])
+    return bool(np.isfinite(falls).all() and (falls < 0).all() and (falls[1:] < 2 * falls[:-1]).all())
 
 
 def stationary(
