@@ -408,15 +408,18 @@ class Program:
         if block.stop - block.start < 2:
             return None
         rng, effects = np.random.default_rng(2), []
-        for _ in range(3):
-            point = xy.copy()
-            point[block] += length * rng.normal(size=block.stop - block.start)
-            jacobian = self.raw(self.point(np.clip(point, low, high)))[1][self._slices[-1]]
+        reach = np.full(k, max(float(np.abs(xy[:n]).max(initial=0.0)), 1.0))
+        reach[block] = length
+        for i in range(4):
+            point = np.clip(xy + (reach * rng.normal(size=k) if i else 0.0), low, high)
+            jacobian = self.raw(self.point(point))[1][self._slices[-1]]
             by_x = jacobian[:, :n] * y[0][:, None] if y else None
             effects.append(np.sqrt(np.abs(np.diag(jacobian[:, n:k]))) if by_x is None else np.abs(by_x).max(0))
-        effect = np.max(effects, axis=0)
+        effect, least = np.max(effects, axis=0), np.min(effects, axis=0)
         seen = np.isfinite(effect) & (effect > 0)
         if not seen.any() or effect[seen].max() <= _UNEQUAL * effect[seen].min():
+            return None
+        if (effect[seen] > 10 * least[seen]).any():  # what is small here is not so elsewhere: no unit
             return None
         return 1 / np.where(seen, effect, np.exp(np.median(np.log(effect[seen]))))
 

@@ -397,9 +397,9 @@ class Search:
                 if worst.min(initial=0.0) >= -1e-9:
                     break
                 free[int(np.argmin(worst))] = False
-            for _ in range(
-                2
-            ):  # the ridge holds multipliers down by a part of themselves: it is for those far from active
+            free &= ~sign | (found > 0)
+            found[~free] = 0.0
+            for _ in range(2):  # the ridge, which is for rows far from active, holds all multipliers down a little
                 left = at.r + columns @ found
                 found[free] += np.linalg.solve(matrix[np.ix_(free, free)], -columns[:, free].T @ left)
         except np.linalg.LinAlgError:

@@ -72,6 +72,7 @@ class Lower:
       loss_gain: the gain in units of F.
       loss_change: F at the best of the minimisers less F(x, y), in units of F; positive where y is not exact.
       better: the minimiser with that least F, where it is less than F(x, y); None without one.
+      answer_violation: the least that one of the minimisers breaks of the upper level's rows.
     """
 
     gap: float
@@ -84,6 +85,7 @@ class Lower:
     loss_gain: float = 0.0
     loss_change: float = 0.0
     better: PyTree | None = None
+    answer_violation: float = 0.0
 
 
 def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
@@ -149,6 +151,7 @@ def lower_verified(
             gain * program.upper_scale,
             change * program.upper_scale,
             program.trees(known[best])[1] if best is not None and change < 0 else None,
+            min((upper(other) for other in evaluated), default=0.0),
         )
 
 
