@@ -31,6 +31,10 @@ _LARGE = 600
 _DIFFERENT = 1e-3
 _SCOUTS, _FEW = 30, 60
 """Lower solves before the search, and the most unknowns for which so many are made."""
+_LOOKS = 4
+"""Points of a start that are looked at more closely, of those that do not stand it."""
+_FAR = 2
+"""Starts at lower solutions that lie far from the others."""
 
 
 class Local(NamedTuple):
@@ -226,7 +230,7 @@ class _Run:
         self.search = Search(program, solver.method, solver.tol, solver.rounds, solver.lower_starts)
         self.best: Point | None = None
         self.known: list[np.ndarray] = []
-        self._scouts: list[np.ndarray] | None = None
+        self._scouts: tuple[list[np.ndarray], list[np.ndarray]] | None = None
         self._seed = [int(part) for part in np.asarray(jax.random.key_data(key.base)).ravel()]
         self._seed += [int(key.stream)]
 
@@ -289,6 +293,7 @@ class _Run:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""
         tol = self.solver.tol
         points = sorted(points, key=lambda point: _rank(point, tol))
+        looks = 0
         for i, point in enumerate(points):
             if self.best is not None and _rank(point, tol) >= _rank(self.best, tol):
                 return points[0] if i == 0 else point
@@ -298,6 +303,10 @@ class _Run:
                 falls = unbounded(self.program.problem, *self.program.trees(point.xy), self.program)
                 if falls or not closer.verified(tol):
                     point.gap = np.inf if falls else closer.gap
+                    looks += 1
+                    if looks == _LOOKS:
+                        self.best = self.best or point
+                        return point
                     continue
             self.best = point
             return point
@@ -309,8 +318,9 @@ class _Run:
         """Whether a verified end of an earlier start is there."""
         return any(np.abs(xy - other).max() < 1e-5 for other in self.known)
 
-    def scouts(self) -> list[np.ndarray]:
-        """Lower solutions at many x, of each set of active rows that is met the best for F, the best first.
+    def scouts(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Lower solutions at many x: of each set of active rows that is met the best for F, the best first; and some
+        that lie far from these and from each other.
 
         The first is the one next to where the upper level would like y to be.
         """
@@ -326,16 +336,28 @@ class _Run:
                 xy = search.feasible(sample(low, high, start, rng, i % 3 > 0, spread(i, k)))
                 tried.append((xy, [xy[n:]] if i % 2 else [start[n:], xy[n:]]))
             best: dict[bytes, tuple[float, np.ndarray]] = {}
-            for xy, starts in tried:
+            feasible: list[tuple[float, np.ndarray]] = []
+            first: list[np.ndarray] = []
+            for i, (xy, starts) in enumerate(tried):
                 for point in solve_lower(program, xy, starts, method=self.solver.method).points[:1]:
                     at = program(program.point(point))
-                    cost = at.F + 1e2 * program.violation(at)
+                    broken = program.violation(at)
+                    cost = at.F + 1e2 * broken
                     active = (at.g > -1e-4).tobytes() + (at.G > -1e-4).tobytes()
                     if np.isfinite(cost) and cost < best.get(active, (np.inf,))[0]:
                         best[active] = cost, point
-            self._scouts = [point for _, point in sorted(best.values(), key=lambda pair: pair[0])]
-            first = solve_lower(program, wished, [wished[n:]], method=self.solver.method).points[:1]
-            self._scouts = first + self._scouts
+                    if np.isfinite(cost) and broken <= 1e-2:
+                        feasible.append((cost, point))
+                    first += [point] if i == 0 else []
+            near = first + [point for _, point in sorted(best.values(), key=lambda pair: pair[0])]
+            # Two solutions with the same active rows may lie on different sides of a set: what is far is tried, too.
+            feasible = sorted(feasible, key=lambda pair: pair[0])[: (len(feasible) + 1) // 2]
+            taken, far = [start, *near[:2]], []
+            while feasible and len(far) < _FAR:
+                away = [min(np.linalg.norm((point - other)[:n]) for other in taken) for _, point in feasible]
+                far.append(feasible.pop(int(np.argmax(away)))[1])
+                taken.append(far[-1])
+            self._scouts = near, far
         return self._scouts
 
     def _from(self, step: int, rng: np.random.Generator, lead: np.ndarray | None = None) -> list[Point]:
@@ -344,7 +366,8 @@ class _Run:
         n, k = program.n, program.n + program.m
         xy = program.start if lead is None else lead
         stationary = step < solver.starts or lead is not None
-        branching = bool(step % 2) or not stationary or lead is not None
+        branching = bool(step) and step % 4 != 2
+        branching = branching or not stationary or lead is not None
         if step and lead is None:
             place = spread(step, k)
             xy = sample(program.lower[:k], program.upper[:k], xy, rng, step % 4 != 0, place)
@@ -352,8 +375,11 @@ class _Run:
         points: list[Point] = []
         if branching and lead is None:
             # From the lower level's solution at an x, on its own branch.
-            scouted = self.scouts()
-            xy = scouted[(step // 2) % len(scouted)] if scouted else xy
+            near, far = self.scouts()
+            if stationary and step % 4 == 0 and far:
+                xy = far[(step // 4 - 1) % len(far)]
+            elif near:
+                xy = near[(step // 2) % len(near)]
         z, left = search.multipliers(xy)
         if branching and left > 1e-3 and program.p:
             stationary = False  # there is no multiplier at a lower solution: no constraint qualification

@@ -397,11 +397,15 @@ class Search:
                 if worst.min(initial=0.0) >= -1e-9:
                     break
                 free[int(np.argmin(worst))] = False
-            free &= ~sign | (found > 0)
-            found[~free] = 0.0
-            for _ in range(2):  # the ridge, which is for rows far from active, holds all multipliers down a little
-                left = at.r + columns @ found
-                found[free] += np.linalg.solve(matrix[np.ix_(free, free)], -columns[:, free].T @ left)
+            # The ridge, which is for rows far from active, holds all multipliers down a little: again without those.
+            exact, near = found.copy(), free & (~sign | (found > 1e-6))
+            exact[~near] = 0.0
+            for _ in range(2):
+                left = at.r + columns @ exact
+                exact[near] += np.linalg.solve(matrix[np.ix_(near, near)], -columns[:, near].T @ left)
+            exact = np.clip(exact, np.where(sign, 0.0, -np.inf), np.inf)
+            if np.abs(at.r + columns @ exact).max() < np.abs(at.r + columns @ found).max():
+                found = exact
         except np.linalg.LinAlgError:
             return z, np.inf
         found = np.clip(found, np.where(sign, 0.0, -1e3), 1e3)
