@@ -146,7 +146,7 @@ class MPCC:
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> MPCCState:
         """The start, nothing known of it; a problem that this is not for is refused."""
-        program = Program(problem, x, y, type(self).__name__)
+        program = Program(problem, x, y, type(self).__name__, measured=False)
         rows = sum(program.layout.rows)
         if program.n + program.m + rows > self.largest:
             raise ProblemError(

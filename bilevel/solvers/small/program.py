@@ -179,6 +179,7 @@ class Program:
       problem: the problem, on full batches.
       x, y: a point, for shapes and scales.
       owner: who asks, for errors.
+      measured: False: shapes alone, without units and bounds, and without a compile.
 
     Attributes:
       n, m, p, q: the numbers of x, y, lower inequalities and lower equalities.
@@ -195,7 +196,7 @@ class Program:
       ProblemError: a part of the problem is not made for this.
     """
 
-    def __init__(self, problem: Problem, x: PyTree, y: PyTree, owner: str = "MPCC") -> None:
+    def __init__(self, problem: Problem, x: PyTree, y: PyTree, owner: str = "MPCC", *, measured: bool = True) -> None:
         problem = visible(problem, x, y)
         self.problem, self.owner = problem, owner
         _refuse(problem, x, y, owner)
@@ -228,8 +229,9 @@ class Program:
         self.lower, self.upper = np.full(self.size, -np.inf), np.full(self.size, np.inf)
         low, high = np.concatenate([x_low, y_low]), np.concatenate([x_high, y_high])
         xy = np.clip(xy, low, high)
-        with self.precision():
-            self._measure(xy, low, high)
+        if measured:
+            with self.precision():
+                self._measure(xy, low, high)
         self.start = xy / self.columns[: self.n + self.m]
 
     @functools.cached_property
