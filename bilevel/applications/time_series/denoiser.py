@@ -1,4 +1,4 @@
-"""PaD-TS's denoiser: a transformer over time and one over channels, whose outputs are added, as a function of parameters.
+"""PaD-TS's denoiser: a transformer over time and one over channels, whose outputs are added; a pure function.
 
 Parameters are a flat dictionary under the names and in the layout of the original (PyTorch): a weight is (out, in).
 """
@@ -69,7 +69,8 @@ class Denoiser:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter, by the original's name."""
-        h, shapes = self.width, {"time2emb.pos_emb.pe": (1, self.length, self.width)}
+        h = self.width
+        shapes: dict[str, tuple[int, ...]] = {"time2emb.pos_emb.pe": (1, self.length, self.width)}
 
         def layer(name: str, n_in: int, n_out: int) -> None:
             shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (n_out, n_in), (n_out,)
