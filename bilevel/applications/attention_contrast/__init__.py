@@ -1,4 +1,4 @@
-"""Contrast of attention maps (CARVE): an ill-conditioned test problem, soft masks with a retrained head, diagnostics."""
+"""Contrast of attention maps (CARVE): an ill-conditioned oracle, soft masks with a retrained head, diagnostics."""
 
 from bilevel.applications.attention_contrast.contrast import Oracle, clutter, contrast, entropy, fuse, oracle
 from bilevel.applications.attention_contrast.masking import Masking, masking

@@ -103,7 +103,7 @@ def fuse(maps: Array, weights: Array, image: tuple[int, int], grid: tuple[int, i
         image: (rows, columns) of the result.
         grid: (rows, columns) of the tokens.
     """
-    layers, steps, tokens = maps.shape
+    _, steps, tokens = maps.shape
     if grid[0] * grid[1] != tokens:
         raise ValueError(f"fuse(grid={grid}) has {grid[0] * grid[1]} places for {tokens} tokens.")
     each = weights[:, None] * jnp.arange(1, steps + 1, dtype=maps.dtype)

@@ -59,8 +59,8 @@ def masking(
     over x = (log lambda, w, tau, log T). The lower level is strongly convex: implicit differentiation is exact.
 
     Args:
-        train, validation, test: (question maps (n, layers, tokens), general maps of the same shape, features (n, tokens,
-            d), answers (n,)).
+        train, validation, test: (question maps (n, layers, tokens), general maps of the same shape, features (n,
+            tokens, d), answers (n,)).
         classes: the number of answers.
         strength: where lambda starts.
         decay: of the head.

@@ -52,7 +52,7 @@ def mmd(a: Array, b: Array, bandwidths: Sequence[float] = TRAINING, *, unbiased:
 
     def mean(p: Array, q: Array, same: bool) -> Array:
         squares = jnp.square(p[:, None] - q[None])
-        total = sum(jnp.exp(squares * s) for s in scales)
+        total = functools.reduce(jnp.add, [jnp.exp(squares * s) for s in scales])
         if not (unbiased and same):
             return total.mean((0, 1))
         n = len(p)
@@ -89,7 +89,8 @@ def _columns(a: Array, b: Array) -> list[tuple[Array, Array]]:
 def _in_blocks(both: tuple[Array, Array]) -> Array:
     """`mmd` of many numbers, whose tables of differences do not fit into memory."""
     a, b = both
-    kernel = lambda p, q: sum(jnp.exp(jnp.square(p - q) * (-0.5 / w)) for w in EVALUATION)  # noqa: E731
+    kernel = lambda p, q: jnp.exp(jnp.square(p - q)[None] * -0.5 / scales).sum(0)  # noqa: E731
+    scales = jnp.asarray(EVALUATION, a.dtype)[:, None]
     mean = lambda p, q: jax.lax.map(lambda p: kernel(p, q).mean(), p, batch_size=256).mean()  # noqa: E731
     return mean(a, a) + mean(b, b) - 2 * mean(a, b)
 

@@ -72,9 +72,9 @@ def population(
 
     CC are the correlations of two channels over each window, MMD the discrepancy of their distributions over the batch
     (seven bandwidths, nine above). x = (a, c), by bin of noise level and by pair; at equal a and c = 0 it is the
-    paper's loss. t is one and the same for all windows of a batch: correlations of different noise levels would mix. The
-    lower level is a training run: differentiate it forward, `hypergradients.Forward()`, which keeps a copy of y and Adam's
-    moments for each of the few numbers in x. Without the error above (kappa = 0) more weight is always better.
+    paper's loss. t is one and the same for all windows of a batch: correlations of different noise levels would mix.
+    The lower level is a training run: differentiate it forward, `hypergradients.Forward()`, which keeps a copy of y and
+    Adam's moments for each of the few numbers in x. Without the error above (kappa = 0) more weight is always better.
 
     Args:
         train, validation: windows (n, length, channels), -1..1, that share no time step (`split_in_time`).

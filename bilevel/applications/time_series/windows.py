@@ -109,12 +109,12 @@ def split_in_time(
     low, high = train.min(0), train.max(0)
     for j in np.flatnonzero(low == high):
         raise ValueError(
-            f"{_name(j, names)} is constant ({low[j]:g}) in the training part: it has no correlation with others. "
+            f"{_name(int(j), names)} is constant ({low[j]:g}) in the training part: it has no correlation with others. "
             "Leave it out."
         )
     scaled = (2 * (series - low) / (high - low) - 1).astype(np.float32)
     parts = [windows(scaled[first:last], length, stride) for first, last in bounds]
-    return TimeSplit(*parts, low, high)
+    return TimeSplit(parts[0], parts[1], parts[2], low, high)
 
 
 def _check_values(values: np.ndarray, names: Sequence[str] | None = None) -> None:
@@ -122,7 +122,7 @@ def _check_values(values: np.ndarray, names: Sequence[str] | None = None) -> Non
     bad = ~np.isfinite(values)
     for j in np.flatnonzero(bad.any(axis=tuple(range(values.ndim - 1)))):
         raise ValueError(
-            f"{_name(j, names)} has {bad[..., j].sum()} missing or infinite values of {bad[..., j].size}: fill them "
+            f"{_name(int(j), names)} has {bad[..., j].sum()} missing or infinite values of {bad[..., j].size}: fill them "
             "(`filled`) or leave the channel out."
         )
 

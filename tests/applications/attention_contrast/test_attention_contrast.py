@@ -66,7 +66,7 @@ def test_the_contrast_minimises_its_objective_and_has_the_stated_derivatives(x64
     solver = lower.LBFGS(2000, tol=1e-13)
     f = value_and_hypergradient(app.problem, Implicit(linear.CG(tol=1e-13, max_steps=500)), solver)
     np.testing.assert_allclose(f(app.x0, app.y0).gradient, expected, rtol=1e-7)
-    a, g = app.problem.lower_data
+    _, g = app.problem.lower_data
     hessian = jax.hessian(lambda y: level(app.x0, y))(y).reshape(36, 36)
     np.testing.assert_allclose(hessian, np.diag((2 * g * (g + 0.05)).ravel()), atol=1e-14)
     np.testing.assert_allclose(app.condition(app.x0), np.linalg.cond(hessian), rtol=1e-10)
@@ -171,7 +171,7 @@ def test_bad_maps_are_named():
     with pytest.raises(ValueError, match="differ in shape"):
         oracle(good[0][:2], good[1], good[2])
     question, general, features, answers = samples(10, 0)
-    with pytest.raises(ValueError, match="features .* do not belong to these maps"):
+    with pytest.raises(ValueError, match=r"features .* do not belong to these maps"):
         masking((question, general, features[:, 1:], answers), samples(10, 1), classes=3)
     with pytest.raises(ValueError, match=r"fuse\(grid=\(2, 2\)\) has 4 places for 6 tokens"):
         fuse(jnp.ones((1, 1, 6)), jnp.ones(1), (4, 4), (2, 2))
