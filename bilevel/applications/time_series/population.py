@@ -89,8 +89,8 @@ def _columns(a: Array, b: Array) -> list[tuple[Array, Array]]:
 def _in_blocks(both: tuple[Array, Array]) -> Array:
     """`mmd` of many numbers, whose tables of differences do not fit into memory."""
     a, b = both
-    kernel = lambda p, q: jnp.exp(jnp.square(p - q)[None] * -0.5 / scales).sum(0)  # noqa: E731
     scales = jnp.asarray(EVALUATION, a.dtype)[:, None]
+    kernel = lambda p, q: jnp.exp(jnp.square(p - q)[None] * -0.5 / scales).sum(0)  # noqa: E731
     mean = lambda p, q: jax.lax.map(lambda p: kernel(p, q).mean(), p, batch_size=256).mean()  # noqa: E731
     return mean(a, a) + mean(b, b) - 2 * mean(a, b)
 

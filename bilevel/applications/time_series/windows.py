@@ -143,7 +143,10 @@ def sines_windows(count: int, length: int = 24, channels: int = 5, seed: int = 0
 
 def check_disjoint(train: np.ndarray, validation: np.ndarray) -> None:
     """Raise where two time steps in a row of a validation window are those of a training window: the split leaks."""
-    rows = lambda x: np.ascontiguousarray(np.concatenate([x[:, :-1], x[:, 1:]], -1)).reshape(-1, 2 * x.shape[-1])  # noqa: E731
+
+    def rows(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x[:, :-1], x[:, 1:]], -1).reshape(-1, 2 * x.shape[-1])
+
     seen = {row.tobytes() for row in rows(train)}
     leaks = np.array([row.tobytes() in seen for row in rows(validation)])
     shared = leaks.reshape(len(validation), -1).any(1).sum()
