@@ -109,8 +109,8 @@ def split_in_time(
     low, high = train.min(0), train.max(0)
     for j in np.flatnonzero(low == high):
         raise ValueError(
-            f"{_name(int(j), names)} is constant ({low[j]:g}) in the training part: it has no correlation with others. "
-            "Leave it out."
+            f"{_name(int(j), names)} is constant ({low[j]:g}) in the training part: it has no correlation with "
+            "others. Leave it out."
         )
     scaled = (2 * (series - low) / (high - low) - 1).astype(np.float32)
     parts = [windows(scaled[first:last], length, stride) for first, last in bounds]
