@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters, state
-from bilevel.hypergradients._base import Estimate, last_steps
+from bilevel.hypergradients._base import Estimate, last_steps, lower_metrics
 from bilevel.keys import Draw
 from bilevel.level import Level
 from bilevel.lower import LowerState, Steps
@@ -158,7 +158,7 @@ class Forward:
         slopes = jax.vmap(lambda tangent: optax.tree.vdot(tangent, upper_y))(of_y)  # <Z u_i, F_y>
         through = jax.tree.map(lambda u: jnp.tensordot(slopes.astype(u.dtype), u, axes=1), directions)
 
-        metrics = {"lower_residual": derivatives.norm(lower.gradient(x, found.y))}
+        metrics = lower_metrics(lower, x, found.y)
         if self.directions is not None:
             through = optax.tree.scale(1 / self.directions, through)
             c = self._VARIANCES[self.distribution](optax.tree.size(x), self.directions)

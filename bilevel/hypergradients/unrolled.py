@@ -6,9 +6,8 @@ import dataclasses
 
 import jax
 
-from bilevel import derivatives
 from bilevel._module import hyperparameters
-from bilevel.hypergradients._base import Estimate, last_steps
+from bilevel.hypergradients._base import Estimate, last_steps, lower_metrics
 from bilevel.hypergradients.forward import Forward
 from bilevel.level import Level
 from bilevel.lower import LowerState
@@ -76,8 +75,7 @@ class Unrolled:
             return upper(x, found.y), found
 
         (value, found), gradient = jax.value_and_grad(objective, has_aux=True)(x)
-        residual = derivatives.norm(lower.gradient(x, found.y))
-        return Estimate(value, gradient, found, carry, {"lower_residual": residual})
+        return Estimate(value, gradient, found, carry, lower_metrics(lower, x, found.y))
 
 
 def OneStep() -> Unrolled:

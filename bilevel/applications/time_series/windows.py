@@ -122,8 +122,8 @@ def _check_values(values: np.ndarray, names: Sequence[str] | None = None) -> Non
     bad = ~np.isfinite(values)
     for j in np.flatnonzero(bad.any(axis=tuple(range(values.ndim - 1)))):
         raise ValueError(
-            f"{_name(int(j), names)} has {bad[..., j].sum()} missing or infinite values of {bad[..., j].size}: fill them "
-            "(`filled`) or leave the channel out."
+            f"{_name(int(j), names)} has {bad[..., j].sum()} missing or infinite values of {bad[..., j].size}: fill "
+            "them (`filled`) or leave the channel out."
         )
 
 
