@@ -53,10 +53,13 @@ def masking(
     """Learn the mask by the validation loss of a head that is trained anew under each mask:
 
         S     = sum over layers of softmax(w)_l A_Q / (A_G + lambda_l), standardised over each image's tokens
-        lower f(x, y) = mean CE(y; mean over tokens of sigmoid((S - tau) / T) features, answer) + decay/2 |y|^2
+        lower f(x, y) = mean CE(y; sum over tokens of sigmoid((S - tau) / T) features / sqrt(tokens), answer)
+                        + decay/2 |y|^2
         upper F(x, y) = the same cross-entropy on the validation set
 
-    over x = (log lambda, w, tau, log T). The lower level is strongly convex: implicit differentiation is exact.
+    over x = (log lambda, w, tau, log T). The lower level is strongly convex: implicit differentiation is exact. The
+    mask multiplies the features and nothing makes up for what it takes away, as it would be with the image: where it
+    is zero nothing is left to answer from. (A mean weighted by the mask is the same for a mask and its half.)
 
     Args:
         train, validation, test: (question maps (n, layers, tokens), general maps of the same shape, features (n,
@@ -90,7 +93,7 @@ def masking(
     def logits(x: Mask, y: PyTree, batch: Any) -> Array:
         question, general, features, _ = batch
         kept = mask(x, question, general)
-        pooled = jnp.einsum("nt,ntd->nd", kept, features) / (kept.sum(-1, keepdims=True) + 1e-6)
+        pooled = jnp.einsum("nt,ntd->nd", kept, features) / kept.shape[-1] ** 0.5
         return pooled @ y["kernel"] + y["bias"]
 
     def upper(x: Mask, y: PyTree, batch: Any) -> Array:

@@ -135,11 +135,26 @@ def test_a_soft_mask_is_learnt_by_the_head_that_it_serves(x64):
     assert isinstance(app, Application) and "soft masks" in repr(app)
     solver = solvers.AID(upper_optimizer=optax.adam(0.05))
     solution = solve(app.problem, app.x0, app.y0, solver, steps=60, progress=False, metrics=app.metrics)
-    assert solution.history["upper_loss"][-1] < 0.7 * solution.history["upper_loss"][0]
+    assert solution.history["upper_loss"][-1] < 0.5 * solution.history["upper_loss"][0]
     assert solution.x["layers"][0] > solution.x["layers"][1] + 1
     assert solution.history["accuracy"][-1] > 0.9
-    kept = app.mask(solution.x, *app.problem.upper_data[:2])
-    assert kept.shape == (200, 9) and float(kept.min()) >= 0 and float(kept.max()) <= 1
+    # The mask is the token that the answer is in, and neither nothing nor all.
+    kept, at = app.mask(solution.x, *app.problem.upper_data[:2]), app.problem.upper_data[0][:, 0].argmax(-1)
+    inside = np.arange(9) == at[:, None]
+    assert kept.shape == (200, 9) and kept[inside].mean() > 0.9 and kept[~inside].mean() < 0.1
+
+
+def test_half_a_mask_is_another_mask(x64):
+    """The head sees features times mask: a mask that shrinks as a whole has another loss, and nothing at zero."""
+    app = masking(samples(60, 0), samples(60, 1), classes=3)
+    upper, y = app.problem.full_upper(), {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}
+    far = {**app.x0, "threshold": jnp.asarray(40.0)}  # sigmoid is exp there: one step further, the mask / e
+    farther = {**app.x0, "threshold": jnp.asarray(41.0)}
+    kept = [app.mask(x, *app.problem.upper_data[:2]) for x in (far, farther)]
+    np.testing.assert_allclose(kept[1] * np.e, kept[0], rtol=1e-8)
+    np.testing.assert_allclose(upper(far, y), np.log(3), rtol=1e-8)
+    scaled = {**y, "kernel": y["kernel"] * np.exp(40.0)}
+    assert abs(float(upper(far, scaled) - upper(farther, scaled))) > 0.01
 
 
 def test_the_masks_hypergradient_is_that_of_the_retrained_head(x64):
