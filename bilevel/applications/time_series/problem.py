@@ -157,7 +157,7 @@ def population(
     def sample(y: PyTree, key: Array, n: int, **options: Any) -> Array:
         return schedule.sample(lambda x, t: net(y, x, t), key, (n, length, channels), **options)
 
-    y0 = net.init(jax.random.key(seed))
+    y0 = jax.jit(net.init)(jax.random.key(seed))  # one program, and not one for each parameter
     metrics = {
         "discrepancy": (lambda x, y, batch: terms(y, batch)[0], (chosen, noise)),
         "error": (lambda x, y, batch: terms(y, batch)[1], (chosen, noise)),
