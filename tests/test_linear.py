@@ -31,7 +31,9 @@ from bilevel.linear import (
     Nystrom,
     NystromPreconditioner,
     Richardson,
+    Robust,
     StaleCholesky,
+    TaskCG,
 )
 
 # What takes the time here is compiling, so XLA is told to do little of it.
@@ -807,6 +809,8 @@ EXACT_AT_1E8 = {
     "MINRES": MINRES(tol=1e-14, max_steps=2000),
     "GMRES": GMRES(tol=1e-14, restart=72, max_steps=720),
     "NormalCG": NormalCG(tol=1e-14, max_steps=4000),
+    "Robust": Robust(tol=1e-14, max_steps=2000),
+    "TaskCG": TaskCG(tol=1e-14, max_steps=2000),
     "Dense": Dense(),
 }
 SHORT_AT_1E8 = {
