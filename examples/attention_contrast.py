@@ -163,12 +163,12 @@ def learn(app, x0, steps, fixed=()):
 
 def main(given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=900, help="of the transformer's training")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=500, help="of the transformer's training")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=48)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--canvases", type=int, default=600, help="for the head, and as many for its validation")
-    parser.add_argument("--mask-steps", type=int, default=150)
+    parser.add_argument("--canvases", type=int, default=400, help="for the head, and as many for its validation")
+    parser.add_argument("--mask-steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("attention_contrast.png"))
     args = parser.parse_args(given)
@@ -207,7 +207,8 @@ def main(given=None):
         numbers = f"{r['validation']:13.4f}  {r['test']:8.4f}  {r['accuracy']:13.3f}  {float(kept.mean()):4.2f}"
         print(f"{name:31}  {numbers}   " f"{shown(r['weights'])}; {shown(r['ratio'])}", flush=True)  # fmt: skip
     plain, full = (results[name] for name in list(rows)[1:3])
-    learnt = min(list(results.values())[3:], key=lambda r: r["validation"])
+    name = min(list(results)[3:], key=lambda name: results[name]["validation"])
+    learnt = results[name]
     best = int(learnt["weights"].argmax())
     print(f"The learnt mask looks at layer {best}, with lambda {learnt['ratio'][best]:.2g} times the median A_G there.")
     verdict = "helps" if min(full["test"], learnt["test"]) < 0.95 * plain["test"] else "does not help"
@@ -215,7 +216,7 @@ def main(given=None):
         f"Contrast {verdict} here: the head's test loss is {plain['test']:.4f} with A_Q alone, {full['test']:.4f} with"
     )
     print(f"the full contrast and {learnt['test']:.4f} with the learnt one (it helps if one is 5 % below A_Q's).")
-    show(args.out, app, rows[list(rows)[3]][0], found[2], best)
+    show(args.out, app, rows[name][0], found[2], best)
     print(f"picture: {args.out}; {time.perf_counter() - began:.0f} s in all")
     return results
 
