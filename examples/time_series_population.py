@@ -16,6 +16,7 @@ windows, which is given as many trainings as learning costs. Scores are those of
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -105,10 +106,11 @@ def main(given=None):
     print(f"{args.data}: {len(train)}, {len(validation)}, {len(test)} windows of {args.length} x {len(names)}")
     random = np.random.default_rng(0).permutation(len(test))
     halves = test[random[: len(test) // 2]], test[random[len(test) // 2 :]]
-    print(
-        f"noise floor of FDDS: {float(fdds(*halves)):.4f} between random halves of the test windows, "
-        f"{float(fdds(train, test)):.4f} between training and test windows"
-    )
+    for name, score in (("FDDS", fdds), ("VDS", functools.partial(vds, count=2000))):
+        print(
+            f"noise floor of {name}: {float(score(*halves)):.4f} between random halves of the test windows, "
+            f"{float(score(train, test)):.4f} between training and test windows"
+        )
 
     first = make(parts, args, 0)
     whole = first.training(args.steps, rate=RATE)
