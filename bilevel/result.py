@@ -42,6 +42,6 @@ _SENTENCES = {
     Result.COMPLETED: "took the steps that were asked for",
     Result.SEVERAL_MINIMISERS: "stopped at one of several lower-level minimisers, and not at the best for F",
     Result.NOT_STATIONARY: "stopped where F can be lowered by moving x",
-    Result.UNBOUNDED: "ended where the lower level has no minimiser",
+    Result.UNBOUNDED: "ended where the lower level has no minimiser, or ran away while the upper loss fell",
     Result.LOCAL: "met the tolerance at a local solution; another x has a lower F",
 }
