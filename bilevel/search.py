@@ -167,7 +167,7 @@ def search(
     target: float | None = None,
     patience: int | None = None,
     solver: Any = None,
-    final_problem_of: Callable[[Any], Any] | None = None,
+    final_problem_of: Callable[[Trial], Any] | None = None,
     finalists: int = 5,
     key: int | jax.Array = 0,
     checkpoint: Any = None,
@@ -192,7 +192,8 @@ def search(
       patience: ends after as many trials without a smaller loss.
       solver: a `lower.LevenbergMarquardt` with other settings, or any function `(problem, key) -> (loss, y)` that is
         called once per proposal on the host, for lower levels of another kind (a whole `solve`, a cross-validation).
-      final_problem_of: a dearer and truer problem, for the `finalists` best trials at the end.
+      final_problem_of: `trial -> LowerProblem`, a dearer and truer problem for the `finalists` best trials at the end; it may
+        start at `trial.y`.
       key: the run's; round r's is `fold_in(key, r)`.
       checkpoint: a folder; each round is written there as it ends, and a run that was killed goes on from the last
         whole round, exactly where its proposer follows from history and key.
@@ -240,7 +241,7 @@ def search(
             result, reason = ended
         if final_problem_of is not None:
             chosen = best_of(trials, finalists)
-            found = solve_all(final_problem_of, [t.proposal for t in chosen], 0, round_, base)
+            found = solve_all(final_problem_of, chosen, 0, round_, base)
             last = tuple(sorted(found, key=lambda t: t.loss))
     except KeyboardInterrupt:
         result, reason = Result.INTERRUPTED, "It was interrupted from the keyboard."
@@ -300,7 +301,7 @@ class _Solves:
         self.together = isinstance(solver, LevenbergMarquardt)
 
     def __call__(
-        self, problem_of: Callable[[Any], Any], proposals: Sequence[Any], first: int, round_: int, key: jax.Array
+        self, problem_of: Callable[..., Any], proposals: Sequence[Any], first: int, round_: int, key: jax.Array
     ) -> list[Trial]:
         found: list[tuple[float, PyTree, str, Any]] = [(math.inf, None, "", ())] * len(proposals)
         groups: dict[Any, list[tuple[int, LowerProblem]]] = {}
@@ -333,6 +334,7 @@ class _Solves:
         for i, (proposal, (loss, y, error, curve)) in enumerate(zip(proposals, found, strict=True)):
             if not math.isfinite(loss):
                 loss, y, error = math.inf, None, error or "the loss is not finite"
+            proposal = proposal.proposal if isinstance(proposal, Trial) else proposal
             trials.append(Trial(first + i, round_, proposal, loss, y, error, tuple(map(float, curve))))
         return trials
 

@@ -19,6 +19,7 @@ from bilevel.proposers.expressions import (
     names_in,
     simplified,
     text,
+    unscaled,
 )
 from bilevel.proposers.trials import Trial, best_of
 
@@ -41,6 +42,7 @@ class GrammarProposer:
       exploit: the share of children.
       parents: how many of the best trials have children.
       term_depth: of a random term, at most.
+      constants: whether a term may be a constant (of an energy it says nothing).
       exclude: texts of terms that are never proposed.
     """
 
@@ -50,6 +52,7 @@ class GrammarProposer:
     exploit: float = 0.5
     parents: int = 5
     term_depth: int = 3
+    constants: bool = False
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -69,7 +72,7 @@ class GrammarProposer:
         """`count` new laws; fewer where the grammar has no more that are found by chance."""
         random = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
         seen = {str(t.proposal) for t in history}
-        best = [t.proposal for t in best_of(history, self.parents) if isinstance(t.proposal, Expression)]
+        best = self._parents(history)
         found: list[Expression] = []
         for _ in range(60 * count):
             if len(found) == count:
@@ -84,13 +87,29 @@ class GrammarProposer:
     def tell(self, results: Sequence[Trial]) -> None:
         """Nothing to remember: `ask` reads the history."""
 
+    def _parents(self, history: Sequence[Trial]) -> list[Expression]:
+        """The best trials, of those with one loss (the same law in other words) the simplest one."""
+        found: list[Trial] = []
+        for trial in best_of(history, 20 * self.parents):
+            if isinstance(trial.proposal, Expression):
+                same = [i for i, t in enumerate(found) if abs(t.loss - trial.loss) <= 1e-3 * t.loss]
+                if not same:
+                    found.append(trial)
+                elif trial.complexity < found[same[0]].complexity:
+                    found[same[0]] = trial
+        return [t.proposal for t in found[: self.parents]]
+
     # ------------------------------------------------------------ laws
 
     def _law(self, terms: Sequence[Node]) -> Expression | None:
         """The law in its one form, or None where it is outside the grammar or says nothing."""
         excluded = {text(simplified(self.grammar.parse(e))) for e in self.exclude}
-        known = {text(t): t for t in map(simplified, terms)}
-        kept = [t for name, t in sorted(known.items()) if names_in(t) & {*self.grammar.variables} and name not in excluded]
+        known = {text(t): t for t in map(unscaled if self.additive else simplified, terms)}
+        if constant := [name for name, t in known.items() if not names_in(t) & {*self.grammar.variables}]:
+            known = {name: t for name, t in known.items() if name not in constant}
+            if self.constants:
+                known["1"] = ("const", 1.0)
+        kept = [t for name, t in sorted(known.items()) if name not in excluded]
         if not kept or len(kept) > self.terms:
             return None
         try:

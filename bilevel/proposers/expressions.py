@@ -115,31 +115,40 @@ def _bounded(x: Any) -> Any:
     return jnp.clip(jnp.where(jnp.isfinite(x), x, 0.0), -_HUGE, _HUGE)
 
 
-def finite(function: Callable[..., Any]) -> Callable[..., Any]:
+def finite(function: Callable[..., Any], aux: Any = None) -> Callable[..., Any]:
     """An elementwise function of fields, whose values and derivatives of every order are finite and at most 1e15.
 
     The protected operations are finite one by one; a chain of them may still overflow. So the value is bounded, and the
     derivative is stated: the partial derivatives, bounded in the same way, times the tangents.
-    """
 
+    Args:
+      function: `(*fields) -> field`, or `(aux, *fields) -> field` where `aux` is given.
+      aux: arrays that it depends on and is not differentiated in. They may be traced, where a closure's may not.
+    """
+    with_aux = function if aux is not None else (lambda _, *fields: function(*fields))
+    return functools.partial(_finite(with_aux), aux)
+
+
+def _finite(function: Callable[..., Any]) -> Callable[..., Any]:
     @jax.custom_jvp
-    def bounded(*fields: Any) -> Any:
-        return _bounded(function(*fields))
+    def bounded(aux: Any, *fields: Any) -> Any:
+        return _bounded(function(aux, *fields))
 
     @functools.partial(bounded.defjvp, symbolic_zeros=True)
-    def derivative(fields: Any, tangents: Any) -> Any:
+    def derivative(primals: Any, tangents: Any) -> Any:
+        aux, *fields = primals
         change = jnp.zeros_like(fields[0])
-        for i, tangent in enumerate(tangents):
+        for i, tangent in enumerate(tangents[1:]):
             if not isinstance(tangent, SymbolicZero):
-                change = change + finite(_partial(function, i))(*fields) * tangent
-        return bounded(*fields), change
+                change = change + _finite(_partial(function, i))(aux, *fields) * tangent
+        return bounded(aux, *fields), change
 
     return bounded
 
 
 def _partial(function: Callable[..., Any], i: int) -> Callable[..., Any]:
-    def partial(*fields: Any) -> Any:
-        along = lambda x: function(*fields[:i], x, *fields[i + 1 :])  # noqa: E731
+    def partial(aux: Any, *fields: Any) -> Any:
+        along = lambda x: function(aux, *fields[:i], x, *fields[i + 1 :])  # noqa: E731
         return jax.jvp(along, (fields[i],), (jnp.ones_like(fields[i]),))[1]
 
     return partial
@@ -205,7 +214,30 @@ def simplified(node: Node) -> Node:
         return children[0]
     if op in ("sq", "abs") and children[0][0] in ("neg", "abs"):
         return (op, children[0][1])
+    if op == "abs" and children[0][0] in ("sq", "sqrt", "exp"):
+        return children[0]
+    if op == "sqrt" and children[0][0] == "sq":
+        return ("abs", children[0][1])
+    if op == "sq" and children[0][0] == "sqrt":
+        return ("abs", children[0][1])
     return (op, *children)
+
+
+def unscaled(node: Node) -> Node:
+    """The simplified tree without what a coefficient in front of it can say: signs, constant factors, log's powers."""
+    node = simplified(node)
+    while True:
+        op = node[0]
+        if op == "neg":
+            node = node[1]
+        elif op in ("mul", "div") and node[2][0] == "const" and node[2][1] != 0:
+            node = node[1]
+        elif op == "mul" and node[1][0] == "const" and node[1][1] != 0:
+            node = node[2]
+        elif op == "log" and node[1][0] in ("sq", "cube", "sqrt", "abs"):
+            node = ("log", node[1][1])
+        else:
+            return node
 
 
 def _folded(op: str, values: list[float]) -> float | None:

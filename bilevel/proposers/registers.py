@@ -6,7 +6,6 @@ writes register `variables + parameters + i`. The last register is the value: sh
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ def execute(program: Program, variables: Sequence[Any], parameters: Sequence[Any
     shape = jnp.broadcast_shapes(*(jnp.shape(v) for v in variables))
     dtype = jnp.result_type(float, *variables)
     fields = [jnp.broadcast_to(jnp.asarray(v, dtype), shape) for v in (*variables, *parameters)]
-    return finite(functools.partial(_run, program))(*fields)
+    return finite(_run, program)(*fields)
 
 
 def _run(program: Program, *fields: Any) -> Any:
