@@ -7,25 +7,23 @@ Energies are in units of |beta|, the coupling at 1.397 angstrom, relative to car
     H_aa = h_a,   H_ab = -k_ab exp(-(r_ab - r0)/0.3106)          over the bonds of the frame
     E(r)  = 2 sum over occupied orbitals e_i(r) + sum over bonds s(r_ab)
 
-s is the energy of the sigma bond, chosen so that r + 0.18 p = 1.517 (Coulson's relation of bond length and bond order p) is where E is
-stationary. The discrete variable is which atoms and bonds; the lower level relaxes the lengths to the least E; the upper loss is
+s is the energy of the sigma bond, such that E is stationary where r = 1.517 - 0.18 p (Coulson's relation of bond length and bond
+order p). The discrete variable is which atoms and bonds; the lower level relaxes the lengths to the least E; the upper loss is
 the distance of HOMO, LUMO or gap from a target.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import LowerProblem, implicit
-from bilevel.proposers import Trial
+from bilevel import implicit
 
-__all__ = ["MOLECULES", "Molecule", "MoleculeProposer", "energies", "problem_of", "relax", "spectrum"]
+__all__ = ["MOLECULES", "Molecule", "energies", "hamiltonian", "relax", "residual", "spectrum"]
 
 _R0, _DECAY, _SINGLE, _SLOPE = 1.397, 0.3106, 1.517, 0.18
 _ALPHA = {"C": 0.0, "N": 0.5}  # in |beta|; positive: deeper than carbon
@@ -144,18 +142,6 @@ def _sigma(lengths: Any) -> Any:
     return 2 * jnp.exp(-u) * (_SINGLE - lengths - _DECAY) / _SLOPE
 
 
-@jax.custom_jvp
-def _pi_energy(alpha: Any, pairs: Any, coupling: Any, electrons: Any) -> Any:
-    return jnp.sum(_filled(alpha, pairs, coupling, electrons)[0])
-
-
-def _filled(alpha: Any, pairs: Any, coupling: Any, electrons: Any) -> tuple[Any, Any]:
-    h = jnp.diag(alpha).at[pairs[:, 0], pairs[:, 1]].add(coupling).at[pairs[:, 1], pairs[:, 0]].add(coupling)
-    e, c = jnp.linalg.eigh(h)
-    filled = 2.0 * (jnp.arange(e.size) < electrons // 2)
-    return filled * e, (e, c)
-
-
 def energies(arrays: Any, lengths: Any) -> Any:
     """(HOMO, LUMO) in |beta|."""
     e, _ = spectrum(arrays, lengths)
@@ -163,8 +149,24 @@ def energies(arrays: Any, lengths: Any) -> Any:
     return jnp.stack([jnp.take(e, last - 1), jnp.take(e, last)])
 
 
-def force(lengths: Any, arrays: Any) -> Any:
-    """dE/dr (m,), Coulson's relation as a residual: zero at r = 1.517 - 0.18 p(r); padded bonds stay at 1.397."""
-    _, order = _orders(arrays, lengths)
-    wanted = jnp.where(arrays["coupling"] != 0, _SINGLE - _SLOPE * order, _R0)
-    return lengths - wanted
+def residual(lengths: Any, arrays: Any) -> Any:
+    """Coulson's relation (m,), zero where E is stationary: r - (1.517 - 0.18 p(r)); a padded bond stays at 1.397."""
+    order = spectrum(arrays, lengths)[1]
+    return lengths - jnp.where(arrays["coupling"] != 0, _SINGLE - _SLOPE * order, _R0)
+
+
+def relax(arrays: Any, steps: int = 60) -> Any:
+    """The lengths (m,) of least energy, by damped fixed-point steps r <- (r + 1.517 - 0.18 p(r)) / 2.
+
+    Differentiable in the arrays' `alpha` and `coupling` by implicit differentiation at the solution, not through the steps.
+    """
+    start = jnp.full(arrays["coupling"].shape, _R0, jnp.result_type(float, arrays["coupling"]))
+    whole = {name: arrays[name] for name in ("pairs", "electrons")}
+
+    def solve(start: Any, smooth: Any) -> Any:
+        body = lambda r, _: (r - 0.5 * residual(r, {**whole, **smooth}), None)  # noqa: E731
+        return jax.lax.scan(body, start, None, length=steps)[0]
+
+    condition = lambda r, smooth: residual(r, {**whole, **smooth})  # noqa: E731
+    smooth = {name: jnp.asarray(arrays[name]) for name in ("alpha", "coupling")}
+    return implicit.custom_root(condition)(solve)(start, smooth)
