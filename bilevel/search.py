@@ -70,7 +70,9 @@ class LowerProblem:
         if (self.residuals is None) == (self.loss is None):
             raise ValueError("LowerProblem needs one of residuals (a sum of squares) and loss (a scalar), not both.")
         if self.loss is not None and self.transform is not None:
-            raise ValueError("LowerProblem(loss=..., transform=...): transforms are for residuals; bounds work for both.")
+            raise ValueError(
+                "LowerProblem(loss=..., transform=...): transforms are for residuals; bounds work for both."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,8 @@ class Discovery:
         if not found:
             errors = {t.error for t in self.trials}
             raise ValueError(
-                f"All {len(self.trials)} trials failed. " + (f"One of the errors: {min(errors)}" if errors else self.reason)
+                f"All {len(self.trials)} trials failed. "
+                + (f"One of the errors: {min(errors)}" if errors else self.reason)
             )
         return found[0]
 
@@ -381,7 +384,9 @@ def _shape(problem: LowerProblem) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solve_many(functions: Any, solver: Any, shared: PyTree, start: PyTree, low: PyTree, high: PyTree, data: PyTree) -> Any:
+def _solve_many(
+    functions: Any, solver: Any, shared: PyTree, start: PyTree, low: PyTree, high: PyTree, data: PyTree
+) -> Any:
     residuals, loss, score, prepare, bounded = functions
 
     def one(start: PyTree, low: PyTree, high: PyTree, data: PyTree) -> Any:
@@ -493,7 +498,9 @@ class _Log:
                     "lists, tuples and dictionaries of these."
                 ) from None
             curve = [encoded(v) for v in t.curve]
-            rows.append({"n": t.number, "round": t.round, "loss": encoded(t.loss), "error": t.error, "curve": curve, **parts})
+            rows.append(
+                {"n": t.number, "round": t.round, "loss": encoded(t.loss), "error": t.error, "curve": curve, **parts}
+            )
         self._append([*rows, {"end": seconds}])
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
@@ -505,4 +512,6 @@ class _Log:
 
 def _trial(row: dict[str, Any]) -> Trial:
     curve = tuple(decoded(row["curve"]))
-    return Trial(row["n"], row["round"], decoded(row["proposal"]), decoded(row["loss"]), decoded(row["y"]), row["error"], curve)
+    return Trial(
+        row["n"], row["round"], decoded(row["proposal"]), decoded(row["loss"]), decoded(row["y"]), row["error"], curve
+    )

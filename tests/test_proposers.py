@@ -128,7 +128,26 @@ def test_the_watch_would_see_code_that_runs():
 def test_twelve_thousand_mutations_are_refused_or_within_the_limits():
     rng = np.random.default_rng(0)
     seeds = [s for s in HOSTILE if isinstance(s, str)] + ["I1 - 2*log(J)", "sq(J - 1)/max(I1, 2)", "-J**2 + exp(-I1)"]
-    pieces = ["(", ")", "__", ".", "import os", "lambda", "**", "1e9", "log(", "J", "I1", ",", "'", "\n", "\0", "{", "=", "9" * 50]
+    pieces = [
+        "(",
+        ")",
+        "__",
+        ".",
+        "import os",
+        "lambda",
+        "**",
+        "1e9",
+        "log(",
+        "J",
+        "I1",
+        ",",
+        "'",
+        "\n",
+        "\0",
+        "{",
+        "=",
+        "9" * 50,
+    ]
     accepted = 0
     for _ in range(12_000):
         source = seeds[rng.integers(len(seeds))]
@@ -171,7 +190,17 @@ def test_programs_equal_the_walk_bit_for_bit_and_one_compile_serves_all():
 def test_values_and_derivatives_stay_finite_where_operations_are_not():
     points = jnp.array([0.0, -1.0, 1e-30, 1e6, -1e6, 1.0])
     nested = "1000000*(" * 8 + "J" + ")" * 8
-    for source in ("log(J)", "1/J", "sqrt(J)", "exp(J)", "exp(exp(J))", "log(log(J))", "J/(J - J)", nested, "sq(sq(sq(sq(sq(J)))))"):
+    for source in (
+        "log(J)",
+        "1/J",
+        "sqrt(J)",
+        "exp(J)",
+        "exp(exp(J))",
+        "log(log(J))",
+        "J/(J - J)",
+        nested,
+        "sq(sq(sq(sq(sq(J)))))",
+    ):
         law = Grammar(("J",)).expression(source)
         value = lambda x, law=law: law.evaluate({"J": x})
         slope = jax.vmap(jax.grad(value))

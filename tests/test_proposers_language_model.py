@@ -132,7 +132,9 @@ def test_what_goes_wrong_is_a_short_refusal_in_time(serve, behaviour, reason):
 
 
 def test_a_law_in_prose_is_read_and_failures_are_tried_again(serve, tmp_path):
-    server, proposer = serve(429, 500, completion("I think:\n```json\n" + LAW + "\n``` is good."), retries=3, transcript=tmp_path / "talk")
+    server, proposer = serve(
+        429, 500, completion("I think:\n```json\n" + LAW + "\n``` is good."), retries=3, transcript=tmp_path / "talk"
+    )
     (law,) = proposer.ask([], 1, jax.random.key(0))
     assert isinstance(law, Expression)
     assert law.text() == "p0*a + p1*log(b)"

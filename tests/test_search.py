@@ -149,7 +149,9 @@ def test_a_run_that_was_killed_resumes_exactly(tmp_path):
 def test_levenberg_marquardt_in_the_users_units(x64):
     x = jnp.linspace(0, 1, 20)
     wanted = 2e5 * jnp.exp(-3 * x)
-    solver = lower.LevenbergMarquardt(transform={"a": "log", "k": "logit"}, lower={"a": 0.0, "k": 0.0}, upper={"a": jnp.inf, "k": 10.0})
+    solver = lower.LevenbergMarquardt(
+        transform={"a": "log", "k": "logit"}, lower={"a": 0.0, "k": 0.0}, upper={"a": jnp.inf, "k": 10.0}
+    )
     fit = solver.fit(lambda y: y["a"] * jnp.exp(-y["k"] * x) - wanted, {"a": 1e4, "k": 1.0})
     np.testing.assert_allclose([fit.y["a"], fit.y["k"]], [2e5, 3.0], rtol=1e-8)
     assert fit.converged

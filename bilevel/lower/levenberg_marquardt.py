@@ -218,7 +218,10 @@ class _Space:
         if (self.code == 1).any() and not (y[self.code == 1] > 0).all():
             raise ValueError(f"transform='log' is for positive parameters, and the start is {y}.")
         box = self.code == 2
-        if box.any() and not (np.isfinite(low[box]) & np.isfinite(high[box]) & (low[box] < y[box]) & (y[box] < high[box])).all():
+        if (
+            box.any()
+            and not (np.isfinite(low[box]) & np.isfinite(high[box]) & (low[box] < y[box]) & (y[box] < high[box])).all()
+        ):
             raise ValueError("transform='logit' needs finite bounds and a start strictly between them.")
 
     def tree(self, u: jax.Array) -> PyTree:

@@ -184,4 +184,3 @@ class GrammarProposer:
             return node if node[0] in ("const", "var") else node[1 + int(random.integers(len(node) - 1))]
         i = 1 + int(random.integers(len(node) - 1))
         return (*node[:i], self._mutated(random, node[i]), *node[i + 1 :])
-

@@ -369,7 +369,9 @@ class Expression:
         shape, dtype = jnp.broadcast_shapes(*(v.shape for v in values)), jnp.result_type(float, *values)
         names = [*variables, *(p.name for p in self.parameters)]
         if len(names) - len(values) != len(parameters):
-            raise ValueError(f"{len(parameters)} values were given for the {len(self.parameters)} parameters of {self}.")
+            raise ValueError(
+                f"{len(parameters)} values were given for the {len(self.parameters)} parameters of {self}."
+            )
         fields = [jnp.broadcast_to(jnp.asarray(v, dtype), shape) for v in (*values, *parameters)]
         if not self.additive:
             return finite(lambda *f: walk(self.terms[0], dict(zip(names, f, strict=True))))(*fields)
@@ -390,7 +392,11 @@ class Expression:
         if self.additive:
             parts = (f"{p}*{_text(t)[0] if _text(t)[1] > 2 else f'({_text(t)[0]})'}" for p, t in zip(shown, self.terms))
             return " + ".join(parts).replace("+ -", "- ") or "0"
-        where = ", ".join(f"{p.name} = {v}" for p, v in zip(self.parameters, shown)) if len(shown) and jax.tree.leaves(values) else ""
+        where = (
+            ", ".join(f"{p.name} = {v}" for p, v in zip(self.parameters, shown))
+            if len(shown) and jax.tree.leaves(values)
+            else ""
+        )
         return text(self.terms[0]) + (f"  [{where}]" if where else "")
 
     def latex(self, values: Sequence[float] | Any = ()) -> str:

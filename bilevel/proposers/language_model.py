@@ -84,12 +84,19 @@ class LLMProposer:
         json_mode: bool = True,
     ) -> None:
         if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"LLMProposer(base_url={base_url!r}): an address that begins with http:// or https:// is needed.")
+            raise ValueError(
+                f"LLMProposer(base_url={base_url!r}): an address that begins with http:// or https:// is needed."
+            )
         if not 0 <= explore <= 1:
             raise ValueError(f"LLMProposer(explore={explore!r}): a share between 0 and 1 is needed.")
         if not timeout > 0:
             raise ValueError(f"LLMProposer(timeout={timeout!r}): a positive number of seconds is needed.")
-        for name, value in (("calls", calls), ("tokens", tokens), ("answer_tokens", answer_tokens), ("retries", retries)):
+        for name, value in (
+            ("calls", calls),
+            ("tokens", tokens),
+            ("answer_tokens", answer_tokens),
+            ("retries", retries),
+        ):
             least = 0 if name == "retries" else 1
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"LLMProposer({name}={value!r}): an integer of at least {least} is needed.")
@@ -213,7 +220,9 @@ class LLMProposer:
         try:
             import openai
         except ImportError as error:
-            raise ImportError("LLMProposer needs openai, which is not installed: pip install 'bilevel[openai]'.") from error
+            raise ImportError(
+                "LLMProposer needs openai, which is not installed: pip install 'bilevel[openai]'."
+            ) from error
         secret = os.environ.get(self.key_variable)
         if not secret:
             raise ValueError(

@@ -64,7 +64,9 @@ class OptunaProposer:
         try:
             import optuna
         except ImportError as error:
-            raise ImportError("OptunaProposer needs Optuna, which is not installed: pip install 'bilevel[optuna]'.") from error
+            raise ImportError(
+                "OptunaProposer needs Optuna, which is not installed: pip install 'bilevel[optuna]'."
+            ) from error
 
         distributions = self._distributions(optuna)
         seed = int(np.asarray(jax.random.key_data(key)).ravel()[-1])

@@ -84,7 +84,9 @@ def execute(program: Program, variables: Sequence[Any], parameters: Sequence[Any
 def _run(program: Program, *fields: Any) -> Any:
     count, length = len(fields), program.code.shape[-1]
     registers = jnp.concatenate([jnp.stack(fields), jnp.zeros((length, *fields[0].shape), fields[0].dtype)])
-    branches = [lambda a, b, c: c, lambda a, b, c: a] + [lambda a, b, c, op=op: op(a, b) for _, op in OPERATIONS.values()]
+    branches = [lambda a, b, c: c, lambda a, b, c: a] + [
+        lambda a, b, c, op=op: op(a, b) for _, op in OPERATIONS.values()
+    ]
 
     def step(registers: Any, instruction: Any) -> Any:
         i, row = instruction

@@ -113,7 +113,11 @@ def encoded(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         array = np.asarray(value)
         if array.dtype.kind in "biufc" and array.dtype.kind != "c":
-            return {"array": [encoded(v) for v in array.ravel().tolist()], "shape": array.shape, "dtype": str(array.dtype)}
+            return {
+                "array": [encoded(v) for v in array.ravel().tolist()],
+                "shape": array.shape,
+                "dtype": str(array.dtype),
+            }
     if isinstance(value, tuple) and type(value) is tuple:
         return {"tuple": [encoded(v) for v in value]}
     if isinstance(value, list):

@@ -176,5 +176,3 @@ def yield_return(radius: Callable[[Any, Any], Any], tension: bool = True) -> Cal
         return _shrunk(f, dev, norm, radius(total, norm), volume)
 
     return corrected
-
-

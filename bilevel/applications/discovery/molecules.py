@@ -53,7 +53,9 @@ class Molecule:
             raise ValueError(f"Molecule(atoms={self.atoms!r}): {sorted(unknown)} is none of {', '.join(_ALPHA)}.")
         n = len(self.atoms)
         if n < 2 or any(not 0 <= a < b < n for a, b in bonds):
-            raise ValueError(f"Molecule(bonds={bonds}): pairs of two of the {n} atoms are needed, of at least two atoms.")
+            raise ValueError(
+                f"Molecule(bonds={bonds}): pairs of two of the {n} atoms are needed, of at least two atoms."
+            )
         for i, atom in enumerate(self.atoms):
             if sum(i in bond for bond in bonds) > _VALENCE[atom]:
                 raise ValueError(f"Molecule: atom {i} ({atom}) has more than {_VALENCE[atom]} neighbours in the frame.")
@@ -103,7 +105,12 @@ class Molecule:
         pairs, coupling = np.zeros((m, 2), np.int32), np.zeros(m)
         for i, (a, b) in enumerate(self.bonds):
             pairs[i], coupling[i] = (a, b), _COUPLING["".join(sorted(self.atoms[a] + self.atoms[b]))]
-        return {"alpha": alpha, "pairs": pairs, "coupling": coupling, "electrons": np.asarray(len(self.atoms), np.int32)}
+        return {
+            "alpha": alpha,
+            "pairs": pairs,
+            "coupling": coupling,
+            "electrons": np.asarray(len(self.atoms), np.int32),
+        }
 
 
 def _ring(n: int, first: int = 0) -> list[tuple[int, int]]:

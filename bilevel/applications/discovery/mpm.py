@@ -69,7 +69,9 @@ class Simulation:
         if self.walls not in ("slip", "sticky", "none"):
             raise ValueError(f"Simulation(walls={self.walls!r}): 'slip', 'sticky' or 'none'.")
         if self.grid < 2 * self.margin + 3:
-            raise ValueError(f"Simulation(grid={self.grid!r}): at least {2 * self.margin + 3} nodes, for walls of {self.margin}.")
+            raise ValueError(
+                f"Simulation(grid={self.grid!r}): at least {2 * self.margin + 3} nodes, for walls of {self.margin}."
+            )
 
     @property
     def dx(self) -> float:
@@ -197,5 +199,10 @@ def block(
         c = np.array([[0, -s], [s, 0]]) if d == 2 else np.array([[0, -s[2], s[1]], [s[2], 0, -s[0]], [-s[1], s[0], 0]])
         v = v + relative @ c.T
     n = len(relative)
-    parts = (relative + np.asarray(centre, float), v, np.broadcast_to(c, (n, d, d)), np.broadcast_to(np.eye(d), (n, d, d)))
+    parts = (
+        relative + np.asarray(centre, float),
+        v,
+        np.broadcast_to(c, (n, d, d)),
+        np.broadcast_to(np.eye(d), (n, d, d)),
+    )
     return simulation, State(*(jnp.asarray(p, jnp.result_type(float)) for p in parts))

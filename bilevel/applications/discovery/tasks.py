@@ -297,12 +297,11 @@ def task(
         raise ValueError(f"task(steps={steps}, every={every}): at least one segment of {every} steps is needed.")
     velocity, spin = ((1.0, -0.5, -0.75), (1.0, 3.0, 2.0)) if full else ((1.0, -1.5), 3.0)
     side = 0.5 if full else 0.4
-    simulation, state = block(
-        Simulation(d, grid), per_side or (10 if full else 12), side, velocity=velocity, spin=spin
+    simulation, state = block(Simulation(d, grid), per_side or (10 if full else 12), side, velocity=velocity, spin=spin)
+    laws = (
+        functools.partial(_with, t[n], true[k])
+        for t, n, k in ((ELASTIC, elastic, "elastic"), (PLASTIC, plastic, "plastic"))
     )
-    laws = (functools.partial(_with, t[n], true[k]) for t, n, k in ((ELASTIC, elastic, "elastic"), (PLASTIC, plastic, "plastic")))
     _, states = jax.jit(lambda s, laws=tuple(laws): simulation.rollout(s, steps, *laws))(state)
     truth = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), state, states)
     return Task(name, simulation, truth, every, elastic, plastic, true, unknown, first)
-
-

@@ -79,7 +79,9 @@ def test_second_order_is_a_difference_of_gradients(x64):
 
 
 def test_free_flight_keeps_momentum_and_nearly_energy(x64):
-    simulation, start = block(Simulation(grid=16, gravity=0.0, walls="none", dt=2e-4), 6, 0.3, velocity=(0.4, 0.2), spin=6.0)
+    simulation, start = block(
+        Simulation(grid=16, gravity=0.0, walls="none", dt=2e-4), 6, 0.3, velocity=(0.4, 0.2), spin=6.0
+    )
     law = lambda f: ELASTIC["neo_hookean"](f, {"E": 2e4, "nu": 0.3})
     end, _ = jax.jit(lambda s: simulation.rollout(s, 200, law))(start)
     for before, after in zip(simulation.momentum(start), simulation.momentum(end), strict=True):
@@ -162,6 +164,10 @@ def test_hypergradients_through_the_relaxation_are_central_differences(x64):
 
 def test_molecules_are_checked():
     assert Molecule.from_text("CCCC 0-1 1-2 2-3") == MOLECULES["butadiene"]
-    for text, reason in (("CX 0-1", "is none of C, N"), ("CCCC 0-1", "not one piece"), ("CC __import__", "two numbers")):
+    for text, reason in (
+        ("CX 0-1", "is none of C, N"),
+        ("CCCC 0-1", "not one piece"),
+        ("CC __import__", "two numbers"),
+    ):
         with pytest.raises(ValueError, match=reason):
             Molecule.from_text(text)
