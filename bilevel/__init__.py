@@ -42,6 +42,6 @@ from bilevel.solve import solve
 __all__ = [
     "CheckpointError", "Discovery", "Event", "History", "Level", "Levels", "LowerProblem", "Multistart", "Problem",
     "ProblemError", "Result", "Solution", "Sweep", "curvature", "data", "derivatives", "diagnostics", "hypergradients",
-    "hyperparameters", "implicit", "linear", "lower", "multistart", "network", "optimality", "optimizers", "projections",
-    "proposers", "regularizers", "run", "runs", "search", "solve", "solvers", "state", "sweep",
+    "hyperparameters", "implicit", "linear", "lower", "multistart", "network", "optimality", "optimizers",
+    "projections", "proposers", "regularizers", "run", "runs", "search", "solve", "solvers", "state", "sweep",
 ]  # fmt: skip

@@ -40,7 +40,8 @@ class LowerProblem:
         LowerProblem(start, residuals=r)             least squares: the lower loss is the sum of squares of r(y)
         LowerProblem(start, loss=f)                  any smooth scalar f(y)
 
-    Functions take y, then `data` where there is any, then `shared` where there is any. Proposals whose functions are the
+    Functions take y, then `data` where there is any, then `shared` where there is any. Proposals whose functions are
+    the
     same objects, and whose start and data have the same shapes, are solved together, in one compiled and vmapped
     program: so put what differs between proposals into `data` (a register program, a graph's matrix) and what all of
     them see into `shared` (a trajectory), and close over neither.
@@ -182,7 +183,8 @@ def search(
         found = search(problem_of, GrammarProposer(Grammar(("I1", "J"))), evaluations=1024, batch=256)
 
     Each round asks for `batch` proposals, states their lower problems, solves those of one shape in one compiled
-    program, and tells the results. A trial that fails (its problem cannot be stated, its loss is not finite) keeps a short
+    program, and tells the results. A trial that fails (its problem cannot be stated, its loss is not finite) keeps a
+    short
     error and an infinite loss; it never ends the run.
 
     Args:
@@ -195,7 +197,8 @@ def search(
       patience: ends after as many trials without a smaller loss.
       solver: a `lower.LevenbergMarquardt` with other settings, or any function `(problem, key) -> (loss, y)` that is
         called once per proposal on the host, for lower levels of another kind (a whole `solve`, a cross-validation).
-      final_problem_of: `trial -> LowerProblem`, a dearer and truer problem for the `finalists` best trials at the end; it may
+      final_problem_of: `trial -> LowerProblem`, a dearer and truer problem for the `finalists` best trials at the
+        end; it may
         start at `trial.y`.
       key: the run's; round r's is `fold_in(key, r)`.
       checkpoint: a folder; each round is written there as it ends, and a run that was killed goes on from the last
@@ -432,7 +435,8 @@ def _describe(proposer: Any, base: jax.Array, batch: int) -> dict[str, Any]:
 
 
 class _Log:
-    """Trials as lines of JSON: a round is its trials and a line that ends it; what is after the last such line is void."""
+    """Trials as lines of JSON: a round is its trials and a line that ends it; what is after the last such line is
+    void."""
 
     def __init__(self, folder: Path, run: dict[str, Any]) -> None:
         if folder.exists() and not folder.is_dir():

@@ -3,8 +3,8 @@
     python examples/constitutive_law.py
 
 A block spins, falls and bounces (a material-point simulation in 2-D). Its law is hidden: neo-Hookean, with E = e^13 and
-nu = 0.245. A proposer writes sums of terms in I1 = tr F'F and J = det F; below each sum, its coefficients are fitted to the
-particles' accelerations in single steps. Whether the law is found is decided by its stress on deformations beyond
+nu = 0.245. A proposer writes sums of terms in I1 = tr F'F and J = det F; below each sum, its coefficients are fitted to
+the particles' accelerations in single steps. Whether the law is found is decided by its stress on deformations beyond
 those of the trajectory, not by the loss. `--without log` takes the logarithm, and so the truth, out of the grammar.
 """
 

@@ -245,11 +245,11 @@ def test_evolution_follows_from_history_and_key_and_never_repeats():
 
 
 def test_settings_are_refused_by_name():
-    with pytest.raises(ValueError, match="is none of log, exp"):
+    with pytest.raises(ValueError, match=r"is none of log, exp"):
         Grammar(("J",), functions=("sin",))
     with pytest.raises(ValueError, match="a share between 0 and 1"):
         GrammarProposer(GRAMMAR, exploit=2.0)
-    with pytest.raises(ValueError, match="a pair .low, high. or a list"):
+    with pytest.raises(ValueError, match=r"a pair .low, high. or a list"):
         OptunaProposer({"depth": 3})
 
 

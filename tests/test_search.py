@@ -133,7 +133,8 @@ def test_a_run_that_was_stopped_resumes_exactly(tmp_path):
 
 
 def test_a_run_that_was_killed_resumes_exactly(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_search as t; t.run(checkpoint=sys.argv[2], evaluations=100_000)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_search as t; "
+    code += "t.run(checkpoint=sys.argv[2], evaluations=100_000)"
     child = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)])
     log, until = tmp_path / "trials.jsonl", time.monotonic() + 60
     while time.monotonic() < until and (not log.exists() or b'"end"' not in log.read_bytes()):

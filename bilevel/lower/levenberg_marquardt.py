@@ -47,8 +47,10 @@ class LevenbergMarquardt:
 
         y = T(u),   J = dr/du,   (J'J + damping diag(J'J)) d = -J'r,   u <- clip(u + d)
 
-    A step that does not lower the sum of squares (or meets a NaN) is withdrawn and the damping grows by 4, then 8, 16, ...;
-    else it falls by 10. The scale of the damping is J's own, so that parameters may have any units. A parameter that stands at
+    A step that does not lower the sum of squares (or meets a NaN) is withdrawn and the damping grows by 4, then 8,
+    16, ...;
+    else it falls by 10. The scale of the damping is J's own, so that parameters may have any units. A parameter that
+    stands at
     its bound and is pushed outwards takes no part in the linear system. An iteration costs one evaluation of r and one
     tangent of it per parameter, all at the trial point. It is pure: `vmap` is many fits at once. A fit that is done
     stands still until the last of them is.
@@ -63,7 +65,8 @@ class LevenbergMarquardt:
       tol: ends where an accepted step lowers the sum of squares by less than this, relatively, or where J'r vanishes
         in the same units.
       lower, upper: bounds, trees like y or numbers; None: none.
-      transform: `"log"` (the fit is in log y, for what is positive), `"logit"` (y = lower + (upper - lower) sigmoid(u), both
+      transform: `"log"` (the fit is in log y, for what is positive), `"logit"` (y = lower + (upper - lower)
+        sigmoid(u), both
         finite) or None, for all of y, or as a tree like y.
 
     Source: Levenberg 1944, Marquardt 1963; the scaling by diag(J'J) is Marquardt's.

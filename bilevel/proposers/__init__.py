@@ -1,6 +1,7 @@
 """Upper levels without gradients: proposers for `bilevel.search`, and the closed grammar that their laws are read in.
 
-A proposer has two methods, `ask(history, count, key)` and `tell(results)`; a class of one's own with these works. What a
+A proposer has two methods, `ask(history, count, key)` and `tell(results)`; a class of one's own with these works.
+What a
 proposer says is parsed, bounded and interpreted, and never executed.
 """
 

@@ -1,6 +1,7 @@
 """Expressions of a closed grammar: read from text, printed as mathematics, evaluated with finite values and gradients.
 
-An expression is a tree of tuples, `("const", 2.0)`, `("var", "J")` or `(operation, tree, ...)`. Text becomes a tree by a
+An expression is a tree of tuples, `("const", 2.0)`, `("var", "J")` or `(operation, tree, ...)`. Text becomes a tree
+by a
 tokenizer and a recursive descent of this module's own: nothing of it is ever executed, evaluated, compiled or imported,
 and what the grammar does not name is refused with a short sentence. `evaluate` is a walk over the tree with JAX's
 operations; `bilevel.proposers.registers` runs the same operations as data.
@@ -228,9 +229,7 @@ def unscaled(node: Node) -> Node:
     node = simplified(node)
     while True:
         op = node[0]
-        if op == "neg":
-            node = node[1]
-        elif op in ("mul", "div") and node[2][0] == "const" and node[2][1] != 0:
+        if op == "neg" or (op in ("mul", "div") and node[2][0] == "const" and node[2][1] != 0):
             node = node[1]
         elif op == "mul" and node[1][0] == "const" and node[1][1] != 0:
             node = node[2]
@@ -390,10 +389,13 @@ class Expression:
         """One line of mathematics; with the parameters' values in place of their names where they are given."""
         shown = [f"{v:.{digits}g}" for v in self._numbers(values)] or [p.name for p in self.parameters]
         if self.additive:
-            parts = (f"{p}*{_text(t)[0] if _text(t)[1] > 2 else f'({_text(t)[0]})'}" for p, t in zip(shown, self.terms))
+            parts = (
+                f"{p}*{_text(t)[0] if _text(t)[1] > 2 else f'({_text(t)[0]})'}"
+                for p, t in zip(shown, self.terms, strict=True)
+            )
             return " + ".join(parts).replace("+ -", "- ") or "0"
         where = (
-            ", ".join(f"{p.name} = {v}" for p, v in zip(self.parameters, shown))
+            ", ".join(f"{p.name} = {v}" for p, v in zip(self.parameters, shown, strict=True))
             if len(shown) and jax.tree.leaves(values)
             else ""
         )

@@ -27,18 +27,23 @@ _LONGEST_WAIT = 20.0  # seconds between two attempts, whatever the server asks f
 class LLMProposer:
     """Laws by a language model (needs `pip install 'bilevel[openai]'`).
 
-        LLMProposer(grammar, "gpt-4o-mini", context="An isotropic energy of a rubber block ...", transcript="runs/talk.jsonl")
+        LLMProposer(grammar, "gpt-4o-mini", context="An isotropic energy of a rubber block ...",
+        transcript="runs/talk.jsonl")
 
-    Each proposal is one call: the task, the grammar, the best trials so far from worst to best with their fitted numbers
+    Each proposal is one call: the task, the grammar, the best trials so far from worst to best with their fitted
+    numbers
     and losses (or one bounded error sentence), and a request for JSON. A share `explore` of each round has the higher
-    temperature. The answer is parsed in the grammar; what cannot be is a failed trial. Nothing of it is executed, put into a
+    temperature. The answer is parsed in the grammar; what cannot be is a failed trial. Nothing of it is executed,
+    put into a
     file name, or sent on unparsed: what the model sees again was printed from our own trees and numbers.
 
-    A call ends after `timeout` seconds whatever the server does, an answer after `answer_bytes`. Time-outs, cut connections,
+    A call ends after `timeout` seconds whatever the server does, an answer after `answer_bytes`. Time-outs, cut
+    connections,
     429 and 5xx are tried again `retries` times; every attempt counts. Before each, the budgets are held against
     what it may cost at most; when they do not allow another, `ask` returns fewer proposals, and none ends the run.
 
-    The transcript has every attempt: the messages, the answer or the kind of failure, the tokens, the seconds; never the key. It
+    The transcript has every attempt: the messages, the answer or the kind of failure, the tokens, the seconds; never
+    the key. It
     is also what a run resumes from: a request that it has an answer to is not sent again, so that a run that was killed
     in the middle of a round pays for nothing twice.
 
@@ -143,11 +148,13 @@ class LLMProposer:
     def messages(self, history: Sequence[Trial]) -> list[dict[str, str]]:
         """What the model is sent: the task, the rules, and trials as numbers and bounded sentences."""
         grammar = self.grammar
+        names, functions = ", ".join(grammar.variables), ", ".join(grammar.functions)
         rules = (
-            f"Propose a law as a sum of at most {grammar.parameters} terms in the variables {', '.join(grammar.variables)}. "
-            f"A term may use numbers, + - * /, **2, **3, brackets and the functions {', '.join(grammar.functions)}. "
+            f"Propose a law as a sum of at most {grammar.parameters} terms in the variables {names}. "
+            f"A term may use numbers, + - * /, **2, **3, brackets and the functions {functions}. "
             "Terms without parameters get a fitted coefficient each. Answer with one JSON object "
-            '{"analysis": "...", "terms": ["...", ...], "params": [{"name": "a", "init": 1, "lower": 0, "upper": 10}]}; '
+            '{"analysis": "...", "terms": ["...", ...], '
+            '"params": [{"name": "a", "init": 1, "lower": 0, "upper": 10}]}; '
             "leave params empty for fitted coefficients alone."
         )
         lines = []
@@ -192,7 +199,8 @@ class LLMProposer:
         return Refused(f"the model did not answer: {problem}")
 
     def _attempt(self, request: dict[str, Any]) -> tuple[str | None, str, int, bool, float | None]:
-        """(answer, what went wrong, tokens, whether to try again, seconds to wait) of one call, within `timeout` seconds."""
+        """(answer, what went wrong, tokens, whether to try again, seconds to wait) of one call, within `timeout`
+        seconds."""
         prompt = _estimate(json.dumps(request["messages"]))
         client = self._client()
         box: dict[str, Any] = {}
@@ -208,7 +216,8 @@ class LLMProposer:
         worker.start()
         worker.join(self.timeout)
         if worker.is_alive():
-            # Closing the client under a reader would wait for it: the thread ends by itself with the connection's time-out.
+            # Closing the client under a reader would wait for it: the thread ends by itself with the connection's
+            # time-out.
             return None, "it took too long", prompt, True, None
         with contextlib.suppress(Exception):
             client.close()
@@ -226,8 +235,8 @@ class LLMProposer:
         secret = os.environ.get(self.key_variable)
         if not secret:
             raise ValueError(
-                f"LLMProposer: the environment variable {self.key_variable} is not set; the endpoint's key is taken from "
-                "there and from nowhere else."
+                f"LLMProposer: the environment variable {self.key_variable} is not set; the endpoint's key is taken "
+                "from there and from nowhere else."
             )
         url = self.base_url or "https://api.openai.com/v1"
         return openai.OpenAI(api_key=secret, base_url=url, timeout=self.timeout, max_retries=0)
@@ -286,8 +295,8 @@ class LLMProposer:
                     if not line.endswith(b"\n"):
                         break
                     raise ValueError(
-                        f"LLMProposer(transcript={str(self.transcript)!r}): line {number + 1} is no line of a transcript. "
-                        "Give another file."
+                        f"LLMProposer(transcript={str(self.transcript)!r}): line {number + 1} is no line of a "
+                        "transcript. Give another file."
                     ) from error
                 if not line.endswith(b"\n"):
                     break
@@ -309,7 +318,8 @@ def _estimate(text: str) -> int:
 
 
 def _failure(error: BaseException, prompt: int) -> tuple[str, int, bool, float | None]:
-    """(sentence, tokens, whether to try again, seconds to wait); the sentence has nothing of the server's text in it."""
+    """(sentence, tokens, whether to try again, seconds to wait); the sentence has nothing of the server's text in
+    it."""
     import openai
 
     if isinstance(error, _TooLong):

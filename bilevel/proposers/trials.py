@@ -85,7 +85,8 @@ def best_of(history: Sequence[Trial], count: int) -> list[Trial]:
 
 
 def short_error(error: BaseException | str, limit: int = 160) -> str:
-    """An error in one bounded line of plain characters, without paths: fit to be shown, and sent to a language model."""
+    """An error in one bounded line of plain characters, without paths: fit to be shown, and sent to a language
+    model."""
     line = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     line = re.sub(r"[^ -~]+", " ", line.splitlines()[0] if line.strip() else "unknown error")
     line = re.sub(r"(?:[A-Za-z]:)?[/\\][^\s'\",;:)]+", "(path)", line)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.applications.discovery.tensors import (
-    deviator,
     determinant,
+    deviator,
     exp_symmetric,
     half_log,
     polar_rotation,

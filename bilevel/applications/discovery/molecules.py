@@ -1,14 +1,18 @@
 """Conjugated molecules by Hueckel theory: a stand-in for molecule design that needs no learned predictor.
 
-It is a stand-in: Hueckel's model sees the pi electrons of a planar carbon frame with nitrogen in it and nothing else, and
-its couplings here depend on the bond lengths (Su, Schrieffer and Heeger's idea, with Longuet-Higgins and Salem's exponential).
+It is a stand-in: Hueckel's model sees the pi electrons of a planar carbon frame with nitrogen in it and nothing
+else, and
+its couplings here depend on the bond lengths (Su, Schrieffer and Heeger's idea, with Longuet-Higgins and Salem's
+exponential).
 Energies are in units of |beta|, the coupling at 1.397 angstrom, relative to carbon's alpha.
 
     H_aa = h_a,   H_ab = -k_ab exp(-(r_ab - r0)/0.3106)          over the bonds of the frame
     E(r)  = 2 sum over occupied orbitals e_i(r) + sum over bonds s(r_ab)
 
-s is the energy of the sigma bond, such that E is stationary where r = 1.517 - 0.18 p (Coulson's relation of bond length and bond
-order p). The discrete variable is which atoms and bonds; the lower level relaxes the lengths to the least E; the upper loss is
+s is the energy of the sigma bond, such that E is stationary where r = 1.517 - 0.18 p (Coulson's relation of bond
+length and bond
+order p). The discrete variable is which atoms and bonds; the lower level relaxes the lengths to the least E; the
+upper loss is
 the distance of HOMO, LUMO or gap from a target.
 """
 
@@ -165,7 +169,8 @@ def residual(lengths: Any, arrays: Any) -> Any:
 def relax(arrays: Any, steps: int = 60) -> Any:
     """The lengths (m,) of least energy, by damped fixed-point steps r <- (r + 1.517 - 0.18 p(r)) / 2.
 
-    Differentiable in the arrays' `alpha` and `coupling` by implicit differentiation at the solution, not through the steps.
+    Differentiable in the arrays' `alpha` and `coupling` by implicit differentiation at the solution, not through the
+    steps.
     """
     start = jnp.full(arrays["coupling"].shape, _R0, jnp.result_type(float, arrays["coupling"]))
     whole = {name: arrays[name] for name in ("pairs", "electrons")}

@@ -1,13 +1,15 @@
 """A material-point simulation (MLS-MPM), differentiable in both modes and to any order.
 
-Per step, with quadratic B-splines w over the 3^d nearest nodes, particle mass m, volume V0 and tau the Kirchhoff stress:
+Per step, with quadratic B-splines w over the 3^d nearest nodes, particle mass m, volume V0 and tau the Kirchhoff
+stress:
 
     particles to grid    m_i = sum_p w m,   (m v)_i = sum_p w [m v_p + (m C_p - dt V0 4/dx^2 tau(F_p)) (x_i - x_p)]
     grid                 v_i <- v_i + dt gravity, then the walls
     grid to particles    v_p = sum_i w v_i,   C_p = 4/dx^2 sum_i w v_i (x_i - x_p)',   x_p <- x_p + dt v_p
                          F_p <- plastic((I + dt C_p) F_p)
 
-The transfer is a scatter. A rollout is a `lax.scan` over checkpointed steps, so that reverse mode keeps one state a step.
+The transfer is a scatter. A rollout is a `lax.scan` over checkpointed steps, so that reverse mode keeps one state a
+step.
 
 Source: Hu et al., "A Moving Least Squares Material Point Method", SIGGRAPH 2018.
 """
@@ -49,7 +51,8 @@ class Simulation:
       gravity: along the last axis.
       walls: "slip" (the velocity into a wall is removed), "sticky" (all velocity is) or "none".
       margin: how many nodes thick the walls are.
-      fastest: the largest speed per axis in cells per step; what is faster is cut, so that a bad law ends in a bad loss and
+      fastest: the largest speed per axis in cells per step; what is faster is cut, so that a bad law ends in a bad
+        loss and
         not out of the box.
     """
 

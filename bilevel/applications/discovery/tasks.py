@@ -27,7 +27,8 @@ _INSTRUCTIONS = 14  # of a term's register program
 class Task:
     """A law that is hidden in a trajectory.
 
-    The loss is 1e4 times the mean squared distance of positions, over all particles, axes and steps, where the rollout is set
+    The loss is 1e4 times the mean squared distance of positions, over all particles, axes and steps, where the
+    rollout is set
     back to the true state every `every` steps (teacher forcing).
 
     Attributes:
@@ -77,7 +78,8 @@ class Task:
     # ------------------------------------------------------------ a known law
 
     def named(self, law: str, parameters: Any) -> tuple[Any, Any]:
-        """(elastic, plastic) as functions of F, where the unknown one is this law of the tables with these parameters."""
+        """(elastic, plastic) as functions of F, where the unknown one is this law of the tables with these
+        parameters."""
         laws = {"elastic": (ELASTIC, self.elastic), "plastic": (PLASTIC, self.plastic)}
         chosen = []
         for kind, (table, true) in laws.items():
@@ -92,7 +94,8 @@ class Task:
         return jnp.sum(self.residuals_of(*self.named(law, parameters), self.starts()) ** 2)
 
     def fit(self, law: str, start: dict[str, float], steps: int = 20, noise: Any = None) -> LeastSquares:
-        """A law of the tables, its parameters fitted by Levenberg-Marquardt: log E, log of stresses, nu in (0, 0.49)."""
+        """A law of the tables, its parameters fitted by Levenberg-Marquardt: log E, log of stresses, nu in (0,
+        0.49)."""
         kinds = {"nu": "logit", "friction": None}
         solver = LevenbergMarquardt(
             steps=steps,
@@ -160,7 +163,8 @@ class Task:
     def screening(self, snapshots: int = 6, terms: int = 3) -> Callable[[Expression], LowerProblem]:
         """A cheap problem of an energy: the particles' accelerations in single steps from true states.
 
-        One step is linear in the stress, and the stress of an additive energy in its coefficients. So what is to be fitted
+        One step is linear in the stress, and the stress of an additive energy in its coefficients. So what is to be
+        fitted
         is a linear least squares whose columns each term's stress gives once; particles that touch a wall are left out.
         The loss is relative to the accelerations.
 
@@ -169,8 +173,8 @@ class Task:
         """
         if self.unknown != "elastic":
             raise ValueError(
-                f"screening is for energies, whose stress acts in a single step; {self.name} has an unknown return map: "
-                "use problem_of."
+                f"screening is for energies, whose stress acts in a single step; {self.name} has an unknown return "
+                "map: use problem_of."
             )
         sim = self.simulation
         # Where the body moves as a rigid one there is nothing to see; the later steps are the deformed ones.
@@ -214,7 +218,8 @@ class Task:
         return problem_of
 
     def same_energy(self, law: Expression, coefficients: Any, count: int = 200, seed: int = 0) -> float:
-        """How far a law's stress is from the true one, relatively, on random deformations beyond those of the trajectory."""
+        """How far a law's stress is from the true one, relatively, on random deformations beyond those of the
+        trajectory."""
         rng = np.random.default_rng(seed)
         d = self.simulation.dimensions
         f = np.eye(d) + 0.25 * rng.normal(size=(count, d, d))
@@ -273,7 +278,8 @@ def task(
 ) -> Task:
     """One of the paper's four tasks: "elasticity", "plasticine", "sand" or "water".
 
-    Scaled for two cores: in 2-D, 144 particles, 400 steps. `full=True` is the paper's scale: 3-D, 1,000 particles on 20^3
+    Scaled for two cores: in 2-D, 144 particles, 400 steps. `full=True` is the paper's scale: 3-D, 1,000 particles on
+    20^3
     nodes, 1,000 steps. The truth is simulated here, in the dtype that JAX is set to.
 
     Args:

@@ -1,7 +1,9 @@
-"""Functions of symmetric matrices without eigenvectors: smooth, and so are their derivatives, where eigenvalues coincide.
+"""Functions of symmetric matrices without eigenvectors: smooth, and so are their derivatives, where eigenvalues
+coincide.
 
 `jnp.linalg.svd` and `eigh` divide by differences of singular values, so their derivatives are NaN at F = I, where every
-simulation starts. In two dimensions a function of B = m I + D (D traceless, D^2 = s I) is a closed form in m and s, which
+simulation starts. In two dimensions a function of B = m I + D (D traceless, D^2 = s I) is a closed form in m and s,
+which
 is analytic at s = 0. In three dimensions it is a rational iteration in products and inverses.
 """
 
@@ -58,7 +60,8 @@ def inverse(a: Any) -> Any:
 
 
 def _series(x: Any, inside: Any, closed: Callable[[Any], Any], coefficients: list[float]) -> Any:
-    """A function of x that is analytic at 0: by its series near it, closed elsewhere, with finite derivatives in both."""
+    """A function of x that is analytic at 0: by its series near it, closed elsewhere, with finite derivatives in
+    both."""
     near = jnp.polyval(jnp.asarray(coefficients[::-1], x.dtype), jnp.where(inside, x, 0.0))
     return jnp.where(inside, near, closed(jnp.where(inside, 1.0, x)))
 
@@ -92,7 +95,8 @@ def half_log(b: Any) -> Any:
         mean = jnp.maximum(mean, 1e-12)
         q = (traceless[..., 0, 0] ** 2 + traceless[..., 0, 1] * traceless[..., 1, 0]) / mean**2
         product = jnp.maximum(determinant(b), 1e-12)
-        # the eigenvalues are m (1 +- sqrt q): their logarithms have the mean log(det)/2 and half the difference atanh(sqrt q)
+        # the eigenvalues are m (1 +- sqrt q): their logarithms have the mean log(det)/2 and half the difference
+        # atanh(sqrt q)
         return _by(jnp.log(product) / 4) * _eye(b) + _by(_atanh_over(q) / (2 * mean)) * traceless
     return _log_by_roots(b) / 2
 
