@@ -337,11 +337,11 @@ class _Solves:
             for (i, _), outcome in zip(members, solved, strict=True):
                 found[i] = outcome
         trials = []
-        for i, (proposal, (loss, y, error, curve)) in enumerate(zip(proposals, found, strict=True)):
+        for i, (proposal, (loss, y, why, curve)) in enumerate(zip(proposals, found, strict=True)):
             if not math.isfinite(loss):
-                loss, y, error = math.inf, None, error or "the loss is not finite"
+                loss, y, why = math.inf, None, why or "the loss is not finite"
             proposal = proposal.proposal if isinstance(proposal, Trial) else proposal
-            trials.append(Trial(first + i, round_, proposal, loss, y, error, tuple(map(float, curve))))
+            trials.append(Trial(first + i, round_, proposal, loss, y, why, tuple(map(float, curve))))
         return trials
 
     def _group(self, problems: list[LowerProblem]) -> list[tuple[float, PyTree, str, Any]]:
@@ -366,7 +366,7 @@ def _arrays(problem: LowerProblem) -> LowerProblem:
     for name, default in (("lower", -np.inf), ("upper", np.inf)):
         bound = getattr(problem, name)
         bound = default if bound is None else bound
-        if jax.tree.structure(bound) != jax.tree.structure(start):
+        if jax.tree.structure(bound) != jax.tree.structure(start):  # type: ignore[operator]
             bound = jax.tree.map(lambda a, b=bound: b, start)
         spread[name] = jax.tree.map(lambda a, b: np.broadcast_to(np.asarray(b, a.dtype), a.shape), start, bound)
     for y, low, high in zip(*map(jax.tree.leaves, (start, spread["lower"], spread["upper"])), strict=True):

@@ -187,7 +187,7 @@ class _Space:
         """A bound as a vector."""
         if bound is None:
             return jnp.full_like(self.y, default)
-        if jax.tree.structure(bound) != self.treedef:
+        if jax.tree.structure(bound) != self.treedef:  # type: ignore[operator]
             if jnp.ndim(bound) or len(jax.tree.leaves(bound)) != 1:
                 raise ValueError(
                     f"Bounds are a number or a tree like y, {self.treedef}; these are {jax.tree.structure(bound)}."

@@ -134,7 +134,7 @@ class LLMProposer:
                 "max_tokens": self.answer_tokens,
             }
             name = hashlib.sha256(json.dumps([request, seed, i]).encode()).hexdigest()
-            answer = self._answers.get(name)
+            answer: str | Refused | None = self._answers.get(name)
             if answer is None:
                 answer = self._asked(name, request)
                 if answer is None:

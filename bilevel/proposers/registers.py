@@ -58,7 +58,8 @@ def assemble(node: Node, names: Sequence[str], length: int) -> Program:
         raise GrammarError(f"the expression needs {len(rows)} instructions; programs have {length}")
     rows += [(_CODES.index("copy"), last, last, 0.0)] * (length - len(rows))
     code, first, second, value = zip(*rows, strict=True)
-    return Program(*(np.asarray(a, np.int32) for a in (code, first, second)), np.asarray(value, float))
+    whole = lambda numbers: np.asarray(numbers, np.int32)  # noqa: E731
+    return Program(whole(code), whole(first), whole(second), np.asarray(value, float))
 
 
 def assemble_terms(expression: Expression, variables: Sequence[str], terms: int, length: int) -> Program:

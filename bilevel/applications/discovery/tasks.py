@@ -184,8 +184,8 @@ class Task:
         change = self.truth.v[chosen + 1] - without.v
         low, high = (sim.margin + 1.5) * sim.dx, 1 - (sim.margin + 2.5) * sim.dx
         inside = ((states.x > low) & (states.x < high)).all(-1)
-        scale = jnp.where(inside, 1.0, 0.0)[..., None]
-        scale = scale / jnp.sqrt(jnp.sum((scale * change) ** 2))
+        kept = jnp.where(inside, 1.0, 0.0)[..., None]
+        scale = kept / jnp.sqrt(jnp.sum((kept * change) ** 2))
         shared = (states, change, scale)
 
         def features(program: Any, shared: Any) -> Any:
@@ -222,8 +222,8 @@ class Task:
         trajectory."""
         rng = np.random.default_rng(seed)
         d = self.simulation.dimensions
-        f = np.eye(d) + 0.25 * rng.normal(size=(count, d, d))
-        f = jnp.asarray(f[np.linalg.det(f) > 0.3])
+        drawn = np.eye(d) + 0.25 * rng.normal(size=(count, d, d))
+        f = jnp.asarray(drawn[np.linalg.det(drawn) > 0.3])
         values = np.ravel(coefficients)[: len(law.terms)]
         found = energy_stress(lambda a, b: law.evaluate({"I1": a, "J": b}, values))(f)
         true = ELASTIC[self.elastic](f, self.parameters["elastic"])
