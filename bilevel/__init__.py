@@ -21,8 +21,10 @@ from bilevel import (
     optimizers,
     projections,
     proposers,
+    prox,
     regularizers,
     runs,
+    sets,
     solvers,
 )
 from bilevel._module import hyperparameters, state
@@ -43,5 +45,6 @@ __all__ = [
     "CheckpointError", "Discovery", "Event", "History", "Level", "Levels", "LowerProblem", "Multistart", "Problem",
     "ProblemError", "Result", "Solution", "Sweep", "curvature", "data", "derivatives", "diagnostics", "hypergradients",
     "hyperparameters", "implicit", "linear", "lower", "multistart", "network", "optimality", "optimizers",
-    "projections", "proposers", "regularizers", "run", "runs", "search", "solve", "solvers", "state", "sweep",
+    "projections", "proposers", "prox", "regularizers", "run", "runs", "search", "sets", "solve", "solvers", "state",
+    "sweep",
 ]  # fmt: skip

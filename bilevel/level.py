@@ -133,8 +133,8 @@ class Level:
             return fn
         if self.random:
             raise ProblemError(
-                "A constraint takes the lower level's batch, and that batch is drawn anew at every step: its rows, and "
-                "their multipliers, would belong to other samples each time. Give lower_data as bare arrays (a full "
+                "A constraint takes its level's batch, and that batch is drawn anew at every step: its rows, and their "
+                "multipliers, would belong to other samples each time. Give the level's data as bare arrays (a full "
                 "batch)."
             )
         return lambda x, y: fn(x, y, self.batch)

@@ -18,7 +18,8 @@ from bilevel.typing import PyTree, Scalar, X, Y
 
 __all__ = ["Problem"]
 
-_FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", "constraint", "equality")
+_ROWS = ("constraint", "equality", "upper_constraint", "upper_equality")
+_FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", *_ROWS)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("upper_data", "lower_data"), meta_fields=_FUNCTIONS)
@@ -27,7 +28,8 @@ class Problem(Generic[X, Y]):
     """The bilevel problem
 
         min over x in X   F(x, y*(x))
-        subject to   y*(x) in argmin over y in Y of f(x, y)   subject to   g(x, y) <= 0,  h(x, y) = 0.
+        subject to   G(x, y*(x)) <= 0,  H(x, y*(x)) = 0,
+                     y*(x) in argmin over y in Y of f(x, y)   subject to   g(x, y) <= 0,  h(x, y) = 0.
 
     A `Problem` is a pytree: its functions are static, its data are leaves. Data are thus arguments of a compiled step
     and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems.
@@ -44,6 +46,10 @@ class Problem(Generic[X, Y]):
       constraint: the coupled inequality g of the lower level, `g(x, y)`, a pytree of arrays asked to be <= 0. Where
         `lower_data` is given it may take the lower level's batch too: `g(x, y, batch)`.
       equality: the coupled equality h of the lower level, likewise: `h(x, y)` or `h(x, y, batch)`, asked to be 0.
+      upper_constraint: the inequality G of the upper level, in x alone or coupled with y: `G(x, y)`, a pytree of arrays
+        asked to be <= 0, or `G(x, y, batch)` with the upper level's batch where `upper_data` is given. It binds the
+        choice of x, never that of y: the lower level does not see it.
+      upper_equality: the equality H of the upper level, likewise, asked to be 0.
 
     Both variables are arbitrary pytrees of floating-point arrays. With `x0=None` the problem is a *simple* bilevel
     problem: both levels own y.
@@ -58,6 +64,8 @@ class Problem(Generic[X, Y]):
     prox_lower: Callable[..., Y] | None = None
     constraint: Callable[..., PyTree] | None = None
     equality: Callable[..., PyTree] | None = None
+    upper_constraint: Callable[..., PyTree] | None = None
+    upper_equality: Callable[..., PyTree] | None = None
 
     def __post_init__(self) -> None:
         for name in _FUNCTIONS:
@@ -81,11 +89,26 @@ class Problem(Generic[X, Y]):
 
     def _unbound(self, key: Any, who: Any = None) -> Levels:
         key, (upper, lower) = as_step_key(key), self.sources
-        sets = {"project": self.project_lower, "prox": self.prox_lower}
-        rows = {"inequality": self.constraint, "equation": self.equality}
         return Levels(
-            Level(self.upper, upper, key.fold_in(Draw.UPPER), project=self.project_upper, who=who),
-            Level(self.lower, lower, key.fold_in(Draw.LOWER), **sets, **rows, who=who),  # type: ignore[arg-type]
+            Level(
+                self.upper,
+                upper,
+                key.fold_in(Draw.UPPER),
+                project=self.project_upper,
+                inequality=self.upper_constraint,
+                equation=self.upper_equality,
+                who=who,
+            ),
+            Level(
+                self.lower,
+                lower,
+                key.fold_in(Draw.LOWER),
+                project=self.project_lower,
+                prox=self.prox_lower,
+                inequality=self.constraint,
+                equation=self.equality,
+                who=who,
+            ),
         )
 
     def levels(self, key: Any, who: Literal["all"] | jax.Array | None = None) -> Levels:
@@ -123,6 +146,16 @@ class Problem(Generic[X, Y]):
         """Whether a level's samples differ from step to step."""
         return any(source.random for source in self.sources)
 
+    def projected(self, x: X, y: Y) -> tuple[X, Y]:
+        """x projected on X and y on Y: where a run from (x, y) begins, whoever solves it.
+
+        A start outside a set would stand at its wrong side until the first step moves it, and where F is stationary
+        outside, no step does. Coupled constraints are not treated here: a method that projects on them does so itself.
+        """
+        if self.project_upper is not None and jax.tree.leaves(x):
+            x = self.project_upper(x)
+        return x, y if self.project_lower is None else self.project_lower(y)
+
     def validate(self, x: PyTree, y: PyTree) -> None:
         """Raise a `ProblemError` that names what is wrong with the problem at (x, y) and the cure, before any compile.
 
@@ -148,10 +181,10 @@ class Problem(Generic[X, Y]):
         if self.prox_lower is not None:
             prox = self.prox_lower
             _check_same("prox_lower", "y0", lambda y: prox(y, x, 1.0), y)
-        for name in ("constraint", "equality"):
-            fn = getattr(self, name)
+        for name in _ROWS:
+            fn, source = getattr(self, name), upper if name.startswith("upper") else lower
             if fn is not None:
-                out = _shapes_on(name, fn, lower if takes_batch(fn) else as_source(None), x, y)
+                out = _shapes_on(name, fn, source if takes_batch(fn) else as_source(None), x, y)
                 if not jax.tree.leaves(out):
                     raise ProblemError(
                         f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of "

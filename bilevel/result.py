@@ -18,6 +18,11 @@ class Result(enum.IntEnum):
     INTERRUPTED = 5
     INFEASIBLE = 6
     LOWER_LEVEL = 7
+    COMPLETED = 8
+    SEVERAL_MINIMISERS = 9
+    NOT_STATIONARY = 10
+    UNBOUNDED = 11
+    LOCAL = 12
 
     @property
     def sentence(self) -> str:
@@ -26,12 +31,17 @@ class Result(enum.IntEnum):
 
 
 _SENTENCES = {
-    Result.MAX_STEPS: "took all its steps; no tolerance was met",
-    Result.CONVERGED: "met the tolerance",
+    Result.MAX_STEPS: "took all its steps and did not meet the tolerance",
+    Result.CONVERGED: "met the tolerance, and the check of its end found nothing against it",
     Result.PENALTY_LIMITED: "stopped improving at the penalty's own bias: raise the penalty, or extrapolate in it",
     Result.DIVERGED: "met a NaN or an infinity; x and y are the last finite iterate",
     Result.STOPPED: "was stopped by a callback",
     Result.INTERRUPTED: "was interrupted from the keyboard; x and y are where it stood",
-    Result.INFEASIBLE: "ended where the lower level's constraints are not met",
+    Result.INFEASIBLE: "ended where the constraints are not met",
     Result.LOWER_LEVEL: "stopped moving at a y that does not minimise the lower level",
+    Result.COMPLETED: "took the steps that were asked for",
+    Result.SEVERAL_MINIMISERS: "stopped at one of several lower-level minimisers, and not at the best for F",
+    Result.NOT_STATIONARY: "stopped where F can be lowered by moving x",
+    Result.UNBOUNDED: "ended where the lower level has no minimiser",
+    Result.LOCAL: "met the tolerance at a local solution; another x has a lower F",
 }

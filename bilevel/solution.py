@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import jax
 import numpy as np
@@ -12,6 +12,9 @@ import numpy as np
 from bilevel.history import History
 from bilevel.result import Result
 from bilevel.typing import PyTree, X, Y
+
+if TYPE_CHECKING:
+    from bilevel.solvers.certificate import Certificate
 
 __all__ = ["Solution"]
 
@@ -29,6 +32,9 @@ class Solution(Generic[X, Y]):
       seconds: wall-clock time of this call, compilation included.
       solver: the solver used.
       reason: why that solver was chosen, where it was, and what went wrong, where something did.
+      certificate: what was checked of the end, by which measures, and what was not; see `Certificate`.
+      multipliers: those of the constraints, in the user's units and shaped like the constraints' outputs, by name
+        (`constraint`, `equality`, `upper_constraint`, `upper_equality`), as far as the solver knows them.
     """
 
     x: X
@@ -40,6 +46,8 @@ class Solution(Generic[X, Y]):
     seconds: float
     solver: Any
     reason: str = ""
+    certificate: Certificate | None = None
+    multipliers: dict[str, PyTree] = dataclasses.field(default_factory=dict)
 
     def plot(self, names: str | Sequence[str] | None = None, path: Any = None) -> Any:
         """Draw the history against the steps; returns the matplotlib figure (and saves it where a path is given)."""

@@ -83,7 +83,7 @@ def test_a_client_killed_mid_round_is_left_out_and_named(caplog: pytest.LogCaptu
 
     with caplog.at_level(logging.WARNING, "bilevel"):
         found = _run(SimFBO(None, 0.05, 0.2, 0.2), 10, lost=dead)
-    assert found.steps == 10 and found.result.name == "MAX_STEPS"
+    assert found.steps == 10 and found.result.name == "COMPLETED"
     assert found.history["missing_clients"].tolist() == [0] * 4 + [1] * 6
     assert {m.node for m in found.state.missing} == {1002}
     assert "node 1002 in step 4 (train.simfbo): no answer" in found.reason

@@ -90,6 +90,15 @@ def test_a_level_is_frozen_and_carries_its_constraints():
     level = problem.levels(0).lower
     assert float(level.constraint(1.0, 3.0)) == 3.0 and float(level.equality(1.0, 3.0)) == 2.0
     assert problem.levels(0).upper.constraint is None
+    above = dataclasses.replace(
+        problem, upper_constraint=lambda x, y: x + y, upper_equality=lambda x, y, batch: x - batch[1]
+    )
+    upper = above.levels(0).upper
+    assert float(upper.constraint(1.0, 3.0)) == 4.0 and float(upper.equality(1.0, 3.0)) == 1.0 - ROWS[1]
+    with pytest.raises(ProblemError, match=r"upper_equality\(x, y, batch\) fails"):
+        dataclasses.replace(above, upper_equality=lambda x, y, batch: x @ batch).validate(jnp.ones(2), 3.0)
+    with pytest.raises(ProblemError, match="takes a function, not int"):
+        dataclasses.replace(above, upper_constraint=3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         level.batch = None
     drawn = dataclasses.replace(problem, lower_data=data.Minibatches(ROWS, 2)).levels(0).lower

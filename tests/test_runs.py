@@ -168,7 +168,7 @@ def test_adaptive_rolls_back_to_exactly_the_saved_state(tmp_path, x64):
     x, y = np.zeros(2), np.asarray(1.0)
     found = runs.adaptive(PROBLEM, x, y, darts, 0.03, checkpoint=tmp_path, **call)
     assert found.strengths == (0.03, 0.3, 2.0)  # times ten, capped
-    assert found.solution.steps == 30 and found.solution.result is Result.MAX_STEPS
+    assert found.solution.steps == 30 and found.solution.result is Result.COMPLETED
     np.testing.assert_array_equal(found.solution.history.steps["eigenvalue"], np.arange(0, 31, 2))
     np.testing.assert_array_equal(found.solution.history.steps["upper_loss"], np.arange(30))
 

@@ -1,218 +1,666 @@
-"""The check at the end of a run, the same for all families of solvers: is y what the result says it is?
+"""The certificate at the end of a run, the same for all families of solvers and for a user's own.
 
-A search (`thorough`, or `quick` where there are no constraints) measures the end with means of its own, nothing of them
-shared with the method; `verdict` reads measures and metrics by the rows of a table, in order, and gives the result and
-its sentence.
+`certify` measures the end with means of its own, nothing of them shared with the method, in the problem's own units
+(`_units`), and reads the measures by the rows of a table, in order (`verdict`):
+
+    finite         F, f and their gradients are numbers;
+    feasible       x in X, y in Y, G, H, g, h hold;
+    bounded        f(x, .) does not fall for ever;
+    minimised      no start reaches a lower f(x, .);
+    optimistic     no other minimiser of f(x, .) has a lower F;
+    stationary     no small feasible move of x, y following by a lower solve of its own, lowers F;
+    not beaten     no large move does (for a few unknowns).
+
+CONVERGED means that all of it held; what was not checked, because of size or of the kind of data, is said.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
-from bilevel.constraints import Constraints, random_like
-from bilevel.lower import LBFGS
-from bilevel.lower.accurate import Solved, augmented_lagrangian
+from bilevel import derivatives
+from bilevel.constraints import Constraints
+from bilevel.curvature import extreme_eigenvalues
+from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
 from bilevel.result import Result
+from bilevel.solvers._units import Units, natural_units, normalised, rms, times
 from bilevel.typing import PyTree, Scalar
 
-__all__ = ["LARGE", "MANY", "quick", "thorough", "verdict", "weight_of_lower"]
+__all__ = ["Certificate", "certify", "verdict"]
 
-LARGE = 1e6
-"""Beyond this an upper loss is no scale for tolerances: a run that explodes would meet them all."""
 MANY = 10_000
-"""The most lower unknowns for which other starts are tried."""
-_STARTS = 8
+"""The most unknowns of a level for which it is solved anew."""
+_FEW = 8
+"""The most upper unknowns for which every coordinate is moved, and far moves are tried."""
+_CURVED = 2_000
+"""The most lower unknowns for which a run without a tolerance has its curvature looked at."""
+_NEAR, _FAR = (1e-2, 1e-1), (1.0, 4.0)
+"""How far x is moved, in its own units."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What was found at the end of a run.
+
+    Attributes:
+      result: the result that it leaves standing.
+      why: what is to be said about it, in sentences; empty where all held.
+      measures: numbers by name: `lower_loss`, `polished_gap` (how much lower another solve of the lower level came),
+        `polished_violation` (what that solve could not repair), `polished_change` (F at the lower level's solution that
+        is best for F, less F), `descent` (how much lower F came nearby), `curvature_least` and `curvature_greatest`
+        (eigenvalues of f_yy), as far as measured.
+      unchecked: what was not checked, a sentence each.
+      unsettled: the end is near a solution and not close enough: a run with a smaller tolerance may mend it.
+      better: a point (x, y) with a lower F, feasible and lower-optimal as far as the search saw, or None.
+    """
+
+    result: Result
+    why: str = ""
+    measures: dict[str, float] = dataclasses.field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
+    unsettled: bool = False
+    better: tuple[PyTree, PyTree] | None = None
 
 
 # ---------------------------------------------------------------- the table
 
+_LIVE = (Result.CONVERGED, Result.PENALTY_LIMITED)
+_ANY = (*_LIVE, Result.MAX_STEPS, Result.COMPLETED)
+
 
 def verdict(
-    measures: dict[str, jax.Array],
-    result: Result,
-    metrics: dict[str, float],
-    tol: float | None,
-    weight: float = 0.0,
-    least: float | None = None,
-) -> tuple[dict[str, float], Result, str]:
-    """The measures as numbers, the result that they leave standing, and what is to be said about it.
+    found: dict[str, float], result: Result, metrics: dict[str, float], tol: float | None
+) -> tuple[Result, str]:
+    """The result that the measures leave standing, and what is to be said about it.
 
     Args:
-      measures: what a search found: `lower_loss`, `polished_gap`, `polished_violation`, `polished_change`, as far as
-        measured.
+      found: the measures, relative ones (in `Units`) among them: `finite`, `outside`, `upper_violation`, `violation`,
+        `repaired` (what the best lower solve still breaks), `bounded`, `gap`, `gain`, `near`, `far`, with `noise_lower`
+        and `noise_upper`, what rounding makes of them; and the others of `Certificate`. What is absent was not
+        checked.
       result: what the run ended by.
       metrics: of its last step.
       tol: the run's tolerance, or None (1e-3 then).
-      weight: of the lower level in the search, over the upper loss (`weight_of_lower`); 0: not varied.
-      least: the smallest gap that counts, relative to the lower loss; None: the resolution of the dtype, or 1e-3
-        without a tolerance.
     """
-    eps, asked = float(jnp.finfo(measures["lower_loss"].dtype).eps), 1e-3 if tol is None else tol
-    least = least if least is not None else 1e-3 if tol is None else 100 * eps
-    numbers = {name: float(value) for name, value in measures.items()}
-    here, gap = numbers["lower_loss"], numbers["polished_gap"]
-    broken, change = numbers.get("polished_violation", 0.0), numbers.get("polished_change", 0.0)
+    asked = 1e-3 if tol is None else tol
+    feasible = max(asked, 1e-4)
+    margin = 10 * asked
+    get = lambda name: found.get(name, 0.0)  # noqa: E731
+    above = lambda name, least, noise: not get(name) <= max(least, get(noise))  # noqa: E731  a NaN is above
     bias, capped = metrics.get("bias", 0.0), metrics.get("multiplier_at_cap", 0.0)
-    converged, ended = (Result.CONVERGED,), (Result.CONVERGED, Result.PENALTY_LIMITED)
-    broke = metrics.get("violation", 0.0) > max(asked, 1e-3)
-
-    scale = 1 + min(abs(metrics.get("upper_loss", 0.0)), LARGE)  # the unit of differences of F
-    # Whether the search came lower by more than the tolerance and the dtype allow.
-    lower = not np.isfinite(gap) or gap > max(10 * asked, least) * (1 + min(abs(here), abs(here - gap)))
-    # Whether F at this x depends on how much the lower level weighs.
-    noise = 1e3 * eps * weight * abs(here)
-    undecided = result in converged and not abs(change) <= (10 * asked + noise) * scale
-    settled = metrics.get("hypergradient_norm", np.inf) <= asked * scale
-    elsewhere = ": y is stationary and not its minimum. Start elsewhere (multistart)."
-
+    change, penalised = get("polished_change"), "penalty" in metrics
+    undecided = above("gain", margin, "noise_upper")
+    settled = (
+        result is Result.MAX_STEPS
+        and metrics.get("hypergradient_norm", np.inf) <= asked * (1 + abs(metrics.get("upper_loss", 0.0)))
+        and bias > asked * (1 + abs(metrics.get("upper_loss", 0.0)))
+    )
     # The first row that holds decides: a result among the second column becomes the third, and the sentence is added.
     rows = (
         (
-            broken > max(1e-3, asked),
-            (*ended, Result.MAX_STEPS),
+            not found.get("finite", 1.0),
+            _ANY,
+            Result.DIVERGED,
+            "At the end a loss, a constraint or a gradient is not finite.",
+        ),
+        (
+            above("repaired", max(1e-3, asked), "none"),
+            _ANY,
             Result.INFEASIBLE,
-            "At this x no feasible lower-level y was found: "
-            f"the best breaks a constraint by {broken:.2g} (scaled rows).",
-        ),
-        (result in converged and tol is not None and broke, converged, Result.INFEASIBLE, ""),
-        (
-            lower,
-            ended,
-            Result.LOWER_LEVEL,
-            f"An independent solve of the lower level reaches {gap:.3g} below f(x, y)"
-            + (elsewhere if result in converged else "."),
+            f"At this x no feasible lower-level y was found: the best breaks a constraint by {get('repaired'):.2g} "
+            "(scaled rows).",
         ),
         (
-            undecided and change > 0,
-            converged,
-            Result.PENALTY_LIMITED,
-            f"With the lower level weighted {weight / max(metrics.get('penalty', 1.0), 1.0):.0e} times more the upper "
-            f"loss at this x grows by {change:.2g}: the lower level is too flat for this penalty. Raise it, or tighten "
-            "the tolerance.",
+            above("outside", feasible, "none"),
+            _ANY,
+            Result.INFEASIBLE,
+            f"x or y lies outside its set, by {get('outside'):.2g} of its size.",
         ),
         (
-            undecided,
-            converged,
-            Result.LOWER_LEVEL,
-            f"Another y, as low in the lower loss, has an upper loss smaller by {-change:.2g}: the lower-level "
-            "solution is not unique, and this method does not choose among solutions. Take F2BA, MEHA or LVHBA.",
+            above("upper_violation", feasible, "none"),
+            _ANY,
+            Result.INFEASIBLE,
+            f"A constraint of the upper level is broken by {get('upper_violation'):.2g} (scaled rows).",
         ),
         (
-            result is Result.MAX_STEPS and settled and asked * scale < bias,
+            above("violation", 10 * feasible, "none"),
+            _LIVE,
+            Result.INFEASIBLE,
+            f"y breaks a constraint of the lower level by {get('violation'):.2g} (scaled rows).",
+        ),
+        (
+            not found.get("bounded", 1.0),
+            _ANY,
+            Result.UNBOUNDED,
+            "The lower loss falls without bound (or without a minimiser) from y at this x: the lower level has no "
+            "solution there. Bound y (project_lower=), or regularise f.",
+        ),
+        (
+            settled,
             (Result.MAX_STEPS,),
             Result.PENALTY_LIMITED,
             f"The penalty's bias in the upper loss is about {bias:.2g}: raise the penalty, or extrapolate in it "
             "(Continuation).",
         ),
+        (
+            above("gap", margin, "noise_lower"),
+            _LIVE,
+            Result.LOWER_LEVEL,
+            f"An independent solve of the lower level reaches {get('polished_gap'):.3g} below f(x, y)"
+            + (
+                ": y is stationary and not its minimum. Start elsewhere (multistart)."
+                if result is Result.CONVERGED
+                else "."
+            ),
+        ),
+        (
+            undecided and change > 0 and penalised,
+            (Result.CONVERGED,),
+            Result.PENALTY_LIMITED,
+            f"At the lower level's own solution the upper loss is larger by {change:.2g}: the lower level is too flat "
+            "for this penalty. Raise it, or tighten the tolerance.",
+        ),
+        (
+            undecided and change > 0,
+            (Result.CONVERGED,),
+            Result.LOWER_LEVEL,
+            f"At the lower level's own solution the upper loss is larger by {change:.2g}: y is not there yet. Tighten "
+            "the tolerance, or take a lower solver that stands ill-conditioning (lower.Newton).",
+        ),
+        (
+            undecided,
+            _LIVE,
+            Result.SEVERAL_MINIMISERS,
+            f"Another y, as low in the lower loss, has an upper loss smaller by {-change:.2g}: the lower level's "
+            "solution is not unique, and this method does not choose among solutions. Take MPCC (small problems), "
+            "F2BA, MEHA or LVHBA.",
+        ),
+        (
+            above("near", margin, "noise_upper"),
+            (Result.CONVERGED,),
+            Result.NOT_STATIONARY,
+            f"F falls by {get('descent'):.2g} when x is moved a little and y follows: x is not a solution of the upper "
+            "level (a kink, a maximum, or a tolerance too coarse for this problem's units).",
+        ),
+        (
+            above("far", margin, "noise_upper"),
+            (Result.CONVERGED,),
+            Result.LOCAL,
+            f"Another x, further away, has an upper loss smaller by {get('beaten'):.2g}: this is a local solution.",
+        ),
     )
     # And this one is added to it.
     remark = (
         capped > 0,
-        converged,
+        (Result.CONVERGED,),
         Result.PENALTY_LIMITED,
         f"{100 * capped:.0f}% of the multipliers sit on their cap: raise the cap; if they follow it, no multiplier "
         "exists.",
     )
-    said = []
+    said, held = [], True
     for row in (next((row for row in rows if row[0]), None), remark):
         if row is not None and row[0]:
+            held = False
             result = row[2] if result in row[1] else result
             said.append(row[3])
-    return numbers, result, " ".join(filter(None, said))
+    if held and tol is not None and result is Result.MAX_STEPS and "near" in found:
+        # The run's own measure has units that the problem does not share; the certificate's have none.
+        result = Result.CONVERGED
+    return result, " ".join(said)
 
 
-# ---------------------------------------------------------------- the searches
+# ---------------------------------------------------------------- the search
 
 
-def scattered(y: PyTree, i: Any) -> PyTree:
-    """Start number i = 1, 2, ... around y: noise of three sizes in turn, on y's scale. 0: y itself."""
-    spread = jnp.where(i == 0, 0.0, 0.3 * 3.0 ** (i % 3))
-    noise = random_like(jax.random.key(i), y)
-    return jax.tree.map(lambda leaf, n: leaf + spread * (1 + jnp.sqrt(jnp.mean(leaf**2))) * n, y, noise)
+def certify(
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    start: tuple[PyTree, PyTree],
+    result: Result,
+    metrics: dict[str, float],
+    tol: float | None,
+) -> Certificate:
+    """Check the end (x, y) of a run from `start` that ended by `result`, with `metrics` of its last step.
 
-
-def weight_of_lower(problem: Problem, y: PyTree, metrics: dict[str, float], tol: float | None) -> float:
-    """How much more than F the lower level is to weigh in the search: a million times the run's penalty, as far as the
-    dtype resolves F's share. 0: it is not varied, since no weight is much above the penalty's, or there is a prox."""
-    asked, eps = 1e-3 if tol is None else tol, float(jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).eps)
-    c = max(float(metrics.get("penalty", 1.0)), 1.0)
-    weight = min(1e6 * c, asked * (1 + min(abs(metrics.get("upper_loss", 0.0)), LARGE)) / (1e3 * eps))
-    return weight if weight > 10 * c and problem.prox_lower is None else 0.0
-
-
-def thorough(problem: Problem, x: PyTree, y: PyTree, weight: float) -> dict[str, Scalar]:
-    """Lower solves by augmented Lagrangians with line searches from y and, up to 10,000 unknowns, seven other points.
-
-    `lower_loss` = f(x, y); `polished_gap` = f(x, y) - v(x), v the least value found; `polished_violation`: what that
-    solve could not repair of the constraints; `polished_change`, with a `weight`: F at the y that minimises F / weight
-    + f from y, less F at y.
+    With a tolerance everything in this module's table that size allows; without one, values, sets and rows, and up to
+    2,000 lower unknowns on full batches the lower level from y, where it is constrained, penalised or not convex.
     """
-    starts = _STARTS if optax.tree.size(y) <= MANY else 1
-    found = dict(_thorough(problem, x, y, 1 / weight if weight else 0.0, starts=starts))
-    if not weight:
-        found.pop("polished_change")
-    return found
+    if result in (Result.LOWER_LEVEL, Result.INFEASIBLE):  # a solver's own word: the search may find better or worse
+        found = certify(problem, x, y, start, Result.MAX_STEPS, metrics, tol)
+        return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
+    if result not in _ANY:
+        return Certificate(result)
+    if (tol is not None or result is Result.CONVERGED) and not _refusal(problem, x, y):
+        return _of_small(problem, x, y, start, result, metrics, tol)
+    unchecked = _obstacles(problem, x, y, tol)
+    if unchecked is None:
+        return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
+    nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
+    rows = problem.constraint is not None or problem.equality is not None
+    n = optax.tree.size(y)
+    curved = not unchecked and not nonsmooth and not rows and n <= _CURVED
+    units, at, found = _examined(problem, x, y, *start, curved=curved)
+    numbers = {name: float(value) for name, value in found.items()}
+    better = None
+    concave = numbers.get("curvature_least", 0.0) < -1e-6 * abs(numbers.get("curvature_greatest", 0.0))
+    if (
+        not unchecked
+        and numbers["finite"]
+        and (tol is not None or (n <= _CURVED and (rows or concave or "penalty" in metrics)))
+    ):
+        search = _Search(problem, units, at, numbers)
+        search.minimise(starts=1 if tol is None and not concave else 8 if n <= 1000 else 3, choose=tol is not None)
+        if tol is not None and jax.tree.leaves(x) and np.isfinite(numbers["gap"]):
+            search.move(metrics)
+        better = search.better
+    result, why = verdict(numbers, result, metrics, tol)
+    if unchecked and tol is not None and result is Result.CONVERGED:
+        why = " ".join([why, *unchecked]).strip()
+    measures = {name: numbers[name] for name in _REPORTED if name in numbers}
+    unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and numbers.get("gap", 1.0) <= 0.1)
+    return Certificate(result, why, measures, unchecked, unsettled, better)
 
 
-def quick(problem: Problem, x: PyTree, y: PyTree) -> dict[str, Scalar]:
-    """`lower_loss` and `polished_gap` by L-BFGS from six points around y: no constraints, no projection, no prox."""
-    here, lowest = _quick(problem, x, y)
-    return {"lower_loss": here, "polished_gap": here - jnp.minimum(here, lowest)}
+def _refusal(problem: Problem, x: PyTree, y: PyTree) -> str:
+    from bilevel.solvers.small.stationarity import refusal
+
+    return refusal(problem, x, y)
+
+
+def _of_small(
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    start: tuple[PyTree, PyTree],
+    result: Result,
+    metrics: dict[str, float],
+    tol: float | None,
+) -> Certificate:
+    """The same of a small problem, on the host: all vertices of the multipliers and all branches."""
+    from bilevel.solvers.small.program import Program
+    from bilevel.solvers.small.stationarity import lower_verified, stationary, unbounded
+
+    program = Program(problem, x, y, "The certificate")
+    before = Program(problem, *start, "The certificate")
+    n, k = program.n, program.n + program.m
+    if any((program.columns[part] < 1e-3 * before.columns[part]).any() for part in (slice(0, n), slice(n, k))):
+        program = before  # at the end a variable is zero but for rounding, which is no unit
+    lower = lower_verified(problem, x, y, program=program)
+    upper_loss, lower_loss = program.losses(x, y)
+    found: dict[str, float] = {
+        "finite": float(np.isfinite(upper_loss) and np.isfinite(lower_loss)),
+        "upper_violation": lower.upper_violation,
+        "violation": lower.violation,
+        "repaired": 0.0 if np.isfinite(lower.gap) else lower.violation,
+        "bounded": float(not unbounded(problem, x, y, program)),
+        "gap": lower.gap,
+        "gain": lower.optimistic_gain,
+        "noise_upper": 1e-12 * abs(upper_loss) / program.upper_scale,
+        "noise_lower": 1e-12 * abs(lower_loss) / program.lower_scale,
+        "lower_loss": lower_loss,
+        "polished_gap": lower.loss_gap,
+        "polished_violation": lower.violation,
+        "polished_change": -lower.loss_gain,
+    }
+    unchecked: tuple[str, ...] = ()
+    better = None
+    if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
+        slope = stationary(problem, x, y, 1e-3 if tol is None else tol, program)
+        found["near"] = max(0.0, -slope.slope)
+        found["descent"] = found["near"] * program.upper_scale
+        unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
+    elif not jax.tree.leaves(x):
+        found["near"] = 0.0
+    result, why = verdict(found, result, metrics, tol)
+    measures = {name: found[name] for name in _REPORTED if name in found}
+    unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and found["gap"] <= 0.1)
+    return Certificate(result, why, measures, unchecked, unsettled, better)
+
+
+_REPORTED = (
+    "lower_loss", "polished_gap", "polished_violation", "polished_change", "descent", "beaten", "curvature_least",
+    "curvature_greatest",
+)  # fmt: skip
+
+
+def _obstacles(problem: Problem, x: PyTree, y: PyTree, tol: float | None) -> tuple[str, ...] | None:
+    """Why the lower level is not solved anew, in sentences; None: there are not even values."""
+    sources = problem.sources
+    if any(source.host for source in sources):
+        return None
+    if any(source.random and source.count is None for source in sources):
+        return ("Not checked by an independent solve: the data have no end.",)
+    if problem.stochastic and tol is None:
+        return ("Not checked by an independent solve: minibatches, and no tolerance.",)
+    for name, tree in (("x", x), ("y", y)):
+        if optax.tree.size(tree) > MANY:
+            size = f"{name} holds {optax.tree.size(tree):,} numbers"
+            return (f"Not checked by an independent solve, because of size: {size}.",)
+    return ()
+
+
+@functools.partial(jax.jit, static_argnames="curved")
+def _examined(
+    problem: Problem, x: PyTree, y: PyTree, x0: PyTree, y0: PyTree, curved: bool
+) -> tuple[Units, tuple[PyTree, PyTree], dict[str, Scalar]]:
+    """The units, the point in them, and what is seen without a solve."""
+    units = natural_units(problem, x, y, x0, y0)
+    upper_here, lower_here = units.upper_here, units.lower_here
+    u, w = times(1 / units.x, x), times(1 / units.y, y)
+    above, below = normalised(problem, units)
+    outside = [
+        rms(optax.tree.sub(z, level.project(z)))
+        for level, z in ((above, u), (below, w))
+        if level.project is not None and jax.tree.leaves(z)
+    ]
+    broken = Constraints(above, u, w).at(u, w).violation(u, w), Constraints(below, u, w).at(u, w).violation(u, w)
+    eps = {name: 1e3 * jnp.finfo(value.dtype).eps for name, value in (("upper", upper_here), ("lower", lower_here))}
+    found = {
+        "upper_loss": upper_here,
+        "lower_loss": lower_here,
+        "finite": jnp.isfinite(upper_here)
+        & jnp.isfinite(lower_here)
+        & jnp.isfinite(broken[0])
+        & jnp.isfinite(broken[1]),
+        "outside": functools.reduce(jnp.maximum, outside, jnp.zeros(())),
+        "upper_violation": broken[0],
+        "violation": broken[1],
+        "noise_upper": eps["upper"] * jnp.abs(upper_here) / units.upper,
+        "noise_lower": eps["lower"] * jnp.abs(lower_here) / units.lower,
+        "unit_upper": units.upper,
+        "unit_lower": units.lower,
+    }
+    if curved:
+        hvp = derivatives.linearised(problem.full_lower(), x, y).hvp
+        found["curvature_least"], found["curvature_greatest"] = extreme_eigenvalues(hvp, y)
+    return units, (u, w), found
+
+
+class _Reached(NamedTuple):
+    """Lower solves, stacked: where they ended, by how much F and f differ from here, what they break."""
+
+    w: Any
+    multipliers: Any
+    lower: Any
+    upper: Any
+    violation: Any
+    upper_violation: Any
+
+
+class _Search:
+    """The solves of one certificate, a few compiled programs for all of them; writes what it finds into `found`."""
+
+    def __init__(self, problem: Problem, units: Units, at: tuple[PyTree, PyTree], found: dict[str, float]) -> None:
+        self.problem, self.units, self.at, self.found = problem, units, at, found
+        self.flat_u, self._unravel_u = ravel_pytree(at[0])
+        self.flat_w, self._unravel_w = ravel_pytree(at[1])
+        self._room = 128 if self.flat_u.size + self.flat_w.size <= 1000 else 8
+        fine = jnp.finfo(self.flat_w.dtype).eps < 1e-10
+        dense = self.flat_w.size <= _DENSE
+        self.weights = (1e-7, 1e-8) if fine and dense else (1e-5, 1e-6) if fine else (1e-3, 1e-4)
+        self.better: tuple[PyTree, PyTree] | None = None
+        self.others: list[jax.Array] = []
+        self._base: tuple[_Reached, int]
+        self._tilted: tuple[Any, Any, float] | None = None
+
+    def _reach(self, us: list[Any], ws: list[Any], weights: list[float]) -> _Reached:
+        parts = []
+        for first in range(0, len(us), self._room):
+            some = slice(first, first + self._room)
+            count = len(us[some])
+            pad = lambda rows: jnp.stack([*rows, *[rows[0]] * (self._room - count)])  # noqa: E731
+            filled = jnp.asarray([*weights[some], *[0.0] * (self._room - count)])
+            out = _reached(self.problem, self.units, *self.at, pad(us[some]), pad(ws[some]), filled, count)
+            parts.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:count], out))
+        return _Reached(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
+
+    def minimise(self, starts: int, choose: bool) -> None:
+        """Solve the lower level at x from y and around it, and with a little of F added."""
+        found, u, w = self.found, self.flat_u, self.flat_w
+        random = np.random.default_rng(7)
+        ws = [w] + [
+            w + jnp.asarray(0.3 * 3.3 ** (i % 4) * random.standard_normal(w.shape), w.dtype) for i in range(starts - 1)
+        ]
+        weights = [0.0] * starts
+        prox = self.problem.prox_lower is not None
+        tilt = choose and not prox
+        if tilt:
+            ws, weights = [*ws, w, w], [*weights, *self.weights]
+        reached = self._reach([u] * len(ws), ws, weights)
+        solved = _Reached(*(leaf[:starts] for leaf in reached))
+        value = np.where(np.isfinite(solved.lower), solved.lower, np.inf)
+        found["repaired"] = found["polished_violation"] = float(solved.violation.min())
+        usable = solved.violation <= min(solved.violation.min() * 1.01 + 1e-6, 1.0)
+        best = int(np.argmin(np.where(usable, value, np.inf)))
+        lowest = float(value[best])
+        far = np.abs(solved.w[best]).max() > 1e5
+        found["bounded"] = float(lowest > -1e5 and not far and bool(np.isfinite(solved.lower).any()))
+        gap = -lowest + float(_owed(self.problem, self.units, *self.at, jnp.asarray(solved.multipliers[best])))
+        if prox:
+            gap = float(_proximal_gap(self.problem, self.units, *self.at))
+        found["gap"], found["polished_gap"] = gap, gap * found["unit_lower"]
+        self._base = (solved, best)
+        if prox or not choose:
+            return
+        tie = max(1e-9, found["noise_lower"]) if self.weights[0] < 1e-6 else max(1e-6, found["noise_lower"])
+        tied = usable & (value <= lowest + tie) & np.isfinite(solved.upper)
+        change = 0.0
+        here_first = int(
+            np.argmin(np.where(usable, np.abs(solved.w - np.asarray(w)).max(axis=1) + 1e9 * ~tied, np.inf))
+        )
+        if tied.any():
+            chosen = int(np.argmin(np.where(tied, solved.upper, np.inf)))
+            # Where y is not exact, the choice is judged from the minimiser that belongs to it.
+            change = float(solved.upper[chosen])
+            if change < 0:
+                self._keep(self.at[0], solved.w[chosen])
+            elif tied[here_first]:
+                change = float(solved.upper[here_first]) if tied.sum() == 1 else min(change, 0.0)
+        if tilt:
+            large, small = reached.upper[starts], reached.upper[starts + 1]
+            fair = bool((reached.violation[starts:] < 1e-5).all() and np.isfinite([large, small]).all())
+            fair = fair and found["violation"] < 1e-4 and found["gap"] <= 1e-3
+            if fair:
+                # What F gains by a weight that goes to nothing: nothing, where the minimiser is unique.
+                extrapolated = float(small + (small - large) / 9)
+                ends = extrapolated if abs(extrapolated) <= 2 * abs(small) else float(small)
+                if abs(ends) > abs(change):
+                    change = ends
+                    if ends < 0:
+                        self._keep(self.at[0], reached.w[starts + 1])
+        found["gain"], found["polished_change"] = abs(change), change * found["unit_upper"]
+        separate = [
+            solved.w[j] for j in np.flatnonzero(tied) if np.abs(solved.w[j] - solved.w[best]).max() > 1e-3 and j != best
+        ]
+        self.others = [jnp.asarray(other) for other in separate[:1]]
+        if tilt and np.isfinite(reached.upper[starts]):
+            self._tilted = (reached.w[starts], reached.multipliers[starts], self.weights[0])
+
+    def _keep(self, u: PyTree, w: Any) -> None:
+        self.better = (times(self.units.x, u), times(self.units.y, self._unravel_w(jnp.asarray(w))))
+
+    def move(self, metrics: dict[str, float]) -> None:
+        """Move x, solve the lower level there, and see whether F is lower."""
+        found, u = self.found, np.asarray(self.flat_u)
+        solved, best = self._base
+        warm = [jnp.asarray(solved.w[best]), *self.others]
+        random = np.random.default_rng(11)
+        few = u.size <= _FEW
+        directions = [random.standard_normal(u.shape) for _ in range(3 if u.size <= 1000 else 1)]
+        if few:
+            directions += [sign * row for row in np.eye(u.size) for sign in (1.0, -1.0)]
+        if self._tilted is not None:
+            w1, lam1, weight = self._tilted
+            flat = _slope(
+                self.problem, self.units, *self.at, warm[0], jnp.asarray(solved.multipliers[best]), jnp.asarray(w1),
+                jnp.asarray(lam1), weight,
+            )  # fmt: skip
+            slope = np.asarray(ravel_pytree(flat)[0])
+            length = np.linalg.norm(slope)
+            if np.isfinite(length) and length > 0:
+                directions.insert(0, -slope / length * u.size**0.5)
+        sizes = [(size, "near") for size in _NEAR] + ([(size, "far") for size in _FAR] if few else [])
+        tries = [(size, kind, u + size * d) for d in directions for size, kind in sizes]
+        moved = _projected(self.problem, self.units, self.at[0], [jnp.asarray(t[2], self.flat_u.dtype) for t in tries])
+        us = [target for target in moved for _ in warm]
+        reached = self._reach(us, [w for _ in moved for w in warm], [0.0] * len(us))
+        width = len(warm)
+        here = float(solved.upper[best]) if not self.others else min(float(solved.upper[best]), 0.0)
+        allowed = max(1e-4, 1.01 * found["upper_violation"])
+        lowest = {"near": 0.0, "far": 0.0}
+        drop = {"near": 0.0, "far": 0.0}
+        for i, (size, kind, _) in enumerate(tries):
+            rows = slice(i * width, (i + 1) * width)
+            value = np.where(reached.violation[rows] <= 1e-4, reached.lower[rows], np.inf)
+            if not np.isfinite(value).any():
+                continue
+            tied = value <= value.min() + 1e-9
+            upper = np.where(tied, reached.upper[rows], np.inf)
+            j = int(np.argmin(upper))
+            if not np.isfinite(upper[j]) or reached.upper_violation[rows][j] > allowed or value.min() < -1e5:
+                continue
+            fall = min(here, 0.0) - float(upper[j])
+            relative = fall * (0.1 / size if kind == "near" else 1.0)
+            if relative > lowest[kind]:
+                lowest[kind], drop[kind] = relative, fall * found["unit_upper"]
+                if kind == "far" or lowest["far"] == 0.0:
+                    self._keep(self._unravel_u(moved[i]), reached.w[rows][j])
+        found["near"], found["descent"] = lowest["near"], drop["near"]
+        if few:
+            found["far"], found["beaten"] = lowest["far"], drop["far"]
+
+
+_DENSE = 100
+"""The most lower unknowns for which a smooth lower level is solved by Newton steps with the whole Hessian."""
+
+
+@functools.partial(jax.jit)
+def _reached(
+    problem: Problem, units: Units, u: PyTree, w: PyTree, us: Any, ws: Any, weights: Any, count: Any
+) -> _Reached:
+    """Lower solves number 0, ..., count - 1 from ws at us, with weights of F beside f."""
+    upper, lower = normalised(problem, units)
+    rows, above = Constraints(lower, u, w).at(u, w), Constraints(upper, u, w).at(u, w)
+    unravel_u, unravel_w = ravel_pytree(u)[1], ravel_pytree(w)[1]
+    smooth = lower.project is None and lower.prox is None and not rows.count and ws.shape[1] <= _DENSE
+
+    def one(j: Any, out: _Reached) -> _Reached:
+        u, weight = unravel_u(us[j]), weights[j]
+
+        def value(u: PyTree, w: PyTree) -> Scalar:
+            # F is not evaluated where it has no weight: the starts may lie outside its domain.
+            tilted = lambda w: lower(u, w) + (weight * upper(u, w)).astype(ws.dtype)  # noqa: E731
+            return jax.lax.cond(weight > 0, tilted, lambda w: lower(u, w).astype(ws.dtype), w)
+
+        if smooth:
+            flat = _newton(lambda flat: value(u, unravel_w(flat)), ws[j])
+            w, multipliers, broken = unravel_w(flat), jnp.zeros((0,), ws.dtype), jnp.zeros((), ws.dtype)
+        else:
+            tol = jnp.where(weight > 0, jnp.minimum(1e-3 * weight, 1e-9), 1e-9)
+            solved = augmented_lagrangian(lower.with_loss(value), rows, u, unravel_w(ws[j]), tol=tol)
+            w, multipliers, broken = solved.y, solved.multipliers, solved.violation
+        new = _Reached(
+            ravel_pytree(w)[0], multipliers, lower(u, w), upper(u, w), broken, above.violation(u, w)
+        )  # fmt: skip
+        return _Reached(*(old.at[j].set(leaf.astype(old.dtype)) for old, leaf in zip(out, new, strict=True)))
+
+    n = us.shape[0]
+    empty = _Reached(
+        jnp.zeros_like(ws), jnp.zeros((n, rows.count), ws.dtype), *(jnp.zeros((n,), ws.dtype) for _ in range(4))
+    )  # fmt: skip
+    return jax.lax.fori_loop(0, count, one, empty)
+
+
+def _newton(fn: Any, w: jax.Array, steps: int = 60) -> jax.Array:
+    """Newton steps with the moduli of the Hessian's eigenvalues, halved until the value falls."""
+    gradient, hessian = jax.grad(fn), jax.hessian(fn)
+    eps = jnp.finfo(w.dtype).eps
+
+    def body(carry: Any) -> Any:
+        k, w, value, _ = carry
+        g = gradient(w)
+        eigenvalues, basis = jnp.linalg.eigh(hessian(w))
+        size = jnp.abs(eigenvalues)
+        largest = jnp.max(size)
+        floor = jnp.where(largest > 0, 1e3 * eps * largest, 1.0)
+        direction = -basis @ ((basis.T @ g) / jnp.maximum(size, floor))
+        direction = jnp.where(jnp.isfinite(direction), direction, -g)
+        longest = 10 * (1 + jnp.linalg.norm(w))
+        length = jnp.linalg.norm(direction)
+        direction = direction * jnp.where(length > longest, longest / jnp.where(length > 0, length, 1.0), 1.0)
+
+        def worse(carry: Any) -> Any:
+            size, trial = carry
+            return ~(trial < value) & (size > 1e-10)
+
+        def halve(carry: Any) -> Any:
+            size = carry[0] / 2
+            return size, fn(w + size * direction)
+
+        one = jnp.ones((), w.dtype)
+        size_, trial = jax.lax.while_loop(worse, halve, (one, fn(w + direction)))
+        better = trial < value
+        return k + 1, jnp.where(better, w + size_ * direction, w), jnp.where(better, trial, value), ~better
+
+    def unfinished(carry: Any) -> Any:
+        return (carry[0] < steps) & ~carry[3] & (carry[2] > -1e7)
+
+    return jax.lax.while_loop(unfinished, body, (0, w, fn(w), jnp.asarray(False)))[1]
 
 
 @jax.jit
-def _quick(problem: Problem, x: PyTree, y: PyTree) -> tuple[Scalar, Scalar]:
-    lower, solver = problem.full_lower(), LBFGS(100)
-
-    def reached(i: jax.Array) -> Scalar:
-        value = lower(x, solver(lower, x, solver.init(scattered(y, i))).y)
-        return jnp.where(jnp.isfinite(value), value, jnp.inf)
-
-    return lower(x, y), jnp.min(jax.lax.map(reached, jnp.arange(1, 7)))
+def _owed(problem: Problem, units: Units, u: PyTree, w: PyTree, multipliers: jax.Array) -> Scalar:
+    """What the point's broken rows are worth: a point that breaks its rows gains at most multiplier times excess."""
+    lower = normalised(problem, units)[1]
+    rows = Constraints(lower, u, w).at(u, w)
+    return jnp.vdot(multipliers, rows(u, w)) if rows.count else jnp.zeros(())
 
 
-@functools.partial(jax.jit, static_argnames="starts")
-def _thorough(problem: Problem, x: PyTree, y: PyTree, nu: Any, starts: int) -> dict[str, Scalar]:
-    upper, lower = problem.full_levels()
-    rows = Constraints(lower, x, y).at(x, y)
+@jax.jit
+def _proximal_gap(problem: Problem, units: Units, u: PyTree, w: PyTree) -> Scalar:
+    """Half the squared proximal gradient, in place of the gap: a nonsmooth term's value is not known, only its prox."""
+    lower = normalised(problem, units)[1]
+    moved = lower.prox(optax.tree.sub(w, lower.gradient(u, w)), u, 1.0)  # type: ignore[misc]
+    moved = moved if lower.project is None else lower.project(moved)
+    return optax.tree.norm(optax.tree.sub(w, moved), squared=True) / 2
 
-    def solve_from(i: Any) -> Solved:
-        # F is not evaluated where it has no weight: the starts may lie outside its domain.
-        def value(x: PyTree, y: PyTree) -> Scalar:
-            plain = lambda y: lower(x, y)  # noqa: E731
-            return jax.lax.cond(i == starts, lambda y: lower(x, y) + (nu * upper(x, y)).astype(rows.dtype), plain, y)
 
-        start = scattered(y, jnp.where(i == starts, 0, i))
-        tol = jnp.where(i == starts, jnp.minimum(1e-3 * nu, 1e-9), 1e-9)
-        return augmented_lagrangian(lower.with_loss(value), rows, x, start, tol=tol)
+@jax.jit
+def _slope(
+    problem: Problem, units: Units, u: PyTree, w: PyTree, w0: Any, lam0: Any, w1: Any, lam1: Any, weight: Any
+) -> PyTree:
+    """The gradient of x -> (min (f + weight F) - min f) / weight by the envelope theorem: that of h, to O(weight)."""
+    upper, lower = normalised(problem, units)
+    rows = Constraints(lower, u, w).at(u, w)
+    unravel = ravel_pytree(w)[1]
+    w0, w1 = unravel(w0), unravel(w1)
 
-    # The last one is tilted.
-    solved = jax.lax.map(solve_from, jnp.arange(starts + 1))
-    tilted, solved = (jax.tree.map(lambda leaf, at=at: leaf[at], solved) for at in (starts, slice(0, starts)))
-    value = jnp.where(jnp.isfinite(solved.value), solved.value, jnp.inf)
-    feasible = solved.violation <= jnp.minimum(jnp.min(solved.violation) * 1.01 + 1e-6, 1.0)
-    best = jnp.argmin(jnp.where(feasible, value, jnp.inf))
-    # A point that breaks its constraints gains at most multiplier times excess by it: the gap is the Lagrangian's.
-    multiplied = jnp.vdot(solved.multipliers[best], rows(x, y)) if rows.count else 0.0
-    here, loss = lower(x, y), upper(x, y)
-    gap = here + multiplied - value[best]
-    if lower.prox is not None:
-        # The nonsmooth term's value is not known, only its prox: half the squared proximal gradient stands for the gap.
-        moved = lower.prox(optax.tree.sub(y, lower.gradient(x, y)), x, 1.0)
-        moved = moved if lower.project is None else lower.project(moved)
-        gap = optax.tree.norm(optax.tree.sub(y, moved), squared=True) / 2
-    # Where y breaks constraints the other solve has to pay for them in F, too: no comparison then.
-    fair = (tilted.violation < 1e-6) & (tilted.value <= here + nu * loss) & (rows.violation(x, y) < 1e-4)
-    return {
-        "lower_loss": here,
-        "polished_gap": gap,
-        "polished_violation": solved.violation[best],
-        "polished_change": jnp.where(fair, upper(x, tilted.y) - loss, 0.0),
-    }
+    def lagrangian(u: PyTree, w: PyTree, lam: Any) -> Scalar:
+        return lower(u, w) + (jnp.vdot(lam, rows(u, w)) if rows.count else 0.0)
+
+    direct = jax.grad(upper)(u, w1)
+    there, here = jax.grad(lagrangian)(u, w1, lam1), jax.grad(lagrangian)(u, w0, lam0)
+    return jax.tree.map(lambda d, a, b: d + (a - b) / weight, direct, there, here)
+
+
+def _projected(problem: Problem, units: Units, like: PyTree, flats: list[jax.Array]) -> list[jax.Array]:
+    """Points of X nearest to these."""
+    if problem.project_upper is None:
+        return flats
+    return list(_onto(problem, units, like, jnp.stack(flats)))
+
+
+@jax.jit
+def _onto(problem: Problem, units: Units, like: PyTree, flats: jax.Array) -> jax.Array:
+    upper, unravel = normalised(problem, units)[0], ravel_pytree(like)[1]
+    return jax.lax.map(lambda flat: ravel_pytree(upper.project(unravel(flat)))[0], flats)  # type: ignore[misc]
