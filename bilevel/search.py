@@ -102,11 +102,9 @@ class Discovery:
         """The finalist, or trial, of least loss."""
         found = best_of(self.finalists or self.trials, 1)
         if not found:
-            errors = {t.error for t in self.trials}
-            raise ValueError(
-                f"All {len(self.trials)} trials failed. "
-                + (f"One of the errors: {min(errors)}" if errors else self.reason)
-            )
+            errors = {t.error for t in self.finalists or self.trials}
+            which = f"All {len(self.finalists)} finalists" if self.finalists else f"All {len(self.trials)} trials"
+            raise ValueError(f"{which} failed. " + (f"One of the errors: {min(errors)}" if errors else self.reason))
         return found[0]
 
     def ranked(self, count: int = 10) -> list[Trial]:

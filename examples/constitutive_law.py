@@ -4,13 +4,15 @@
 
 A block spins, falls and bounces (a material-point simulation in 2-D). Its law is hidden: neo-Hookean, with E = e^13 and
 nu = 0.245. A proposer writes sums of terms in I1 = tr F'F and J = det F; below each sum, its coefficients are fitted to
-the particles' accelerations in single steps. Whether the law is found is decided by its stress on deformations beyond
-those of the trajectory, not by the loss. `--without log` takes the logarithm, and so the truth, out of the grammar.
+the particles' accelerations in single steps, and those of the best four again to the whole trajectory. Whether the law
+is found is decided by new trajectories from other starts, not by the loss. `--without log` takes the logarithm, and so
+the truth, out of the grammar: then the report says that the best law is only a fit. `--seeds 6` does it six times.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -21,12 +23,12 @@ import numpy as np
 
 from bilevel import search
 from bilevel.applications.discovery import ELASTIC, energy_stress, task
-from bilevel.proposers import Grammar, GrammarProposer
+from bilevel.proposers import GrammarProposer
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluations", type=int, default=4096)
+    parser.add_argument("--evaluations", type=int, default=6144)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--particles", type=int, default=12, help="per side of the block")
     parser.add_argument("--seeds", type=int, default=1)
@@ -38,34 +40,38 @@ def main(arguments=None):
     jax.config.update("jax_enable_x64", True)
 
     hidden = task("elasticity", per_side=args.particles)
-    functions = tuple(f for f in Grammar(("J",)).functions if f not in args.without)
-    grammar = Grammar(hidden.variables, functions)
+    grammar = hidden.grammar()
+    functions = tuple(f for f in grammar.functions if f not in args.without)
     problem_of = hidden.screening()
-    rows, found = [], None
+    rows, kept = [], None
     for seed in range(args.seed, args.seed + args.seeds):
         discovery = search(
             problem_of,
-            GrammarProposer(grammar, parents=10),
+            GrammarProposer(hidden.grammar(functions=functions), parents=10),
             evaluations=args.evaluations,
             batch=args.batch,
             target=1e-14,
+            final_problem_of=hidden.final_problem_of,
+            finalists=4,
             key=seed,
         )
         best = discovery.best
-        error = hidden.same_energy(best.proposal, best.y)
-        same = bool(best.loss < 1e-12 and error < 1e-6)
-        rows.append((seed, len(discovery.trials), best.loss, error, same))
-        if found is None or (same and not found[2]):
-            found = (discovery, error, same)
-        verdict = "found" if same else "not found"
-        print(f"seed {seed}: {len(discovery.trials)} laws, loss {best.loss:.1e}, stress off by {error:.1e}: {verdict}")
-    discovery, error, same = found
+        verdict = hidden.verify(best.proposal, best.y)
+        print(f"seed {seed}, {len(discovery.trials)} laws: {best.proposal.text(best.y)}\n  {verdict}", flush=True)
+        rows.append((seed, len(discovery.trials), best.loss, verdict))
+        if kept is None or (verdict.holds and not kept[1].holds):
+            kept = discovery, verdict
+    if args.seeds > 1:
+        print(f"\nthe law was found by {sum(row[3].holds for row in rows)} of {args.seeds} seeds")
+    discovery, verdict = kept
     terms, coefficients = hidden.true_law()
-    print("\nthe truth        W = " + grammar.additive(terms).text(coefficients) if not args.without else "")
-    says = "the law is the truth" if same else "the law is NOT the truth, only the best of what was tried"
-    print(f"the best law     W = {discovery.best.proposal.text(discovery.best.y)}\n  {says}")
-    print("\nthe best laws, by loss")
-    for rank, trial in enumerate(discovery.ranked(6), 1):
+    print("\nthe truth      W = " + grammar.additive(terms).text(coefficients))
+    print(f"the best law   W = {discovery.best.proposal.text(discovery.best.y)}\n  {verdict}")
+    print("\nthe best laws on the whole trajectory, by 1e4 times the mean squared distance of positions")
+    for rank, trial in enumerate(discovery.ranked(), 1):
+        print(f"  {rank}  {trial.loss:9.2e}  {trial.proposal.text(trial.y)}")
+    print("\nthe best laws on single steps, by the squared relative distance of accelerations")
+    for rank, trial in enumerate(dataclasses.replace(discovery, finalists=()).ranked(8), 1):
         print(f"  {rank}  {trial.loss:9.2e}  {trial.proposal.text(trial.y)}")
     draw(args.out, hidden, discovery)
     print(f"\npicture: {args.out}; {time.perf_counter() - began:.1f} s in all")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from bilevel.proposers.expressions import (
     additive,
     names_in,
     simplified,
+    summands,
     text,
     unscaled,
 )
@@ -43,7 +45,7 @@ class GrammarProposer:
       parents: how many of the best trials have children.
       term_depth: of a random term, at most.
       constants: whether a term may be a constant (of an energy it says nothing).
-      exclude: texts of terms that are never proposed.
+      exclude: texts of terms that are never proposed, alone or within a sum.
     """
 
     grammar: Grammar
@@ -103,13 +105,17 @@ class GrammarProposer:
 
     def _law(self, terms: Sequence[Node]) -> Expression | None:
         """The law in its one form, or None where it is outside the grammar or says nothing."""
-        excluded = {text(simplified(self.grammar.parse(e))) for e in self.exclude}
-        known = {text(t): t for t in map(unscaled if self.additive else simplified, terms)}
+        one_form = functools.partial(unscaled if self.additive else simplified, positive=self.grammar.positive)
+        excluded = {text(one_form(self.grammar.parse(e))) for e in self.exclude}
+        known = {text(t): t for t in map(one_form, terms)}
+        if self.additive:
+            known = self._split(known, one_form)
         if constant := [name for name, t in known.items() if not names_in(t) & {*self.grammar.variables}]:
             known = {name: t for name, t in known.items() if name not in constant}
             if self.constants:
                 known["1"] = ("const", 1.0)
-        kept = [t for name, t in sorted(known.items()) if name not in excluded]
+        said = lambda t: {text(one_form(part)) for part in summands(t)}  # noqa: E731
+        kept = [t for name, t in sorted(known.items()) if name not in excluded and not said(t) & excluded]
         if not kept or len(kept) > self.terms:
             return None
         try:
@@ -121,6 +127,15 @@ class GrammarProposer:
             return additive(kept)
         used = names_in(kept[0])
         return Expression((kept[0],), tuple(Parameter(f"p{i}") for i in range(3) if f"p{i}" in used))
+
+    def _split(self, known: dict[str, Node], one_form: Callable[[Node], Node]) -> dict[str, Node]:
+        """Terms that are sums as terms of their own, each with its coefficient, where there are places for them."""
+        for name, term in list(known.items()):
+            parts = {text(t): t for t in map(one_form, summands(term)) if self.constants or names_in(t)}
+            wider = {other: t for other, t in known.items() if other != name} | parts
+            if parts.keys() != {name} and len(wider) <= self.terms:
+                known = wider
+        return known
 
     def _random(self, random: np.random.Generator) -> Expression | None:
         count = int(random.integers(1, self.terms + 1)) if self.additive else 1

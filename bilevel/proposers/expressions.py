@@ -1,10 +1,9 @@
 """Expressions of a closed grammar: read from text, printed as mathematics, evaluated with finite values and gradients.
 
 An expression is a tree of tuples, `("const", 2.0)`, `("var", "J")` or `(operation, tree, ...)`. Text becomes a tree
-by a
-tokenizer and a recursive descent of this module's own: nothing of it is ever executed, evaluated, compiled or imported,
-and what the grammar does not name is refused with a short sentence. `evaluate` is a walk over the tree with JAX's
-operations; `bilevel.proposers.registers` runs the same operations as data.
+by a tokenizer and a recursive descent of this module's own: nothing of it is ever executed, evaluated, compiled or
+imported, and what the grammar does not name is refused with a short sentence. `evaluate` is a walk over the tree with
+JAX's operations; `bilevel.proposers.registers` runs the same operations as data.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,7 +132,7 @@ def finite(function: Callable[..., Any], aux: Any = None) -> Callable[..., Any]:
 def _finite(function: Callable[..., Any]) -> Callable[..., Any]:
     @jax.custom_jvp
     def bounded(aux: Any, *fields: Any) -> Any:
-        return _bounded(function(aux, *fields))
+        return _of_all(_bounded(function(aux, *fields)), fields)
 
     @functools.partial(bounded.defjvp, symbolic_zeros=True)
     def derivative(primals: Any, tangents: Any) -> Any:
@@ -142,9 +141,20 @@ def _finite(function: Callable[..., Any]) -> Callable[..., Any]:
         for i, tangent in enumerate(tangents[1:]):
             if not isinstance(tangent, SymbolicZero):
                 change = change + _finite(_partial(function, i))(aux, *fields) * tangent
-        return bounded(aux, *fields), change
+        return bounded(aux, *fields), _of_all(change, fields)
 
     return bounded
+
+
+def _of_all(value: Any, fields: Sequence[Any]) -> Any:
+    """The value, as something that depends on every field.
+
+    Under `vmap` a value or a derivative that does not (of `log(b)` by a) would have no batch axis where its partner
+    has one, which JAX does not expect of a `custom_jvp` inside a scan.
+    """
+    for field in fields:
+        value = jnp.where(field == field, value, value)
+    return value
 
 
 def _partial(function: Callable[..., Any], i: int) -> Callable[..., Any]:
@@ -185,13 +195,34 @@ def names_in(node: Node) -> set[str]:
     return set() if node[0] == "const" else set().union(*map(names_in, node[1:]))
 
 
-def simplified(node: Node) -> Node:
-    """The tree with constants folded, neutral elements removed, and the arguments of symmetric operations in order."""
+def is_positive(node: Node, positive: Collection[str]) -> bool:
+    """Whether the value cannot be negative, where the names in `positive` are."""
+    op = node[0]
+    if op == "const":
+        return bool(node[1] >= 0)
+    if op == "var":
+        return node[1] in positive
+    if op in ("add", "mul", "div", "min"):
+        return all(is_positive(child, positive) for child in node[1:])
+    if op == "max":
+        return any(is_positive(child, positive) for child in node[1:])
+    return op in ("sq", "abs", "exp", "sqrt") or (op == "cube" and is_positive(node[1], positive))
+
+
+def simplified(node: Node, positive: Collection[str] = ()) -> Node:
+    """The tree with constants folded, neutral elements removed, and the arguments of symmetric operations in order.
+
+    Of what is known to be positive, the absolute value is dropped.
+    """
     if node[0] in ("const", "var"):
         return node
-    op, children = node[0], [simplified(child) for child in node[1:]]
+    op, children = node[0], [simplified(child, positive) for child in node[1:]]
+    if op == "abs" and is_positive(children[0], positive):
+        return children[0]
     if op == "mul" and children[0] == children[1]:
         op, children = "sq", children[:1]
+    if op == "add" and children[0] == children[1]:
+        op, children = "mul", [("const", 2.0), children[0]]
     if op in ("add", "mul", "max", "min"):
         children.sort(key=repr)
     if all(child[0] == "const" for child in children):
@@ -215,28 +246,38 @@ def simplified(node: Node) -> Node:
         return children[0]
     if op in ("sq", "abs") and children[0][0] in ("neg", "abs"):
         return (op, children[0][1])
-    if op == "abs" and children[0][0] in ("sq", "sqrt", "exp"):
-        return children[0]
-    if op == "sqrt" and children[0][0] == "sq":
-        return ("abs", children[0][1])
-    if op == "sq" and children[0][0] == "sqrt":
-        return ("abs", children[0][1])
+    if (op, children[0][0]) in (("sqrt", "sq"), ("sq", "sqrt")):
+        return simplified(("abs", children[0][1]), positive)
     return (op, *children)
 
 
-def unscaled(node: Node) -> Node:
+def summands(node: Node) -> list[Node]:
+    """What a sum, a difference, or the logarithm of a product is made of, without the signs; else the tree alone."""
+    if node[0] in ("add", "sub"):
+        return [part for child in node[1:] for part in summands(child)]
+    if node[0] == "log" and node[1][0] in ("mul", "div"):
+        return [part for child in node[1][1:] for part in summands(("log", child))]
+    return [node]
+
+
+def unscaled(node: Node, positive: Collection[str] = ()) -> Node:
     """The simplified tree without what a coefficient in front of it can say: signs, constant factors, log's powers."""
-    node = simplified(node)
-    while True:
-        op = node[0]
-        if op == "neg" or (op in ("mul", "div") and node[2][0] == "const" and node[2][1] != 0):
-            node = node[1]
-        elif op == "mul" and node[1][0] == "const" and node[1][1] != 0:
-            node = node[2]
-        elif op == "log" and node[1][0] in ("sq", "cube", "sqrt", "abs"):
-            node = ("log", node[1][1])
-        else:
-            return node
+    node = simplified(node, positive)
+    if node[0] in ("mul", "div", "sq", "cube", "abs", "sqrt"):
+        # A factor of what is in there is a factor of the whole.
+        node = simplified((node[0], *(unscaled(child, positive) for child in node[1:])), positive)
+    op = node[0]
+    if op == "neg":
+        return unscaled(node[1], positive)
+    if op in ("mul", "div") and node[2][0] == "const" and node[2][1] != 0:
+        return unscaled(node[1], positive)
+    if op == "mul" and node[1][0] == "const" and node[1][1] != 0:
+        return unscaled(node[2], positive)
+    if op == "div" and node[1][0] == "const" and node[1][1] not in (0, 1):
+        return unscaled(("div", ("const", 1.0), node[2]), positive)
+    if op == "log" and node[1][0] in ("sq", "cube", "sqrt", "abs"):
+        return unscaled(("log", node[1][1]), positive)
+    return node
 
 
 def _folded(op: str, values: list[float]) -> float | None:
@@ -441,6 +482,7 @@ class Grammar:
     Attributes:
       variables: the names that a law is a function of.
       functions: of `log`, `exp`, `sqrt`, `sq`, `abs`, `max`, `min`; operators are + - * / and the powers **2 and **3.
+      positive: which of the variables cannot be negative: laws that differ by an absolute value of them are one law.
       parameters: how many of its own an expression may name.
       characters, nodes, depth: the largest text and tree.
       constant: the largest absolute value of a number.
@@ -451,6 +493,7 @@ class Grammar:
 
     variables: tuple[str, ...]
     functions: tuple[str, ...] = _FUNCTIONS
+    positive: tuple[str, ...] = ()
     parameters: int = 6
     characters: int = 400
     nodes: int = 48
@@ -458,12 +501,14 @@ class Grammar:
     constant: float = 1e6
 
     def __post_init__(self) -> None:
-        for field in ("variables", "functions"):
+        for field in ("variables", "functions", "positive"):
             if isinstance(value := getattr(self, field), str) or not all(isinstance(v, str) for v in value):
                 raise ValueError(f"Grammar({field}={value!r}): a tuple of names is needed, such as ('I1', 'J').")
             object.__setattr__(self, field, tuple(value))
         if unknown := set(self.functions) - set(_FUNCTIONS):
             raise ValueError(f"Grammar(functions=...): {sorted(unknown)} is none of {', '.join(_FUNCTIONS)}.")
+        if unknown := set(self.positive) - set(self.variables):
+            raise ValueError(f"Grammar(positive=...): {sorted(unknown)} is none of {', '.join(self.variables)}.")
         for name in self.variables:
             if not _NAME.fullmatch(name) or name in _FUNCTIONS or len(name) > 24:
                 raise ValueError(f"Grammar(variables=...): {name!r} is no name that a law can use.")

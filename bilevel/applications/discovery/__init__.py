@@ -3,7 +3,7 @@
 from bilevel.applications.discovery.laws import ELASTIC, PLASTIC, energy_stress, invariants, lame, yield_return
 from bilevel.applications.discovery.molecules import MOLECULES, Molecule, energies, hamiltonian, relax, spectrum
 from bilevel.applications.discovery.mpm import Simulation, State, block
-from bilevel.applications.discovery.tasks import TASKS, Task, task
+from bilevel.applications.discovery.tasks import TASKS, Task, Verification, task
 
 __all__ = [
     "ELASTIC",
@@ -14,6 +14,7 @@ __all__ = [
     "Simulation",
     "State",
     "Task",
+    "Verification",
     "block",
     "energies",
     "energy_stress",

@@ -16,11 +16,43 @@ from bilevel import LowerProblem
 from bilevel.applications.discovery.laws import ELASTIC, PLASTIC, energy_stress, yield_return
 from bilevel.applications.discovery.mpm import Simulation, State, block
 from bilevel.lower import LeastSquares, LevenbergMarquardt
-from bilevel.proposers import Expression, GrammarError, Trial, assemble_terms, execute
+from bilevel.proposers import Expression, Grammar, GrammarError, Trial, assemble_terms, execute
 
-__all__ = ["TASKS", "Task", "task"]
+__all__ = ["TASKS", "Task", "Verification", "task"]
 
 _INSTRUCTIONS = 14  # of a term's register program
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How a law does where it was not fitted.
+
+    Attributes:
+      apart: the relative distance of positions from the truth, for each fresh start.
+      rest_stress: of an energy, the stress of the undeformed body over its stiffness.
+      stable: whether an energy resists every small strain.
+      tolerance: of `apart`.
+    """
+
+    apart: tuple[float, ...]
+    rest_stress: float
+    stable: bool
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the law may be called found. A distance that is no number is too far."""
+        return self.stable and self.rest_stress < 1e-3 and all(a <= self.tolerance for a in self.apart)
+
+    def __str__(self) -> str:
+        apart = ", ".join(f"{a:.1e}" for a in self.apart)
+        if self.holds:
+            return f"the law holds: from fresh starts it is {apart} away from the truth"
+        if not self.stable:
+            return "NOT the law: the body would not resist small strains"
+        if not self.rest_stress < 1e-3:
+            return f"NOT the law: the undeformed body would be under stress, {self.rest_stress:.1e} of its stiffness"
+        return f"NOT the law, only a fit: from fresh starts it is {apart} away from the truth"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +88,11 @@ class Task:
     def variables(self) -> tuple[str, str]:
         """Of a proposed law: (I1, J) of F, or (t, n) = (tr e, |dev e|) of e = log V."""
         return ("I1", "J") if self.unknown == "elastic" else ("t", "n")
+
+    def grammar(self, **options: Any) -> Grammar:
+        """The grammar of the sought law's variables, with the options of `Grammar`; I1, J and n are not negative."""
+        positive = tuple(v for v in self.variables if v != "t")
+        return Grammar(self.variables, **{"positive": positive, **options})
 
     @property
     def steps(self) -> int:
@@ -135,6 +172,9 @@ class Task:
             values = jax.vmap(lambda term: execute(term, (a, b)))(program)
             return jnp.tensordot(coefficients, values, 1)
 
+        return self._with_law(law)
+
+    def _with_law(self, law: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
         if self.unknown == "elastic":
             return energy_stress(law), functools.partial(_with, PLASTIC[self.plastic], self.parameters["plastic"])
         tension = self.plastic == "von_mises"
@@ -143,16 +183,26 @@ class Task:
     def _rollout_residuals(self, coefficients: Any, program: Any, shared: Any) -> Any:
         return self.residuals_of(*self._proposed(coefficients, program), shared)
 
-    def problem_of(self, proposal: Expression | Trial, terms: int = 3) -> LowerProblem:
+    def problem_of(self, law: Expression, terms: int = 3) -> LowerProblem:
         """The whole problem of an additive law: its coefficients, so that teacher-forced rollouts follow the truth.
 
-        Given a trial, it starts at the trial's coefficients.
+        The law is a register program, so that one compile serves all of them.
         """
-        law = proposal.proposal if isinstance(proposal, Trial) else proposal
-        start = proposal.y if isinstance(proposal, Trial) else np.zeros(terms)
-        return LowerProblem(
-            start, residuals=self._rollout_residuals, data=self.program(law, terms), shared=self._shared_starts
-        )
+        start, data = np.zeros(terms), self.program(law, terms)
+        return LowerProblem(start, residuals=self._rollout_residuals, data=data, shared=self._shared_starts)
+
+    def final_problem_of(self, trial: Trial) -> LowerProblem:
+        """The same for a law that was fitted already, from its coefficients; compiled for this law, so that its steps
+        cost a small part of the register program's."""
+        law = trial.proposal
+
+        def residuals(coefficients: Any, shared: Any) -> Any:
+            return self.residuals_of(*self._with_law(self._evaluated(law, coefficients)), shared)
+
+        return LowerProblem(np.ravel(trial.y)[: len(law.terms)], residuals=residuals, shared=self._shared_starts)
+
+    def _evaluated(self, law: Expression, coefficients: Any) -> Callable[[Any, Any], Any]:
+        return lambda a, b: law.evaluate(dict(zip(self.variables, (a, b), strict=True)), coefficients)
 
     @functools.cached_property
     def _shared_starts(self) -> Any:
@@ -216,6 +266,83 @@ class Task:
             )
 
         return problem_of
+
+    # ------------------------------------------------------------ whether a law holds
+
+    def fresh_starts(self, count: int = 2, seed: int = 0) -> State:
+        """The undeformed block with other velocities and spins than the trajectory's, faster ones; (count, n, ...)."""
+        rng, d = np.random.default_rng(seed), self.simulation.dimensions
+        x = np.asarray(self.truth.x[0])
+        relative, starts = x - x.mean(0), []
+        for _ in range(count):
+            direction, axis = rng.normal(size=d), rng.normal(size=1 if d == 2 else 3)
+            spin = 6.0 * axis / np.linalg.norm(axis)
+            if d == 2:
+                c = np.array([[0, -spin[0]], [spin[0], 0]])
+            else:
+                c = np.array([[0, -spin[2], spin[1]], [spin[2], 0, -spin[0]], [-spin[1], spin[0], 0]])
+            v = 2.5 * direction / np.linalg.norm(direction) + relative @ c.T
+            starts.append(State(x, v, np.broadcast_to(c, (len(x), d, d)), np.broadcast_to(np.eye(d), (len(x), d, d))))
+        return jax.tree.map(lambda *a: jnp.asarray(np.stack(a), self.truth.x.dtype), *starts)
+
+    @functools.cached_property
+    def _fresh_run(self) -> Callable[..., Any]:
+        """Positions from fresh starts: of a proposed law, or where it is None of the truth. One compile for all laws."""
+
+        @jax.jit
+        def run(starts: State, coefficients: Any, program: Any) -> Any:
+            true = self.elastic if self.unknown == "elastic" else self.plastic
+            if program is None:
+                laws = self.named(true, self.parameters[self.unknown])
+            else:
+                laws = self._proposed(coefficients, program)
+            return jax.vmap(lambda s: self.simulation.rollout(s, self.steps, *laws)[1].x)(starts)
+
+        return run
+
+    def verify(
+        self, law: Expression, coefficients: Any, *, count: int = 2, seed: int = 0, tolerance: float = 1e-6
+    ) -> Verification:
+        """Whether a law holds beyond the trajectory that it was found on: from fresh starts, never set back.
+
+        What is compared are positions, which an experiment would give as well; the true law is used for nothing but
+        to simulate them. An energy has to be at rest without stress and stable there besides.
+
+        Args:
+          law, coefficients: of a trial.
+          count, seed: of the fresh starts.
+          tolerance: the largest relative distance at which the law is said to hold. Wrong laws that fit well come to
+            1e-2 to 1e-4, so that single precision would not do.
+
+        Raises:
+          ValueError: the task is in single precision.
+        """
+        if self.truth.x.dtype != np.float64:
+            raise ValueError(
+                "Task.verify tells a true law from one that fits well, and needs float64 for it: "
+                'jax.config.update("jax_enable_x64", True) before the task is made.'
+            )
+        starts, program = self.fresh_starts(count, seed), self.program(law, len(np.ravel(coefficients)))
+        wanted = self._fresh_run(starts, None, None)
+        found = self._fresh_run(starts, jnp.asarray(np.ravel(coefficients)), program)
+        length = lambda a: np.linalg.norm(np.asarray(a).reshape(count, -1), axis=1)  # noqa: E731
+        apart = length(found - wanted) / length(wanted - starts.x[:, None])
+        rest, stable = (0.0, True) if self.unknown == "plastic" else self._at_rest(coefficients, program)
+        return Verification(tuple(map(float, apart)), rest, stable, tolerance)
+
+    def _at_rest(self, coefficients: Any, program: Any) -> tuple[float, bool]:
+        """(stress at F = I over the stiffness there, whether the stiffness is positive for all small strains)."""
+        d = self.simulation.dimensions
+        stress = self._proposed(jnp.asarray(np.ravel(coefficients)), program)[0]
+        pairs = [(i, j) for i in range(d) for j in range(i, d)]
+        strains = np.zeros((len(pairs), d, d))
+        for k, (i, j) in enumerate(pairs):
+            strains[k, i, j] += 0.5
+            strains[k, j, i] += 0.5
+        tau, pushed = jax.jvp(jax.vmap(stress), (jnp.stack([jnp.eye(d)] * len(pairs)),), (jnp.asarray(strains),))
+        stiffness = np.einsum("aij,bij->ab", strains, np.asarray(pushed))
+        values = np.linalg.eigvalsh(stiffness + stiffness.T) / 2
+        return float(jnp.abs(tau).max() / max(np.abs(values).max(), 1e-300)), bool(values.min() > 0)
 
     def same_energy(self, law: Expression, coefficients: Any, count: int = 200, seed: int = 0) -> float:
         """How far a law's stress is from the true one, relatively, on random deformations beyond those of the

@@ -106,11 +106,10 @@ def _log_by_roots(b: Any, roots: int = 4, iterations: int = 9) -> Any:
     eye = _eye(b)
     size = jnp.maximum(trace(b) / b.shape[-1], 1e-12)
     a = b / _by(size)
-    for _ in range(roots):
-        y, z = a, jnp.broadcast_to(eye, a.shape)
-        for _ in range(iterations):
-            y, z = (y + inverse(z)) / 2, (z + inverse(y)) / 2
-        a = y
+    halves = lambda pair, _: (((pair[0] + inverse(pair[1])) / 2, (pair[1] + inverse(pair[0])) / 2), None)  # noqa: E731
+    # Scans, because the unrolled iterations compile for half a minute once they are differentiated twice.
+    root = lambda a, _: (jax.lax.scan(halves, (a, jnp.broadcast_to(eye, a.shape)), length=iterations)[0][0], None)  # noqa: E731
+    a = jax.lax.scan(root, a, length=roots)[0]
     w = (a - eye) @ inverse(a + eye)
     square, total = w @ w, w * 0
     for k in reversed(range(10)):
