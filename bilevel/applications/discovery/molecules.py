@@ -1,8 +1,7 @@
 """Conjugated molecules by Hueckel theory: a stand-in for molecule design that needs no learned predictor.
 
-It is a stand-in: Hueckel's model sees the pi electrons of a planar carbon frame with nitrogen in it and nothing
-else, and
-its couplings here depend on the bond lengths (Su, Schrieffer and Heeger's idea, with Longuet-Higgins and Salem's
+It is a stand-in: Hueckel's model sees the pi electrons of a planar carbon frame with nitrogen in it and nothing else,
+and its couplings here depend on the bond lengths (Su, Schrieffer and Heeger's idea, with Longuet-Higgins and Salem's
 exponential).
 Energies are in units of |beta|, the coupling at 1.397 angstrom, relative to carbon's alpha.
 
@@ -10,10 +9,8 @@ Energies are in units of |beta|, the coupling at 1.397 angstrom, relative to car
     E(r)  = 2 sum over occupied orbitals e_i(r) + sum over bonds s(r_ab)
 
 s is the energy of the sigma bond, such that E is stationary where r = 1.517 - 0.18 p (Coulson's relation of bond
-length and bond
-order p). The discrete variable is which atoms and bonds; the lower level relaxes the lengths to the least E; the
-upper loss is
-the distance of HOMO, LUMO or gap from a target.
+length and bond order p). The discrete variable is which atoms and bonds; the lower level relaxes the lengths to the
+least E; the upper loss is the distance of HOMO, LUMO or gap from a target.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ import numpy as np
 
 from bilevel import implicit
 
-__all__ = ["MOLECULES", "Molecule", "energies", "hamiltonian", "relax", "residual", "spectrum"]
+__all__ = ["MOLECULES", "Molecule", "energies", "energy", "hamiltonian", "relax", "residual", "spectrum"]
 
 _R0, _DECAY, _SINGLE, _SLOPE = 1.397, 0.3106, 1.517, 0.18
 _ALPHA = {"C": 0.0, "N": 0.5}  # in |beta|; positive: deeper than carbon
@@ -139,12 +136,44 @@ def hamiltonian(arrays: Any, lengths: Any) -> Any:
     return h.at[pairs[:, 0], pairs[:, 1]].add(coupling).at[pairs[:, 1], pairs[:, 0]].add(coupling)
 
 
+@jax.custom_jvp
+def _levels(h: Any) -> Any:
+    """Eigenvalues, ascending."""
+    return jnp.linalg.eigh(h)[0]
+
+
+@_levels.defjvp
+def _levels_change(primals: Any, tangents: Any) -> Any:
+    e, c = jnp.linalg.eigh(primals[0])
+    return e, jnp.einsum("ai,ab,bi->i", c, tangents[0], c)
+
+
+@jax.custom_jvp
+def _density(h: Any, filled: Any) -> Any:
+    """The sum of filled_i c_i c_i' (n, n) over orbitals.
+
+    Its derivative is stated, because that of the orbitals is infinite where two of them are level, as benzene's are;
+    that of the density has only pairs of unequal filling in it.
+    """
+    c = jnp.linalg.eigh(h)[1]
+    return (c * filled) @ c.T
+
+
+@_density.defjvp
+def _density_change(primals: Any, tangents: Any) -> Any:
+    h, filled = primals
+    e, c = jnp.linalg.eigh(h)
+    apart, unequal = e[:, None] - e, filled[:, None] - filled
+    share = jnp.where(jnp.abs(apart) > 1e-9, unequal / jnp.where(jnp.abs(apart) > 1e-9, apart, 1.0), 0.0)
+    return (c * filled) @ c.T, c @ (share * (c.T @ tangents[0] @ c)) @ c.T
+
+
 def spectrum(arrays: Any, lengths: Any) -> tuple[Any, Any]:
     """(orbital energies ascending (n,), bond orders (m,)) at these lengths."""
-    e, c = jnp.linalg.eigh(hamiltonian(arrays, lengths))
-    filled = 2.0 * (jnp.arange(e.size) < arrays["electrons"] // 2)
+    h = hamiltonian(arrays, lengths)
+    filled = 2.0 * (jnp.arange(h.shape[0]) < arrays["electrons"] // 2)
     pairs = arrays["pairs"]
-    return e, jnp.einsum("i,mi,mi->m", filled, c[pairs[:, 0]], c[pairs[:, 1]])
+    return _levels(h), _density(h, filled.astype(h.dtype))[pairs[:, 0], pairs[:, 1]]
 
 
 def _sigma(lengths: Any) -> Any:
@@ -153,9 +182,16 @@ def _sigma(lengths: Any) -> Any:
     return 2 * jnp.exp(-u) * (_SINGLE - lengths - _DECAY) / _SLOPE
 
 
+def energy(arrays: Any, lengths: Any) -> Any:
+    """E of the pi electrons and the sigma bonds, in |beta|; `relax` finds where it is least."""
+    filled = 2.0 * (jnp.arange(arrays["alpha"].shape[0]) < arrays["electrons"] // 2)
+    bonded = jnp.where(arrays["coupling"] != 0, _sigma(lengths) * arrays["coupling"], 0.0)
+    return jnp.vdot(filled, _levels(hamiltonian(arrays, lengths))) + jnp.sum(bonded)
+
+
 def energies(arrays: Any, lengths: Any) -> Any:
     """(HOMO, LUMO) in |beta|."""
-    e, _ = spectrum(arrays, lengths)
+    e = _levels(hamiltonian(arrays, lengths))
     last = arrays["electrons"] // 2
     return jnp.stack([jnp.take(e, last - 1), jnp.take(e, last)])
 
