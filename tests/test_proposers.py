@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 
@@ -22,7 +23,7 @@ from bilevel.proposers import (
     assemble,
     execute,
 )
-from bilevel.proposers.expressions import depth, size, text
+from bilevel.proposers.expressions import depth, size, text, unscaled
 
 GRAMMAR = Grammar(("I1", "J"))
 HOSTILE = [
@@ -242,6 +243,43 @@ def test_evolution_follows_from_history_and_key_and_never_repeats():
     assert again == proposer.ask(trials, 40, key)
     assert not {map(str, again)} & {map(str, first)}
     assert all(law.complexity for law in again)
+
+
+def test_terms_that_say_the_same_are_one_term_and_sums_are_terms_of_their_own():
+    grammar = Grammar(("I1", "J"), positive=("I1", "J"))
+    one = lambda source: text(unscaled(grammar.parse(source), grammar.positive))
+    for source, wanted in (
+        ("-3*abs(I1)", "I1"),
+        ("sq(log(sqrt(J)))", "sq(log(J))"),
+        ("log(J*J)", "log(J)"),
+        ("sqrt(sq(J))", "J"),
+        ("0.5/sqrt(J)", "1/sqrt(J)"),
+        ("J + J", "J"),
+        ("abs(J - I1)", "abs(J - I1)"),
+    ):
+        assert one(source) == wanted
+    proposer = GrammarProposer(grammar, exclude=("log(J)",))
+    law = lambda *terms: proposer._law([grammar.parse(t) for t in terms])
+    assert str(law("3*I1", "abs(I1) + sq(log(J))")) == str(law("I1", "sq(log(J))"))
+    assert str(law("I1", "J - 2*log(J)")) == str(law("I1", "J"))
+    narrow = dataclasses.replace(proposer, terms=2)
+    assert str(narrow._law([grammar.parse("I1"), grammar.parse("J - 2*log(J)")])) == "p0*I1"
+    with pytest.raises(ValueError, match=r"positive=.*'K'.* is none of I1, J"):
+        Grammar(("I1", "J"), positive=("K",))
+
+
+def test_laws_are_differentiable_within_a_scan_of_many(x64):
+    # A derivative that does not depend on a field (of log(b) by a) has to have its batch axis all the same.
+    law = Grammar(("a", "b")).additive(["a", "log(b)"])
+    x = jnp.linspace(1.0, 2.0, 12).reshape(3, 4)
+
+    def path(c):
+        slope = lambda x: jax.jvp(lambda a: law.evaluate({"a": a, "b": x**2}, c), (x,), (jnp.ones_like(x),))[1]
+        return jax.vmap(lambda x: jax.lax.scan(lambda x, _: (x + slope(x), None), x, length=2)[0])(x)
+
+    found = jax.jit(jax.jacfwd(path))(jnp.array([0.5, 0.1]))
+    np.testing.assert_allclose(found[..., 0], 2.0)
+    np.testing.assert_allclose(found[..., 1], 0.0)
 
 
 def test_settings_are_refused_by_name():

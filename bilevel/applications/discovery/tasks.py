@@ -287,7 +287,7 @@ class Task:
 
     @functools.cached_property
     def _fresh_run(self) -> Callable[..., Any]:
-        """Positions from fresh starts: of a proposed law, or where it is None of the truth. One compile for all laws."""
+        """Positions from fresh starts: of a proposed law, or of the truth where it is None."""
 
         @jax.jit
         def run(starts: State, coefficients: Any, program: Any) -> Any:
