@@ -146,6 +146,10 @@ class Source:
         """All samples as one batch, or one draw where there is no end of them; `key` is that of the draw."""
         return self.arrays if self.count is not None else self.draw(as_step_key(0) if key is None else key)
 
+    def whole(self) -> Source | None:
+        """The source of all samples at every step; None where there is none, or batches carry more than samples."""
+        return None if self.random or self.host else self
+
     @property
     def count(self) -> int | None:
         """The number of samples; None where there is no end of them."""
@@ -297,6 +301,10 @@ class Minibatches(Source):
         per_epoch = jnp.uint32(self.batches)
         seed = epoch_seed(stream_seed(key), key.step // per_epoch)
         return _take(self.arrays, permute(_slots(key, per_epoch, self.size), count, seed))
+
+    def whole(self) -> Full:
+        """Full batches of the same arrays."""
+        return Full(self.arrays)
 
     def describe(self) -> Description:
         """The arrays and the way of drawing."""

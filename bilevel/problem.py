@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Generic, Literal
 
@@ -146,6 +147,24 @@ class Problem(Generic[X, Y]):
         """Whether a level's samples differ from step to step."""
         return any(source.random for source in self.sources)
 
+    def whole(self) -> Problem[X, Y] | None:
+        """The same problem on full batches; None where samples have no end or batches carry more than samples."""
+        upper, lower = (source.whole() for source in self.sources)
+        if upper is None or lower is None:
+            return None
+        return dataclasses.replace(self, upper_data=upper, lower_data=lower)
+
+    def pass_bytes(self, x: X, y: Y) -> float:
+        """About what one evaluation of both losses on all samples reads and writes, from their traces: the samples, and
+        all that is computed on the way. Infinite where there is no end of samples, or a loss takes no full batch."""
+        if any(source.host or (source.count is None and source.random) for source in self.sources):
+            return math.inf
+        samples = sum(leaf.size * leaf.dtype.itemsize for s in self.sources for leaf in jax.tree.leaves(s.arrays))
+        try:
+            return samples + sum(_traffic(jax.make_jaxpr(level)(x, y).jaxpr) for level in self.full_levels())
+        except (TypeError, ValueError, IndexError):  # batches of one size alone
+            return math.inf
+
     def projected(self, x: X, y: Y) -> tuple[X, Y]:
         """x projected on X and y on Y: where a run from (x, y) begins, whoever solves it.
 
@@ -190,6 +209,19 @@ class Problem(Generic[X, Y]):
                         f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of "
                         "arrays."
                     )
+
+
+def _traffic(jaxpr: Any) -> int:
+    """Bytes of all that a traced function computes on its way; the body of a loop as often as it is known to run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        parts = [part for value in equation.params.values() for part in (value if type(value) is tuple else (value,))]
+        bodies = [getattr(part, "jaxpr", part) for part in parts if hasattr(getattr(part, "jaxpr", part), "eqns")]
+        if bodies:
+            total += sum(map(_traffic, bodies)) * int(equation.params.get("length", 1))
+        else:
+            total += sum(int(np.prod(out.aval.shape)) * out.aval.dtype.itemsize for out in equation.outvars)
+    return total
 
 
 def _shapes_on(name: str, fn: Callable[..., PyTree], source: Source, x: PyTree, y: PyTree) -> PyTree:

@@ -24,7 +24,7 @@ from bilevel.problem import Problem, as_variable
 from bilevel.recorder import Event, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers._base import linear_remark, refuse_unreached
+from bilevel.solvers._base import refuse_unreached, remark
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
@@ -48,6 +48,9 @@ _MENDABLE = (
     Result.PENALTY_LIMITED,
     Result.INFEASIBLE,
 )
+
+# A run on full batches where minibatches were given: its steps are dear, few are needed, and it ends by itself.
+_WHOLE_STEPS, _WHOLE_TOL = 1000, 1e-5
 
 # How often a run goes on after the certificate did not let its end stand.
 _TIGHTER = 4
@@ -83,7 +86,9 @@ def solve(
       steps: outer steps, those before a resume included.
       key: a seed or a PRNG key. What step k draws is a function of the key and of k (`data.StepKey`): the same key
         gives the same run, whatever the chunk size.
-      tol: stop as soon as the solver's own measure of stationarity (see its docstring) is at most this.
+      tol: stop as soon as the solver's own measure of stationarity (see its docstring) is at most this. None: take
+        all steps; but where no solver is given and minibatches are passed over whole instead (the log and the
+        solution's reason say so), at most 1,000, and 1e-5.
       metrics: functions of (x, y) by name, or pairs `(function, data)` called as `function(x, y, data)` (data of any
         size then stay out of the compiled program). Evaluated before the first step, every `metrics_every` steps, and
         at the end.
@@ -109,7 +114,11 @@ def solve(
     check_count("solve", steps=steps, metrics_every=metrics_every, callback_every=callback_every)
     check_count("solve", checkpoint_every=checkpoint_every, checkpoint_keep=checkpoint_keep, chunk=chunk)
     asked_for = solver
+    given = problem
     problem, x, y, solver, reason = _checked(problem, x0, y0, solver, tol)
+    quiet = tol
+    if asked_for is None and given.stochastic and not problem.stochastic:  # full batches in place of minibatches
+        steps, quiet = min(steps, _WHOLE_STEPS), _WHOLE_TOL if tol is None else tol
     steps = host.most_steps(solver, steps)
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
     metrics_every = metrics_every or math.ceil(steps / 100)
@@ -127,12 +136,12 @@ def solve(
         saver = Checkpoints(checkpoint, fingerprint(problem, solver, x, y, base), checkpoint_keep)
 
     run = Recorder(schedule, measures, callback, saver, _first_state(streams.peeked(), solver, x, y, base))
-    if run.resume() and tol is not None:
+    if run.resume() and quiet is not None:
         newest = run.history.last().items()
         last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
-        run.result = Result(int(solver.status(run.state, last, tol)))  # type: ignore[attr-defined]
+        run.result = Result(int(solver.status(run.state, last, quiet)))  # type: ignore[attr-defined]
     pace = _Pace(chunk)
-    certificate = _settle(run, streams, solver, base, (x, y), tol, pace, progress)
+    certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress)
     if run.why:
         logger.warning("%s", run.why)
     reason = " ".join(part for part in (reason, run.why) if part)
@@ -152,7 +161,7 @@ def solve(
     )
     chosen = asked_for is None and tol is not None and checkpoint is None and callback is None
     if chosen and run.result in _MENDABLE and (other := second_solver(problem, x, y, solver)) is not None:
-        again, why = other
+        again, why, problem = other
         logger.info("%s", f"Went on with {why}.")
         options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every)
         second = solve(problem, x, y, again, steps=steps, progress=progress, chunk=chunk, **options)
@@ -169,21 +178,23 @@ def _settle(
     base: StepKey,
     start: tuple[Any, Any],
     tol: float | None,
+    quiet: float | None,
     pace: _Pace,
     progress: bool | None,
 ) -> Certificate:
     """Drive the run to an end that the certificate lets stand, or to its last step.
 
     The tolerance is a solver's own measure, in units that the problem need not share: where the certificate says that
-    x, or y, is not there yet, the run goes on with a smaller one.
+    x, or y, is not there yet, the run goes on with a smaller one. `quiet` is where a run without a tolerance (`tol` is
+    None) ends, all the same.
     """
-    asked, met = tol, False
+    asked, met = quiet, False
     for trial in range(_TIGHTER + 1):
         if isinstance(solver, HostSolver):
             host.drive(run, streams.rest, solver, base, asked, progress)
         else:
             _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
-        if tol is None and run.result is Result.MAX_STEPS:
+        if tol is None and run.result in (Result.MAX_STEPS, Result.CONVERGED):
             run.result = Result.COMPLETED
         met = met or run.result is Result.CONVERGED
         ended = Result.CONVERGED if met and run.result is Result.MAX_STEPS else run.result
@@ -191,12 +202,12 @@ def _settle(
         x, y = (_pooled(tree, like) for tree, like in zip((run.state.x, run.state.y), start, strict=True))
         found = certify(streams.peeked(), x, y, start, ended, numbers, tol)
         again = run.result is Result.CONVERGED and found.unsettled and run.done < run.schedule.steps
-        if asked is None or not again or trial == _TIGHTER:
+        if tol is None or asked is None or not again or trial == _TIGHTER:
             break
         asked, run.result = asked / 30, Result.MAX_STEPS
     run.note({name: value for name, value in found.measures.items() if name.startswith("polished")})
     settled = (Result.CONVERGED, Result.INTERRUPTED, Result.STOPPED)
-    along = "" if found.result in settled else linear_remark(numbers)
+    along = "" if found.result in settled else remark(numbers)
     run.result, run.why = found.result, " ".join(part for part in (run.why, found.why, along) if part)
     return found
 
@@ -229,7 +240,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
     x, y = problem.projected(x, y)
     reason = ""
     if solver is None:
-        solver, reason = default_solver(problem, x, y)
+        solver, reason, problem = default_solver(problem, x, y)
         logger.info("%s", reason)
     if not (hasattr(solver, "init") and hasattr(solver, "step")) and not isinstance(solver, HostSolver):
         raise TypeError(

@@ -389,11 +389,11 @@ def test_simple_bilevel(solver, atol):
 
 def test_solve_picks_a_solver_for_a_simple_problem():
     problem, _ = minimum_norm()
-    solver, reason = default_solver(problem, None, jnp.ones(4))
+    solver, reason, _ = default_solver(problem, None, jnp.ones(4))
     assert isinstance(solver, MPCC)
     assert "several starts" in reason
     many = Problem(lambda x, y: jnp.sum(y**2), lambda x, y: (jnp.sum(y) - 1) ** 2)
-    solver, reason = default_solver(many, None, jnp.ones(400))
+    solver, reason, _ = default_solver(many, None, jnp.ones(400))
     assert isinstance(solver, IterativeRegularization)
     assert "both levels own y" in reason
 

@@ -13,10 +13,10 @@ from bilevel.lower.levenberg_marquardt import LeastSquares, LevenbergMarquardt
 from bilevel.lower.loops import LowerState, repeat, until
 from bilevel.lower.newton import Newton
 from bilevel.lower.scaled import EqualityDescent, ScaledDescent
-from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Steps
+from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Relative, Steps
 
 __all__ = [
     "LBFGS", "Accurate", "EqualityDescent", "Function", "GradientDescent", "LeastSquares", "LevenbergMarquardt",
-    "LowerState", "MomentumSGD", "Newton", "ScaledDescent", "Steps", "as_lower_solver", "jaxopt", "optimistix",
-    "repeat", "until",
+    "LowerState", "MomentumSGD", "Newton", "Relative", "ScaledDescent", "Steps", "as_lower_solver", "jaxopt",
+    "optimistix", "repeat", "until",
 ]  # fmt: skip

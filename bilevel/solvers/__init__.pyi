@@ -49,6 +49,7 @@ from bilevel.solvers.penalty.pbgd import VPBGD as VPBGD
 from bilevel.solvers.penalty.sflcb import SFLCB as SFLCB
 from bilevel.solvers.penalty.simple import BiGSAM as BiGSAM
 from bilevel.solvers.penalty.simple import IterativeRegularization as IterativeRegularization
+from bilevel.solvers.probed import ProbedSingleLoop as ProbedSingleLoop
 from bilevel.solvers.single_loop import FSLA as FSLA
 from bilevel.solvers.single_loop import MASOBA as MASOBA
 from bilevel.solvers.single_loop import MRBO as MRBO

@@ -102,8 +102,18 @@ def linear_settled(tol: Any, metrics: Metrics) -> Any:
     return settled & (metrics.get("negative_curvature", 0) == 0)
 
 
-def linear_remark(metrics: dict[str, float]) -> str:
-    """What the linear systems of the last step say about the lower level, in a sentence; nothing where all is well."""
+def remark(metrics: dict[str, float]) -> str:
+    """What the last step's metrics say against the run, in a sentence; nothing where all is well."""
+    if metrics.get("returns", 0) > 0:
+        return (
+            f"x ran away and was put back {metrics['returns']:.0f} times: the lower level looks ill-conditioned, and "
+            "single loops follow it too slowly. Take solvers.AID() on all samples, or rescale y."
+        )
+    if metrics.get("upper_curvature", 1) == 0:
+        return (
+            "No curvature of x -> F(x, y*(x)) was seen along x's directions, so that no step of x could be chosen: it "
+            "is flat or linear there. Take solvers.SOBA with a step size of yours."
+        )
     if metrics.get("negative_curvature", 0) > 0:
         return (
             "The linear solver met negative curvature of the lower loss: y is no minimum, but a saddle point or a "

@@ -12,7 +12,7 @@ from bilevel import hypergradients, linear
 from bilevel._module import hyperparameters, state
 from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
 from bilevel.keys import StepKey
-from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
+from bilevel.lower import LBFGS, GradientDescent, LowerState, Relative, as_lower_solver
 from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import linear_settled, refuse, within
@@ -155,17 +155,18 @@ def AID(
 ) -> HypergradientDescent:
     """Approximate implicit differentiation: a lower solve, a warm-started linear solve, an upper step.
 
-    Defaults, for full batches, without a step size to choose: `lower.LBFGS(tol=1e-6)`, `linear.Robust` (CG from a warm
-    start, or GMRES with a projection or prox on the lower level, and least squares where f_yy is singular; up
-    to 32 unknowns as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()` with a projection on the upper
-    level). `lower_solver=lower.Newton()` solves small or badly conditioned lower levels to the dtype's precision.
+    Defaults, for full batches, without a step size or a unit to choose: `lower.Relative(lower.LBFGS(tol=1e-6))`,
+    `linear.Robust` (CG from a warm start, or GMRES with a projection or prox on the lower level, and least squares
+    where f_yy is singular; up to 32 unknowns as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()` with a
+    projection on the upper level). `lower_solver=lower.Newton()` solves small or badly conditioned lower levels to the
+    dtype's precision.
 
     References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation",
     ICML 2020.
     """
     return HypergradientDescent(
         Implicit(linear_solver),
-        LBFGS() if lower_solver is None else lower_solver,
+        Relative(LBFGS()) if lower_solver is None else lower_solver,
         upper_optimizer,
     )
 

@@ -72,6 +72,10 @@ class Lower:
     loss_change: float = 0.0
 
 
+_PASS_BYTES = 2**22
+"""What one evaluation of both losses may read and write."""
+
+
 def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
     """Why the two checks are not made for this problem; "" where they are."""
     try:
@@ -80,6 +84,9 @@ def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
         return str(error)
     if unknowns + rows > largest:
         return f"{unknowns} unknowns and {rows} rows are more than {largest}, for which dense checks are made."
+    passed = problem.pass_bytes(x, y)
+    if passed > _PASS_BYTES:
+        return f"a pass over the samples reads and writes {passed / 2**20:.3g} MiB, too much for thousands of them."
     return ""
 
 
