@@ -143,7 +143,7 @@ class Simulation:
         velocity = near.sum(1)
         c = 4 * self.grid**2 * jnp.einsum("nki,nkj->nij", near, distance)
         f = state.f + self.dt * c @ state.f
-        x = jnp.clip(state.x + self.dt * velocity, self.dx, 1 - self.dx)
+        x = jnp.clip(state.x + self.dt * velocity, self.dx, 1 - 2 * self.dx)  # where all of a stencil's nodes exist
         return State(x, velocity, c, f if plastic is None else plastic(f))
 
     def rollout(self, state: State, steps: int, elastic: Law, plastic: Law | None = None) -> tuple[State, State]:
