@@ -267,7 +267,7 @@ class _Run:
                 yield 0, self._hopeless(), True
                 return
             finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
-            if finished and passed:
+            if finished and passed and self.best is not None:
                 self.best = self.search.exact(self.best, rng)
             yield step, point, finished
             if finished:
@@ -352,7 +352,8 @@ class _Run:
             near = first + [point for _, point in sorted(best.values(), key=lambda pair: pair[0])]
             # Two solutions with the same active rows may lie on different sides of a set: what is far is tried, too.
             feasible = sorted(feasible, key=lambda pair: pair[0])[: (len(feasible) + 1) // 2]
-            taken, far = [start, *near[:2]], []
+            taken = [start, *near[:2]]
+            far: list[np.ndarray] = []
             while feasible and len(far) < _FAR:
                 away = [min(np.linalg.norm((point - other)[:n]) for other in taken) for _, point in feasible]
                 far.append(feasible.pop(int(np.argmax(away)))[1])

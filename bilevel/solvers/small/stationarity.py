@@ -454,6 +454,6 @@ class _Check:
                 best = gained / self.radius, step, reached
         if best[0] > -max(10 * self.tol, 1e-3):
             best = 0.0, None, None
-        direction, reached = (None if part is None else self.in_units(part) for part in best[1:])
+        step_in_units, end_in_units = (None if part is None else self.in_units(part) for part in best[1:])
         why = f"{why}: {len(directions)} sampled directions were tried."
-        return Stationarity(best[0], direction, False, why, reached)
+        return Stationarity(best[0], step_in_units, False, why, end_in_units)
