@@ -82,7 +82,8 @@ def test_the_published_configurations_have_as_many_parameters():
 def test_every_parameter_of_ours_is_alive():
     net = Denoiser(6, 3, width=8, decoders=2, heads=2)
     x = jnp.asarray(RNG.normal(size=(4, 6, 3)), jnp.float32)
-    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(net(p, x, jnp.arange(4)))))(net.init(jax.random.key(0)))
+    loss = lambda p: jnp.sum(jnp.sin(net(p, x, jnp.arange(4))))
+    gradient = jax.jit(jax.grad(loss))(net.init(jax.random.key(0)))
     assert all(float(jnp.abs(g).max()) > 0 for g in gradient.values())
 
 
@@ -158,10 +159,11 @@ def tiny(bins=2, **options):
     return population(*parts, denoiser=net, bins=bins, batch=8, levels=2, noise_levels=10, held_out=12, **options)
 
 
-def test_forward_is_reverse_along_two_hundred_adam_steps(x64):
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_forward_is_reverse_along_adam_steps(x64, steps):
     app = tiny()
     cast = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)
-    x, y, solver = cast(app.x0), cast(app.y0), app.training(200)
+    x, y, solver = cast(app.x0), cast(app.y0), app.training(steps)
     x["noise"] = x["noise"] + 5.0
     problem = jax.tree.map(jnp.asarray, app.problem)
     found = [
