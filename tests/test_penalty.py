@@ -308,7 +308,7 @@ def test_meha_honours_a_proximal_term():
         lambda x, y: 0.5 * jnp.sum((y - c) ** 2),
         lambda x, y: 0.5 * jnp.sum((y - b) ** 2),
         project_upper=lambda x: jnp.clip(x, -5, 2),
-        prox_lower=lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x), 0),
+        prox_lower=lambda x, y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x), 0),
     )
     with pytest.raises(ProblemError, match=r"depends on x.*nonsmooth=r"):
         solve(problem, jnp.zeros(()), jnp.zeros(4), MEHA())

@@ -73,7 +73,7 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
         if fn is not None and depends(bound, x, y):
             return
     prox = problem.prox_lower
-    if prox is not None and depends(lambda x, y: prox(y, x, 1.0), x, y):
+    if prox is not None and depends(lambda x, y: prox(x, y, 1.0), x, y):
         return
     raise ProblemError(
         "x0 reaches neither the upper nor the lower loss (nor a constraint): the objective does not depend on x, and "
