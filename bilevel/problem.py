@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import ProblemError, Source, as_source
+from bilevel._pickling import storable
+from bilevel.data import ProblemError, Source, as_arrays, as_source
 from bilevel.keys import Draw, as_step_key
 from bilevel.level import Level, Levels, takes_batch
 from bilevel.typing import PyTree, Scalar, X, Y
@@ -25,6 +26,7 @@ _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", 
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("upper_data", "lower_data"), meta_fields=_FUNCTIONS)
+@storable
 @dataclasses.dataclass(frozen=True)
 class Problem(Generic[X, Y]):
     """The bilevel problem
@@ -83,6 +85,11 @@ class Problem(Generic[X, Y]):
                     f"Problem({name}=...): the function is not hashable, so compiled code could not be reused. "
                     "Wrap it in a plain function (def or lambda)."
                 ) from None
+
+        for name in ("upper_data", "lower_data"):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, Source):
+                object.__setattr__(self, name, as_arrays(given, name))
 
     @property
     def sources(self) -> tuple[Source, Source]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bilevel._module import hyperparameters
 from bilevel.hypergradients._base import Estimate, lower_metrics
 from bilevel.level import Level
-from bilevel.lower import LowerState, repeat
+from bilevel.lower import Identity, LowerState, repeat
 from bilevel.optimizers import check_count
 from bilevel.typing import LowerSolver, PyTree
 
@@ -57,6 +57,11 @@ class Unrolled:
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
     ) -> Estimate:
         """The estimate at x."""
+        if isinstance(solver, Identity):
+            raise ValueError(
+                "Unrolled differentiates through the steps of the lower solver, and lower.Identity takes none: its "
+                "hypergradient would be F_x alone. Take an implicit estimator, hypergradients.Implicit()."
+            )
         reverse = self.mode == "reverse"
         if reverse and getattr(solver, "tol", None) is not None:
             raise ValueError(
