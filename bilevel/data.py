@@ -62,7 +62,8 @@ def as_arrays(tree: PyTree, name: str) -> PyTree:
             )
         return leaf
 
-    return jax.tree_util.tree_map_with_path(convert, tree)
+    one_by_one = lambda value: isinstance(value, collections.abc.Iterator)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(convert, tree, is_leaf=one_by_one)
 
 
 def _column_numbers(table: Any, where: str) -> np.ndarray:
