@@ -322,7 +322,7 @@ def _each(fn: Callable[..., jax.Array], name: str, y: PyTree, rows: PyTree, n: i
     values = fn(y, rows)
     if jnp.shape(values) != (n,):
         raise SplitError(
-            f"cross_validation: {name}(y, samples) returned the shape {list(jnp.shape(values))}; it returns the loss of "
-            f"each sample, ({n},), without a mean."
+            f"cross_validation: {name}(y, samples) returned the shape {list(jnp.shape(values))}; it returns the loss "
+            f"of each sample, ({n},), without a mean."
         )
     return values
