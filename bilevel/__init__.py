@@ -45,3 +45,12 @@ __all__ = [
     "regularizers",
     "run", "runs", "sets", "solve", "solvers", "state", "sweep",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, read from the installed distribution where it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bilevel")
+    raise AttributeError(f"module 'bilevel' has no attribute {name!r}")

@@ -136,3 +136,15 @@ def test_a_model_trained_through_the_layer_regrets_less(tmp_path, capsys):
     assert 0 < layer < 0.95 * two_stages
     assert f"{layer:.4f}" in capsys.readouterr().out
     assert out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_contrast_of_attention_is_judged_by_the_head_that_it_serves(tmp_path, capsys):
+    example = load("attention_contrast")
+    out = tmp_path / "contrast.png"
+    rows = example.main(["--steps", "300", "--canvases", "200", "--mask-steps", "60", "--out", str(out)])
+    plain, full = rows["A_Q (lambda = 1e4 A_G)"], rows["A_Q / A_G (lambda = 1e-4 A_G)"]
+    learnt = min((rows[name] for name in rows if "learnt" in name), key=lambda r: r["validation"])
+    assert learnt["validation"] < min(plain["validation"], full["validation"]) + 0.02 < rows["no mask"]["validation"]
+    assert "Contrast does not help here" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergradients._base import Estimate, Estimator
+from bilevel.hypergradients._base import Estimate, Estimator, first_carry
 from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
+from bilevel.hypergradients.forward import Forward, Tangents
 from bilevel.hypergradients.implicit import Implicit, JacobianFree
 from bilevel.hypergradients.kkt import ActiveSet, NullSpace
 from bilevel.hypergradients.least_squares import LeastSquares
@@ -22,8 +23,9 @@ from bilevel.problem import Problem
 from bilevel.typing import LowerSolver, X, Y
 
 __all__ = [
-    "HOZOG", "PZOBO", "SAMA", "ActiveSet", "Estimate", "Estimator", "FiniteDifference", "FirstOrder", "Implicit",
-    "JacobianFree", "LeastSquares", "NullSpace", "OneStep", "StochasticImplicit", "Unrolled", "value_and_hypergradient",
+    "HOZOG", "PZOBO", "SAMA", "ActiveSet", "Estimate", "Estimator", "FiniteDifference", "FirstOrder", "Forward",
+    "Implicit", "JacobianFree", "LeastSquares", "NullSpace", "OneStep", "StochasticImplicit", "Tangents", "Unrolled",
+    "value_and_hypergradient",
 ]  # fmt: skip
 
 
@@ -57,7 +59,12 @@ def value_and_hypergradient(
         x, y = jax.tree.map(jnp.asarray, (x, y))
         start = _begun(solver, y) if isinstance(y, LowerState) else solver.init(y)
         upper, lower = problem.levels(as_step_key(key))
-        carry = estimator.init(lower, x, start.y) if carry is None else carry
+        if carry is not None and getattr(estimator, "continues", False) and not isinstance(y, LowerState):
+            raise ValueError(
+                f"{type(estimator).__name__} goes on with the derivative of the whole lower run, the optimiser's "
+                "memory included: give the last estimate's `lower` as y, and not its `lower.y`."
+            )
+        carry = first_carry(estimator, lower, x, start) if carry is None else carry
         return estimator(upper, lower, solver, x, start, carry)
 
     return evaluate
