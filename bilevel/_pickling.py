@@ -49,7 +49,7 @@ def _reduced(value: Any) -> tuple[Any, ...]:
 
 
 def _restored(cls: type, fields: dict[str, Any]) -> Any:
-    value = object.__new__(cls)
+    value: Any = object.__new__(cls)
     vars(value).update(fields)
     return value
 

@@ -82,7 +82,9 @@ def plot_history(
         if len(axes) > 1:
             axes[1].spines[["top"]].set_visible(False)
         if len(together) > 1:
-            axes[-1].legend(handles=keys, fontsize="small", frameon=False, loc="center right")
+            axes[-1].legend(
+                handles=[key for key in keys if key is not None], fontsize="small", frameon=False, loc="center right"
+            )
         panel.set_title(together[0] if len(together) == 1 else "metrics", fontsize="medium")
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.grid(alpha=0.3, linewidth=0.5)
@@ -138,7 +140,7 @@ def _draw(panel: Any, steps: np.ndarray, values: np.ndarray, color: str, label: 
     if lines.shape[1] == 1:
         return panel.plot(steps, lines, color=color, label=label, **style)[0]
     if lines.shape[1] <= _LINES:
-        return panel.plot(steps, lines, label=label, **style)[0]
+        return next(iter(panel.plot(steps, lines, label=label, **style)), None)  # None: of no entries
     panel.fill_between(steps, lines.min(1), lines.max(1), alpha=0.25, linewidth=0, color=color)
     return panel.plot(steps, lines.mean(1), color=color, label=label, **style)[0]
 
