@@ -223,22 +223,21 @@ def _settle(
             host.drive(run, streams.rest, solver, base, asked, progress)
         else:
             _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
-        if tol is None and run.result in (
-            (Result.MAX_STEPS,) if quiet is None else (Result.MAX_STEPS, Result.CONVERGED)
-        ):
+        if tol is None and (run.result is Result.MAX_STEPS or (quiet and run.result is Result.CONVERGED)):
             run.result = Result.COMPLETED
         met = met or run.result is Result.CONVERGED
         ended = Result.CONVERGED if met and run.result is Result.MAX_STEPS else run.result
         numbers = {name: float(value) for name, value in run.history.last().items() if np.ndim(value) == 0}
         x, y = (_pooled(tree, like) for tree, like in zip((run.state.x, run.state.y), start, strict=True))
         found = certify(streams.peeked(), x, y, start, ended, numbers, tol)
-        onward = found.better is not None and hasattr(solver, "towards") and found.result in _MENDABLE
+        towards = getattr(solver, "towards", None)
+        onward = found.better is not None and towards is not None and found.result in _MENDABLE
         again = run.result is Result.CONVERGED and (found.unsettled or onward) and run.done < run.schedule.steps
         if tol is None or asked is None or not again or trial == _TIGHTER:
             break
         asked, run.result = asked / 30, Result.MAX_STEPS
-        if onward:
-            run.state = solver.towards(run.state, *found.better)
+        if towards is not None and found.better is not None:
+            run.state = towards(run.state, *found.better)
     run.note({name: value for name, value in found.measures.items() if name.startswith("polished")})
     settled = (Result.CONVERGED, Result.INTERRUPTED, Result.STOPPED)
     along = "" if found.result in settled else remark(numbers)
