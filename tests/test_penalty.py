@@ -538,7 +538,7 @@ def test_the_choice_follows_the_problem():
     many = jnp.zeros(400)
     assert isinstance(chosen(wide, many, many), LVHBA)
     assert isinstance(chosen(dataclasses.replace(wide, constraint=lambda x, y: y**2 - x), many, many), BiCGAFFA)
-    soft = lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
+    soft = lambda x, y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
     assert isinstance(chosen(dataclasses.replace(quadratic()[0], prox_lower=soft), *quadratic()[3:]), MEHA)
     assert look(*quadratic()[:1], *quadratic()[3:]).curvature == "convex"
     assert chosen(quadratic()[0], *quadratic()[3:]).hypergradient is not None
