@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import importlib
 import importlib.util
 import logging
 import sys
@@ -73,8 +74,7 @@ class NotebookReporter(Reporter):
         """Draw what the last update said."""
         if self._last is None:
             return
-        from IPython.display import display
-
+        display = importlib.import_module("IPython.display").display  # of the kernel that this runs in
         done, history = self._last
         speed = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
         left = (self._total - done) / speed if speed > 0 else 0.0

@@ -17,6 +17,6 @@ from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Relative, S
 
 __all__ = [
     "LBFGS", "Accurate", "EqualityDescent", "Function", "GradientDescent", "Identity", "LeastSquares",
-    "LevenbergMarquardt", "LowerState", "MomentumSGD", "Newton", "Relative", "ScaledDescent", "Steps", "as_lower_solver",
-    "jaxopt", "optimistix", "repeat", "until",
+    "LevenbergMarquardt", "LowerState", "MomentumSGD", "Newton", "Relative", "ScaledDescent", "Steps",
+    "as_lower_solver", "jaxopt", "optimistix", "repeat", "until",
 ]  # fmt: skip
