@@ -308,7 +308,7 @@ def test_meha_honours_a_proximal_term():
         lambda x, y: 0.5 * jnp.sum((y - c) ** 2),
         lambda x, y: 0.5 * jnp.sum((y - b) ** 2),
         project_upper=lambda x: jnp.clip(x, -5, 2),
-        prox_lower=lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x), 0),
+        prox_lower=lambda x, y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x), 0),
     )
     with pytest.raises(ProblemError, match=r"depends on x.*nonsmooth=r"):
         solve(problem, jnp.zeros(()), jnp.zeros(4), MEHA())
@@ -538,7 +538,7 @@ def test_the_choice_follows_the_problem():
     many = jnp.zeros(400)
     assert isinstance(chosen(wide, many, many), LVHBA)
     assert isinstance(chosen(dataclasses.replace(wide, constraint=lambda x, y: y**2 - x), many, many), BiCGAFFA)
-    soft = lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
+    soft = lambda x, y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
     assert isinstance(chosen(dataclasses.replace(quadratic()[0], prox_lower=soft), *quadratic()[3:]), MEHA)
     assert look(*quadratic()[:1], *quadratic()[3:]).curvature == "convex"
     assert chosen(quadratic()[0], *quadratic()[3:]).hypergradient is not None
