@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.captures import Functions, taken
 from bilevel.history import History
 from bilevel.loop import Chunk
 from bilevel.progress import Reporter, reporter
@@ -188,19 +188,22 @@ class Measures:
                     "(function, data)."
                 )
             functions.append((name, entry))
-        self._functions = tuple(functions)
+        self._functions = dict(functions)
+        self._taken: dict[str, Any] | None = None  # with what they capture when they are first evaluated
 
     def __bool__(self) -> bool:
         return bool(self._functions)
 
     def __call__(self, run: Recorder) -> None:
         """Take them where the run stands, unless that was done."""
-        if self._functions and run.history.last_step(self._functions[0][0]) != run.done:
-            run.note(_measure(self._functions, run.state.x, run.state.y, self._data))
+        if self._functions and run.history.last_step(next(iter(self._functions))) != run.done:
+            x, y, data = run.state.x, run.state.y, self._data
+            if self._taken is None:
+                args = {name: (x, y, data[name]) if name in data else (x, y) for name in self._functions}
+                self._taken = {name: taken(fn, args[name]) for name, fn in self._functions.items()}
+            run.note(_measure(Functions(self._taken), x, y, data))
 
 
-@functools.partial(jax.jit, static_argnames="functions")
-def _measure(
-    functions: tuple[tuple[str, Callable[..., Any]], ...], x: PyTree, y: PyTree, data: dict[str, Any]
-) -> Metrics:
-    return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions}
+@jax.jit
+def _measure(functions: Functions, x: PyTree, y: PyTree, data: dict[str, Any]) -> Metrics:
+    return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions.by_name.items()}
