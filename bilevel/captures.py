@@ -85,6 +85,7 @@ def described(value: Any) -> str:
     Functions go in by name and by what they hold, not by their code, so that a run goes on after a comment was mended.
     """
     walk = _Walk(words=True)
+    value = value._form.original if isinstance(value, Captured) else value
     walk.node(value, "")
     if not walk.text or isinstance(value, (tuple, list, dict)):
         return f"{_name(type(value))}({', '.join(walk.text)})"
@@ -336,6 +337,8 @@ class _Walk:
             args, keywords = self.node(value.args, path), self.node(value.keywords, path)
             return lambda b, _: functools.partial(fn(b), *args(b), **keywords(b))
         if isinstance(value, _JITTED):  # its cache would give what was captured when it was first called
+            if _library(value.__wrapped__):  # type: ignore[attr-defined]
+                return self._same(value, path)
             self.rebuilt = True
             fn = self.node(value.__wrapped__, path)  # type: ignore[attr-defined]
             return lambda b, _: fn(b)
@@ -367,7 +370,7 @@ class _Walk:
         users, code, cells = _users(fn.__code__.co_filename), fn.__code__, fn.__closure__ or ()
         if not self._unsaid:
             self._say(path, _name(fn))
-        if not users and not cells and not fn.__defaults__ and not fn.__kwdefaults__:
+        if _library(fn):
             self._key.append(_Same(fn))
             return lambda _b, _n: fn
         self.rebuilt = True
@@ -380,7 +383,11 @@ class _Walk:
             with contextlib.suppress(ValueError):  # not filled yet
                 inside[name] = self.node(cell.cell_contents, f"{path}.{name}")
         self._key.append(tuple(inside))
-        defaults, keywords = self.node(fn.__defaults__, path), self.node(fn.__kwdefaults__, path)
+        first = len(code.co_varnames[: code.co_argcount]) - len(fn.__defaults__ or ())
+        named_defaults = dict(zip(code.co_varnames[first:], fn.__defaults__ or (), strict=False))
+        defaults = {name: self.node(value, f"{path}.{name}") for name, value in named_defaults.items()}
+        keywords = {k: self.node(v, f"{path}.{k}") for k, v in (fn.__kwdefaults__ or {}).items()}
+        self._key.append((tuple(defaults), tuple(keywords)))
         world = fn.__globals__
         which = self._worlds.setdefault(id(world), len(self._worlds))
         self._unsaid += 1
@@ -388,7 +395,7 @@ class _Walk:
         for name in reads:
             if users and name in world:
                 self._key.append(name)
-                named[name] = self.node(world[name], f".{name}")
+                named[name] = self.node(world[name], name)
         self._unsaid -= 1
         self._fixed -= writes
         if writes:
@@ -403,7 +410,8 @@ class _Walk:
             new.__dict__.update(fn.__dict__)
             for name, content in inside.items():
                 empty[name].cell_contents = content(b)
-            new.__defaults__, new.__kwdefaults__ = defaults(b), keywords(b)
+            new.__defaults__ = tuple(made(b) for made in defaults.values()) or None
+            new.__kwdefaults__ = {name: made(b) for name, made in keywords.items()} or None
             for name, content in named.items():
                 where[name] = content(b)
             return new
@@ -439,10 +447,16 @@ class _Walk:
             self.hold(_settings(cls), path)
             make = cls if cls is types.SimpleNamespace else lambda: object.__new__(cls)
             return lambda b, number: _filled(b, number, make(), lambda new: _setting(b, inside)(vars(new)))
-        held = dict(getattr(value, "__dict__", {}))
-        for name in (name for c in cls.__mro__ for name in _slots(c)):
-            with contextlib.suppress(AttributeError):
-                held[name] = getattr(value, name)
+        held: dict[str, Any] = {}
+        # Python's own objects (a logger) count what they did. Another process finds more of a package's as it was.
+        opened = cls.__module__ not in sys.stdlib_module_names and cls.__module__.partition(".")[0] != "jax"
+        if self._words:
+            opened = _users_type(cls) or dataclasses.is_dataclass(cls)
+        if opened:
+            held |= getattr(value, "__dict__", {})
+            for name in (name for c in cls.__mro__ for name in _slots(c)):
+                with contextlib.suppress(AttributeError):
+                    held[name] = getattr(value, name)
         if isinstance(value, Mapping):
             held |= {f"[{_word(k)}]": v for k, v in value.items()}
         elif isinstance(value, (list, deque)):
@@ -492,6 +506,13 @@ def _users(file: str | None) -> bool:
         return True
     path = Path(file).resolve()
     return not str(path).startswith(_PLACES) and {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+
+
+def _library(fn: Any) -> bool:
+    """Whether a function is of an installed package and captures nothing: it is the same for ever."""
+    if not isinstance(fn, types.FunctionType):
+        return not isinstance(fn, types.MethodType)
+    return not (_users(fn.__code__.co_filename) or fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__)
 
 
 def _users_type(cls: type) -> bool:
