@@ -512,7 +512,11 @@ def _library(fn: Any) -> bool:
     """Whether a function is of an installed package and captures nothing: it is the same for ever."""
     if not isinstance(fn, types.FunctionType):
         return not isinstance(fn, types.MethodType)
-    return not (_users(fn.__code__.co_filename) or fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__)
+    if _users(fn.__code__.co_filename):
+        return False
+    held = [cell.cell_contents for cell in fn.__closure__ or () if cell != types.CellType()]
+    held += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    return "<locals>" not in fn.__qualname__ and all(type(value) in _ATOMS or isinstance(value, type) for value in held)
 
 
 def _users_type(cls: type) -> bool:

@@ -98,7 +98,7 @@ def mixed_mode_gradient(f: Callable[..., jax.Array]) -> Callable[[PyTree, PyTree
 
     def of(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
         # What f captures must be an argument: a custom derivative sees nothing else.
-        traced = jax.make_jaxpr(f)(x, y, batch)
+        traced = jax.make_jaxpr(lambda *point: f(*point))(x, y, batch)  # new, since JAX remembers functions
         return gradient(traced.jaxpr, x, y, batch, traced.consts)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -106,7 +106,7 @@ def mixed_mode_gradient(f: Callable[..., jax.Array]) -> Callable[[PyTree, PyTree
         return jax.grad(_evaluated(jaxpr), argnums=1)(x, y, batch, captured)
 
     def forward(jaxpr: Any, *point: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
-        return gradient(jaxpr, *point), point
+        return jax.grad(_evaluated(jaxpr), argnums=1)(*point), point
 
     def backward(jaxpr: Any, point: tuple[PyTree, ...], w: PyTree) -> tuple[PyTree, ...]:
         x, y, *others = point

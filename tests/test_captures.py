@@ -125,7 +125,7 @@ def test_a_captured_number_has_its_value_of_now_and_travels_where_it_can(name):
 def test_fifty_solves_with_another_number_each_are_right_and_compile_once():
     solver = solvers.AID(upper_optimizer=0.1)
     compiled = []
-    count = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    count = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     jax.monitoring.register_event_duration_secs_listener(count)
     for i, lam in enumerate(np.linspace(0.2, 5, 50)):
         set_all(float(lam))
@@ -145,7 +145,7 @@ def test_a_function_without_captures_is_itself():
 
 @pytest.mark.parametrize("pair", [(Net(1.0).loss, Net(50.0).loss), (Net(1.0), Net(50.0)), (Frozen(1.0), Frozen(50.0))])
 def test_another_object_is_another_run(tmp_path, pair):
-    run = lambda fn: solve(  # noqa: E731
+    run = lambda fn: solve(
         Problem(fn, lambda x, y: (y - x) ** 2), jnp.zeros(()), jnp.zeros(()), solvers.OneStep(), steps=2,
         checkpoint=tmp_path,
     )  # fmt: skip
