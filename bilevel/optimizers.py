@@ -170,6 +170,7 @@ class SpectralState(Withdrawing):
     step: jax.Array
     values: jax.Array
     count: jax.Array
+    unit: jax.Array
     accepted: jax.Array
 
 
@@ -181,9 +182,10 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
 
         x_k - t g_k,    t = <s, s> / <s, z>   (twice the last step where <s, z> <= 0),
 
-    with t at most as large as moves x by `largest` (1 + rms(x)) in root mean square. A trial whose value exceeds the
-    largest of the last `memory` accepted ones less 1e-4 <g, s>, or is not finite, is withdrawn: the next trial starts
-    at x_k again with a quarter of t. The first t moves x by a tenth of `largest`.
+    with t at most as large as moves x by `largest` times the larger of rms(x), rms(x_0) and 4 rms(s), in root mean
+    square. A trial whose value exceeds the largest of the last `memory` accepted ones less 1e-4 <g, s>, or is not
+    finite, is withdrawn: the next trial starts at x_k again with a quarter of t. The first t moves x by a tenth of
+    `largest` rms(x_0); where x_0 = 0 tells no unit, by a tenth of the least of 1 and |F| / |g|.
 
     For deterministic objectives: `update` needs `value=`, which `HypergradientDescent` and the lower solvers give. With
     a projection applied after the step it is the spectral projected gradient method, with the line search taken over
@@ -203,6 +205,7 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
             jnp.zeros((), dtype),
             infinite,
             jnp.zeros((), jnp.int32),
+            jnp.zeros((), dtype),
             jnp.asarray(True),
         )
 
@@ -228,13 +231,33 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         x = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), params, s.x)
         g = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), gradient, s.gradient)
         rms = functools.partial(_root_mean_square, dtype=dtype)
-        limit = largest * (1 + rms(x)) / jnp.maximum(rms(g), jnp.finfo(dtype).tiny ** 0.5)
+        unit = jnp.where(first, _first_unit(rms(x), rms(g), value), s.unit)
+        limit = largest * _farthest(rms(x), rms(moved), unit, accepted)
+        limit = limit / jnp.maximum(rms(g), _least_norm(dtype))
         step = jnp.where(first, 0.1 * limit, jnp.where(accepted, jnp.minimum(bb, limit), 0.25 * s.step))
         values = jnp.where(accepted, jnp.roll(s.values, 1).at[0].set(value), s.values)
         updates = jax.tree.map(lambda old, now, g: (old - now) - step.astype(g.dtype) * g, x, params, g)
-        return updates, SpectralState(x, g, step, values, s.count + 1, accepted)
+        return updates, SpectralState(x, g, step, values, s.count + 1, unit, accepted)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _least_norm(dtype: Any) -> jax.Array:
+    """Below it a norm is taken for zero: its square is no number of this dtype."""
+    return jnp.asarray(jnp.finfo(dtype).tiny, dtype) ** 0.5
+
+
+def _first_unit(size: jax.Array, slope: jax.Array, value: jax.Array) -> jax.Array:
+    """The unit of a variable whose rms is `size` at its start: that; at zero the least of 1 and |value| / slope."""
+    least = _least_norm(size.dtype)
+    told = jnp.abs(value) / jnp.maximum(slope, least)
+    told = jnp.where(jnp.isfinite(told) & (told > 0), jnp.minimum(told, 1), 1)
+    return jnp.where(size > least, size, told)
+
+
+def _farthest(size: jax.Array, moved: jax.Array, unit: jax.Array, accepted: jax.Array) -> jax.Array:
+    """How far the next move may go, in root mean square."""
+    return jnp.maximum(jnp.maximum(size, unit), jnp.where(accepted & jnp.isfinite(moved), 4 * moved, 0))
 
 
 def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
@@ -257,6 +280,7 @@ class QuasiNewtonState(Withdrawing):
     z: PyTree
     rho: jax.Array
     count: jax.Array
+    unit: jax.Array
     accepted: jax.Array
 
 
@@ -265,9 +289,10 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
     """L-BFGS with its backtracking spread over outer iterations: one evaluation per step, and no step size to choose.
 
     At an accepted point x_k the direction d = -H g_k is that of L-BFGS with the last `memory` pairs of positive
-    curvature, and the trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` (1 + rms(x))
-    in root mean square. A trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is
-    withdrawn, and the next one has a quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two
+    curvature, and the trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` times the
+    larger of rms(x), rms(x_0) and 4 rms(last move), in root mean square (the first: a tenth of it, and at x_0 = 0 as
+    `spectral`). A trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is withdrawn,
+    and the next one has a quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two
     values agree to half the digits of the dtype (a lower solution is only so exact) the slopes decide: a trial is kept
     if its slope is at most 0.9998 of the one at x_k.
 
@@ -286,7 +311,9 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         nothing = jnp.zeros((), dtype)
         here, rho = jax.tree.map(jnp.asarray, params), jnp.zeros((memory,), dtype)
         count = jnp.zeros((), jnp.int32)
-        return QuasiNewtonState(here, zero, nothing, zero, nothing, pairs, pairs, rho, count, jnp.asarray(True))
+        return QuasiNewtonState(
+            here, zero, nothing, zero, nothing, pairs, pairs, rho, count, nothing, jnp.asarray(True)
+        )
 
     def update(gradient: PyTree, old: QuasiNewtonState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
         if params is None or value is None:
@@ -321,18 +348,19 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         rho = jnp.where(stuck, 0, rho)
 
         rms = functools.partial(_root_mean_square, dtype=dtype)
-        limit = largest * (1 + rms(x))
-        fallback = 0.1 * limit / jnp.maximum(rms(g), jnp.finfo(dtype).tiny ** 0.5)
+        unit = jnp.where(first, _first_unit(rms(x), rms(g), value), old.unit)
+        limit = largest * _farthest(rms(x), rms(moved), unit, accepted)
+        fallback = 0.1 * limit / jnp.maximum(rms(g), _least_norm(dtype))
         d = _two_loop(g, s_all, z_all, rho, fallback, dot)
         downhill = dot(g, d) < 0
         d = jax.tree.map(lambda d, g: jnp.where(downhill, d, -fallback.astype(g.dtype) * g), d, g)
         fresh = accepted | stuck
         d = jax.tree.map(lambda new, kept: jnp.where(fresh, new, kept), d, old.direction)
-        longest = jnp.minimum(1.0, limit / jnp.maximum(rms(d), jnp.finfo(dtype).tiny ** 0.5))
+        longest = jnp.minimum(1.0, limit / jnp.maximum(rms(d), _least_norm(dtype)))
         step = jnp.where(fresh, longest, 0.25 * old.step)
         updates = jax.tree.map(lambda new, now, d: (new - now) + step.astype(d.dtype) * d, x, params, d)
         return updates, QuasiNewtonState(
-            x, g, jnp.where(accepted, value, old.value), d, step, s_all, z_all, rho, old.count + 1, accepted
+            x, g, jnp.where(accepted, value, old.value), d, step, s_all, z_all, rho, old.count + 1, unit, accepted
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -185,8 +185,8 @@ def _settle(
     """Drive the run to an end that the certificate lets stand, or to its last step.
 
     The tolerance is a solver's own measure, in units that the problem need not share: where the certificate says that
-    x, or y, is not there yet, the run goes on with a smaller one. `quiet` is where a run without a tolerance (`tol` is
-    None) ends, all the same.
+    x, or y, is not there yet, the run goes on with a smaller one, and from a lower point that the certificate found if
+    the solver can go there. `quiet` is where a run without a tolerance (`tol` is None) ends, all the same.
     """
     asked, met = quiet, False
     for trial in range(_TIGHTER + 1):
@@ -194,17 +194,21 @@ def _settle(
             host.drive(run, streams.rest, solver, base, asked, progress)
         else:
             _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
-        if tol is None and run.result in (Result.MAX_STEPS, Result.CONVERGED):
+        if tol is None and (run.result is Result.MAX_STEPS or (quiet and run.result is Result.CONVERGED)):
             run.result = Result.COMPLETED
         met = met or run.result is Result.CONVERGED
         ended = Result.CONVERGED if met and run.result is Result.MAX_STEPS else run.result
         numbers = {name: float(value) for name, value in run.history.last().items() if np.ndim(value) == 0}
         x, y = (_pooled(tree, like) for tree, like in zip((run.state.x, run.state.y), start, strict=True))
         found = certify(streams.peeked(), x, y, start, ended, numbers, tol)
-        again = run.result is Result.CONVERGED and found.unsettled and run.done < run.schedule.steps
+        towards = getattr(solver, "towards", None)
+        onward = found.better is not None and towards is not None and found.result in _MENDABLE
+        again = run.result is Result.CONVERGED and (found.unsettled or onward) and run.done < run.schedule.steps
         if tol is None or asked is None or not again or trial == _TIGHTER:
             break
         asked, run.result = asked / 30, Result.MAX_STEPS
+        if towards is not None and found.better is not None:
+            run.state = towards(run.state, *found.better)
     run.note({name: value for name, value in found.measures.items() if name.startswith("polished")})
     settled = (Result.CONVERGED, Result.INTERRUPTED, Result.STOPPED)
     along = "" if found.result in settled else remark(numbers)

@@ -166,3 +166,12 @@ def test_a_solver_that_is_named_keeps_the_minibatches():
     assert solution.steps == 5
     assert "all samples" not in solution.reason
     assert optax.tree.size(solution.x) == D
+
+
+@pytest.mark.parametrize("unit", ["upper", "lower", "x", "y"])
+@pytest.mark.parametrize("factor", [2.0**-24, 2.0**24])
+def test_neither_does_it_change_aids(unit, factor):
+    problem, x0, y0 = ridge(**{unit: factor})
+    x = run(problem.whole(), AID(), x0, y0, 30)[0].x / (factor if unit == "x" else 1)
+    plain, x0, y0 = ridge()
+    np.testing.assert_allclose(x, run(plain.whole(), AID(), x0, y0, 30)[0].x, atol=1e-5)

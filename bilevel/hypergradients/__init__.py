@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergradients._base import Estimate, Estimator
+from bilevel.hypergradients._base import Estimate, Estimator, first_carry
 from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
+from bilevel.hypergradients.forward import Forward, Tangents
 from bilevel.hypergradients.implicit import Implicit, JacobianFree
 from bilevel.hypergradients.kkt import ActiveSet, NullSpace
 from bilevel.hypergradients.least_squares import LeastSquares
@@ -17,13 +18,14 @@ from bilevel.hypergradients.stochastic import SAMA, StochasticImplicit
 from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
 from bilevel.keys import as_step_key
-from bilevel.lower import LBFGS, as_lower_solver
+from bilevel.lower import LBFGS, LowerState, as_lower_solver
 from bilevel.problem import Problem
 from bilevel.typing import X, Y
 
 __all__ = [
-    "HOZOG", "PZOBO", "SAMA", "ActiveSet", "Estimate", "Estimator", "FiniteDifference", "FirstOrder", "Implicit",
-    "JacobianFree", "LeastSquares", "NullSpace", "OneStep", "StochasticImplicit", "Unrolled", "value_and_hypergradient",
+    "HOZOG", "PZOBO", "SAMA", "ActiveSet", "Estimate", "Estimator", "FiniteDifference", "FirstOrder", "Forward",
+    "Implicit", "JacobianFree", "LeastSquares", "NullSpace", "OneStep", "StochasticImplicit", "Tangents", "Unrolled",
+    "value_and_hypergradient",
 ]  # fmt: skip
 
 
@@ -40,8 +42,9 @@ def value_and_hypergradient(
 
     Returns:
       `f(x, y, carry=None, key=0) -> Estimate`, pure and jittable. Its `value` is F at the y found, `gradient` the
-      hypergradient, `lower.y` the y to start from next time, `carry` what to hand back then (warm starts). To keep data
-      out of the compiled program, jit a function that takes the problem as an argument:
+      hypergradient, `lower.y` the y to start from next time, `carry` what to hand back then (warm starts). Given as y,
+      `lower` itself goes on with the optimiser's memory too. To keep data out of the compiled program, jit a function
+      that takes the problem as an argument:
 
           @jax.jit
           def step(problem, x, y, carry): return value_and_hypergradient(problem)(x, y, carry)
@@ -53,7 +56,13 @@ def value_and_hypergradient(
     def evaluate(x: X, y: Y, carry: Any = None, key: Any = 0) -> Estimate[X]:
         x, y = jax.tree.map(jnp.asarray, (x, y))
         upper, lower = problem.levels(as_step_key(key))
-        carry = estimator.init(lower, x, y) if carry is None else carry
-        return estimator(upper, lower, solver, x, solver.init(y), carry)
+        if carry is not None and getattr(estimator, "continues", False) and not isinstance(y, LowerState):
+            raise ValueError(
+                f"{type(estimator).__name__} goes on with the derivative of the whole lower run, the optimiser's "
+                "memory included: give the last estimate's `lower` as y, and not its `lower.y`."
+            )
+        start = y if isinstance(y, LowerState) else solver.init(y)
+        carry = first_carry(estimator, lower, x, start) if carry is None else carry
+        return estimator(upper, lower, solver, x, start, carry)
 
     return evaluate

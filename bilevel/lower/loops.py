@@ -53,31 +53,40 @@ def repeat(
     return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, first + jnp.arange(last - first))[0]
 
 
-def until(kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any) -> LowerState:
+def until(
+    kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any, reach: Any = None
+) -> tuple[LowerState, Any]:
     """Steps until the residual is at most `tol`, or 25 have not made it smaller (the precision of the dtype).
+
+    With `reach`, a residual of earlier runs, the tolerance is `tol` times the larger of it and this run's first
+    residual; that larger one is returned beside the state (else None).
 
     At most `kernel.steps`. Not differentiable in reverse. The residual is that of the point before the step: a step
     more than needed is taken, and none wasted on a test. The point that meets the tolerance is what is returned.
     """
 
     def unfinished(carry: Any) -> jax.Array:
-        i, _, residual, _, since = carry
-        return (i < kernel.steps) & (residual > tol) & (since < _PATIENCE)
+        i, _, residual, _, since, least = carry
+        return (i < kernel.steps) & (residual > least) & (since < _PATIENCE)
 
-    def step(state: LowerState, i: Any) -> tuple[LowerState, Scalar]:
-        new, residual_of = kernel.advance(level.redraw(i, kernel.steps), x, state)
-        residual = residual_of()
-        y = jax.tree.map(lambda new, y: jnp.where(residual <= tol, y, new), new.y, state.y)
-        return LowerState(y, new.memory), residual
+    def step(state: LowerState, i: Any) -> tuple[LowerState, Callable[[], Scalar]]:
+        return kernel.advance(level.redraw(i, kernel.steps), x, state)
 
     def body(carry: Any) -> Any:
-        i, state, _, best, since = carry
-        state, residual = step(state, i)
-        return i + 1, state, residual, jnp.minimum(residual, best), jnp.where(residual < best, 0, since + 1)
+        i, state, _, best, since, least = carry
+        new, residual_of = step(state, i)
+        residual = residual_of()
+        if reach is not None:
+            least = jnp.where(i == 0, tol * jnp.maximum(reach, residual), least)
+        y = jax.tree.map(lambda new, y: jnp.where(residual <= least, y, new), new.y, state.y)
+        state = LowerState(y, new.memory)
+        return i + 1, state, residual, jnp.minimum(residual, best), jnp.where(residual < best, 0, since + 1), least
 
     zero = jnp.zeros((), jnp.int32)
-    infinite = jnp.full_like(jax.eval_shape(step, state, 0)[1], jnp.inf)
-    _, state, residual, *_ = jax.lax.while_loop(unfinished, body, (zero, state, infinite, infinite, zero))
+    infinite = jnp.full_like(jax.eval_shape(lambda state: step(state, 0)[1](), state), jnp.inf)
+    least = jnp.asarray(0 if reach is not None else tol, infinite.dtype)
+    start = zero, state, infinite, infinite, zero, least
+    _, state, residual, *_, least = jax.lax.while_loop(unfinished, body, start)
     end = kernel.end(state)
-    y = jax.tree.map(lambda met, stood: jnp.where(residual <= tol, met, stood), state.y, end.y)
-    return LowerState(y, end.memory)
+    y = jax.tree.map(lambda met, stood: jnp.where(residual <= least, met, stood), state.y, end.y)
+    return LowerState(y, end.memory), None if reach is None else least / tol

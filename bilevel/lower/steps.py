@@ -7,16 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives, optimizers
-from bilevel._module import hyperparameters
+from bilevel._module import hyperparameters, state
 from bilevel.level import Level
 from bilevel.lower.loops import LowerState, repeat, until
 from bilevel.optimizers import Move, accepted, as_optimizer, check_count, is_rule, residual, withdraws
 from bilevel.typing import PyTree, Scalar
 
-__all__ = ["LBFGS", "GradientDescent", "MomentumSGD", "Steps"]
+__all__ = ["LBFGS", "GradientDescent", "MomentumSGD", "Relative", "Steps"]
 
 
 class Steps:
@@ -92,7 +93,7 @@ class Steps:
             self.step_size()
         state = self.begin(x, state)
         if self.tol is not None:
-            return until(self, level, x, state, self.tol)
+            return until(self, level, x, state, self.tol)[0]
         return self.end(repeat(self, level, x, state))
 
 
@@ -186,6 +187,58 @@ class MomentumSGD(Steps):
 def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:
     """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|, without a step size: full batches, no projection."""
     return GradientDescent(optimizers.quasi_newton(memory_size), steps, tol)
+
+
+@state
+class Reach:
+    """What `Relative` remembers: its solver's memory, and the |f_y| that its tolerance is a share of."""
+
+    memory: PyTree
+    largest: jax.Array
+
+
+@hyperparameters
+class Relative:
+    """A lower solver of steps with a tolerance that has no unit: |f_y| <= tol r.
+
+    r is the |f_y| that a solve begins with, or a tenth of the last solve's r where that is larger. Far from the
+    solution of the upper level lower solves are thus as exact as the way ahead is long, near it as exact as the dtype
+    allows, and other units of f or y change nothing.
+
+    Attributes:
+      solver: with `steps` and a `tol`, such as `LBFGS()` or `GradientDescent(0.1, 1000, tol=1e-6)`.
+    """
+
+    solver: Steps
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Steps) or self.solver.tol is None:
+            raise ValueError(
+                f"Relative({self.solver!r}): give a solver of steps with a tolerance, such as lower.LBFGS(tol=1e-6)."
+            )
+
+    @property
+    def tol(self) -> Any:
+        """The solver's."""
+        return self.solver.tol
+
+    @property
+    def steps(self) -> int:
+        """The solver's."""
+        return self.solver.steps
+
+    def init(self, y: PyTree) -> LowerState:
+        """The start of a run."""
+        return LowerState(y, Reach(self.solver.init(y).memory, jnp.zeros((), jnp.result_type(*jax.tree.leaves(y)))))
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        """Run from `state`."""
+        if level.prox is not None:
+            self.solver.step_size()
+        largest = state.memory.largest
+        begun = self.solver.begin(x, LowerState(state.y, state.memory.memory))
+        end, reach = until(self.solver, level, x, begun, self.solver.tol, largest / 10)
+        return LowerState(end.y, Reach(end.memory, jnp.asarray(reach, largest.dtype)))
 
 
 def _searches(memory: PyTree) -> bool:

@@ -11,8 +11,9 @@ import optax
 from bilevel import hypergradients, linear
 from bilevel._module import hyperparameters, state
 from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
+from bilevel.hypergradients._base import first_carry
 from bilevel.keys import StepKey
-from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
+from bilevel.lower import LBFGS, GradientDescent, LowerState, Relative, as_lower_solver
 from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import linear_settled, refuse, within
@@ -77,15 +78,25 @@ class HypergradientDescent:
         """The state before the first step."""
         honours = getattr(self.hypergradient, "honours", ("project_lower", "prox_lower"))
         refuse(self, problem, x, honours=("project_upper", *honours), instead="solvers.LVHBA or solvers.MEHA")
-        memory = as_lower_solver(self.lower_solver).init(y).memory
-        carry = self.hypergradient.init(problem.draw_lower(key), x, y)
+        start = as_lower_solver(self.lower_solver).init(y)
+        carry = first_carry(self.hypergradient, problem.draw_lower(key), x, start)
         upper = self._move(problem).init(x)
+        if getattr(self.hypergradient, "continues", False) and (withdraws(upper) or not self.warm_start):
+            cure = (
+                "warm_start=True" if not self.warm_start else "upper_optimizer a step size or an optax rule, such as "
+                "optax.adam(1e-2), that withdraws no steps"
+            )  # fmt: skip
+            raise ProblemError(
+                f"{type(self.hypergradient).__name__}(restart=...) carries the derivative of the lower run from one "
+                f"outer step to the next, so that run must go on and not be taken back: give "
+                f"HypergradientDescent {cure}."
+            )
         if problem.stochastic and withdraws(upper):
             raise ProblemError(
                 "HypergradientDescent's upper step rule compares values and needs full batches; this problem draws "
                 "minibatches. Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
             )
-        return NestedState(x, y, x, memory, carry, upper, None if self.warm_start else y)
+        return NestedState(x, y, x, start.memory, carry, upper, None if self.warm_start else y)
 
     def _move(self, problem: Problem) -> Move:
         """How x moves."""
@@ -123,7 +134,10 @@ class HypergradientDescent:
 
     def status(self, state: NestedState, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED where the hypergradient and the lower level's residual are within the tolerance (and what else the
-        estimator says), the linear system is solved to it or to a thousandth of F_y, and met no negative curvature."""
+        estimator says), the linear system is solved to it or to a thousandth of F_y, and met no negative
+        curvature; never by an estimate that is small by chance."""
+        if not getattr(self.hypergradient, "conclusive", True):
+            return jnp.zeros((), jnp.int32)
         met = within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
         return jnp.where(linear_settled(tol, metrics), met, 0)
 
@@ -155,17 +169,18 @@ def AID(
 ) -> HypergradientDescent:
     """Approximate implicit differentiation: a lower solve, a warm-started linear solve, an upper step.
 
-    Defaults, for full batches, without a step size to choose: `lower.LBFGS(tol=1e-6)`, `linear.Robust` (CG from a warm
-    start, or GMRES with a projection or prox on the lower level, and least squares where f_yy is singular; up
-    to 32 unknowns as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()` with a projection on the upper
-    level). `lower_solver=lower.Newton()` solves small or badly conditioned lower levels to the dtype's precision.
+    Defaults, for full batches, without a step size or a unit to choose: `lower.Relative(lower.LBFGS(tol=1e-6))`,
+    `linear.Robust` (CG from a warm start, or GMRES with a projection or prox on the lower level, and least squares
+    where f_yy is singular; up to 32 unknowns as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()` with a
+    projection on the upper level). `lower_solver=lower.Newton()` solves small or badly conditioned lower levels to the
+    dtype's precision.
 
     References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation",
     ICML 2020.
     """
     return HypergradientDescent(
         Implicit(linear_solver),
-        LBFGS() if lower_solver is None else lower_solver,
+        Relative(LBFGS()) if lower_solver is None else lower_solver,
         upper_optimizer,
     )
 
