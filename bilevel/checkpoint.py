@@ -210,7 +210,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 _STEP = re.compile(r"step_(\d+)")
-_LEFTOVER = re.compile(r"(writing|trash)_.*")
+_LEFTOVER = re.compile(r"\.bilevel_(writing|trash)_.*")  # a name that nobody else gives
 _DESCRIPTION = "run.json"
 
 
@@ -229,6 +229,8 @@ class Checkpoints:
     def __init__(self, directory: Any, fingerprint: dict[str, str], keep: int = 3) -> None:
         if not isinstance(directory, (str, os.PathLike)):
             raise CheckpointError(f"checkpoint={directory!r}: give the path of a directory.")
+        if not os.fspath(directory):
+            raise CheckpointError("checkpoint='' names no directory: give the path of one, or None for no checkpoints.")
         self.path = Path(directory).expanduser().absolute()
         self.fingerprint, self.keep = fingerprint, keep
         self._torn: set[int] = set()
@@ -310,7 +312,7 @@ class Checkpoints:
     def _write(self, step: int, named: list[tuple[str, str, np.ndarray]], arrays: dict[str, np.ndarray]) -> None:
         ocp = _orbax()
         self._sweep()  # of a save that was interrupted
-        writing = Path(tempfile.mkdtemp(prefix="writing_", dir=self.path)) / f"step_{step}"
+        writing = Path(tempfile.mkdtemp(prefix=".bilevel_writing_", dir=self.path)) / f"step_{step}"
         writing.mkdir()
         if arrays:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_alone()), **_alone()) as writer:
@@ -347,7 +349,7 @@ class Checkpoints:
     def _discard(self, path: Path) -> None:
         """Delete, renaming first: a process killed within leaves no half of a checkpoint under a checkpoint's name."""
         if path.exists():
-            trash = Path(tempfile.mkdtemp(prefix="trash_", dir=self.path))
+            trash = Path(tempfile.mkdtemp(prefix=".bilevel_trash_", dir=self.path))
             path.rename(trash / path.name)
             shutil.rmtree(trash, ignore_errors=True)
 
