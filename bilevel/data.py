@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel._pickling import storable
+from bilevel.captures import form
 from bilevel.keys import Draw, StepKey, as_step_key, epoch_seed, in_epoch, mix, permute, stream_seed
 from bilevel.typing import PyTree
 
@@ -177,9 +178,11 @@ class Source:
     blocks: int | None = None
     unnumbered: str = "have no numbers"
     cuttable: bool = False
+    _leaves: tuple[str, ...] = ()
 
     def __init_subclass__(cls, leaves: tuple[str, ...] | None = ("arrays",), **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls._leaves = leaves or ()
         if leaves is None:
             jax.tree_util.register_static(cls)
             return
@@ -236,6 +239,17 @@ class Source:
     def example(self) -> PyTree:
         """A batch, to see its shapes."""
         return self.draw(as_step_key(0))
+
+    def captured(self) -> Source:
+        """The source, compared in compiled code by what its functions capture too; see `bilevel.captures`."""
+        inside = {name: value.captured() for name, value in vars(self).items() if isinstance(value, Source)}
+        static = {name: value for name, value in vars(self).items() if name not in (*self._leaves, *inside)}
+        held = form({"class": type(self), **{name: value for name, value in static.items() if callable(value)}})
+        if self.host or (type(self).__module__ == __name__ and not inside and not any(map(callable, static.values()))):
+            return self
+        new = object.__new__(type(self))
+        vars(new).update(vars(self) | inside | {"_held": held})
+        return new
 
     def describe(self) -> Description:
         """What tells it from other sources."""
@@ -662,7 +676,8 @@ class Stream(Source, leaves=None):
 
     def items(self, start: int = 0) -> Iterator[PyTree]:
         """Items from number `start` on, endlessly."""
-        given, skip, first = self.iterable, start, True
+        given: Any = self.iterable
+        skip, first = start, True
         while True:
             count = 0
             for count, item in enumerate(given(skip) if _is_function(given) else given, 1):

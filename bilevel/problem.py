@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel._pickling import storable
+from bilevel.captures import Functions, taken
 from bilevel.data import ProblemError, Source, as_arrays, as_source
 from bilevel.keys import Draw, as_step_key
 from bilevel.level import Level, Levels, takes_batch
@@ -22,10 +22,10 @@ from bilevel.typing import PyTree, Scalar, X, Y
 __all__ = ["Problem"]
 
 _ROWS = ("constraint", "equality", "upper_constraint", "upper_equality")
+_DATA = ("upper_data", "lower_data")
 _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", *_ROWS)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("upper_data", "lower_data"), meta_fields=_FUNCTIONS)
 @storable
 @dataclasses.dataclass(frozen=True)
 class Problem(Generic[X, Y]):
@@ -36,7 +36,9 @@ class Problem(Generic[X, Y]):
                      y*(x) in argmin over y in Y of f(x, y)   subject to   g(x, y) <= 0,  h(x, y) = 0.
 
     A `Problem` is a pytree: its functions are static, its data are leaves. Data are thus arguments of a compiled step
-    and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems.
+    and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems. What its
+    functions capture (numbers and arrays from closures, globals and attributes) are leaves too in `solve`, by
+    `captured`: changed between two calls, they have their new values in the second one.
 
     Args:
       upper: the upper loss F, `F(x, y)`, or `F(x, y, batch)` where `upper_data` is given; returns a scalar.
@@ -90,6 +92,28 @@ class Problem(Generic[X, Y]):
             given = getattr(self, name)
             if given is not None and not isinstance(given, Source):
                 object.__setattr__(self, name, as_arrays(given, name))
+
+    def captured(self, x: X, y: Y) -> Problem[X, Y]:
+        """The same problem with what its functions capture as it is now; see `bilevel.captures`.
+
+        Numbers and arrays from closures, globals and attributes become leaves of the problem beside its data where the
+        functions can be traced so, and compiled code that takes the problem is never that of other values.
+        """
+        upper, lower = self.sources
+        found: dict[str, Any] = {}
+        for name in _FUNCTIONS:
+            fn, source = getattr(self, name), upper if name.startswith("upper") else lower
+            batch = (source,) if source.given and (name in ("upper", "lower") or takes_batch(fn)) else ()
+            args: Any = {"project_upper": (x,), "project_lower": (y,), "prox_lower": (x, y, 1.0)}.get(name, (x, y))
+            try:
+                args += jax.eval_shape(lambda *sources: tuple(s.example() for s in sources), *batch)
+            except Exception:  # `validate` says what is wrong with it
+                args = None
+            found[name] = taken(fn, args)
+        for name, source in zip(_DATA, (upper, lower), strict=True):
+            if getattr(self, name) is not None:
+                found[name] = source.captured()
+        return dataclasses.replace(self, **found)
 
     @property
     def sources(self) -> tuple[Source, Source]:
@@ -218,6 +242,24 @@ class Problem(Generic[X, Y]):
                         f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of "
                         "arrays."
                     )
+
+
+def _flatten(problem: Problem) -> tuple[Any, Any]:
+    """Leaves: the data, and what functions that were taken apart capture."""
+    children = [(name, getattr(problem, name)) for name in _DATA]
+    apart, others = Functions({name: getattr(problem, name) for name in _FUNCTIONS}).split()
+    children += apart.items()
+    return tuple((jax.tree_util.GetAttrKey(name), child) for name, child in children), (tuple(apart), others)
+
+
+def _unflatten(aux: Any, children: Any) -> Problem:
+    apart, others = aux
+    problem = object.__new__(Problem)
+    vars(problem).update(zip((*_DATA, *apart), children, strict=True), **dict(others))
+    return problem
+
+
+jax.tree_util.register_pytree_with_keys(Problem, _flatten, _unflatten)
 
 
 def _traffic(jaxpr: Any) -> int:

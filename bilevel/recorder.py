@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import re
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.captures import Functions, taken
 from bilevel.history import History
 from bilevel.loop import Chunk
 from bilevel.progress import Reporter, reporter
@@ -283,26 +283,29 @@ class Measures:
                     "(function, data)."
                 )
             functions.append((name, entry))
-        self._functions = tuple(functions)
+        self._functions = dict(functions)
+        self._taken: dict[str, Any] | None = None  # with what they capture when they are first evaluated
 
     @property
     def names(self) -> tuple[str, ...]:
         """Their names."""
-        return tuple(name for name, _ in self._functions)
+        return tuple(self._functions)
 
     def __bool__(self) -> bool:
         return bool(self._functions)
 
     def __call__(self, run: Recorder) -> bool:
         """Take them where the run stands, unless that was done; whether they were."""
-        due = bool(self._functions) and run.history.last_step(self._functions[0][0]) != run.done
+        due = bool(self._functions) and run.history.last_step(next(iter(self._functions))) != run.done
         if due:
-            run.note(_measure(self._functions, run.state.x, run.state.y, self._data))
+            x, y, data = run.state.x, run.state.y, self._data
+            if self._taken is None:
+                args = {name: (x, y, data[name]) if name in data else (x, y) for name in self._functions}
+                self._taken = {name: taken(fn, args[name]) for name, fn in self._functions.items()}
+            run.note(_measure(Functions(self._taken), x, y, data))
         return due
 
 
-@functools.partial(jax.jit, static_argnames="functions")
-def _measure(
-    functions: tuple[tuple[str, Callable[..., Any]], ...], x: PyTree, y: PyTree, data: dict[str, Any]
-) -> Metrics:
-    return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions}
+@jax.jit
+def _measure(functions: Functions, x: PyTree, y: PyTree, data: dict[str, Any]) -> Metrics:
+    return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions.by_name.items()}

@@ -269,7 +269,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         raise TypeError(f"solve takes a Problem first, not {type(problem).__name__}: Problem(upper=F, lower=f, ...).")
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
-    problem = jax.tree.map(jnp.asarray, problem)
+    problem = jax.tree.map(jnp.asarray, problem.captured(x, y))
     x, y = problem.projected(x, y)
     reason = ""
     if solver is None:

@@ -116,7 +116,7 @@ class HypergradientSearchCV(BaseEstimator):
             inside[0, k, train], inside[1, k, valid] = 1, 1
         search = _Search(loss, type(self._model).__name__, names, table, groups, getattr(self._model, "epsilon", 0.0))
         with jax.enable_x64(True):
-            x, value, self.history_ = search.minimum(*inside, self.steps, self.tol)
+            x, value, self.history_ = search.minimum(inside[0], inside[1], self.steps, self.tol)
             weights = search.refit(x)
         self.best_score_ = -value
         single = isinstance(self.penalties, str) and self.penalties == "one"

@@ -299,8 +299,8 @@ def _start_at_upper(x: PyTree, y: PyTree) -> PyTree:
         return str(jax.tree.map(lambda leaf: list(jnp.shape(leaf)), tree))
 
     fits = (
-        jax.tree.structure(x) == jax.tree.structure(y)
-        and all(  # type: ignore[operator]
+        jax.tree.structure(x) == jax.tree.structure(y)  # type: ignore[operator]
+        and all(
             jnp.shape(own)[jnp.ndim(own) - jnp.ndim(meta) :] == jnp.shape(meta)
             for meta, own in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
         )
