@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 # Emphasis, literals and roles that were meant as markup, and escapes that were not.
-_LEAK = r".{0,30}(?:\*\*\w[\w ]*\*\*|``|:\w+:`|\\\*).{0,30}"
+_LEAK = r".{0,30}(?:\*\*\w(?:[\w ]*\w)?\*\*|``|:\w+:`|\\\*).{0,30}"
 
 
 class Page(HTMLParser):

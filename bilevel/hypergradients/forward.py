@@ -50,13 +50,13 @@ class Forward:
     memory is n copies of s however many steps there are. Works along any lower solver: optax rules with their states,
     projections, proxes, runs until a tolerance, functions `(level, x, y) -> y`.
 
-    *A long run in pieces.* With `restart=k` the tangents of a call are where those of the next begin, k calls in a row:
+    A long run in pieces: with `restart=k` the tangents of a call are where those of the next begin, k calls in a row:
     k calls of T steps at one x are one run of k T steps, and its exact derivative; the carry is all there is to save.
     `restart=None` never begins anew. In `HypergradientDescent` x then moves between calls: real-time recurrence, in
     which Z belongs to the x's along the way, and which tends to the exact derivative as x settles. It needs the warm
     start and an upper step rule that withdraws no steps.
 
-    *Many upper variables.* With `directions=n` the u are random, and with E[u u'] = I
+    Many upper variables: with `directions=n` the u are random, and with E[u u'] = I
 
         G = F_x + (1/n) sum over i of u_i <Z u_i, F_y>
 

@@ -98,7 +98,7 @@ def _in_blocks(both: tuple[Array, Array]) -> Array:
 def discriminative(
     real: Array, generated: Array, key: Array, *, steps: int = 2000, batch: int = 128, repeats: int = 5
 ) -> Array:
-    """|accuracy - 1/2| of a recurrent network that tells real windows from generated ones, one per repeat (`repeats`,).
+    """How far from 1/2 the accuracy of a network is that tells real windows from generated ones; shape (repeats,).
 
     A GRU of channels // 2 units and a linear layer on its last state, Adam (1e-3); four fifths of each kind to train on
     and the rest to test.
