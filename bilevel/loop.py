@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.keys import StepKey, as_step_key
+from bilevel.precision import named_in_shard_map, settings, working
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.streaming import Portion, on_device
@@ -38,17 +39,24 @@ def run(
 
     Returns:
       `(state, metrics)`: the final state (`state.x`, `state.y`) and each metric stacked along a leading axis of
-      `steps`.
+      `steps`. Half-precision variables, and variables of several dtypes, have master copies in one dtype during the
+      run (`bilevel.precision`); `state.x` and `state.y` are in the dtypes that were given, `state.master` is the rest.
+
+    Raises:
+      ProblemError: a level's data are a host's stream; inside `shard_map` a loss differs from device to device.
     """
     if any(source.host for source in problem.sources):
         raise ProblemError("run is pure and cannot read a Stream from the host: use solve, or arrays.")
     base = as_step_key(key)
+    found = working(problem, x0, y0)
 
     def body(state: Any, k: jax.Array) -> tuple[Any, Metrics]:
-        return solver.step(problem, state, at_step(base, k))
+        return solver.step(found.problem, state, at_step(base, k))
 
-    state = solver.init(problem, *problem.projected(x0, y0), at_step(base, 0))
-    return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))
+    with settings(), named_in_shard_map(solver, problem):
+        state = solver.init(found.problem, *found.problem.projected(found.x, found.y), at_step(base, 0))
+        state, metrics = jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))
+    return found.shown(state), metrics
 
 
 def at_step(base: StepKey, k: Any) -> StepKey:

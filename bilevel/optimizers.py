@@ -195,13 +195,13 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
 
     def init(params: PyTree) -> SpectralState:
         dtype = jnp.result_type(float, *jax.tree.leaves(params))
-        infinite = jnp.full((memory,), jnp.inf, dtype)
+        none = jnp.full((memory,), jnp.finfo(dtype).max, dtype)  # no infinity, for jax_debug_infs to stumble on
         zero = optax.tree.zeros_like(params)
         return SpectralState(
             jax.tree.map(jnp.asarray, params),
             zero,
             jnp.zeros((), dtype),
-            infinite,
+            none,
             jnp.zeros((), jnp.int32),
             jnp.asarray(True),
         )
@@ -216,7 +216,7 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         value = jnp.asarray(value, dtype)
         first = s.count == 0
         moved = optax.tree.sub(params, s.x)
-        worst = jnp.max(jnp.where(jnp.isfinite(s.values), s.values, -jnp.inf))
+        worst = jnp.max(jnp.where(jnp.abs(s.values) < jnp.finfo(dtype).max, s.values, -jnp.inf))
         slack = 8 * jnp.finfo(dtype).eps * jnp.abs(worst)
         decrease = 1e-4 * jnp.asarray(optax.tree.vdot(s.gradient, moved), dtype)
         finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))

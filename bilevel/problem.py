@@ -250,7 +250,7 @@ def _check_data(name: str, source: Source) -> None:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if dtype is None:
             raise ProblemError(f"{where} is of type {type(leaf).__name__}, not an array: wrap it with numpy.asarray.")
-        if dtype.kind in "OUS":
+        if getattr(dtype, "kind", "") in "OUS" and not jnp.issubdtype(dtype, jax.dtypes.extended):
             raise ProblemError(f"{where} has dtype {dtype}: encode it as numbers.")
         if jnp.issubdtype(dtype, jnp.floating):
             finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else bool(jnp.isfinite(leaf).all())

@@ -77,6 +77,7 @@ class Recorder:
       callback: called with an `Event`; something true ends the run.
       saver: where checkpoints go; None: nowhere.
       state: the solver's state before the first step.
+      given: (x, y) of a state as the user gave them, in their dtypes.
 
     Attributes:
       state, done, history: where the run stands; they always belong together.
@@ -91,7 +92,9 @@ class Recorder:
         callback: Callable[[Event], Any] | None,
         saver: Checkpoints | None,
         state: Any,
+        given: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda x, y: (x, y),
     ) -> None:
+        self._given = given
         self.schedule, self._measures, self._callback, self._saver = schedule, measures, callback, saver
         self.state, self.done, self.history = state, 0, History()
         self.result, self.why = Result.MAX_STEPS, ""
@@ -115,6 +118,11 @@ class Recorder:
         return restored is not None
 
     @property
+    def point(self) -> tuple[PyTree, PyTree]:
+        """(x, y) where the run stands, in the user's dtypes."""
+        return self._given(self.state.x, self.state.y)
+
+    @property
     def ended(self) -> bool:
         """Whether there is nothing left to do."""
         return self.done == self.schedule.steps or self.result is not Result.MAX_STEPS
@@ -134,7 +142,7 @@ class Recorder:
             self._measures(self)
         self._bar.update(self.done, self.history)
         if self._callback is not None and self._due(self.schedule.callback):
-            answer = self._callback(Event(self.done, self.state.x, self.state.y, self.state, self.history))
+            answer = self._callback(Event(self.done, *self.point, self.state, self.history))
             if answer is not None and bool(answer) and self.result is Result.MAX_STEPS:
                 self.result = Result.STOPPED
         rested = time.perf_counter() - self._saved_at >= self.schedule.rest
@@ -196,7 +204,7 @@ class Measures:
     def __call__(self, run: Recorder) -> None:
         """Take them where the run stands, unless that was done."""
         if self._functions and run.history.last_step(self._functions[0][0]) != run.done:
-            run.note(_measure(self._functions, run.state.x, run.state.y, self._data))
+            run.note(_measure(self._functions, *run.point, self._data))
 
 
 @functools.partial(jax.jit, static_argnames="functions")

@@ -20,6 +20,7 @@ from bilevel import host
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import CAPACITY, Loop, at_step
 from bilevel.optimizers import check_count
+from bilevel.precision import Working, settings, users_settings, working
 from bilevel.problem import Problem, as_variable
 from bilevel.recorder import Event, Measures, Recorder, Schedule
 from bilevel.result import Result
@@ -53,6 +54,7 @@ _MENDABLE = (
 _TIGHTER = 4
 
 
+@settings()
 def solve(
     problem: Problem[X, Y],
     x0: X,
@@ -109,7 +111,8 @@ def solve(
     check_count("solve", steps=steps, metrics_every=metrics_every, callback_every=callback_every)
     check_count("solve", checkpoint_every=checkpoint_every, checkpoint_keep=checkpoint_keep, chunk=chunk)
     asked_for = solver
-    problem, x, y, solver, reason = _checked(problem, x0, y0, solver, tol)
+    found, solver, reason = _checked(problem, x0, y0, solver, tol)
+    given, (problem, x, y, _) = problem, found
     steps = host.most_steps(solver, steps)
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
     metrics_every = metrics_every or math.ceil(steps / 100)
@@ -126,7 +129,7 @@ def solve(
 
         saver = Checkpoints(checkpoint, fingerprint(problem, solver, x, y, base), checkpoint_keep)
 
-    run = Recorder(schedule, measures, callback, saver, _first_state(streams.peeked(), solver, x, y, base))
+    run = Recorder(schedule, measures, callback, saver, _first_state(streams.peeked(), solver, x, y, base), found.given)
     if run.resume() and tol is not None:
         newest = run.history.last().items()
         last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
@@ -137,9 +140,10 @@ def solve(
         logger.warning("%s", run.why)
     reason = " ".join(part for part in (reason, run.why) if part)
     seconds = time.perf_counter() - began
+    x_end, y_end = run.point
     solution = Solution(
-        x=run.state.x,
-        y=run.state.y,
+        x=x_end,
+        y=y_end,
         result=run.result,
         history=run.history,
         state=run.state,
@@ -155,7 +159,7 @@ def solve(
         again, why = other
         logger.info("%s", f"Went on with {why}.")
         options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every)
-        second = solve(problem, x, y, again, steps=steps, progress=progress, chunk=chunk, **options)
+        second = solve(given, x0, y0, again, steps=steps, progress=progress, chunk=chunk, **options)
         if second.result is Result.CONVERGED:
             reason = f"{reason} Went on with {why}. {second.reason}".strip()
             return dataclasses.replace(second, reason=reason, seconds=time.perf_counter() - began)
@@ -217,16 +221,18 @@ def _multipliers(solver: Any, streams: Streams, state: Any) -> dict[str, Any]:
     return solver.multipliers(streams.peeked(), state) if hasattr(solver, "multipliers") else {}
 
 
-def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | None) -> tuple[Problem, X, Y, Solver, str]:
-    """The problem on the device, the start as arrays of its own, the solver, and why that one if it was not given."""
+def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | None) -> tuple[Working, Solver, str]:
+    """The problem on the device and the start in the run's dtype, the solver, and why that one if it was not given."""
     if tol is not None and not tol > 0:
         raise ValueError(f"solve(tol={tol!r}): the tolerance is positive, or None to take all steps.")
     if not isinstance(problem, Problem):
         raise TypeError(f"solve takes a Problem first, not {type(problem).__name__}: Problem(upper=F, lower=f, ...).")
     x, y = as_variable("x0", x0), as_variable("y0", y0)
-    problem.validate(x, y)
-    problem = jax.tree.map(jnp.asarray, problem)
-    x, y = problem.projected(x, y)
+    with users_settings():
+        problem.validate(x, y)
+        problem = jax.tree.map(jnp.asarray, problem)
+        found = working(problem, x, y)
+    problem, (x, y) = found.problem, found.problem.projected(found.x, found.y)
     reason = ""
     if solver is None:
         solver, reason = default_solver(problem, x, y)
@@ -242,7 +248,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
             f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, "
             "metrics, tol)."
         )
-    return problem, x, y, solver, reason
+    return found._replace(x=x, y=y), solver, reason
 
 
 def _first_state(problem: Problem, solver: Solver, x: Any, y: Any, base: StepKey) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ from bilevel.hypergradients.stochastic import SAMA, StochasticImplicit
 from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
 from bilevel.keys import as_step_key
-from bilevel.lower import LBFGS, as_lower_solver
+from bilevel.lower import LBFGS, LowerState, as_lower_solver
+from bilevel.precision import named_in_shard_map, settings, working
 from bilevel.problem import Problem
 from bilevel.typing import X, Y
 
@@ -51,9 +53,12 @@ def value_and_hypergradient(
     solver = as_lower_solver(default if lower_solver is None else lower_solver)
 
     def evaluate(x: X, y: Y, carry: Any = None, key: Any = 0) -> Estimate[X]:
-        x, y = jax.tree.map(jnp.asarray, (x, y))
-        upper, lower = problem.levels(as_step_key(key))
-        carry = estimator.init(lower, x, y) if carry is None else carry
-        return estimator(upper, lower, solver, x, solver.init(y), carry)
+        found = working(problem, *jax.tree.map(jnp.asarray, (x, y)))
+        with settings(), named_in_shard_map(estimator, problem):
+            upper, lower = found.problem.levels(as_step_key(key))
+            carry = estimator.init(lower, found.x, found.y) if carry is None else carry
+            estimate = estimator(upper, lower, solver, found.x, solver.init(found.y), carry)
+        gradient, at = found.given(estimate.gradient, estimate.lower.y)
+        return dataclasses.replace(estimate, gradient=gradient, lower=LowerState(at, estimate.lower.memory))
 
     return evaluate
