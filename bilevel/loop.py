@@ -233,6 +233,9 @@ def _blame(state: Any, metrics: dict[str, np.ndarray], step: int) -> str:
         "lower_loss": "the lower loss is undefined or unbounded there: bound y (project_lower), or mend the loss",
         "upper_loss": "the upper loss is unbounded or undefined there: bound the variables (project_upper, "
         "project_lower), or mend the loss",
+        "hypergradient_norm": "the losses have values there and the derivative has none, as a root or a norm at zero "
+        "in a loss (put a small constant under it) or in a step rule that is differentiated (give Adam an eps_root); "
+        "or lower the step sizes, the lower level's first",
     }.get(first, "lower the step sizes, the lower level's first")
     return (
         f"Step {step} made {', '.join(broken)} non-finite ({first} first): {cure}; diagnostics.check shows the "

@@ -18,7 +18,7 @@ from bilevel._module import hyperparameters
 from bilevel.constraints import Constraints
 from bilevel.level import Level
 from bilevel.lower.loops import LowerState
-from bilevel.optimizers import check_count
+from bilevel.optimizers import check_count, value_and_gradient
 from bilevel.typing import PyTree
 
 __all__ = ["Accurate", "Solved", "augmented_lagrangian", "minimise"]
@@ -51,11 +51,10 @@ def minimise(
 
 def _lbfgs(fn: Objective, y: PyTree, steps: int, tol: Any) -> PyTree:
     rule = optax.lbfgs()
-    evaluate = optax.value_and_grad_from_state(fn)
 
     def body(carry: Any) -> Any:
         i, y, memory, best, lowest, _ = carry
-        value, gradient = evaluate(y, state=memory)
+        value, gradient = value_and_gradient(fn, y, memory)
         better = value < lowest
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), y, best)
         updates, memory = rule.update(gradient, memory, y, value=value, grad=gradient, value_fn=fn)
