@@ -1,4 +1,4 @@
-"""Derivatives of step rules where a gradient is zero: a root's derivative there is infinite, and infinity times zero NaN.
+"""Derivatives of step rules where a gradient is zero: a root has an infinite one there, and infinity times zero is NaN.
 
 Adam divides by the root of a mean square, clipping by a norm. At a gradient of exactly zero (a parameter that the loss
 does not use, a bias before a normalisation, an optimum) their values are finite, and automatic differentiation makes

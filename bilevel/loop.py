@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._settings import settings
 from bilevel.keys import StepKey, as_step_key
-from bilevel.precision import named_in_shard_map, settings, working
+from bilevel.precision import named, working
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.streaming import Portion, on_device
@@ -53,7 +54,7 @@ def run(
     def body(state: Any, k: jax.Array) -> tuple[Any, Metrics]:
         return solver.step(found.problem, state, at_step(base, k))
 
-    with settings(), named_in_shard_map(solver, problem):
+    with settings(), named(solver, problem, x0, y0):
         state = solver.init(found.problem, *found.problem.projected(found.x, found.y), at_step(base, 0))
         state, metrics = jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))
     return found.shown(state), metrics
@@ -226,7 +227,8 @@ def _blame(state: Any, metrics: dict[str, np.ndarray], step: int) -> str:
     """Which quantity broke first at this step, and what to try."""
     broken = [name for name, values in metrics.items() if not np.isfinite(values[-1]).all()]
     broken += [name for name in ("y", "x") if not bool(_finite(getattr(state, name)))]
-    first = broken[0] if broken else "x"
+    losses = [name for name in broken if name in ("lower_loss", "upper_loss")]
+    first = [*losses, *broken, "x"][0]
     cure = {
         "x": "lower the upper step size or clip its gradient (optax.clip_by_global_norm)",
         "y": "lower the lower level's step size",

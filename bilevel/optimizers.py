@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from bilevel import derivatives
+from bilevel._forward import forward_only
 from bilevel._module import state
 from bilevel.typing import Project, PyTree, Scalar
 
@@ -64,6 +65,12 @@ def check_count(owner: str, what: str = "a positive integer is needed", **counts
         if count is not None and (isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1):
             raise ValueError(f"{owner}({name}={count!r}): {what}.")
 
+
+_NO_REVERSE = (
+    "No derivative goes back through a step rule that withdraws steps (optimizers.quasi_newton, optimizers.spectral, "
+    "the defaults of solvers without a step size): its choices have none. To differentiate a whole run give it a plain "
+    "rule, such as upper_optimizer=0.1 or optax.adam(1e-2)."
+)
 
 # ---------------------------------------------------------------- rules that look at values
 
@@ -310,6 +317,7 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         step = jnp.where(first, 0.1 * limit, jnp.where(accepted, jnp.minimum(bb, limit), 0.25 * s.step))
         values = jnp.where(accepted, jnp.roll(s.values, 1).at[0].set(value), s.values)
         updates = jax.tree.map(lambda old, now, g: (old - now) - step.astype(g.dtype) * g, x, params, g)
+        updates = forward_only(updates, _NO_REVERSE)
         return updates, SpectralState(x, g, step, values, s.count + 1, accepted)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -409,6 +417,7 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         longest = jnp.minimum(1.0, limit / jnp.maximum(rms(d), jnp.finfo(dtype).tiny ** 0.5))
         step = jnp.where(fresh, longest, 0.25 * old.step)
         updates = jax.tree.map(lambda new, now, d: (new - now) + step.astype(d.dtype) * d, x, params, d)
+        updates = forward_only(updates, _NO_REVERSE)
         return updates, QuasiNewtonState(
             x, g, jnp.where(accepted, value, old.value), d, step, s_all, z_all, rho, old.count + 1, accepted
         )

@@ -10,7 +10,6 @@ and what is returned has the user's dtypes again.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import inspect
@@ -27,7 +26,7 @@ from bilevel.level import takes_batch
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
 
-__all__ = ["InGiven", "Working", "named_in_shard_map", "settings", "users_settings", "working"]
+__all__ = ["InGiven", "Working", "named", "undefined_at", "working"]
 
 Dtypes = tuple[Any, ...]
 
@@ -111,48 +110,72 @@ def working(problem: Problem, x: PyTree, y: PyTree) -> Working:
     return Working(dataclasses.replace(problem, **lifted), *masters, dtypes)
 
 
-_PROMOTION: contextvars.ContextVar[str | None] = contextvars.ContextVar("promotion", default=None)
-
-
 @contextlib.contextmanager
-def settings() -> Iterator[None]:
-    """JAX's settings that the package's own arithmetic needs, whatever the user's are; also a decorator.
-
-    Strict promotion is meant for the user's arithmetic (see `users_settings`), and an infinity is how a search says "no
-    value yet": `solve` itself looks at what must be finite.
-    """
-    token = _PROMOTION.set(_PROMOTION.get() or jax.config.jax_numpy_dtype_promotion)
-    try:
-        with jax.numpy_dtype_promotion("standard"), jax.debug_infs(False):
-            yield
-    finally:
-        _PROMOTION.reset(token)
-
-
-@contextlib.contextmanager
-def users_settings() -> Iterator[None]:
-    """Within `settings`: the user's promotion, under which the user's functions are looked at before a run."""
-    with jax.numpy_dtype_promotion(_PROMOTION.get() or jax.config.jax_numpy_dtype_promotion):
-        yield
-
-
-@contextlib.contextmanager
-def named_in_shard_map(method: Any, problem: Problem) -> Iterator[None]:
-    """Inside a `shard_map` that keeps account of what differs between devices, JAX's complaints about it as a sentence.
-
-    Some of JAX's own parts (its linear solves, linearised functions) do not keep that account.
-    """
-    leaves = jax.tree.leaves(problem)
+def named(method: Any, problem: Problem, x: PyTree, y: PyTree) -> Iterator[None]:
+    """What JAX says while a method is traced on a problem, as a sentence that names the level and the cure."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        if isinstance(error, ProblemError) or not any(isinstance(a, jax.core.Tracer) and _varying(a) for a in leaves):
-            raise
-        raise ProblemError(
-            f"{type(method).__name__} does not pass shard_map's check of what differs from device to device "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Leave shard_map out: put the data on all devices "
-            "(jax.device_put with a NamedSharding along the samples) and call solve, or run under jit."
-        ) from error
+        if not isinstance(error, ProblemError) and (sentence := _translated(error, method, problem, x, y)):
+            raise ProblemError(sentence) from error
+        raise
+
+
+def _translated(error: Exception, method: Any, problem: Problem, x: PyTree, y: PyTree) -> str:
+    name = "a solver" if method is None else type(method).__name__
+    what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if "Reverse-mode differentiation does not work" in what:
+        for level in ("upper", "lower"):
+            if not _has_gradient(problem, level, x, y):
+                return (
+                    f"{level}, the {level} level's loss, has no derivative in reverse mode, which {name} takes: there "
+                    "is a jax.lax.while_loop in it (or a fori_loop whose length is not known beforehand). Write "
+                    "jax.lax.scan, or a fori_loop with a fixed number of steps; where the loop solves an equation, "
+                    "bilevel.implicit.custom_root differentiates its solution."
+                )
+        return (
+            f"{name} differentiates in reverse mode through a loop of no fixed length that is in the lower solver, a "
+            "projection or a constraint. Give the lower level a rule with a number of steps (0.1, optax.adam), or take "
+            "hypergradients.Implicit (solvers.AID), which does not differentiate through the solver."
+        )
+    inside = any(isinstance(leaf, jax.core.Tracer) and _varying(leaf) for leaf in jax.tree.leaves(problem))
+    if inside and ("varying" in str(error) or "{V:" in str(error)):
+        # Some of JAX's own parts (its linear solves, linearised functions) do not keep the account.
+        return (
+            f"{name} does not pass shard_map's check of what differs from device to device ({what}). Leave shard_map "
+            "out: put the data on all devices (jax.device_put with a NamedSharding along the samples) and call solve, "
+            "or run under jit."
+        )
+    return ""
+
+
+def undefined_at(problem: Problem, x: PyTree, y: PyTree) -> str:
+    """Which level's loss, or gradient, has no finite value at a start, in a sentence; "" where both have."""
+    for name, level in zip(("upper", "lower"), problem.full_levels(), strict=True):
+        value, gradients = jax.value_and_grad(level, (0, 1))(x, y)
+        if not bool(jnp.isfinite(value)):
+            return (
+                f"{name}, the {name} level's loss, is {float(value)} at the start (x0, y0): start where it is defined, "
+                "keep the variables there (project_upper, project_lower), or mend the loss (a small constant in a "
+                "logarithm or a quotient)."
+            )
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients)):
+            return (
+                f"{name}, the {name} level's loss, is {float(value):.6g} at the start (x0, y0), but has no finite "
+                "gradient there (a root, a norm or a power at zero): start elsewhere, or put a small constant under it."
+            )
+    return ""
+
+
+def _has_gradient(problem: Problem, level: str, x: PyTree, y: PyTree) -> bool:
+    source = problem.sources[level == "lower"]
+    fn = getattr(problem, level)
+    call = (lambda x, y, s: fn(x, y, s.example())) if source.given else (lambda x, y, s: fn(x, y))
+    try:
+        jax.eval_shape(lambda x, y, s: jax.grad(call, (0, 1))(x, y, s), x, y, source)
+    except ValueError:
+        return False
+    return True
 
 
 def _outputs(problem: Problem, x: PyTree, y: PyTree) -> dict[str, list[Any]]:

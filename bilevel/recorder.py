@@ -182,6 +182,14 @@ class Measures:
 
     def __init__(self, metrics: Mapping[str, Any]) -> None:
         functions, self._data = [], {}
+        if not isinstance(metrics, Mapping):
+            raise TypeError(
+                f"metrics is a {type(metrics).__name__}: give a dictionary of functions of (x, y) by name, such as "
+                "metrics={'accuracy': accuracy}."
+            )
+        for name in metrics:
+            if not isinstance(name, str):
+                raise TypeError(f"metrics has {name!r} for a name: names are strings.")
         for name, entry in metrics.items():
             if isinstance(entry, tuple):
                 if len(entry) != 2 or not callable(entry[0]):
@@ -197,6 +205,22 @@ class Measures:
                 )
             functions.append((name, entry))
         self._functions = tuple(functions)
+
+    def check(self, x: PyTree, y: PyTree) -> None:
+        """Raise a sentence where a metric does not take (x, y) or (x, y, data), or returns no array (by shapes)."""
+        for name, fn in self._functions:
+            data = (self._data[name],) if name in self._data else ()
+            called = "(x, y, data)" if data else "(x, y)"
+            try:
+                out = jax.eval_shape(fn, x, y, *data)
+            except Exception as error:
+                more = "" if data else "; a third argument comes with a pair: (function, data)"
+                raise TypeError(
+                    f"metrics[{name!r}] fails as a function of {called}{more}. {type(error).__name__}: "
+                    f"{str(error)[:400]}"
+                ) from error
+            if len(jax.tree.leaves(out)) != 1 or jax.tree.structure(out) != jax.tree.structure(0):
+                raise TypeError(f"metrics[{name!r}] returned {out!r}: a metric is one array, mostly a scalar.")
 
     def __bool__(self) -> bool:
         return bool(self._functions)

@@ -29,7 +29,7 @@ def _residual(y: Any, batch: Any) -> Any:
 
 def upper_loss(x: Any, y: Any, batch: Any) -> Any:
     """F(x, y, batch)."""
-    x, w, b = _weights(x, y)
+    x, *_ = _weights(x, y)
     penalty = 0.01 * jnp.sum(x.astype(jnp.float32) ** 2)
     return jnp.mean(_residual(y, batch) ** 2) / 2 + penalty.astype(batch["a"].dtype)
 

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergradients._base import Estimate, Estimator
+from bilevel._settings import settings
+from bilevel.hypergradients._base import Estimate, Estimator, check_estimator
 from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
 from bilevel.hypergradients.implicit import Implicit, JacobianFree
 from bilevel.hypergradients.kkt import ActiveSet, NullSpace
@@ -19,7 +20,7 @@ from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
 from bilevel.keys import as_step_key
 from bilevel.lower import LBFGS, LowerState, as_lower_solver
-from bilevel.precision import named_in_shard_map, settings, working
+from bilevel.precision import named, working
 from bilevel.problem import Problem
 from bilevel.typing import X, Y
 
@@ -48,13 +49,19 @@ def value_and_hypergradient(
           @jax.jit
           def step(problem, x, y, carry): return value_and_hypergradient(problem)(x, y, carry)
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"value_and_hypergradient takes a Problem first, not a {type(problem).__name__}: Problem(upper=F, lower=f, "
+            "...)."
+        )
     estimator = Implicit() if estimator is None else estimator
+    check_estimator("value_and_hypergradient", estimator)
     default = 0.1 if problem.stochastic else LBFGS()
     solver = as_lower_solver(default if lower_solver is None else lower_solver)
 
     def evaluate(x: X, y: Y, carry: Any = None, key: Any = 0) -> Estimate[X]:
         found = working(problem, *jax.tree.map(jnp.asarray, (x, y)))
-        with settings(), named_in_shard_map(estimator, problem):
+        with settings(), named(estimator, problem, x, y):
             upper, lower = found.problem.levels(as_step_key(key))
             carry = estimator.init(lower, found.x, found.y) if carry is None else carry
             estimate = estimator(upper, lower, solver, found.x, solver.init(found.y), carry)

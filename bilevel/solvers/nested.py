@@ -11,6 +11,7 @@ import optax
 from bilevel import hypergradients, linear
 from bilevel._module import hyperparameters, state
 from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
+from bilevel.hypergradients._base import check_estimator
 from bilevel.keys import StepKey
 from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
 from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
@@ -72,6 +73,7 @@ class HypergradientDescent:
         if self.upper_optimizer is not None:
             check_optimizer("HypergradientDescent", "upper_optimizer", self.upper_optimizer)
         as_lower_solver(self.lower_solver)
+        check_estimator("HypergradientDescent", self.hypergradient)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> NestedState:
         """The state before the first step."""
