@@ -20,7 +20,7 @@ def settings() -> Iterator[None]:
     Strict promotion is meant for the user's arithmetic (see `users_settings`), and an infinity is how a search says "no
     value yet": `solve` itself looks at what must be finite.
     """
-    token = _PROMOTION.set(_PROMOTION.get() or jax.config.jax_numpy_dtype_promotion)
+    token = _PROMOTION.set(_PROMOTION.get() or jax.config.jax_numpy_dtype_promotion)  # type: ignore[attr-defined]
     try:
         with jax.numpy_dtype_promotion("standard"), jax.debug_infs(False):
             yield
@@ -31,5 +31,5 @@ def settings() -> Iterator[None]:
 @contextlib.contextmanager
 def users_settings() -> Iterator[None]:
     """Within `settings`: the user's promotion, under which the user's functions are looked at before a run."""
-    with jax.numpy_dtype_promotion(_PROMOTION.get() or jax.config.jax_numpy_dtype_promotion):
+    with jax.numpy_dtype_promotion(_PROMOTION.get() or jax.config.jax_numpy_dtype_promotion):  # type: ignore[attr-defined]
         yield

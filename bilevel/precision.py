@@ -93,20 +93,22 @@ def working(problem: Problem, x: PyTree, y: PyTree) -> Working:
     _refuse_split(outputs, x, y)
     if all(out.dtype == dtype for out in [*map(jnp.asarray, leaves), *itertools.chain(*outputs.values())]):
         return Working(problem, x, y, None)
-    dtypes = tuple(tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)) for tree in (x, y))
+    of = lambda tree: tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    dtypes = of(x), of(y)
     cast = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, dtype))
-    lifted = {}
+    lifted: dict[str, Any] = {}
     for name in ("upper", "lower", "constraint", "equality", "upper_constraint", "upper_equality"):
         if (fn := getattr(problem, name)) is not None:
-            lifted[name] = _InGiven(fn, *dtypes, dtype)
+            lifted[name] = _InGiven(fn, dtypes[0], dtypes[1], dtype)
     masters = cast(x), cast(y)
     sets = (("project_upper", dtypes[0], masters[0]), ("project_lower", dtypes[1], masters[1]))
     for name, given, master in sets:
         fn = getattr(problem, name)
         if fn is not None and not _keeps(fn, master):
             lifted[name] = _Projection(fn, given, dtype)
-    if (prox := problem.prox_lower) is not None and not _keeps(lambda y: prox(y, masters[0], 1.0), masters[1]):
-        lifted["prox_lower"] = _Prox(prox, *dtypes, dtype)
+    prox: Any = problem.prox_lower
+    if prox is not None and not _keeps(lambda y: prox(y, masters[0], 1.0), masters[1]):
+        lifted["prox_lower"] = _Prox(prox, dtypes[0], dtypes[1], dtype)
     return Working(dataclasses.replace(problem, **lifted), *masters, dtypes)
 
 
@@ -217,7 +219,7 @@ def _varying(leaf: Any) -> frozenset[str]:
     """The axes of an enclosing `shard_map` along which an array, or its shape, differs from device to device."""
     kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
     axes = getattr(kind, "vma", None)  # jax before 0.10
-    return frozenset(axes or getattr(getattr(kind, "manual_axis_type", None), "varying", ()))
+    return frozenset(axes or getattr(getattr(kind, "manual_axis_type", None), "varying", None) or ())
 
 
 def _as(tree: PyTree, dtypes: Dtypes) -> PyTree:

@@ -219,7 +219,7 @@ class Measures:
                     f"metrics[{name!r}] fails as a function of {called}{more}. {type(error).__name__}: "
                     f"{str(error)[:400]}"
                 ) from error
-            if len(jax.tree.leaves(out)) != 1 or jax.tree.structure(out) != jax.tree.structure(0):
+            if not jax.tree_util.all_leaves([out]):
                 raise TypeError(f"metrics[{name!r}] returned {out!r}: a metric is one array, mostly a scalar.")
 
     def __bool__(self) -> bool:
