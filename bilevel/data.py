@@ -96,7 +96,10 @@ def sample_count(arrays: PyTree, name: str) -> int:
     for path, leaf in leaves:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if np.ndim(leaf) == 0:
-            raise ProblemError(f"{where} is a scalar: every leaf of the data needs a leading sample axis.")
+            raise ProblemError(
+                f"{where} is a scalar: every leaf of the data needs a leading sample axis (a list of numbers is "
+                "as many scalars: numpy.asarray makes one array of it)."
+            )
         counts[where] = np.shape(leaf)[0]
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{where} has {count}" for where, count in counts.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -12,13 +13,17 @@ import numpy as np
 import optax
 
 from bilevel import derivatives
+from bilevel._forward import forward_only
 from bilevel._module import state
 from bilevel.typing import Project, PyTree, Scalar
 
 __all__ = [
-    "Move", "Withdrawing", "accepted", "as_optimizer", "check_count", "check_optimizer", "coupled_adam", "quasi_newton",
-    "residual", "spectral", "withdraws",
+    "Move", "Withdrawing", "accepted", "as_optimizer", "check_count", "check_optimizer", "coupled_adam",
+    "looks_at_values", "quasi_newton", "residual", "searches", "spectral", "value_and_gradient", "withdraws",
 ]  # fmt: skip
+
+# A missing argument by its name, in what Python, optax and the rules here say of it.
+_WORDS = re.compile(r"(?<![\w.])(value|value_fn|grad)(?=['\"=])")
 
 
 def as_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
@@ -41,6 +46,14 @@ def check_optimizer(owner: str, name: str, value: Any) -> None:
         if not value > 0:
             raise ValueError(f"{owner}({name}={value!r}): a step size is positive.")
         return
+    if callable(value) and getattr(value, "__module__", "").split(".")[0] in ("optax", "bilevel"):
+        rule = f"{value.__module__.split('.')[0]}.{value.__name__}"
+        raise TypeError(f"{owner}({name}={rule}): the rule is made by a call: {name}={rule}(1e-2).")
+    if hasattr(value, "gradient_transformation"):
+        raise TypeError(
+            f"{owner}({name}={type(value).__name__}(...)): write {name}=optax.{type(value).__name__}"
+            "(...).gradient_transformation()."
+        )
     raise TypeError(
         f"{owner}({name}={value!r}): give a step size or an optax GradientTransformation such as optax.adam(1e-2)."
     )
@@ -51,6 +64,68 @@ def check_count(owner: str, what: str = "a positive integer is needed", **counts
     for name, count in counts.items():
         if count is not None and (isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1):
             raise ValueError(f"{owner}({name}={count!r}): {what}.")
+
+
+_NO_REVERSE = (
+    "No derivative goes back through a step rule that withdraws steps (optimizers.quasi_newton, optimizers.spectral, "
+    "the defaults of solvers without a step size): its choices have none. To differentiate a whole run give it a plain "
+    "rule, such as upper_optimizer=0.1 or optax.adam(1e-2)."
+)
+
+# ---------------------------------------------------------------- rules that look at values
+
+
+def looks_at_values(rule: Any, memory: PyTree, variable: PyTree) -> bool:
+    """Whether a rule looks at values of the loss (value, grad, value_fn), and not at its gradient alone.
+
+    Read off the rule itself, by a trace of its update: what names the leaves of the variable, or of a memory, have says
+    nothing. So `optax.polyak_sgd`, line searches and `reduce_on_plateau` are known wherever in a chain they stand.
+    """
+    if not is_rule(rule):
+        return False
+    if withdraws(memory):
+        return True
+    asked = []
+
+    def value_fn(variable: PyTree) -> jax.Array:
+        asked.append(True)
+        return sum((jnp.sum(leaf).astype(float) for leaf in jax.tree.leaves(variable)), jnp.zeros(()))
+
+    def update(value: jax.Array, apart: PyTree, gradient: PyTree, memory: PyTree, variable: PyTree) -> Any:
+        extra = {"value": value, "grad": apart, "value_fn": value_fn}
+        return as_optimizer(rule).update(gradient, memory, variable, **extra)
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variable)
+    dtype = jnp.result_type(*jax.tree.leaves(variable))
+    value = jax.ShapeDtypeStruct((), dtype)
+    jaxpr = jax.make_jaxpr(update)(value, shapes, variable, memory, variable).jaxpr
+    given = set(jaxpr.invars[: 1 + len(jax.tree.leaves(shapes))])
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    return bool(asked) or any(id(v) in used for v in given)
+
+
+_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
+
+
+def searches(memory: PyTree) -> bool:
+    """Whether the rule with this memory has a line search of optax's in it."""
+    is_one = lambda node: isinstance(node, _SEARCHES)  # noqa: E731
+    return any(is_one(node) for node in jax.tree.leaves(memory, is_leaf=is_one))
+
+
+def value_and_gradient(loss: Any, variable: PyTree, memory: PyTree) -> tuple[jax.Array, PyTree]:
+    """The loss and its gradient at the variable, as a line search has left them there, where the chain ends in one.
+
+    `optax.value_and_grad_from_state` looks for leaves of these names, and finds the user's parameters.
+    """
+    evaluate = jax.value_and_grad(loss)
+    last = jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, (*_SEARCHES, optax.EmptyState)))[-1:]
+    known = last[0] if last and isinstance(last[0], _SEARCHES) else None
+    if known is None or jax.tree.structure(known.grad) != jax.tree.structure(variable):  # type: ignore[operator]
+        return evaluate(variable)
+    shapes = jax.eval_shape(evaluate, variable)
+    known = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), (known.value, known.grad), shapes)
+    return jax.lax.cond(jnp.isfinite(known[0]), lambda _: known, evaluate, variable)
 
 
 # ---------------------------------------------------------------- moving a variable
@@ -78,7 +153,17 @@ class Move:
     def updates(self, direction: PyTree, memory: PyTree, variable: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """What the rule would add to the variable, and its memory."""
         update = as_optimizer(self.rule).update
-        return (jax.vmap(update) if self.many else update)(direction, memory, variable, **extra)
+        try:
+            return (jax.vmap(update) if self.many else update)(direction, memory, variable, **extra)
+        except (TypeError, ValueError) as error:
+            if not set(_WORDS.findall(str(error))) & ({"value", "value_fn", "grad"} - set(extra)):
+                raise
+            raise TypeError(
+                "This step rule looks at values of the loss (as optax.polyak_sgd, line searches, reduce_on_plateau and "
+                "optimizers.quasi_newton do), and the method does not evaluate the loss at its steps. Give it a rule "
+                "of gradients alone, such as optax.adam(1e-2), or take solvers.AID, which gives values to both levels' "
+                f"rules. ({error})"
+            ) from error
 
     def __call__(
         self, direction: PyTree, memory: PyTree, variable: PyTree, scale: Any = None, **extra: Any
@@ -197,13 +282,13 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
 
     def init(params: PyTree) -> SpectralState:
         dtype = jnp.result_type(float, *jax.tree.leaves(params))
-        infinite = jnp.full((memory,), jnp.inf, dtype)
+        none = jnp.full((memory,), jnp.finfo(dtype).max, dtype)  # no infinity, for jax_debug_infs to stumble on
         zero = optax.tree.zeros_like(params)
         return SpectralState(
             jax.tree.map(jnp.asarray, params),
             zero,
             jnp.zeros((), dtype),
-            infinite,
+            none,
             jnp.zeros((), jnp.int32),
             jnp.zeros((), dtype),
             jnp.asarray(True),
@@ -219,7 +304,7 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         value = jnp.asarray(value, dtype)
         first = s.count == 0
         moved = optax.tree.sub(params, s.x)
-        worst = jnp.max(jnp.where(jnp.isfinite(s.values), s.values, -jnp.inf))
+        worst = jnp.max(jnp.where(jnp.abs(s.values) < jnp.finfo(dtype).max, s.values, -jnp.inf))
         slack = 8 * jnp.finfo(dtype).eps * jnp.abs(worst)
         decrease = 1e-4 * jnp.asarray(optax.tree.vdot(s.gradient, moved), dtype)
         finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
@@ -237,6 +322,7 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         step = jnp.where(first, 0.1 * limit, jnp.where(accepted, jnp.minimum(bb, limit), 0.25 * s.step))
         values = jnp.where(accepted, jnp.roll(s.values, 1).at[0].set(value), s.values)
         updates = jax.tree.map(lambda old, now, g: (old - now) - step.astype(g.dtype) * g, x, params, g)
+        updates = forward_only(updates, _NO_REVERSE)
         return updates, SpectralState(x, g, step, values, s.count + 1, unit, accepted)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -359,6 +445,7 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         longest = jnp.minimum(1.0, limit / jnp.maximum(rms(d), _least_norm(dtype)))
         step = jnp.where(fresh, longest, 0.25 * old.step)
         updates = jax.tree.map(lambda new, now, d: (new - now) + step.astype(d.dtype) * d, x, params, d)
+        updates = forward_only(updates, _NO_REVERSE)
         return updates, QuasiNewtonState(
             x, g, jnp.where(accepted, value, old.value), d, step, s_all, z_all, rho, old.count + 1, unit, accepted
         )

@@ -80,6 +80,10 @@ class Problem(Generic[X, Y]):
                 continue
             if not callable(fn):
                 raise ProblemError(f"Problem({name}=...) takes a function, not {type(fn).__name__}.")
+            if isinstance(fn, type):
+                ours = fn.__module__.split(".")[:2]
+                made = f"{'.'.join(ours[1:] if ours[0] == 'bilevel' else ours)}.{fn.__name__}(...)"
+                raise ProblemError(f"Problem({name}=...) was given the class {fn.__name__}: make one of it, {made}.")
             try:
                 hash(fn)
             except TypeError:
@@ -242,6 +246,11 @@ class Problem(Generic[X, Y]):
                         f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of "
                         "arrays."
                     )
+                if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(out)):
+                    raise ProblemError(
+                        f"{name}(x, y) returned {jax.tree.leaves(out)[0].dtype}, not floating-point values: return "
+                        "what is to be compared with 0, such as y - 1 for y <= 1, and not the comparison."
+                    )
 
 
 def _flatten(problem: Problem) -> tuple[Any, Any]:
@@ -285,6 +294,11 @@ def _shapes_on(name: str, fn: Callable[..., PyTree], source: Source, x: PyTree, 
 def _check_loss(name: str, fn: Callable[..., Scalar], source: Source, x: PyTree, y: PyTree) -> None:
     leaves = jax.tree.leaves(_shapes_on(name, fn, source, x, y))
     if len(leaves) != 1 or leaves[0].shape != ():
+        if len(leaves) > 1 and leaves[0].shape == ():
+            raise ProblemError(
+                f"{name} returned {len(leaves)} values; a loss is one scalar, without aux: return it alone, and give "
+                "what else you want to see as metrics={'name': function of (x, y)}."
+            )
         got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
         raise ProblemError(
             f"{name}(x, y{', batch' if source.given else ''}) returned {got}; a loss is one scalar. Take a mean or a "
@@ -303,11 +317,30 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
         ):
             where = f"{name}{jax.tree_util.keystr(path)}"
             kind = type(leaf).__name__
+            if type(leaf).__module__.split(".")[0] == "bilevel":
+                raise ProblemError(f"{where} is a {kind}: the order is solve(problem, x0, y0, solver).")
             raise ProblemError(
                 f"{where} is of type {kind}; variables are floating-point arrays: write jnp.asarray({leaf!r}, float)."
             )
+        if getattr(getattr(leaf, "dtype", None), "kind", "") in "OUS" and hasattr(leaf, "dtype"):
+            raise ProblemError(
+                f"{name}{jax.tree_util.keystr(path)} has dtype {leaf.dtype} (an array of Python objects or text): "
+                "variables are floating-point arrays; give one leaf an array of numbers each."
+            )
         return jnp.array(leaf, copy=True)
 
+    def of_numbers(node: Any) -> bool:
+        return isinstance(node, list) and bool(node) and all(isinstance(a, (int, float)) or of_numbers(a) for a in node)
+
+    if getattr(type(tree), "__bilevel_hyperparameters__", False):
+        raise ProblemError(f"{name} is a {type(tree).__name__}: the order is solve(problem, x0, y0, solver).")
+    lists = jax.tree_util.tree_leaves_with_path(tree, is_leaf=of_numbers)
+    for path, node in lists:
+        if of_numbers(node):
+            raise ProblemError(
+                f"{name}{jax.tree_util.keystr(path)} is a list of numbers, which JAX takes for as many arrays as it "
+                "has numbers: write jnp.asarray([...], float) for one array, or a dict of arrays (one leaf each)."
+            )
     return jax.tree_util.tree_map_with_path(convert, tree)
 
 
@@ -333,7 +366,7 @@ def _check_data(name: str, source: Source) -> None:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if dtype is None:
             raise ProblemError(f"{where} is of type {type(leaf).__name__}, not an array: wrap it with numpy.asarray.")
-        if dtype.kind in "OUS":
+        if getattr(dtype, "kind", "") in "OUS" and not jnp.issubdtype(dtype, jax.dtypes.extended):
             raise ProblemError(f"{where} has dtype {dtype}: encode it as numbers.")
         if jnp.issubdtype(dtype, jnp.floating):
             finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else bool(jnp.isfinite(leaf).all())
@@ -360,7 +393,8 @@ def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> Py
             for label, arg in zip(("x", "y", "batch"), args, strict=False)
         )
         raise ProblemError(
-            f"{name}{signature} fails on the given variables and data ({shapes}): {type(error).__name__}: {error}"
+            f"{name}{signature} fails on the given variables and data ({shapes}): {type(error).__name__}: "
+            f"{str(error).split(_DETAILS)[0].strip()[:400]}{_cure(name, signature, fn, error)}"
         ) from error
 
 
@@ -397,6 +431,23 @@ def _check_prox_order(prox: Callable[..., PyTree], x: PyTree, y: PyTree) -> None
 
     if not gives_back(one, two, two) and (gives_back(one, two, one) or gives_back(two, one, two)):
         raise ProblemError(cure)
+
+
+_DETAILS = "The error occurred while tracing"  # From here JAX repeats itself.
+_CONCRETE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError, jax.errors.JAXTypeError)
+_CALLED = {"project_upper": "(x)", "project_lower": "(y)", "prox_lower": "(x, y, scaling)"}
+
+
+def _cure(name: str, signature: str, fn: Callable[..., Any], error: Exception) -> str:
+    """What to do about a function that could not be traced, as the end of the sentence; "" where nobody knows."""
+    if isinstance(error, _CONCRETE):
+        return " (a loss is traced: jnp.where for an `if`, jnp in the place of numpy, math and float())."
+    if isinstance(error, TypeError) and "positional argument" in str(error):
+        called = _CALLED.get(name, signature)
+        data = f"{'upper' if name.startswith('upper') else 'lower'}_data"
+        batch = f"; with {data}= it takes a batch besides, and without none" if name not in _CALLED else ""
+        return f" ({name} is called as {name}{called}{batch})."
+    return ""
 
 
 def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree) -> None:

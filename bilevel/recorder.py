@@ -148,6 +148,7 @@ class Recorder:
       state: the solver's state before the first step.
       keeper: looks for the best point; None: nobody does.
       before: the run that this one goes on from: its steps and history; None: a new one.
+      given: (x, y) of a state as the user gave them, in their dtypes.
 
     Attributes:
       state, done, history: where the run stands; they always belong together.
@@ -165,7 +166,9 @@ class Recorder:
         state: Any,
         keeper: Keeper | None = None,
         before: Solution | None = None,
+        given: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda x, y: (x, y),
     ) -> None:
+        self._given = given
         self.schedule, self._measures, self._callback, self._saver = schedule, measures, callback, saver
         self.state, self.done, self.history = state, 0, History()
         if before is not None:
@@ -199,6 +202,11 @@ class Recorder:
         return restored is not None
 
     @property
+    def point(self) -> tuple[PyTree, PyTree]:
+        """(x, y) where the run stands, in the user's dtypes."""
+        return self._given(self.state.x, self.state.y)
+
+    @property
     def ended(self) -> bool:
         """Whether there is nothing left to do."""
         return self.done == self.schedule.steps or self.result is not Result.MAX_STEPS
@@ -218,7 +226,7 @@ class Recorder:
             self._look()
         self._bar.update(self.done, self.history)
         if self._callback is not None and self._due(self.schedule.callback):
-            answer = self._callback(Event(self.done, self.state.x, self.state.y, self.state, self.history))
+            answer = self._callback(Event(self.done, *self.point, self.state, self.history))
             if answer is not None and bool(answer) and self.result is Result.MAX_STEPS:
                 self.result = Result.STOPPED
         rested = time.perf_counter() - self._saved_at >= self.schedule.rest
@@ -269,6 +277,14 @@ class Measures:
 
     def __init__(self, metrics: Mapping[str, Any]) -> None:
         functions, self._data = [], {}
+        if not isinstance(metrics, Mapping):
+            raise TypeError(
+                f"metrics is a {type(metrics).__name__}: give a dictionary of functions of (x, y) by name, such as "
+                "metrics={'accuracy': accuracy}."
+            )
+        for name in metrics:
+            if not isinstance(name, str):
+                raise TypeError(f"metrics has {name!r} for a name: names are strings.")
         for name, entry in metrics.items():
             if isinstance(entry, tuple):
                 if len(entry) != 2 or not callable(entry[0]):
@@ -291,6 +307,22 @@ class Measures:
         """Their names."""
         return tuple(self._functions)
 
+    def check(self, x: PyTree, y: PyTree) -> None:
+        """Raise a sentence where a metric does not take (x, y) or (x, y, data), or returns no array (by shapes)."""
+        for name, fn in self._functions.items():
+            data = (self._data[name],) if name in self._data else ()
+            called = "(x, y, data)" if data else "(x, y)"
+            try:
+                out = jax.eval_shape(fn, x, y, *data)
+            except Exception as error:
+                more = "" if data else "; a third argument comes with a pair: (function, data)"
+                raise TypeError(
+                    f"metrics[{name!r}] fails as a function of {called}{more}. {type(error).__name__}: "
+                    f"{str(error)[:400]}"
+                ) from error
+            if not jax.tree_util.all_leaves([out]):
+                raise TypeError(f"metrics[{name!r}] returned {out!r}: a metric is one array, mostly a scalar.")
+
     def __bool__(self) -> bool:
         return bool(self._functions)
 
@@ -298,7 +330,7 @@ class Measures:
         """Take them where the run stands, unless that was done; whether they were."""
         due = bool(self._functions) and run.history.last_step(next(iter(self._functions))) != run.done
         if due:
-            x, y, data = run.state.x, run.state.y, self._data
+            (x, y), data = run.point, self._data
             if self._taken is None:
                 args = {name: (x, y, data[name]) if name in data else (x, y) for name in self._functions}
                 self._taken = {name: taken(fn, args[name]) for name, fn in self._functions.items()}

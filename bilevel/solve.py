@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import numbers
 import os
 import signal
 import threading
@@ -15,12 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bilevel import host
 from bilevel._module import name_of
+from bilevel._settings import settings, users_settings
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import CAPACITY, Loop, at_step
 from bilevel.optimizers import check_count
+from bilevel.precision import Working, named, undefined_at, working
 from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule
 from bilevel.result import Result
@@ -57,6 +61,7 @@ _WHOLE_STEPS, _WHOLE_TOL = 1000, 1e-5
 _TIGHTER = 4
 
 
+@settings()
 def solve(
     problem: Problem[X, Y],
     x0: X | None = None,
@@ -130,13 +135,18 @@ def solve(
         state, solver = before.state, before.solver if solver is None else solver
     x0, y0, solver = _from_state(state, x0, y0, solver)
     asked_for = solver
-    given = problem
-    problem, x, y, solver, reason = _checked(problem, x0, y0, solver, tol)
+    found, solver, reason = _checked(problem, x0, y0, solver, tol)
+    given, (problem, x, y, _) = problem, found
     quiet = tol
-    if asked_for is None and given.stochastic and not problem.stochastic:  # full batches in place of minibatches
+    whole = asked_for is None and given.stochastic and not problem.stochastic
+    if whole:  # full batches in place of minibatches
         steps, quiet = min(steps, _WHOLE_STEPS), _WHOLE_TOL if tol is None else tol
     steps = host.most_steps(solver, steps)
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
+    with users_settings():
+        measures.check(*found.given(x, y))
+    if callback is not None and not callable(callback):
+        raise TypeError(f"solve(callback={callback!r}): give a function of one argument, an Event.")
     keeper = None if keep_best is None else Keeper(keep_best, patience, measures.names)
     if patience is not None and keeper is None:
         raise ValueError(f'solve(patience={patience}): say of what, with keep_best=("valid loss", min).')
@@ -162,20 +172,24 @@ def solve(
             f"solve(steps={steps}, state=solution): the solution is already at step {before.steps}; steps counts those "
             "before. Ask for more."
         )
-    run = Recorder(schedule, measures, callback, saver, first, keeper, before)
+    run = Recorder(schedule, measures, callback, saver, first, keeper, before, found.given)
     if run.resume() and quiet is not None:
         newest = run.history.last().items()
         last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
         run.result = Result(int(solver.status(run.state, last, quiet)))  # type: ignore[attr-defined]
     pace = _Pace(chunk)
-    certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress)
+    with named(solver, problem, x, y):
+        certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress)
+    if run.result is Result.DIVERGED and not run.done and (undefined := undefined_at(problem, x, y)):
+        run.why = undefined
     if run.why:
         logger.warning("%s", run.why)
     reason = " ".join(part for part in (reason, run.why) if part)
     seconds = time.perf_counter() - began
+    x_end, y_end = run.point
     solution = Solution(
-        x=run.state.x,
-        y=run.state.y,
+        x=x_end,
+        y=y_end,
         result=run.result,
         history=run.history,
         state=run.state,
@@ -193,7 +207,10 @@ def solve(
         logger.info("%s", f"Went on with {why}.")
         options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every)
         options |= dict(keep_best=keep_best, patience=patience)
-        second = solve(problem, x, y, again, steps=steps, progress=progress, chunk=chunk, **options)
+        start: tuple[Any, Any, Any] = (problem, x, y)
+        if found.lifted:  # the user's dtypes, which metrics are given
+            start = (given.whole() if whole else given, x0, y0)
+        second = solve(*start, again, steps=steps, progress=progress, chunk=chunk, **options)
         if second.result is Result.CONVERGED:
             reason = f"{reason} Went on with {why}. {second.reason}".strip()
             return dataclasses.replace(second, reason=reason, seconds=time.perf_counter() - began)
@@ -261,32 +278,65 @@ def _multipliers(solver: Any, streams: Streams, state: Any) -> dict[str, Any]:
     return solver.multipliers(streams.peeked(), state) if hasattr(solver, "multipliers") else {}
 
 
-def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | None) -> tuple[Problem, X, Y, Solver, str]:
-    """The problem on the device, the start as arrays of its own, the solver, and why that one if it was not given."""
+def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | None) -> tuple[Working, Solver, str]:
+    """The problem on the device and the start in the run's dtype, the solver, and why that one if it was not given."""
+    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (numbers.Real, jax.Array))):
+        raise TypeError(f"solve(tol={tol!r}): the tolerance is a positive number, or None to take all steps.")
     if tol is not None and not tol > 0:
         raise ValueError(f"solve(tol={tol!r}): the tolerance is positive, or None to take all steps.")
     if not isinstance(problem, Problem):
         raise TypeError(f"solve takes a Problem first, not {type(problem).__name__}: Problem(upper=F, lower=f, ...).")
     x, y = as_variable("x0", x0), as_variable("y0", y0)
-    problem.validate(x, y)
-    problem = jax.tree.map(jnp.asarray, problem.captured(x, y))
-    x, y = problem.projected(x, y)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, y, problem, solver))):
+        raise ProblemError(
+            "solve is the host of a compiled run (it looks at values, writes down history) and cannot itself stand "
+            "under jit, vmap or grad. Call it outside; under a transformation take bilevel.run(problem, solver, x0, "
+            "y0, steps), the same loop as a pure function, or hypergradients.value_and_hypergradient for one step."
+        )
+    with users_settings():
+        problem.validate(x, y)
+        problem = jax.tree.map(jnp.asarray, problem.captured(x, y))
+        found = working(problem, x, y)
+    problem, (x, y) = found.problem, found.problem.projected(found.x, found.y)
     reason = ""
     if solver is None:
-        solver, reason, problem = default_solver(problem, x, y)
+        with named(None, problem, x, y):
+            solver, reason, problem = default_solver(problem, x, y)
         logger.info("%s", reason)
-    if not (hasattr(solver, "init") and hasattr(solver, "step")) and not isinstance(solver, HostSolver):
-        raise TypeError(
-            f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), "
-            "such as solvers.AID(), or init, search and status, such as solvers.MPCC()."
-        )
+    _check_solver(solver)
     refuse_unreached(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(
             f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, "
             "metrics, tol)."
         )
-    return problem, x, y, solver, reason
+    return found._replace(problem=problem, x=x, y=y), solver, reason
+
+
+def _check_solver(solver: Any) -> None:
+    """Raise a sentence where this is no solver: a class, a constructor, a name, or another part of the package."""
+    module = getattr(type(solver), "__module__", "")
+    if isinstance(solver, type) or (callable(solver) and hasattr(solver, "__name__")):
+        cure = f"{solver.__name__} was not called: write {solver.__name__}()"
+    elif isinstance(solver, str):
+        cure = f"solvers are objects: write solvers.{solver}()"
+    elif isinstance(solver, optax.GradientTransformation):
+        cure = "an optax rule moves one variable: write solvers.AID(upper_optimizer=rule)"
+    elif module.startswith("bilevel.lower"):
+        cure = "it solves the lower level alone: write solvers.AID(lower_solver=...)"
+    elif module.startswith("bilevel.linear"):
+        cure = "it solves a linear system: write solvers.AID(linear_solver=...)"
+    elif module.startswith("bilevel.hypergradients"):
+        cure = "it is an estimator: write solvers.HypergradientDescent(...) around it"
+    elif (hasattr(solver, "init") and hasattr(solver, "step")) or isinstance(solver, HostSolver):
+        return
+    else:
+        cure = "take one of bilevel.solvers, such as solvers.AID()"
+    what = "an optax rule" if isinstance(solver, optax.GradientTransformation) else repr(solver)[:200]
+    raise TypeError(
+        f"solve's solver is {what}; it needs methods init(problem, x, y, key) and step(problem, state, key), or init, "
+        f"search and status: {cure}."
+    )
 
 
 def _from_state(state: Any, x0: Any, y0: Any, solver: Any) -> tuple[Any, Any, Any]:
@@ -330,7 +380,8 @@ def _fitting(state: Any, first: Any, solver: Any) -> Any:
 
 
 def _first_state(problem: Problem, solver: Solver, x: Any, y: Any, base: StepKey) -> Any:
-    state = solver.init(problem, x, y, at_step(base, 0))
+    with named(solver, problem, x, y):
+        state = solver.init(problem, x, y, at_step(base, 0))
     for name in ("x", "y"):
         if not hasattr(state, name):
             raise TypeError(

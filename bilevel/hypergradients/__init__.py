@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergradients._base import Estimate, Estimator, first_carry
+from bilevel._settings import settings
+from bilevel.hypergradients._base import Estimate, Estimator, check_estimator, first_carry
 from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
 from bilevel.hypergradients.forward import Forward, Tangents
 from bilevel.hypergradients.implicit import Implicit, JacobianFree
@@ -19,6 +21,7 @@ from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
 from bilevel.keys import as_step_key
 from bilevel.lower import LBFGS, LowerState, as_lower_solver
+from bilevel.precision import named, working
 from bilevel.problem import Problem
 from bilevel.typing import LowerSolver, X, Y
 
@@ -51,21 +54,36 @@ def value_and_hypergradient(
 
       Where a training loop of your own moves y, `lower_solver=lower.Identity()` leaves it where it is.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"value_and_hypergradient takes a Problem first, not a {type(problem).__name__}: Problem(upper=F, lower=f, "
+            "...)."
+        )
     estimator = Implicit() if estimator is None else estimator
+    check_estimator("value_and_hypergradient", estimator)
     default = 0.1 if problem.stochastic else LBFGS()
     solver = as_lower_solver(default if lower_solver is None else lower_solver)
 
     def evaluate(x: X, y: Y | LowerState, carry: Any = None, key: Any = 0) -> Estimate[X]:
         x, y = jax.tree.map(jnp.asarray, (x, y))
-        start = _begun(solver, y) if isinstance(y, LowerState) else solver.init(y)
-        upper, lower = problem.levels(as_step_key(key))
-        if carry is not None and getattr(estimator, "continues", False) and not isinstance(y, LowerState):
+        goes_on = isinstance(y, LowerState)
+        if carry is not None and getattr(estimator, "continues", False) and not goes_on:
             raise ValueError(
                 f"{type(estimator).__name__} goes on with the derivative of the whole lower run, the optimiser's "
                 "memory included: give the last estimate's `lower` as y, and not its `lower.y`."
             )
-        carry = first_carry(estimator, lower, x, start) if carry is None else carry
-        return estimator(upper, lower, solver, x, start, carry)
+        at = y.y if isinstance(y, LowerState) else y
+        found = working(problem, x, at)
+        with settings(), named(estimator, problem, x, at):
+            if isinstance(y, LowerState):
+                start = _begun(solver, LowerState(found.y, y.memory))
+            else:
+                start = solver.init(found.y)
+            upper, lower = found.problem.levels(as_step_key(key))
+            carry = first_carry(estimator, lower, found.x, start) if carry is None else carry
+            estimate = estimator(upper, lower, solver, found.x, start, carry)
+        gradient, at = found.given(estimate.gradient, estimate.lower.y)
+        return dataclasses.replace(estimate, gradient=gradient, lower=LowerState(at, estimate.lower.memory))
 
     return evaluate
 

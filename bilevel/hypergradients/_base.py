@@ -83,6 +83,26 @@ def last_steps(
     return (lambda level, x, state: solver.end(repeat(solver, level, x, state, first))), middle
 
 
+def check_estimator(owner: str, estimator: Any) -> None:
+    """Raise a sentence where this is no estimator: a class, a constructor, a linear or a lower solver, a rule."""
+    if isinstance(estimator, type) or (callable(estimator) and hasattr(estimator, "__name__")):
+        name = getattr(estimator, "__name__", "")
+        raise TypeError(f"{owner} was given {name} itself as its estimator: make one, hypergradients.{name}().")
+    if hasattr(estimator, "init") and callable(estimator) and not type(estimator).__module__.startswith(_OTHERS):
+        return
+    name = type(estimator).__name__
+    kind = "linear solver" if type(estimator).__module__.startswith("bilevel.linear") else "other thing"
+    raise TypeError(
+        f"{owner} takes an estimator of bilevel.hypergradients, and {name} is a{'n' if kind[0] == 'o' else ''} {kind}: "
+        f"write hypergradients.Implicit(linear_solver=linear.{name}(...))."
+        if kind == "linear solver"
+        else f"{owner} takes an estimator of bilevel.hypergradients, such as hypergradients.Implicit(), not a {name}."
+    )
+
+
+_OTHERS = ("bilevel.linear", "bilevel.lower", "bilevel.solvers", "optax")
+
+
 def lower_metrics(lower: Level, x: PyTree, y: PyTree) -> Metrics:
     """`lower_loss` and `lower_residual` at y: f, which may be undefined where its gradient is not, and |f_y|."""
     if lower.mixed:

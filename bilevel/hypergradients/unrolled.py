@@ -32,8 +32,9 @@ class Unrolled:
         second derivative taken in mixed mode (`derivatives.mixed_mode_gradient`). False: plain reverse mode.
 
     Cost per call: reverse, T gradients and T (HVP + cross product), memory T copies of y and the optimiser's moments;
-    forward, p T HVPs. Works through any differentiable optimiser. With Adam-like optimisers give `eps_root > 0`: the
-    derivative of the square root at zero is infinite.
+    forward, p T HVPs. Works through any differentiable optimiser. Where a parameter's
+    gradient is zero, rules that divide by its root (Adam, clipping by a norm) are differentiated as if the root had the
+    derivative zero there; with `eps_root > 0` Adam's is what it is.
 
     References: Franceschi et al., "Forward and Reverse Gradient-Based Hyperparameter Optimization", ICML 2017; Shaban
     et al., "Truncated Back-propagation for Bilevel Optimization", AISTATS 2019; Kemaev et al., ICML 2025 (mixed mode).
@@ -71,6 +72,7 @@ class Unrolled:
                 "Unrolled differentiates through the lower solver's loop, whose length must be fixed: set its tol=None "
                 "(a number of steps), or take an implicit estimator."
             )
+        solver = solver.differentiable() if hasattr(solver, "differentiable") else solver
         level, run = lower.mixed_mode() if self.checkpoint else lower, solver
         if self.last is not None:
             run, start = last_steps("Unrolled", self.last, solver, level, x, start)

@@ -51,6 +51,12 @@ class Identity:
 
 def as_lower_solver(solver: Any) -> LowerSolver:
     """A lower solver from itself, an optax rule (10 steps), a step size, or a function `(level, x, y) -> y`."""
+    if isinstance(solver, type):
+        raise TypeError(f"A lower solver was given as the class {solver.__name__}: write {solver.__name__}().")
+    if callable(solver) and getattr(solver, "__module__", "").split(".")[0] in ("optax", "bilevel", "jaxopt"):
+        given = getattr(solver, "__name__", None)
+        if given is not None:  # a function that makes a rule or a solver, and not one
+            raise TypeError(f"A lower solver was given as the constructor {given}: call it, {given}(...).")
     if hasattr(solver, "init") and callable(solver) and not is_rule(solver):
         return solver
     if is_rule(solver) or (isinstance(solver, (float, int, jax.Array)) and not isinstance(solver, bool)):

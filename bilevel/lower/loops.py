@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from bilevel._forward import forward_only
 from bilevel._module import state
 from bilevel.level import Level
 from bilevel.typing import PyTree, Scalar
@@ -15,6 +16,14 @@ from bilevel.typing import PyTree, Scalar
 __all__ = ["Kernel", "LowerState", "repeat", "until"]
 
 _PATIENCE = 25
+
+NO_REVERSE = (
+    "No derivative goes back through a lower solver that runs until a tolerance (lower.LBFGS, lower.Accurate, "
+    "GradientDescent(tol=...)): its loop has no length that is known beforehand. The derivative of the lower level's "
+    "solution itself is hypergradients.value_and_hypergradient's, or bilevel.implicit's (custom_root); to differentiate"
+    " a whole run take lower.Newton(), which is differentiated implicitly, or a number of steps (tol=None), and a "
+    "plain upper_optimizer; forward mode (jax.jacfwd) goes through it."
+)
 
 
 @state
@@ -89,4 +98,4 @@ def until(
     _, state, residual, *_, least = jax.lax.while_loop(unfinished, body, start)
     end = kernel.end(state)
     y = jax.tree.map(lambda met, stood: jnp.where(residual <= least, met, stood), state.y, end.y)
-    return LowerState(y, end.memory), None if reach is None else least / tol
+    return forward_only(LowerState(y, end.memory), NO_REVERSE), None if reach is None else least / tol

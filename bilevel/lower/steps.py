@@ -12,6 +12,7 @@ import optax
 
 from bilevel import derivatives, optimizers
 from bilevel._module import hyperparameters, state
+from bilevel._roots import with_roots
 from bilevel.level import Level
 from bilevel.lower.loops import LowerState, repeat, until
 from bilevel.optimizers import Move, accepted, as_optimizer, check_count, is_rule, residual, withdraws
@@ -44,9 +45,17 @@ class Steps:
         """The solver whose one step is differentiated in place of this one's (DARTS's virtual step)."""
         return self
 
+    def differentiable(self) -> Any:
+        """The solver to differentiate through: the same steps, by a rule that has derivatives at a gradient of zero.
+
+        Raises:
+          ValueError: its rule withdraws steps, or searches along a line.
+        """
+        return _Differentiable(self) if type(self).advance is Steps.advance else self
+
     def looks(self, state: LowerState) -> bool:
         """Whether the rule looks at values of the loss, and not at gradients alone."""
-        return withdraws(state.memory) or _searches(state.memory)
+        return optimizers.looks_at_values(self.rule(), state.memory, state.y)
 
     def init(self, y: PyTree) -> LowerState:
         """The start of a run: y with fresh optimiser moments."""
@@ -59,12 +68,11 @@ class Steps:
     def advance(self, level: Level, x: PyTree, state: LowerState) -> tuple[LowerState, Callable[[], Scalar]]:
         """One step on the batch that the level holds, and the residual before it."""
         y, extra, loss = state.y, {}, lambda y: level(x, y)
-        if _searches(state.memory):
-            value, gradient = optax.value_and_grad_from_state(loss)(y, state=state.memory)
+        if self.looks(state):
+            # What a line search has left at y holds for this batch, and where no projection moved y since.
+            left = () if level.random or level.nonsmooth else state.memory
+            value, gradient = optimizers.value_and_gradient(loss, y, left)
             extra = {"value": value, "grad": gradient, "value_fn": loss}
-        elif withdraws(state.memory):
-            value, gradient = jax.value_and_grad(loss)(y)
-            extra = {"value": value}
         else:
             gradient = level.gradient(x, y)
         new = self.move(level, x, state, gradient, **extra)
@@ -95,6 +103,40 @@ class Steps:
         if self.tol is not None:
             return until(self, level, x, state, self.tol)[0]
         return self.end(repeat(self, level, x, state))
+
+
+class _Differentiable(Steps):
+    """A solver whose rule is `_roots.with_roots`, and otherwise the same."""
+
+    def __init__(self, solver: Steps) -> None:
+        self.solver, self.steps, self.tol = solver, solver.steps, solver.tol
+
+    def rule(self) -> optax.GradientTransformationExtraArgs:
+        """The solver's."""
+        rule = self.solver.rule()
+
+        def update(gradient: PyTree, memory: PyTree, variable: PyTree = None, **extra: Any) -> Any:
+            value_fn = {name: extra.pop(name) for name in ("value_fn",) if name in extra}
+            guarded = with_roots(lambda g, m, v, extra: rule.update(g, m, v, **extra, **value_fn))
+            return guarded(gradient, memory, variable, extra)
+
+        return optax.GradientTransformationExtraArgs(rule.init, update)
+
+    def step_size(self) -> Any:
+        """The solver's."""
+        return self.solver.step_size()
+
+    def begin(self, x: PyTree, state: LowerState) -> LowerState:
+        """Where a run begins."""
+        state = self.solver.begin(x, state)
+        if withdraws(state.memory) or optimizers.searches(state.memory):
+            raise ValueError(
+                "An unrolled estimator differentiates the lower level's step rule, and this one withdraws steps or "
+                "searches along a line (optimizers.quasi_newton, optimizers.spectral, lower.LBFGS, optax.lbfgs): its "
+                "choices have no derivative. Take hypergradients.Implicit (solvers.AID), or a plain rule such as 0.1 "
+                "or optax.adam(1e-2) for the lower level."
+            )
+        return state
 
 
 @hyperparameters
@@ -239,8 +281,3 @@ class Relative:
         begun = self.solver.begin(x, LowerState(state.y, state.memory.memory))
         end, reach = until(self.solver, level, x, begun, self.solver.tol, largest / 10)
         return LowerState(end.y, Reach(end.memory, jnp.asarray(reach, largest.dtype)))
-
-
-def _searches(memory: PyTree) -> bool:
-    """Whether the rule has a line search of its own."""
-    return optax.tree.get(memory, "value", None) is not None and not withdraws(memory)

@@ -12,7 +12,7 @@ import optax
 from bilevel import hypergradients, linear
 from bilevel._module import constructor, hyperparameters, name_of, state
 from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
-from bilevel.hypergradients._base import first_carry
+from bilevel.hypergradients._base import check_estimator, first_carry
 from bilevel.keys import StepKey
 from bilevel.lower import LBFGS, GradientDescent, LowerState, Relative, as_lower_solver
 from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
@@ -74,6 +74,7 @@ class HypergradientDescent:
         if self.upper_optimizer is not None:
             check_optimizer("HypergradientDescent", "upper_optimizer", self.upper_optimizer)
         as_lower_solver(self.lower_solver)
+        check_estimator("HypergradientDescent", self.hypergradient)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> NestedState:
         """The state before the first step."""

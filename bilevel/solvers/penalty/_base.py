@@ -95,7 +95,7 @@ def report(
     extrapolation.
     """
     bias = jnp.abs(penalty * gap) if bias is None else bias
-    bias = jnp.where(jnp.isfinite(path.change), jnp.minimum(slope * path.change, bias), bias)
+    bias = jnp.where(path.change >= 0, jnp.minimum(slope * path.change, bias), bias)
     violation = jnp.asarray(violation, more["upper_loss"].dtype)
     return {"gap": gap, "violation": violation, "penalty": penalty, "bias": bias, **more}
 
