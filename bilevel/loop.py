@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
@@ -93,6 +95,7 @@ class Loop:
             _advance,
             problem,
             _as_argument(solver),
+            captured=form(solver),
             tol=0.0 if tol is None else tol,
             use_tol=tol is not None,
             capacity=capacity,
@@ -116,7 +119,7 @@ class Loop:
         return Chunk(new, behind, steps, recorded, result, why)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "use_tol", "careful"))
+@functools.partial(jax.jit, static_argnames=("captured", "capacity", "use_tol", "careful"))
 def _advance(
     problem: Problem,
     solver: Any,
@@ -125,6 +128,7 @@ def _advance(
     start: Any,
     stop: Any,
     *,
+    captured: Hashable,
     tol: Any,
     portions: dict[str, Portion],
     capacity: int,
@@ -135,6 +139,8 @@ def _advance(
 
     The iterates themselves are looked at after the last step, or with `careful` after each: a NaN in them shows in the
     metrics one step later, and a small step has few operations besides.
+
+    `captured` is what the solver's functions capture, so that code is not that of other values.
 
     Returns the state, the steps taken, the status, and the metrics in buffers of `capacity` rows (or as many as a
     portion has room for).

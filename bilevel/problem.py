@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Generic, Literal
@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import ProblemError, Source, as_source
+from bilevel._pickling import storable
+from bilevel.captures import Functions, taken
+from bilevel.data import ProblemError, Source, as_arrays, as_source
 from bilevel.keys import Draw, as_step_key
 from bilevel.level import Level, Levels, takes_batch
 from bilevel.typing import PyTree, Scalar, X, Y
@@ -20,10 +22,11 @@ from bilevel.typing import PyTree, Scalar, X, Y
 __all__ = ["Problem"]
 
 _ROWS = ("constraint", "equality", "upper_constraint", "upper_equality")
+_DATA = ("upper_data", "lower_data")
 _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", *_ROWS)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("upper_data", "lower_data"), meta_fields=_FUNCTIONS)
+@storable
 @dataclasses.dataclass(frozen=True)
 class Problem(Generic[X, Y]):
     """The bilevel problem
@@ -33,7 +36,9 @@ class Problem(Generic[X, Y]):
                      y*(x) in argmin over y in Y of f(x, y)   subject to   g(x, y) <= 0,  h(x, y) = 0.
 
     A `Problem` is a pytree: its functions are static, its data are leaves. Data are thus arguments of a compiled step
-    and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems.
+    and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems. What its
+    functions capture (numbers and arrays from closures, globals and attributes) are leaves too in `solve`, by
+    `captured`: changed between two calls, they have their new values in the second one.
 
     Args:
       upper: the upper loss F, `F(x, y)`, or `F(x, y, batch)` where `upper_data` is given; returns a scalar.
@@ -42,7 +47,7 @@ class Problem(Generic[X, Y]):
         `data.Minibatches`, `data.Sampler`, `data.Stream`, `data.Clients`, `data.Agents`, or a class of your own.
       project_upper: `x -> x`, the projection on X.
       project_lower: `y -> y`, the projection on Y.
-      prox_lower: `(y, x, scaling) -> y`, the proximal operator of a nonsmooth term r(x, y) that is added to f:
+      prox_lower: `(x, y, scaling) -> y`, the proximal operator of a nonsmooth term r(x, y) that is added to f:
         argmin over u of |u - y|^2 / 2 + scaling r(x, u).
       constraint: the coupled inequality g of the lower level, `g(x, y)`, a pytree of arrays asked to be <= 0. Where
         `lower_data` is given it may take the lower level's batch too: `g(x, y, batch)`.
@@ -82,6 +87,33 @@ class Problem(Generic[X, Y]):
                     f"Problem({name}=...): the function is not hashable, so compiled code could not be reused. "
                     "Wrap it in a plain function (def or lambda)."
                 ) from None
+
+        for name in ("upper_data", "lower_data"):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, Source):
+                object.__setattr__(self, name, as_arrays(given, name))
+
+    def captured(self, x: X, y: Y) -> Problem[X, Y]:
+        """The same problem with what its functions capture as it is now; see `bilevel.captures`.
+
+        Numbers and arrays from closures, globals and attributes become leaves of the problem beside its data where the
+        functions can be traced so, and compiled code that takes the problem is never that of other values.
+        """
+        upper, lower = self.sources
+        found: dict[str, Any] = {}
+        for name in _FUNCTIONS:
+            fn, source = getattr(self, name), upper if name.startswith("upper") else lower
+            batch = (source,) if source.given and (name in ("upper", "lower") or takes_batch(fn)) else ()
+            args: Any = {"project_upper": (x,), "project_lower": (y,), "prox_lower": (x, y, 1.0)}.get(name, (x, y))
+            try:
+                args += jax.eval_shape(lambda *sources: tuple(s.example() for s in sources), *batch)
+            except Exception:  # `validate` says what is wrong with it
+                args = None
+            found[name] = taken(fn, args)
+        for name, source in zip(_DATA, (upper, lower), strict=True):
+            if getattr(self, name) is not None:
+                found[name] = source.captured()
+        return dataclasses.replace(self, **found)
 
     @property
     def sources(self) -> tuple[Source, Source]:
@@ -199,7 +231,8 @@ class Problem(Generic[X, Y]):
             _check_same("project_lower", "y0", self.project_lower, y)
         if self.prox_lower is not None:
             prox = self.prox_lower
-            _check_same("prox_lower", "y0", lambda y: prox(y, x, 1.0), y)
+            _check_prox_order(prox, x, y)
+            _check_same("prox_lower", "y0", lambda y: prox(x, y, 1.0), y)
         for name in _ROWS:
             fn, source = getattr(self, name), upper if name.startswith("upper") else lower
             if fn is not None:
@@ -209,6 +242,24 @@ class Problem(Generic[X, Y]):
                         f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of "
                         "arrays."
                     )
+
+
+def _flatten(problem: Problem) -> tuple[Any, Any]:
+    """Leaves: the data, and what functions that were taken apart capture."""
+    children = [(name, getattr(problem, name)) for name in _DATA]
+    apart, others = Functions({name: getattr(problem, name) for name in _FUNCTIONS}).split()
+    children += apart.items()
+    return tuple((jax.tree_util.GetAttrKey(name), child) for name, child in children), (tuple(apart), others)
+
+
+def _unflatten(aux: Any, children: Any) -> Problem:
+    apart, others = aux
+    problem = object.__new__(Problem)
+    vars(problem).update(zip((*_DATA, *apart), children, strict=True), **dict(others))
+    return problem
+
+
+jax.tree_util.register_pytree_with_keys(Problem, _flatten, _unflatten)
 
 
 def _traffic(jaxpr: Any) -> int:
@@ -311,6 +362,41 @@ def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> Py
         raise ProblemError(
             f"{name}{signature} fails on the given variables and data ({shapes}): {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_prox_order(prox: Callable[..., PyTree], x: PyTree, y: PyTree) -> None:
+    """Raise where an operator is written for (y, x, scaling), the order that it had before the one of all else.
+
+    At scaling zero the operator of any finite term is the identity in y: one that gives back its first argument takes
+    y first. Variables of different shapes show it in what it returns; parameters named y and x say it themselves.
+    """
+    cure = (
+        "prox_lower takes (x, y, scaling), the order of everything else, and this one takes (y, x, scaling), as it was "
+        "up to version 0.1.0: swap its first two parameters."
+    )
+    try:
+        names = list(inspect.signature(prox).parameters)[:2]
+    except (TypeError, ValueError):  # a builtin
+        names = []
+    if names == ["y", "x"]:
+        raise ProblemError(cure)
+    leaves = jax.tree.leaves((x, y))
+    if not jax.tree.leaves(x) or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return
+    # Two points that differ in every entry, whatever the start is, and positive, where barriers are defined.
+    one, two = jax.tree.map(lambda a: jnp.full_like(a, 1.2347), x), jax.tree.map(lambda a: jnp.full_like(a, 1.7653), y)
+
+    def gives_back(first: PyTree, second: PyTree, given: PyTree) -> bool:
+        try:
+            out = prox(first, second, 0.0)
+        except Exception:  # the strength of one variable read off the other
+            return False
+        same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.allclose(a, b, rtol=1e-2))  # noqa: E731
+        alike = jax.tree.structure(out) == jax.tree.structure(given)  # type: ignore[operator]
+        return alike and all(map(same, jax.tree.leaves(out), jax.tree.leaves(given)))
+
+    if not gives_back(one, two, two) and (gives_back(one, two, one) or gives_back(two, one, two)):
+        raise ProblemError(cure)
 
 
 def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree) -> None:

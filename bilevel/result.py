@@ -35,7 +35,7 @@ _SENTENCES = {
     Result.CONVERGED: "met the tolerance, and the check of its end found nothing against it",
     Result.PENALTY_LIMITED: "stopped improving at the penalty's own bias: raise the penalty, or extrapolate in it",
     Result.DIVERGED: "met a NaN or an infinity; x and y are the last finite iterate",
-    Result.STOPPED: "was stopped by a callback",
+    Result.STOPPED: "was stopped by a callback or by its patience",
     Result.INTERRUPTED: "was interrupted from the keyboard; x and y are where it stood",
     Result.INFEASIBLE: "ended where the constraints are not met",
     Result.LOWER_LEVEL: "stopped moving at a y that does not minimise the lower level",

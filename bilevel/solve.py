@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import host
+from bilevel._module import name_of
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import CAPACITY, Loop, at_step
 from bilevel.optimizers import check_count
-from bilevel.problem import Problem, as_variable
-from bilevel.recorder import Event, Measures, Recorder, Schedule
+from bilevel.problem import Problem, ProblemError, as_variable
+from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
 from bilevel.solvers._base import refuse_unreached, remark
@@ -58,8 +59,8 @@ _TIGHTER = 4
 
 def solve(
     problem: Problem[X, Y],
-    x0: X,
-    y0: Y,
+    x0: X | None = None,
+    y0: Y | None = None,
     solver: Solver | HostSolver | None = None,
     *,
     steps: int = 1000,
@@ -67,11 +68,14 @@ def solve(
     tol: float | None = None,
     metrics: Mapping[str, Any] | None = None,
     metrics_every: int | None = None,
+    keep_best: str | tuple[str, Any] | None = None,
+    patience: int | None = None,
     callback: Callable[[Event[X, Y]], Any] | None = None,
     callback_every: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     checkpoint_keep: int = 3,
+    state: Any = None,
     progress: bool | None = None,
     chunk: int | None = None,
 ) -> Solution[X, Y]:
@@ -93,13 +97,20 @@ def solve(
         size then stay out of the compiled program). Evaluated before the first step, every `metrics_every` steps, and
         at the end.
       metrics_every: default: a hundred times in the run.
+      keep_best: one of the metrics, by which the best point of the run is kept in `solution.best`: `("valid acc", max)`
+        or `("valid loss", min)`; a bare name will do where it holds a word such as accuracy, loss or error. The start
+        counts. `solution.x` stays the last point.
+      patience: end the run once so many evaluations in a row have not bettered the best.
       callback: called with an `Event` every `callback_every` steps (default: as `metrics_every`); returning something
         true ends the run.
       checkpoint: a directory. The run is saved there every `checkpoint_every` steps (default: twenty times in the run,
         but not twice within five seconds) and at its end, and goes on from the newest good checkpoint that it finds
         there, bit for bit as if it had not been interrupted.
       checkpoint_keep: how many of the newest checkpoints stay in the directory.
-      progress: show a progress bar (rich); None: on a terminal only.
+      state: go on from another run: a `Solution`, whose steps and history are counted on, so that two runs of 500 steps
+        (`steps=500`, then `steps=1000, state=solution`) are one of 1000; or `solution.state`, with which the count of
+        steps, and the draws of a key, begin anew. The solver is that of the run; x0 and y0 may be left out.
+      progress: show a progress bar; None: on a terminal (by rich) and in a notebook.
       chunk: the most steps to compile into one call; default: as many as fit a quarter of a second.
 
     Returns:
@@ -113,6 +124,11 @@ def solve(
     began = time.perf_counter()
     check_count("solve", steps=steps, metrics_every=metrics_every, callback_every=callback_every)
     check_count("solve", checkpoint_every=checkpoint_every, checkpoint_keep=checkpoint_keep, chunk=chunk)
+    check_count("solve", patience=patience)
+    before = state if isinstance(state, Solution) else None
+    if before is not None:
+        state, solver = before.state, before.solver if solver is None else solver
+    x0, y0, solver = _from_state(state, x0, y0, solver)
     asked_for = solver
     given = problem
     problem, x, y, solver, reason = _checked(problem, x0, y0, solver, tol)
@@ -121,6 +137,9 @@ def solve(
         steps, quiet = min(steps, _WHOLE_STEPS), _WHOLE_TOL if tol is None else tol
     steps = host.most_steps(solver, steps)
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
+    keeper = None if keep_best is None else Keeper(keep_best, patience, measures.names)
+    if patience is not None and keeper is None:
+        raise ValueError(f'solve(patience={patience}): say of what, with keep_best=("valid loss", min).')
     metrics_every = metrics_every or math.ceil(steps / 100)
     schedule = Schedule(
         steps,
@@ -135,7 +154,15 @@ def solve(
 
         saver = Checkpoints(checkpoint, fingerprint(problem, solver, x, y, base), checkpoint_keep)
 
-    run = Recorder(schedule, measures, callback, saver, _first_state(streams.peeked(), solver, x, y, base))
+    first = _first_state(streams.peeked(), solver, x, y, base)
+    if state is not None:
+        first = _fitting(state, first, solver)
+    if before is not None and before.steps > steps:
+        raise ValueError(
+            f"solve(steps={steps}, state=solution): the solution is already at step {before.steps}; steps counts those "
+            "before. Ask for more."
+        )
+    run = Recorder(schedule, measures, callback, saver, first, keeper, before)
     if run.resume() and quiet is not None:
         newest = run.history.last().items()
         last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
@@ -158,12 +185,14 @@ def solve(
         reason=reason,
         certificate=certificate,
         multipliers=_multipliers(solver, streams, run.state),
+        best=None if run.best is None or run.best.step < 0 else run.best,
     )
     chosen = asked_for is None and tol is not None and checkpoint is None and callback is None
     if chosen and run.result in _MENDABLE and (other := second_solver(problem, x, y, solver)) is not None:
         again, why, problem = other
         logger.info("%s", f"Went on with {why}.")
         options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every)
+        options |= dict(keep_best=keep_best, patience=patience)
         second = solve(problem, x, y, again, steps=steps, progress=progress, chunk=chunk, **options)
         if second.result is Result.CONVERGED:
             reason = f"{reason} Went on with {why}. {second.reason}".strip()
@@ -240,7 +269,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         raise TypeError(f"solve takes a Problem first, not {type(problem).__name__}: Problem(upper=F, lower=f, ...).")
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
-    problem = jax.tree.map(jnp.asarray, problem)
+    problem = jax.tree.map(jnp.asarray, problem.captured(x, y))
     x, y = problem.projected(x, y)
     reason = ""
     if solver is None:
@@ -258,6 +287,46 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
             "metrics, tol)."
         )
     return problem, x, y, solver, reason
+
+
+def _from_state(state: Any, x0: Any, y0: Any, solver: Any) -> tuple[Any, Any, Any]:
+    """Where a run begins that goes on from a state: there, unless a start is given for its shapes."""
+    if state is None:
+        if y0 is None:
+            raise ProblemError(
+                "solve needs a start: solve(problem, x0, y0), or another run's state to go on from: "
+                "solve(problem, state=solution)."
+            )
+        return x0, y0, solver
+    if not (hasattr(state, "x") and hasattr(state, "y")):
+        raise TypeError(
+            f"solve(state=...) takes a Solution or its state, not a {type(state).__name__}: "
+            "solve(problem, state=solution)."
+        )
+    if solver is None:
+        raise ProblemError(
+            "solve(state=solution.state) needs the solver that the state belongs to: give it, or go on with "
+            "state=solution, which knows its own."
+        )
+    given = y0 is not None
+    return (x0, y0, solver) if given else (state.x, state.y, solver)
+
+
+def _fitting(state: Any, first: Any, solver: Any) -> Any:
+    """The state that was given; an error where it is not of the form of this run's."""
+    form = lambda tree: {  # noqa: E731
+        jax.tree_util.keystr(path): (jnp.shape(leaf), jnp.result_type(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    then, now = form(state), form(first)
+    if type(state) is type(first) and then == now:
+        return state
+    names = [name for name in dict.fromkeys((*now, *then)) if then.get(name) != now.get(name)]
+    what = f": state{names[0]} is {then.get(names[0], 'absent')}, wanted {now.get(names[0], 'absent')}" if names else ""
+    raise ProblemError(
+        f"solve(state=...) is a {type(state).__name__} that does not fit {name_of(solver)} on this problem{what}. "
+        "Give the solver and the problem of the run that it comes from, or start anew from x0=state.x, y0=state.y."
+    )
 
 
 def _first_state(problem: Problem, solver: Solver, x: Any, y: Any, base: StepKey) -> Any:

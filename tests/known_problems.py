@@ -103,7 +103,7 @@ class Case:
                 more[name] = lambda z, c=c, project=project: over(1 / c)(project(over(c)(z)))
         prox = problem.prox_lower
         if prox is not None:
-            more["prox_lower"] = lambda w, u, s: over(1 / y)(prox(over(y)(w), over(x)(u), s * lower / y**2))
+            more["prox_lower"] = lambda u, w, s: over(1 / y)(prox(over(x)(u), over(y)(w), s * lower / y**2))
         for name in ("constraint", "equality", "upper_constraint", "upper_equality"):
             more[name] = of(getattr(problem, name))
         moved = Problem(of(problem.upper, upper), of(problem.lower, lower), **more)
@@ -730,7 +730,7 @@ def lasso() -> Case:
             lambda x, y: jnp.sum((y - c) ** 2) / 2,
             lambda x, y: jnp.sum((y - b) ** 2) / 2,
             project_upper=sets.Box(-5, 2),
-            prox_lower=lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x[0]), 0),
+            prox_lower=lambda x, y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x[0]), 0),
         ),
         _v(0.2), jnp.zeros(3), 0.01, floor, ([math.log(0.4)], soft(0.4)),
     )  # fmt: skip

@@ -54,7 +54,7 @@ def test_trees_projections_proxes_starts_and_functions(x64):
     lasso = Problem(
         upper=lambda x, y: jnp.sum(y**2) + x["l"] ** 2,
         lower=lambda x, y: jnp.sum((y - x["c"]) ** 2) / 2,
-        prox_lower=lambda y, x, scaling: jnp.sign(y) * jnp.maximum(jnp.abs(y) - scaling * jnp.exp(x["l"]), 0),
+        prox_lower=lambda x, y, scaling: jnp.sign(y) * jnp.maximum(jnp.abs(y) - scaling * jnp.exp(x["l"]), 0),
     )
     box = Problem(
         upper=lambda x, y: jnp.sum((y - 2.0) ** 2 * x["c"]),

@@ -225,7 +225,7 @@ def test_a_point_without_a_lower_solution_is_never_verified():
     ("changes", "words"),
     [
         ({"project_lower": lambda y: jnp.tanh(y)}, "Give an object of bilevel.sets"),
-        ({"prox_lower": lambda y, x, s: y}, "cannot honour the nonsmooth lower term prox_lower="),
+        ({"prox_lower": lambda x, y, s: y}, "cannot honour the nonsmooth lower term prox_lower="),
     ],
 )
 def test_refuses_by_name(changes, words):

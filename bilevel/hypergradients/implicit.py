@@ -130,4 +130,4 @@ def _forward_backward(lower: Level, x: PyTree, y: PyTree, step: Any) -> PyTree:
     moved = optax.tree.add_scale(y, -step, lower.gradient(x, y))
     if lower.project is not None:
         moved = lower.project(moved)
-    return moved if lower.prox is None else lower.prox(moved, x, step)
+    return moved if lower.prox is None else lower.prox(x, moved, step)

@@ -115,7 +115,7 @@ class StochasticImplicit:
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
     ) -> Estimate[Any]:
         """The estimate at x."""
-        found = jax.lax.stop_gradient(solver(lower, x, start))
+        found = solver(lower, x, start)
         y = found.y
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         w = self.solve(lower, x, y, upper_y, carry)
@@ -160,7 +160,7 @@ class SAMA:
                 "SAMA adapts to the lower optimiser and needs GradientDescent(...) or MomentumSGD(...), not "
                 f"{type(solver).__name__}."
             )
-        found = jax.lax.stop_gradient(solver(lower, x, start))
+        found = solver(lower, x, start)
         y, rule = found.y, solver.rule()
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         lower_y = lower.gradient(x, y)

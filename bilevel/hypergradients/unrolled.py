@@ -10,7 +10,7 @@ from bilevel._module import hyperparameters
 from bilevel.hypergradients._base import Estimate, last_steps, lower_metrics
 from bilevel.hypergradients.forward import Forward
 from bilevel.level import Level
-from bilevel.lower import LowerState
+from bilevel.lower import Identity, LowerState
 from bilevel.optimizers import check_count
 from bilevel.typing import LowerSolver, PyTree
 
@@ -57,6 +57,11 @@ class Unrolled:
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
     ) -> Estimate:
         """The estimate at x."""
+        if isinstance(solver, Identity):
+            raise ValueError(
+                "Unrolled differentiates through the steps of the lower solver, and lower.Identity takes none: its "
+                "hypergradient would be F_x alone. Take an implicit estimator, hypergradients.Implicit()."
+            )
         if self.mode == "forward":
             forward = Forward(self.last)
             estimate = forward(upper, lower, solver, x, start, forward.init(lower, x, start.y))

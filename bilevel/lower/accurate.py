@@ -119,7 +119,7 @@ def augmented_lagrangian(
     value. `steps` and `tol` are those of each minimisation, `rounds` the most updates of the multipliers.
     """
     operator = lower.prox
-    prox = None if operator is None else (lambda u, size: operator(u, x, size))
+    prox = None if operator is None else (lambda u, size: operator(x, u, size))
     if not rows.count:
         y = minimise(lambda y: lower(x, y), y, lower.project, prox, steps, tol)
         return Solved(y, jnp.zeros((0,), rows.dtype), lower(x, y), jnp.zeros((), rows.dtype))

@@ -14,7 +14,7 @@ from bilevel.lower.steps import GradientDescent
 from bilevel.optimizers import is_rule
 from bilevel.typing import LowerSolver, PyTree
 
-__all__ = ["Function", "as_lower_solver", "jaxopt", "optimistix"]
+__all__ = ["Function", "Identity", "as_lower_solver", "jaxopt", "optimistix"]
 
 
 @hyperparameters
@@ -30,6 +30,23 @@ class Function:
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
         """Run from `state`."""
         return LowerState(self.fn(level, x, state.y), None)
+
+
+@hyperparameters
+class Identity:
+    """y stays where it is: for a training loop of one's own, which moves it between two hypergradients.
+
+    Only estimators that take derivatives of the lower *loss* go with it (`hypergradients.Implicit` and its relatives);
+    those that differentiate the lower solver's steps have none to differentiate here, and refuse it.
+    """
+
+    def init(self, y: PyTree) -> LowerState:
+        """y with nothing to remember."""
+        return LowerState(y, None)
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        """The state itself."""
+        return state
 
 
 def as_lower_solver(solver: Any) -> LowerSolver:

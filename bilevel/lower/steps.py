@@ -80,7 +80,7 @@ class Steps:
         """The step along a given gradient: a function of it that can be differentiated."""
         new, memory = Move(self.rule(), level.project)(gradient, state.memory, state.y, **extra)
         if level.prox is not None:
-            new = level.prox(new, x, self.step_size())
+            new = level.prox(x, new, self.step_size())
         return LowerState(new, memory)
 
     def end(self, state: LowerState) -> LowerState:
@@ -103,7 +103,7 @@ class GradientDescent(Steps):
 
         y <- project(y + update(f_y(x, y)))            with plain numbers: y <- project(y - optimizer f_y(x, y))
 
-    With a `prox_lower` the rule must be a plain step size eta, and a step is y <- prox(y - eta f_y(x, y), x, eta).
+    With a `prox_lower` the rule must be a plain step size eta, and a step is y <- prox(x, y - eta f_y(x, y), eta).
 
     Attributes:
       optimizer: an optax rule (momentum, Adam, schedules, L-BFGS with its line search, ...) or a step size (SGD).

@@ -27,6 +27,7 @@ from bilevel.solvers.kkt import AiPOD as AiPOD
 from bilevel.solvers.nested import AID as AID
 from bilevel.solvers.nested import IMAML as IMAML
 from bilevel.solvers.nested import ITD as ITD
+from bilevel.solvers.nested import MAML as MAML
 from bilevel.solvers.nested import T1T2 as T1T2
 from bilevel.solvers.nested import HypergradientDescent as HypergradientDescent
 from bilevel.solvers.nested import OneStep as OneStep

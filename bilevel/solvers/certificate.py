@@ -641,7 +641,7 @@ def _owed(problem: Problem, units: Units, u: PyTree, w: PyTree, multipliers: jax
 def _proximal_gap(problem: Problem, units: Units, u: PyTree, w: PyTree) -> Scalar:
     """Half the squared proximal gradient, in place of the gap: a nonsmooth term's value is not known, only its prox."""
     lower = normalised(problem, units)[1]
-    moved = lower.prox(optax.tree.sub(w, lower.gradient(u, w)), u, 1.0)  # type: ignore[misc]
+    moved = lower.prox(u, optax.tree.sub(w, lower.gradient(u, w)), 1.0)  # type: ignore[misc]
     moved = moved if lower.project is None else lower.project(moved)
     return optax.tree.norm(optax.tree.sub(w, moved), squared=True) / 2
 

@@ -89,7 +89,7 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
         upper_rows=problem.upper_constraint is not None or problem.upper_equality is not None,
         projected=problem.project_lower is not None,
         nonsmooth=prox is not None,
-        coupled_prox=prox is not None and depends(lambda y, x: prox(y, x, 1.0), y, x, on=1),
+        coupled_prox=prox is not None and depends(lambda y, x: prox(x, y, 1.0), y, x, on=1),
         refusal=refusal(problem, x, y),
         unknowns=optax.tree.size(y),
         curvature="",

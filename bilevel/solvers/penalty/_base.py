@@ -55,7 +55,7 @@ def kept_inside(problem: Problem, upper: Level, lower: Level, old: PyTree, new: 
 
 def proximal(lower: Level, x: PyTree, y: PyTree, size: Any) -> PyTree:
     """The lower level's prox at y, as far as it has one, and its projection."""
-    y = y if lower.prox is None else lower.prox(y, x, size)
+    y = y if lower.prox is None else lower.prox(x, y, size)
     return y if lower.project is None else lower.project(y)
 
 
