@@ -3,8 +3,7 @@
     python benchmarks/discovery.py
     python benchmarks/discovery.py --only laws simulator
 
-Warp runs on its CPU back-end where it is installed, and mpm-pytorch takes one step where it is (with torch). All on one
-core in one process.
+Warp runs on its CPU back-end where it is installed. All on one core in one process.
 """
 
 from __future__ import annotations
@@ -173,9 +172,7 @@ def main():
     parser.add_argument("--per-side", type=int, default=12, help="particles of the laws' scene")
     parser.add_argument("--side", type=int, default=32, help="particles of the simulator's scene")
     parser.add_argument("--steps", type=int, default=100)
-    options = _harness.start(
-        parser, "warp-lang", "mpm-pytorch", "torch", laws=16, alone=2, per_side=5, side=8, steps=10
-    )
+    options = _harness.start(parser, "warp-lang", laws=16, alone=2, per_side=5, side=8, steps=10)
     for name in options.only:
         parts[name](options)
 

@@ -5,8 +5,8 @@ Here alpha is a weight per bin of noise level and per pair of channels, learnt b
 time: one training run, along which the derivative of the parameters in these few numbers is carried, while the
 weights move every few steps (`hypergradients.Forward(restart=None)`). The denoiser is then trained afresh under the
 weights found, and compared with alpha = 0, with the paper's, and with the best of a grid chosen on the validation
-windows, which is given as many trainings as learning costs. Scores are those of samples against held-out windows
-(lower is better).
+windows. The grid's twelve trainings take less time than learning does. Scores are those of samples against held-out
+windows (lower is better).
 
     pip install bokeh-sampledata        # GOOG; the default
     python examples/time_series_population.py

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bilevel import Problem, ProblemError, Result, data, run, solve
+from bilevel._module import name_of
 from bilevel.constraints import Constraints
 from bilevel.runs import multistart
 from bilevel.solvers import (
@@ -507,14 +508,14 @@ def test_ill_conditioning_of_a_million():
 def test_solvers_refuse_what_they_cannot_honour():
     problem, _, _, x0, y0 = active()
     for solver in (MEHA(), VPBGD(), GPBGD(), BOME(), F2SA(), GALET(), AiPOD()):
-        with pytest.raises(ProblemError, match=f"{type(solver).__name__} cannot honour the coupled inequality"):
+        with pytest.raises(ProblemError, match=f"{name_of(solver)} cannot honour the coupled inequality"):
             solve(problem, x0, y0, solver)
     above = dataclasses.replace(quadratic()[0], upper_constraint=lambda x, y: y)
     for solver in (MEHA(), VPBGD(), F2SA(), LVHBA(), BLOCC(), GALET(), SOBA(), STFBO()):
-        with pytest.raises(ProblemError, match=f"{type(solver).__name__} cannot honour the upper level's inequality"):
+        with pytest.raises(ProblemError, match=f"{name_of(solver)} cannot honour the upper level's inequality"):
             solve(above, *quadratic()[3:], solver)
     level = dataclasses.replace(quadratic()[0], upper_equality=lambda x, y: x)
-    with pytest.raises(ProblemError, match=r"SingleLoop cannot honour the upper level's equality .* solvers.MPCC"):
+    with pytest.raises(ProblemError, match=r"SOBA cannot honour the upper level's equality .* solvers.MPCC"):
         solve(level, *quadratic()[3:], SOBA())
     with pytest.raises(ProblemError, match="affine"):
         solve(dataclasses.replace(problem, constraint=lambda x, y: y**2 - x), x0, y0, SFLCB())

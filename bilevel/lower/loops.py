@@ -13,9 +13,9 @@ from bilevel._module import state
 from bilevel.level import Level
 from bilevel.typing import PyTree, Scalar
 
-__all__ = ["Kernel", "LowerState", "repeat", "until"]
+__all__ = ["Kernel", "LowerState", "repeat", "until", "until_share"]
 
-_PATIENCE = 25
+_PATIENCE = 40
 
 NO_REVERSE = (
     "No derivative goes back through a lower solver that runs until a tolerance (lower.LBFGS, lower.Accurate, "
@@ -62,16 +62,22 @@ def repeat(
     return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, first + jnp.arange(last - first))[0]
 
 
-def until(
-    kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any, reach: Any = None
-) -> tuple[LowerState, Any]:
-    """Steps until the residual is at most `tol`, or 25 have not made it smaller (the precision of the dtype).
-
-    With `reach`, a residual of earlier runs, the tolerance is `tol` times the larger of it and this run's first
-    residual; that larger one is returned beside the state (else None).
+def until(kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any) -> LowerState:
+    """Steps until the residual is at most `tol`, or 40 have not made it smaller (the precision of the dtype).
 
     At most `kernel.steps`. Not differentiable in reverse. The residual is that of the point before the step: a step
     more than needed is taken, and none wasted on a test. The point that meets the tolerance is what is returned.
+    """
+
+    return until_share(kernel, level, x, state, tol, None)[0]
+
+
+def until_share(
+    kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any, reach: Any
+) -> tuple[LowerState, Any]:
+    """As `until`, where the tolerance is `tol` times the larger of `reach` and this run's first residual.
+
+    That larger one is returned beside the state. With `reach` None the tolerance is `tol` itself, and None is returned.
     """
 
     def unfinished(carry: Any) -> jax.Array:

@@ -14,7 +14,7 @@ from bilevel import derivatives, optimizers
 from bilevel._module import hyperparameters, state
 from bilevel._roots import with_roots
 from bilevel.level import Level
-from bilevel.lower.loops import LowerState, repeat, until
+from bilevel.lower.loops import LowerState, repeat, until, until_share
 from bilevel.optimizers import Move, accepted, as_optimizer, check_count, is_rule, residual, withdraws
 from bilevel.typing import PyTree, Scalar
 
@@ -101,7 +101,7 @@ class Steps:
             self.step_size()
         state = self.begin(x, state)
         if self.tol is not None:
-            return until(self, level, x, state, self.tol)[0]
+            return until(self, level, x, state, self.tol)
         return self.end(repeat(self, level, x, state))
 
 
@@ -151,7 +151,7 @@ class GradientDescent(Steps):
       optimizer: an optax rule (momentum, Adam, schedules, L-BFGS with its line search, ...) or a step size (SGD).
       steps: the number of steps; the maximum where `tol` is given.
       tol: stop once |f_y| <= tol (with a projection |y - project(y - f_y)|, with a prox the step's length over eta);
-        the loop then cannot be differentiated in reverse, so unrolled estimators refuse it. It also ends after 25 steps
+        the loop then cannot be differentiated in reverse, so unrolled estimators refuse it. It also ends after 40 steps
         without a smaller residual (the precision of the dtype is reached). None: exactly `steps`.
       start: `(x, y) -> y`, where each solve begins; None: at the incoming y (warm start). MAML starts at x.
 
@@ -279,5 +279,5 @@ class Relative:
             self.solver.step_size()
         largest = state.memory.largest
         begun = self.solver.begin(x, LowerState(state.y, state.memory.memory))
-        end, reach = until(self.solver, level, x, begun, self.solver.tol, largest / 10)
+        end, reach = until_share(self.solver, level, x, begun, self.solver.tol, largest / 10)
         return LowerState(end.y, Reach(end.memory, jnp.asarray(reach, largest.dtype)))

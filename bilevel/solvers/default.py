@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from bilevel import derivatives
+from bilevel._module import name_of
 from bilevel.constraints import Constraints, depends, is_affine
 from bilevel.curvature import extreme_eigenvalues
 from bilevel.lower import GradientDescent
@@ -295,7 +296,7 @@ def second_solver(problem: Problem, x: PyTree, y: PyTree, first: Any) -> Choice 
         if whole is None:
             return None
         chosen = default_solver(whole, x, y)
-        return chosen._replace(why=f"{type(chosen.solver).__name__} on all samples in place of minibatches")
+        return chosen._replace(why=f"{name_of(chosen.solver)} on all samples in place of minibatches")
     if not refusal(problem, x, y):
         return Choice(MPCC(), "MPCC, which looks for other minimisers and other solutions", problem)
     constrained = problem.constraint is not None or problem.equality is not None

@@ -99,8 +99,8 @@ class ProbedSingleLoop:
 
     Metrics: as `SingleLoop`, and `lower_curvature` = L, `upper_curvature` = Lh + 0.1 M / a, `returns`.
 
-    Where it fails: lower levels of condition 1e3 and more (y and v follow slowly, and M is underestimated: it returns
-    again and again, or stalls); a flat or linear h (no curvature, no step: x stays where it is). The run's end says so
+    Where it fails: badly conditioned lower levels (y and v follow slowly, and M is underestimated: it returns again and
+    again, or stalls); a flat or linear h (no curvature, no step: x stays where it is). The run's end says so
     where it was seen. Take `AID` on all samples there. Under `vmap` every step probes.
 
     Cost: SOBA's, SABA's or SRBA's, and 14 products with the derivative of the directions per probe.

@@ -350,7 +350,7 @@ class Program:
 
     def _measure(self, xy: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         """The units of x and y, of the rows, and what rows are bounds or opposite pairs."""
-        lengths = self._lengths(xy, low, high)
+        lengths, common = self._lengths(xy, low, high)
         k, n = self.n + self.m, self.n
         self.columns[:n], self.columns[n:k] = lengths
         rng = np.random.default_rng(0)
@@ -362,6 +362,13 @@ class Program:
             norms = np.sqrt(np.sum(jacobians**2, axis=2))
             # The lower loss counts by its part in y: a term in x alone is nothing to the lower level.
             norms[:, 1] = np.sqrt(np.sum(jacobians[:, 1, n:] ** 2, axis=1))
+            if (common < unit).any():
+                # Where f is flat a coordinate's own unit is long, and F has no part in that: it would be measured at
+                # points where it is of another size.
+                short, rng = np.minimum(unit, common), np.random.default_rng(0)
+                near_by = [xy] + [np.clip(xy + short * rng.normal(size=k), low, high) for _ in range(4)]
+                slopes = [self.raw(self.point(point))[1][0, :k] * short for point in near_by]
+                norms[:, 0] = [np.linalg.norm(slope) for slope in slopes]
         norms[~np.isfinite(norms)] = np.nan
         for row in range(norms.shape[1]):
             column = norms[:, row]
@@ -381,26 +388,28 @@ class Program:
         for _, j in self.pairs:  # the second of a pair has no multiplier of its own
             self.lower[k + j] = self.upper[k + j] = 0.0
 
-    def _lengths(self, xy: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[np.ndarray]:
+    def _lengths(self, xy: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """For x and for y: the median of the lengths on which something changes, for each coordinate alike.
 
         Where the coordinates of y have curvatures, or those of x effects, that differ by much, each has a unit of its
-        own by them, and the median is taken in these.
+        own by them, and the median is taken in these; the second result is the common one of all (x, y) all the same.
         """
         n, k = self.n, self.n + self.m
         at = self.raw(self.point(xy))
         rng = np.random.default_rng(1)
         found: list[np.ndarray] = []
+        common = np.ones(k)
         for block in (slice(n, k), slice(0, n)):
             signs = rng.choice([-1.0, 1.0], block.stop - block.start)
             along_y = found[0] * rng.choice([-1.0, 1.0], k - n) if found and signs.size else None
             weights = np.ones(signs.size)
             lengths = self._block_lengths(xy, low, high, block, at, signs, along_y)
+            common[block] = lengths
             own = self._weights(xy, low, high, block, lengths, found)
             if own is not None:
                 weights, lengths = own, self._block_lengths(xy, low, high, block, at, signs * own, along_y)
             found.append(lengths * weights)
-        return found[::-1]
+        return found[::-1], common
 
     def _weights(
         self, xy: np.ndarray, low: np.ndarray, high: np.ndarray, block: slice, length: float, y: list[np.ndarray]

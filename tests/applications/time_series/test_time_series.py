@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixture_files import fixture_file
 
 from bilevel import datasets
 from bilevel.applications import Application
@@ -34,15 +34,9 @@ from bilevel.applications.time_series import (
 from bilevel.hypergradients import Forward, Unrolled, value_and_hypergradient
 
 RNG = np.random.default_rng(0)
-HERE = Path(__file__).parent
 
 
-def fixture(name):
-    """One of the fixtures that live beside the repository."""
-    for folder in (os.environ.get("BILEVEL_FIXTURES"), HERE.parents[3] / "shared/fixtures/time_series"):
-        if folder is not None and (Path(folder) / name).exists():
-            return np.load(Path(folder) / name)
-    pytest.skip(f"{name} is not in the repository; set BILEVEL_FIXTURES to the folder that has it")
+fixture = functools.partial(fixture_file, "time_series")
 
 
 def relative(ours, theirs):
