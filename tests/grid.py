@@ -194,6 +194,7 @@ LOWER: dict[str, tuple[Any, Case]] = {
     "MomentumSGD": (lower.MomentumSGD(), Case(solvers.AID)),
     "Newton": (lower.Newton(), Case(solvers.AID)),
     "Newton above dense": (lower.Newton(dense=1), Case(solvers.AID)),
+    "ProximalGradient": (lower.ProximalGradient(5), Case(solvers.AID)),
     "ScaledDescent": (lower.ScaledDescent(), Case(solvers.AID)),
 }
 

@@ -13,6 +13,7 @@ from bilevel._module import hyperparameters
 from bilevel.hypergradients._base import Estimate
 from bilevel.level import Level
 from bilevel.lower import LowerState
+from bilevel.lower.scaled import curvature_at, inverse_curvature, unknown_curvature
 from bilevel.typing import LowerSolver, PyTree
 
 
@@ -36,8 +37,9 @@ class Implicit:
         `linear.Neumann` a truncated series.
         A `linear.TaskCG` is taken where y is stacked over tasks along a leading axis of every leaf, each shaped like x
         (and the ordinary `linear.CG` of the same numbers where it is not).
-      step: the step of the forward-backward map; only used with a projection or prox. Any positive number is exact;
-        near 1/L the system is best conditioned.
+      step: the step of the forward-backward map; only used with a projection or prox. Any positive number is exact,
+        and near 1/L the system is best conditioned. None: 1/L, L = |f_yy| by power iteration (30 products at the start
+        of a run, one for each outer step).
 
     Per call: the lower solve, one gradient of the upper level, one joint linearisation of the lower level, one HVP per
     iteration of the linear solver, one cross product. Assumes f_yy(x, y*) to be invertible (positive definite for CG),
@@ -52,7 +54,7 @@ class Implicit:
     """
 
     linear_solver: Any = None
-    step: float = 1.0
+    step: float | None = None
 
     def __post_init__(self) -> None:
         given = self.linear_solver
@@ -81,8 +83,9 @@ class Implicit:
         return self.linear_solver
 
     def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
-        """What the linear solver keeps between outer steps: its warm start and preconditioner."""
-        return self._solver(lower.nonsmooth, x, y).init(y)
+        """What the linear solver keeps between outer steps, its warm start and preconditioner, and an estimate of L."""
+        kept = self._solver(lower.nonsmooth, x, y).init(y)
+        return (kept, unknown_curvature(y)) if lower.nonsmooth and self.step is None else kept
 
     def __call__(
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
@@ -93,10 +96,17 @@ class Implicit:
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         linear_solver = self._solver(lower.nonsmooth, x, y)
         if lower.nonsmooth:
-            new, pullback = jax.vjp(lambda x, y: _forward_backward(lower, x, y, self.step), x, y)
+            step: Any = self.step
+            known = None
+            if self.step is None:
+                carry, known = carry
+                known = curvature_at(known, lower, x, y)
+                step = inverse_curvature(known)
+            new, pullback = jax.vjp(lambda x, y: _forward_backward(lower, x, y, step), x, y)
             w, carry, info = linear_solver(lambda w: optax.tree.sub(w, pullback(w)[1]), upper_y, carry)
+            carry = carry if known is None else (carry, known)
             gradient = optax.tree.add(upper_x, pullback(w)[0])
-            loss, residual = lower(x, y), derivatives.norm(optax.tree.sub(new, y)) / self.step
+            loss, residual = lower(x, y), derivatives.norm(optax.tree.sub(new, y)) / step
         else:
             lin = derivatives.linearised(lower, x, y)
             v, carry, info = linear_solver(lin.hvp, upper_y, carry)
@@ -139,7 +149,7 @@ def JacobianFree(step: float = 1.0) -> Implicit:
 
     Reference: Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022.
     """
-    return Implicit(linear.Identity(step))
+    return Implicit(linear.Identity(step), step=1.0)
 
 
 def _forward_backward(lower: Level, x: PyTree, y: PyTree, step: Any) -> PyTree:

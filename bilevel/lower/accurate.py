@@ -19,6 +19,7 @@ from bilevel._module import hyperparameters
 from bilevel.constraints import Constraints
 from bilevel.level import Level
 from bilevel.lower.loops import NO_REVERSE, LowerState
+from bilevel.lower.proximal import proximal_gradient
 from bilevel.optimizers import check_count, value_and_gradient
 from bilevel.typing import PyTree
 
@@ -42,11 +43,12 @@ def minimise(
 ) -> PyTree:
     """The minimum of a smooth function from y, over a simple set (`project` y -> y) or with a `prox` (y, scaling) -> y.
 
-    L-BFGS with a line search where there is neither; else accelerated proximal gradient with backtracking and restarts.
+    L-BFGS with a line search where there is neither; else `proximal_gradient`.
     At most `steps` steps, until the norm of the (proximal) gradient is at most `tol`.
     """
-    found = _lbfgs(fn, y, steps, tol) if project is None and prox is None else _fista(fn, y, project, prox, steps, tol)
-    return forward_only(found, NO_REVERSE)
+    if project is None and prox is None:
+        return forward_only(_lbfgs(fn, y, steps, tol), NO_REVERSE)
+    return forward_only(proximal_gradient(fn, y, project, prox, steps=steps, tol=tol).y, NO_REVERSE)
 
 
 def _lbfgs(fn: Objective, y: PyTree, steps: int, tol: Any) -> PyTree:
@@ -66,37 +68,6 @@ def _lbfgs(fn: Objective, y: PyTree, steps: int, tol: Any) -> PyTree:
     _, last, _, best, lowest, _ = jax.lax.while_loop(lambda c: (c[0] < steps) & (c[5] > tol), body, start)
     final = fn(last)
     return jax.tree.map(lambda a, b: jnp.where(final < lowest, a, b), last, best)
-
-
-def _fista(fn: Objective, y: PyTree, project: Any, prox: Any, steps: int, tol: Any) -> PyTree:
-    def move(y: PyTree, gradient: PyTree, size: Any) -> PyTree:
-        y = optax.tree.add_scale(y, -size, gradient)
-        y = y if project is None else project(y)
-        return y if prox is None else prox(y, size)
-
-    def body(carry: Any) -> Any:
-        i, y, ahead, t, size, _ = carry
-        value, gradient = jax.value_and_grad(fn)(ahead)
-
-        def too_long(size: Any) -> Any:
-            new = move(ahead, gradient, size)
-            step = optax.tree.sub(new, ahead)
-            bound = value + optax.tree.vdot(gradient, step) + optax.tree.vdot(step, step) / (2 * size)
-            return (fn(new) > bound + 4 * jnp.finfo(value.dtype).eps * jnp.abs(value)) & (size > 1e-12)
-
-        size = jax.lax.while_loop(too_long, lambda size: size / 2, size * 1.5)
-        new = move(ahead, gradient, size)
-        step = optax.tree.sub(new, y)
-        uphill = optax.tree.vdot(optax.tree.sub(ahead, new), step) > 0
-        following = jnp.where(uphill, 1.0, (1 + jnp.sqrt(1 + 4 * t**2)) / 2).astype(t.dtype)
-        momentum = jnp.where(uphill, 0.0, (t - 1) / following)
-        residual = derivatives.norm(optax.tree.sub(new, ahead)) / size
-        return i + 1, new, optax.tree.add_scale(new, momentum, step), following, size, residual
-
-    one = jnp.ones((), jax.eval_shape(fn, y).dtype)
-    y = y if project is None else project(y)
-    start = (0, y, y, one, one, jnp.inf * one)
-    return jax.lax.while_loop(lambda c: (c[0] < steps) & (c[5] > tol), body, start)[1]
 
 
 def augmented_lagrangian(

@@ -13,9 +13,10 @@ from bilevel._module import state
 from bilevel.level import Level
 from bilevel.typing import PyTree, Scalar
 
-__all__ = ["Kernel", "LowerState", "repeat", "until", "until_share"]
+__all__ = ["PATIENCE", "Kernel", "LowerState", "repeat", "until", "until_share"]
 
-_PATIENCE = 40
+PATIENCE = 40
+"""Steps without a smaller residual after which a loop with a tolerance ends."""
 
 NO_REVERSE = (
     "No derivative goes back through a lower solver that runs until a tolerance (lower.LBFGS, lower.Accurate, "
@@ -82,7 +83,7 @@ def until_share(
 
     def unfinished(carry: Any) -> jax.Array:
         i, _, residual, _, since, least = carry
-        return (i < kernel.steps) & (residual > least) & (since < _PATIENCE)
+        return (i < kernel.steps) & (residual > least) & (since < PATIENCE)
 
     def step(state: LowerState, i: Any) -> tuple[LowerState, Callable[[], Scalar]]:
         return kernel.advance(level.redraw(i, kernel.steps), x, state)

@@ -30,26 +30,32 @@ class Curvature:
     direction: PyTree
 
 
-def _unknown(y: PyTree) -> Curvature:
+def unknown_curvature(y: PyTree) -> Curvature:
+    """Before the first look."""
     return Curvature(jnp.zeros((), jnp.result_type(*jax.tree.leaves(y))), unit_direction(y))
 
 
-def _looked(known: Curvature, level: Level, x: PyTree, y: PyTree) -> Curvature:
+def curvature_at(known: Curvature, level: Level, x: PyTree, y: PyTree) -> Curvature:
     """The estimate after one more step of power iteration on f_yy at (x, y), and after thirty where there was none."""
     product = jax.linearize(lambda y: level.gradient(x, y), y)[1]
 
     def power(_: Any, known: Curvature) -> Curvature:
         v = product(known.direction)
         size = optax.tree.norm(v)
-        usable = jnp.isfinite(size) & (size > 1e-12)
+        usable = jnp.isfinite(size) & (size > jnp.finfo(size.dtype).tiny * 1e3)
         new = Curvature(size, jax.tree.map(lambda v: v / jnp.where(usable, size, 1), v))
         return jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, known)
 
     return jax.lax.stop_gradient(jax.lax.fori_loop(0, jnp.where(known.size > 0, 1, _FIRST), power, known))
 
 
+def inverse_curvature(known: Curvature) -> Any:
+    """1 / L; 1 where no curvature was seen."""
+    return jnp.where(known.size > 0, 1 / jnp.where(known.size > 0, known.size, 1), 1)
+
+
 def _step(step_size: Any, known: Curvature) -> Any:
-    return 1 / jnp.maximum(known.size, 1e-12) if step_size is None else step_size
+    return inverse_curvature(known) if step_size is None else step_size
 
 
 @hyperparameters
@@ -74,11 +80,11 @@ class ScaledDescent:
 
     def init(self, y: PyTree) -> LowerState:
         """y, and no estimate yet."""
-        return LowerState(y, _unknown(y) if self.step_size is None else None)
+        return LowerState(y, unknown_curvature(y) if self.step_size is None else None)
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
         """Run from `state`."""
-        known = state.memory if self.step_size is not None else _looked(state.memory, level, x, state.y)
+        known = state.memory if self.step_size is not None else curvature_at(state.memory, level, x, state.y)
         solver = GradientDescent(_step(self.step_size, known), self.steps)
         return LowerState(solver(level, x, solver.init(state.y)).y, known)
 
@@ -118,13 +124,13 @@ class EqualityDescent:
 
     def init(self, y: PyTree) -> LowerState:
         """y, no estimate yet and no correction."""
-        return LowerState(y, (_unknown(y), optax.tree.zeros_like(y)))
+        return LowerState(y, (unknown_curvature(y), optax.tree.zeros_like(y)))
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
         """Run from `state`."""
         y, (known, correction) = state.y, state.memory
         rows = Equalities.of(level, x, y)
-        known = known if self.step_size is not None else _looked(known, level, x, y)
+        known = known if self.step_size is not None else curvature_at(known, level, x, y)
         beta = _step(self.step_size, known)
 
         def step(carry: tuple[PyTree, PyTree], i: Any) -> tuple[tuple[PyTree, PyTree], None]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bilevel import derivatives
@@ -47,50 +48,91 @@ _WAY = 0.1
 
 
 def natural_units(problem: Problem, x: PyTree, y: PyTree, x0: PyTree, y0: PyTree) -> Units:
-    """The units at (x, y), for a run that began at (x0, y0).
+    """The units at (x, y), for a run that began at (x0, y0); not under `jit`.
 
     Those of x and y: their root mean square, or a tenth of the way from the start where that is more. Where a variable
     is zero and has not moved its unit is the length of a step that its level would take: for y the step to the minimum
     of f, or of F, along its gradient; for x the change that moves y by its unit, or that step of F. Those of F and f:
     the median change between here and points one unit away.
     """
+    unit_x, unit_y = _plain(x, x0) if jax.tree.leaves(x) else np.float64(1.0), _plain(y, y0)
+    if not all(unit > 0 and np.isfinite(unit) for unit in (unit_x, unit_y)):
+        steps = {name: np.float64(step) for name, step in _steps(problem, x, y).items()}
+        unit_y = _first(unit_y, steps["lower"], steps["upper_y"], np.float64(1.0))
+        with np.errstate(divide="ignore"):
+            moves_y = unit_y * _first(1 / steps["follows"], np.float64(0.0))
+        unit_x = _first(unit_x, moves_y, steps["upper_x"], np.float64(1.0))
+    # Drawn on the host: a compiled normal distribution takes longer to compile than the losses do.
+    random = np.random.default_rng(5)
+    draw = lambda at, unit: jax.tree.map(  # noqa: E731
+        lambda leaf: (unit * random.standard_normal((_AWAY, *leaf.shape))).astype(leaf.dtype), at
+    )
+    here, changes = _changes(problem, x, y, draw(x, unit_x), draw(y, unit_y))
+    upper, lower = (
+        _first(np.nanmedian(change) if np.isfinite(change).any() else np.float64(0.0), np.abs(value), np.float64(1.0))
+        for change, value in zip(map(np.asarray, changes), map(np.float64, here), strict=True)
+    )
+    as_own = lambda unit, own: jnp.asarray(unit, own.dtype)  # noqa: E731
+    of_x, of_y = (jnp.result_type(float, *jax.tree.leaves(tree)) for tree in (x, y))
+    return Units(
+        jnp.asarray(unit_x, of_x), jnp.asarray(unit_y, of_y), as_own(upper, here[0]), as_own(lower, here[1]), *here
+    )
+
+
+_AWAY = 9
+
+
+def _plain(at: PyTree, start: PyTree) -> np.float64:
+    """The root mean square of a variable, or a tenth of that of its way from the start; nothing is compiled."""
+    flat = lambda tree: np.concatenate(  # noqa: E731
+        [np.asarray(leaf).astype(np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    )
+    here, there = flat(at), flat(start)
+    size = lambda vector: np.sqrt(np.mean(vector**2))  # noqa: E731
+    with np.errstate(all="ignore"):
+        return np.maximum(size(here), _WAY * size(here - there))
+
+
+def _first(*values: np.float64) -> np.float64:
+    """The first that a unit can be: positive and finite (the last, where none is)."""
+    return next((value for value in values if value > 0 and np.isfinite(value)), values[-1])
+
+
+@jax.jit
+def _steps(problem: Problem, x: PyTree, y: PyTree) -> dict[str, Scalar]:
+    """Lengths of the steps to where quadratic models turn: of f and F in y, of F in x, and of y when x moves by one."""
     upper, lower = problem.full_levels()
-    usable = lambda value, other: jnp.where((value > 0) & jnp.isfinite(value), value, other)  # noqa: E731
-    plain = lambda at, start: jnp.maximum(rms(at), _WAY * rms(optax.tree.sub(at, start)))  # noqa: E731
 
     def step(fn: Any, at: PyTree) -> Scalar:
         gradient, hvp = jax.linearize(jax.grad(fn), at)
         return _cauchy(gradient, hvp)
 
-    unit_y = plain(y, y0)
-    of_lower, of_upper = step(lambda y: lower(x, y), y), step(lambda y: upper(x, y), y)
-    unit_y = usable(unit_y, usable(of_lower, usable(of_upper, 1.0)))
-    unit_x = jnp.ones(())
-    if jax.tree.leaves(x):
-        way = optax.tree.random_like(jax.random.key(3), x, jax.random.normal)
-        force = jax.jvp(lambda x: jax.grad(lower, argnums=1)(x, y), (x,), (way,))[1]
-        hvp = jax.linearize(lambda y: jax.grad(lower, argnums=1)(x, y), y)[1]
-        follows = _cauchy(force, hvp)
-        of_upper = step(lambda x: upper(x, y), x)
-        unit_x = usable(plain(x, x0), usable(unit_y * usable(1 / follows, 0.0), usable(of_upper, 1.0)))
-    upper_here, lower_here = upper(x, y), lower(x, y)
+    found = {"lower": step(lambda y: lower(x, y), y), "upper_y": step(lambda y: upper(x, y), y)}
+    if not jax.tree.leaves(x):
+        return {**found, "follows": jnp.zeros(()), "upper_x": jnp.zeros(())}
+    way = optax.tree.random_like(jax.random.key(3), x, jax.random.normal)
+    force = jax.jvp(lambda x: jax.grad(lower, argnums=1)(x, y), (x,), (way,))[1]
+    hvp = jax.linearize(lambda y: jax.grad(lower, argnums=1)(x, y), y)[1]
+    return {**found, "follows": _cauchy(force, hvp), "upper_x": step(lambda x: upper(x, y), x)}
 
-    def away(key: jax.Array) -> tuple[Scalar, Scalar]:
-        a, b = jax.random.split(key)
-        there_x = optax.tree.add(x, times(unit_x, optax.tree.random_like(a, x, jax.random.normal)))
-        there_y = optax.tree.add(y, times(unit_y, optax.tree.random_like(b, y, jax.random.normal)))
+
+@jax.jit
+def _changes(
+    problem: Problem, x: PyTree, y: PyTree, moves_x: PyTree, moves_y: PyTree
+) -> tuple[tuple[Scalar, Scalar], tuple[jax.Array, jax.Array]]:
+    """F and f here, and by how much they differ after each move (in the sets; NaN where that is not finite)."""
+    upper, lower = problem.full_levels()
+    here = upper(x, y), lower(x, y)
+
+    def away(moves: tuple[PyTree, PyTree]) -> tuple[Scalar, Scalar]:
+        there_x, there_y = optax.tree.add(x, moves[0]), optax.tree.add(y, moves[1])
         there_x = there_x if upper.project is None else upper.project(there_x)
         there_y = there_y if lower.project is None else lower.project(there_y)
-        changes = upper(there_x, there_y) - upper_here, lower(x, there_y) - lower_here
+        changes = upper(there_x, there_y) - here[0], lower(x, there_y) - here[1]
         of_upper, of_lower = (jnp.where(jnp.isfinite(change), jnp.abs(change), jnp.nan) for change in changes)
         return of_upper, of_lower
 
-    changes = jax.lax.map(away, jax.random.split(jax.random.key(5), 9))
-    of_upper, of_lower = (
-        usable(jnp.nanmedian(change), usable(jnp.abs(here), 1.0))
-        for change, here in zip(changes, (upper_here, lower_here), strict=True)
-    )
-    return Units(unit_x, unit_y, of_upper, of_lower, upper_here, lower_here)
+    return here, jax.lax.map(away, (moves_x, moves_y))
 
 
 def _cauchy(gradient: PyTree, hvp: Any) -> Scalar:

@@ -45,6 +45,8 @@ __all__ = ["Certificate", "certify", "verdict"]
 
 MANY = 10_000
 """The most unknowns of a level for which it is solved anew."""
+_MANY_STARTS = 250
+"""The most lower unknowns for which the lower level is solved from eight starts; from four above."""
 _FEW = 8
 """The most upper unknowns for which every coordinate is moved, and far moves are tried."""
 _CURVED = 2_000
@@ -280,14 +282,15 @@ def certify(
     rows = problem.constraint is not None or problem.equality is not None
     n = optax.tree.size(y)
     curved = not nonsmooth and not rows and n <= _CURVED
-    units, at, found = _examined(problem, x, y, *start, curved=curved)
+    units = natural_units(problem, x, y, *start)
+    at, found = _examined(problem, units, x, y, curved=curved)
     numbers = {name: float(value) for name, value in found.items()}
     better = None
     concave = numbers.get("curvature_least", 0.0) < -1e-6 * abs(numbers.get("curvature_greatest", 0.0))
     whole = tol is not None or result is Result.CONVERGED
     if numbers["finite"] and (whole or rows or concave or "penalty" in metrics):
         search = _Search(problem, units, at, numbers)
-        search.minimise(starts=1 if not whole and not concave else 8 if n <= 1000 else 3, choose=whole)
+        search.minimise(starts=1 if not whole and not concave else 8 if n <= _MANY_STARTS else 4, choose=whole)
         if whole and jax.tree.leaves(x) and np.isfinite(numbers["gap"]):
             search.move()
         better = search.better
@@ -399,10 +402,9 @@ def _obstacles(problem: Problem, x: PyTree, y: PyTree, tol: float | None) -> tup
 
 @functools.partial(jax.jit, static_argnames="curved")
 def _examined(
-    problem: Problem, x: PyTree, y: PyTree, x0: PyTree, y0: PyTree, curved: bool
-) -> tuple[Units, tuple[PyTree, PyTree], dict[str, Scalar]]:
-    """The units, the point in them, and what is seen without a solve."""
-    units = natural_units(problem, x, y, x0, y0)
+    problem: Problem, units: Units, x: PyTree, y: PyTree, curved: bool
+) -> tuple[tuple[PyTree, PyTree], dict[str, Scalar]]:
+    """The point in its units, and what is seen without a solve."""
     upper_here, lower_here = units.upper_here, units.lower_here
     u, w = times(1 / units.x, x), times(1 / units.y, y)
     above, below = normalised(problem, units)
@@ -431,7 +433,7 @@ def _examined(
     if curved:
         hvp = derivatives.linearised(problem.full_lower(), x, y).hvp
         found["curvature_least"], found["curvature_greatest"] = extreme_eigenvalues(hvp, y)
-    return units, (u, w), found
+    return (u, w), found
 
 
 class _Reached(NamedTuple):
@@ -455,6 +457,7 @@ class _Search:
         self._room = 128 if self.flat_u.size + self.flat_w.size <= 1000 else 8
         fine = jnp.finfo(self.flat_w.dtype).eps < 1e-10
         dense = self.flat_w.size <= _DENSE
+        self._convex = found.get("curvature_least", -1.0) > -1e-6 * abs(found.get("curvature_greatest", 0.0))
         self.weights = (1e-7, 1e-8) if fine and dense else (1e-5, 1e-6) if fine else (1e-3, 1e-4)
         self.better: tuple[PyTree, PyTree] | None = None
         self.others: list[jax.Array] = []
@@ -468,7 +471,9 @@ class _Search:
             count = len(us[some])
             pad = lambda rows: jnp.stack([*rows, *[rows[0]] * (self._room - count)])  # noqa: E731
             filled = jnp.asarray([*weights[some], *[0.0] * (self._room - count)])
-            out = _reached(self.problem, self.units, *self.at, pad(us[some]), pad(ws[some]), filled, count)
+            out = _reached(
+                self.problem, self.units, *self.at, pad(us[some]), pad(ws[some]), filled, count, self._convex
+            )
             parts.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:count], out))
         return _Reached(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
 
@@ -589,18 +594,21 @@ class _Search:
 
 
 _DENSE = 100
-"""The most lower unknowns for which a smooth lower level is solved by Newton steps with the whole Hessian."""
+"""The most lower unknowns for which any smooth lower level is solved by Newton steps with the whole Hessian."""
 
 
-@functools.partial(jax.jit)
+@functools.partial(jax.jit, static_argnames="convex")
 def _reached(
-    problem: Problem, units: Units, u: PyTree, w: PyTree, us: Any, ws: Any, weights: Any, count: Any
+    problem: Problem, units: Units, u: PyTree, w: PyTree, us: Any, ws: Any, weights: Any, count: Any, convex: bool
 ) -> _Reached:
-    """Lower solves number 0, ..., count - 1 from ws at us, with weights of F beside f."""
+    """Lower solves number 0, ..., count - 1 from ws at us, with weights of F beside f.
+
+    Newton steps where f(x, .) is smooth and small, or `convex` where the run ended; else what needs no curvature.
+    """
     upper, lower = normalised(problem, units)
     rows, above = Constraints(lower, u, w).at(u, w), Constraints(upper, u, w).at(u, w)
     unravel_u, unravel_w = ravel_pytree(u)[1], ravel_pytree(w)[1]
-    smooth = lower.project is None and lower.prox is None and not rows.count and ws.shape[1] <= _DENSE
+    smooth = lower.project is None and lower.prox is None and not rows.count and (convex or ws.shape[1] <= _DENSE)
 
     def one(j: Any, out: _Reached) -> _Reached:
         u, weight = unravel_u(us[j]), weights[j]
@@ -611,7 +619,7 @@ def _reached(
             return jax.lax.cond(weight > 0, tilted, lambda w: lower(u, w).astype(ws.dtype), w)
 
         if smooth:
-            w = Newton(60)(lower.with_loss(value), u, LowerState(unravel_w(ws[j]), None)).y
+            w = Newton(60, cg_steps=100)(lower.with_loss(value), u, LowerState(unravel_w(ws[j]), None)).y
             multipliers, broken = jnp.zeros((0,), ws.dtype), jnp.zeros((), ws.dtype)
         else:
             tol = jnp.where(weight > 0, jnp.minimum(1e-3 * weight, 1e-9), 1e-9)

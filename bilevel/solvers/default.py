@@ -20,7 +20,6 @@ from bilevel import derivatives
 from bilevel._module import name_of
 from bilevel.constraints import Constraints, depends, is_affine
 from bilevel.curvature import extreme_eigenvalues
-from bilevel.lower import GradientDescent
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers.small.stationarity import refusal
 from bilevel.typing import PyTree
@@ -153,6 +152,12 @@ def _newton() -> Any:
     return _take("AID", Newton())
 
 
+def _proximal() -> Any:
+    from bilevel.lower import ProximalGradient
+
+    return _take("AID", ProximalGradient())
+
+
 ROWS = (
     Row(
         "at most 300 unknowns and constraint values, full batches; constraints at either level, a set that can be seen "
@@ -217,10 +222,10 @@ ROWS = (
     Row(
         "full batches; a projected or proximal lower level",
         lambda f: not f.rows and not f.simple and not f.stochastic and (f.projected or f.nonsmooth),
-        lambda: _take("AID", lower_solver=GradientDescent(0.1, 1000, tol=1e-6)),
+        _proximal,
         "AID",
-        "implicit differentiation of the forward-backward map, with GMRES; lower steps of 0.1: full batches, a "
-        "projected or proximal lower level",
+        "implicit differentiation of the forward-backward map, with GMRES; accelerated proximal gradient steps with a "
+        "line search below, no step sizes to set: full batches, a projected or proximal lower level",
     ),
     Row(
         "full batches, at most 100 lower unknowns, f strongly convex at the start",
