@@ -16,6 +16,7 @@ from bilevel.keys import StepKey, as_step_key
 from bilevel.precision import named, working
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
+from bilevel.solvers._base import refuse_standing
 from bilevel.streaming import Portion, on_device
 from bilevel.typing import Metrics, PyTree, Solver, X, Y
 
@@ -52,6 +53,7 @@ def run(
         raise ProblemError("run is pure and cannot read a Stream from the host: use solve, or arrays.")
     base = as_step_key(key)
     found = working(problem, x0, y0)
+    refuse_standing(solver, found.y)
 
     def body(state: Any, k: jax.Array) -> tuple[Any, Metrics]:
         return solver.step(found.problem, state, at_step(base, k))

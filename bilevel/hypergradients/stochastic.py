@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +142,8 @@ class SAMA:
 
     Reference: Choe et al., "Making Scalable Meta Learning Practical", NeurIPS 2023.
     """
+
+    through: ClassVar[bool] = True
 
     radius: float | None = 1.0
 
