@@ -211,8 +211,66 @@ def _outputs(problem: Problem, x: PyTree, y: PyTree) -> dict[str, list[Any]]:
         if name not in ("upper", "lower") and not takes_batch(fn):
             source = as_source(None)
         call = (lambda x, y, s: fn(x, y, s.example())) if source.given else (lambda x, y, s: fn(x, y))
-        found[name] = jax.tree.leaves(jax.eval_shape(call, x, y, source))
+        traced, shapes = jax.make_jaxpr(call, return_shape=True)(x, y, source)
+        _refuse_sums(name, traced.jaxpr, len(jax.tree.leaves((x, y))))
+        found[name] = jax.tree.leaves(shapes)
     return found
+
+
+# What goes from device to device inside shard_map and its relatives; the first two in one that keeps account of it.
+_TRACKED = frozenset({"pvary", "psum_invariant", "all_gather_invariant"})
+_COLLECTIVE = frozenset({
+    "psum", "pmax", "pmin", "all_gather", "reduce_scatter", "psum_scatter", "all_to_all", "ppermute", "pbroadcast",
+})  # fmt: skip
+
+
+def _refuse_sums(name: str, jaxpr: Any, variables: int) -> None:
+    """Refuse a mean over devices of what depends on x or y where JAX keeps no account of what devices share.
+
+    There the derivative of a `pmean` in a shared x is each device's own and not the mean of theirs: every device would
+    go its own way, without a word.
+    """
+    axes = _summed(jaxpr, [i < variables for i in range(len(jaxpr.invars))])[1]
+    if axes and not _any_of(jaxpr, _TRACKED):
+        raise ProblemError(
+            f"{name} takes a mean, a sum or a copy over the devices of {', '.join(map(repr, sorted(axes)))} inside a "
+            "shard_map with check_vma=False (or a pmap, or a vmap with axis_name), where its gradient in a shared x or "
+            "y is each device's own and not that of the mean. Leave check_vma at True; or leave the transformation out: "
+            "put the data on all devices (jax.device_put with a NamedSharding along the samples) and call solve, or run "
+            "under jit."
+        )
+
+
+def _summed(jaxpr: Any, inputs: list[bool]) -> tuple[list[bool], set[str]]:
+    """Which outputs depend on the marked inputs, and the named axes along which such values are put together."""
+    marked = {v for v, on in zip(jaxpr.invars, inputs, strict=True) if on}
+    is_marked = lambda v: not hasattr(v, "val") and v in marked  # noqa: E731  literals have a val
+    axes: set[str] = set()
+    for equation in jaxpr.eqns:
+        on, name = [is_marked(v) for v in equation.invars], equation.primitive.name
+        out = [any(on)] * len(equation.outvars)
+        if name in ("jit", "pjit"):
+            out, inside = _summed(equation.params["jaxpr"].jaxpr, on)
+            axes |= inside
+        elif name != "shard_map" and any(on):  # one in the loss itself is whole in itself
+            if name in _COLLECTIVE:
+                given = equation.params.get("axes", equation.params.get("axis_name", ()))
+                given = given if isinstance(given, (tuple, list)) else (given,)
+                axes |= {axis for axis in given if isinstance(axis, str)}
+            for inner in _inner(equation):
+                axes |= _summed(inner, [True] * len(inner.invars))[1]
+        marked.update(v for v, reached in zip(equation.outvars, out, strict=True) if reached)
+    return [is_marked(v) for v in jaxpr.outvars], axes
+
+
+def _any_of(jaxpr: Any, names: frozenset[str]) -> bool:
+    return any(e.primitive.name in names or any(_any_of(i, names) for i in _inner(e)) for e in jaxpr.eqns)
+
+
+def _inner(equation: Any) -> list[Any]:
+    """The traces within an equation."""
+    parts = [part for value in equation.params.values() for part in (value if type(value) is tuple else (value,))]
+    return [getattr(part, "jaxpr", part) for part in parts if hasattr(getattr(part, "jaxpr", part), "eqns")]
 
 
 def _refuse_split(outputs: dict[str, list[Any]], x: PyTree, y: PyTree) -> None:
