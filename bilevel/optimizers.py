@@ -413,7 +413,20 @@ def _farthest(size: jax.Array, moved: jax.Array, unit: jax.Array, accepted: jax.
 
 
 def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
-    return jnp.asarray(optax.tree.norm(tree), dtype) / max(optax.tree.size(tree), 1) ** 0.5
+    squares = jnp.asarray(optax.tree.norm(tree, squared=True), dtype)
+    return _root(squares) / max(optax.tree.size(tree), 1) ** 0.5
+
+
+@jax.custom_jvp
+def _root(square: jax.Array) -> jax.Array:
+    """The root, with the derivative zero at zero: before the first move there is none to be sized."""
+    return jnp.sqrt(square)
+
+
+@_root.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    root = jnp.sqrt(primals[0])
+    return root, jnp.where(root > 0, tangents[0] / jnp.where(root > 0, 2 * root, 1), 0)
 
 
 @state

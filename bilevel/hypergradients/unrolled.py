@@ -84,7 +84,7 @@ class Unrolled:
         solver = solver.differentiable() if hasattr(solver, "differentiable") else solver
         level, run = lower.mixed_mode() if self.checkpoint else lower, solver
         if self.last is not None:
-            run, start = last_steps("Unrolled", self.last, solver, level, x, start)
+            run, start = last_steps("Unrolled", self.last, solver, lower, x, start)
 
         def objective(x: PyTree) -> tuple[jax.Array, LowerState]:
             found = run(level, x, start)
