@@ -133,7 +133,7 @@ def solve(
     before = state if isinstance(state, Solution) else None
     if before is not None:
         state, solver = before.state, before.solver if solver is None else solver
-    x0, y0, solver = _from_state(state, before, x0, y0, solver)
+    x0, y0, solver = _from_state(problem, state, before, x0, y0, solver)
     asked_for = solver
     found, solver, reason = _checked(problem, x0, y0, solver, tol)
     given, problem, x, y = problem, found.problem, found.x, found.y
@@ -345,7 +345,9 @@ def _check_solver(solver: Any) -> None:
     )
 
 
-def _from_state(state: Any, before: Solution | None, x0: Any, y0: Any, solver: Any) -> tuple[Any, Any, Any]:
+def _from_state(
+    problem: Any, state: Any, before: Solution | None, x0: Any, y0: Any, solver: Any
+) -> tuple[Any, Any, Any]:
     """Where a run begins that goes on from a state: there, unless a start is given for its shapes."""
     if state is None:
         if y0 is None:
@@ -366,6 +368,11 @@ def _from_state(state: Any, before: Solution | None, x0: Any, y0: Any, solver: A
         )
     if y0 is not None:
         return x0, y0, solver
+    if before is None and getattr(problem, "frozen", None) is not None:
+        raise ProblemError(
+            "solve(state=solution.state) of a problem with frozen parts holds the other parts of y alone: go on with "
+            "state=solution, or give x0 and y0 besides, whose frozen parts are the constants."
+        )
     return (state.x, state.y, solver) if before is None else (before.x, before.y, solver)
 
 
