@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Captured", "Functions", "described", "form", "taken"]
+__all__ = ["Apart", "Captured", "Functions", "described", "form", "taken"]
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, np.dtype)
 # A function that asks what a value is would answer otherwise for a traced number, and nothing would fail.
@@ -54,7 +54,7 @@ def taken(fn: Any, args: tuple[Any, ...] | None = None) -> Any:
         traced so; with None, or where it branches on them or asks for their type, they are part of the form: another
         value compiles anew.
     """
-    if isinstance(fn, Captured) or fn is None or not _apart(fn):
+    if isinstance(fn, Apart) or fn is None or not _apart(fn):
         return fn
     walk = _Walk()
     build = walk.node(fn, "")
@@ -108,7 +108,11 @@ class _Form:
         return self.hash
 
 
-class Captured:
+class Apart:
+    """A function that is a pytree: a `Problem` has its leaves among its own."""
+
+
+class Captured(Apart):
     """A function whose captured numbers and arrays are leaves of a pytree: see `taken`. Called as the function is."""
 
     def __init__(self, form: _Form, travelling: tuple[int, ...], values: tuple[Any, ...]) -> None:
@@ -166,9 +170,9 @@ class Functions:
     def __init__(self, by_name: dict[str, Any]) -> None:
         self.by_name = by_name
 
-    def split(self) -> tuple[dict[str, Captured], tuple[tuple[str, Any], ...]]:
+    def split(self) -> tuple[dict[str, Apart], tuple[tuple[str, Any], ...]]:
         """Those with leaves, and the others."""
-        apart = {name: fn for name, fn in self.by_name.items() if isinstance(fn, Captured)}
+        apart = {name: fn for name, fn in self.by_name.items() if isinstance(fn, Apart)}
         return apart, tuple((name, fn) for name, fn in self.by_name.items() if name not in apart)
 
 

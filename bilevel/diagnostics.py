@@ -15,6 +15,7 @@ from bilevel import derivatives, hypergradients, linear
 from bilevel.curvature import extreme_eigenvalues, unit_direction
 from bilevel.hypergradients import Implicit, value_and_hypergradient
 from bilevel.lower import LBFGS, GradientDescent
+from bilevel.precision import working
 from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.solvers.default import default_solver
 from bilevel.solvers.single_loop import SABA
@@ -115,6 +116,9 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     """
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
+    if problem.frozen is not None:
+        found = working(problem, x, y)
+        problem, x, y = found.problem, found.x, found.y
     upper_data, lower_data = (source.example() if source.host else source.full() for source in problem.sources)
     upper_data, lower_data = jax.tree.map(jnp.asarray, (upper_data, lower_data))
     full = dataclasses.replace(problem, upper_data=upper_data, lower_data=lower_data)

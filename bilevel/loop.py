@@ -16,6 +16,7 @@ from bilevel.keys import StepKey, as_step_key
 from bilevel.precision import named, working
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
+from bilevel.solvers._base import refuse_standing
 from bilevel.streaming import Portion, on_device
 from bilevel.typing import Metrics, PyTree, Solver, X, Y
 
@@ -52,6 +53,7 @@ def run(
         raise ProblemError("run is pure and cannot read a Stream from the host: use solve, or arrays.")
     base = as_step_key(key)
     found = working(problem, x0, y0)
+    refuse_standing(solver, found.y)
 
     def body(state: Any, k: jax.Array) -> tuple[Any, Metrics]:
         return solver.step(found.problem, state, at_step(base, k))
@@ -103,7 +105,7 @@ class Loop:
         self._advance = functools.partial(
             _advance,
             problem,
-            _as_argument(solver),
+            as_argument(solver),
             captured=form(solver),
             tol=0.0 if tol is None else tol,
             use_tol=tol is not None,
@@ -154,7 +156,7 @@ def _advance(
     Returns the state, the steps taken, the status, and the metrics in buffers of `capacity` rows (or as many as a
     portion has room for).
     """
-    solver = solver.solver if isinstance(solver, _Static) else solver
+    solver = as_solver(solver)
 
     def step(k: Any, state: Any) -> tuple[Any, Metrics]:
         return solver.step(on_device(problem, portions, k - start), state, at_step(base, k))
@@ -216,12 +218,18 @@ class _Static:
 jax.tree_util.register_pytree_node(_Static, lambda s: ((), s.solver), lambda solver, _: _Static(solver))
 
 
-def _as_argument(solver: Any) -> Any:
+def as_argument(solver: Any) -> Any:
+    """A solver as an argument of compiled code: itself where its leaves are numbers, else a static part of the code."""
     leaves = jax.tree.leaves(solver)
     travels = len(leaves) != 1 or leaves[0] is not solver
     if travels and all(isinstance(leaf, (float, int, np.ndarray, np.number, jax.Array)) for leaf in leaves):
         return solver
     return _Static(solver)
+
+
+def as_solver(argument: Any) -> Any:
+    """The solver of `as_argument`."""
+    return argument.solver if isinstance(argument, _Static) else argument
 
 
 def _finite(tree: PyTree) -> jax.Array:

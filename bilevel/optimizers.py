@@ -19,7 +19,7 @@ from bilevel.typing import Project, PyTree, Scalar
 
 __all__ = [
     "Move", "Withdrawing", "accepted", "as_optimizer", "check_count", "check_optimizer", "coupled_adam",
-    "looks_at_values", "quasi_newton", "residual", "searches", "spectral", "value_and_gradient", "withdraws",
+    "looks_at_values", "quasi_newton", "residual", "rewound", "searches", "spectral", "value_and_gradient", "withdraws",
 ]  # fmt: skip
 
 # A missing argument by its name, in what Python, optax and the rules here say of it.
@@ -126,6 +126,72 @@ def value_and_gradient(loss: Any, variable: PyTree, memory: PyTree) -> tuple[jax
     shapes = jax.eval_shape(evaluate, variable)
     known = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), (known.value, known.grad), shapes)
     return jax.lax.cond(jnp.isfinite(known[0]), lambda _: known, evaluate, variable)
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def rewound(memory: PyTree, variable: PyTree) -> PyTree:
+    """A rule's memory whose schedules begin anew, everything else as it is.
+
+    A schedule's state is a count of steps and nothing beside it (optax's `scale_by_schedule`, `inject_hyperparams`,
+    `conditionally_transform`, and rules of one's own with such a state). A count that stands beside moments or
+    gradients belongs to those (Adam's bias correction, `MultiSteps`), and stays.
+
+    Args:
+      memory: of the rule.
+      variable: that the rule moves; nodes of its types hold moments, and are no states of a rule.
+    """
+    parts = {type(node) for node in _nodes(variable)} - {tuple, list, dict}
+
+    def children(node: Any) -> list[Any] | None:
+        """What a container holds; None for a leaf."""
+        found = jax.tree.leaves(node, is_leaf=lambda inside: inside is not node)
+        return None if len(found) == 1 and found[0] is node else found
+
+    def moments(node: Any) -> bool:
+        """Whether a child is a value of the rule itself, or a tree of them, and no state of a part of it."""
+        inside = children(node)
+        if inside is None:
+            return not _counts(node)
+        named = hasattr(node, "_fields") or hasattr(type(node), "__dataclass_fields__")
+        return any(map(moments, inside)) if not named or type(node) in parts else False
+
+    def walk(node: Any) -> Any:
+        inside = children(node)
+        if inside is None or isinstance(node, _COUNTING):
+            return node
+        own = [child for child in inside if _counts(child)]
+        others = [child for child in inside if not _counts(child)]
+        known = isinstance(node, _SCHEDULED)
+        new = own and (known or not any(map(moments, others)))
+        made = iter([jnp.zeros_like(child) if new and _counts(child) else walk(child) for child in inside])
+        return jax.tree.map(lambda _: next(made), node, is_leaf=lambda inside: inside is not node)
+
+    if _counts(memory):  # a rule whose whole memory is its count
+        return jnp.zeros_like(memory)
+    return walk(memory)
+
+
+def _counts(leaf: Any) -> bool:
+    """Whether it is an integer number."""
+    return (
+        hasattr(leaf, "dtype")
+        and jnp.issubdtype(leaf.dtype, jnp.integer)
+        and jnp.ndim(leaf) == 0
+        and not isinstance(leaf, Withdrawing)
+    )
+
+
+def _nodes(tree: PyTree) -> list[Any]:
+    """All containers of a pytree."""
+    inside = [leaf for leaf in jax.tree.leaves(tree, is_leaf=lambda node: node is not tree) if leaf is not tree]
+    return [tree, *(node for child in inside for node in _nodes(child))] if inside else []
+
+
+# Optax's states with a count and other things: those whose count is a schedule's, and those whose count is not.
+_SCHEDULED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+_COUNTING = (optax.LookaheadState,)
 
 
 # ---------------------------------------------------------------- moving a variable
@@ -347,7 +413,20 @@ def _farthest(size: jax.Array, moved: jax.Array, unit: jax.Array, accepted: jax.
 
 
 def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
-    return jnp.asarray(optax.tree.norm(tree), dtype) / max(optax.tree.size(tree), 1) ** 0.5
+    squares = jnp.asarray(optax.tree.norm(tree, squared=True), dtype)
+    return _root(squares) / max(optax.tree.size(tree), 1) ** 0.5
+
+
+@jax.custom_jvp
+def _root(square: jax.Array) -> jax.Array:
+    """The root, with the derivative zero at zero: before the first move there is none to be sized."""
+    return jnp.sqrt(square)
+
+
+@_root.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    root = jnp.sqrt(primals[0])
+    return root, jnp.where(root > 0, tangents[0] / jnp.where(root > 0, 2 * root, 1), 0)
 
 
 @state

@@ -1,10 +1,11 @@
-"""Which dtype a run computes in, and under which of JAX's settings: one answer for all solvers.
+"""Which dtype and which parts of y a run computes in, and under which of JAX's settings: one answer for all solvers.
 
 Variables of one dtype, float32 or float64, are computed with as they are. Half-precision leaves (bfloat16, float16) and
 leaves of several dtypes have master copies in one working dtype, the widest of them and at least float32: solvers,
 their optimisers and their linear algebra see that one alone, while each loss, constraint and metric is given every leaf
 in the dtype that the user gave it, and so computes in the user's precision. Small steps are thus not lost to rounding,
-and what is returned has the user's dtypes again.
+and what is returned has the user's dtypes again. Likewise y is without its constant parts (`bilevel.frozen`), and whole
+again in what is returned.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 
 from bilevel._module import state
 from bilevel.data import as_source
+from bilevel.frozen import Cut, fixed_functions
 from bilevel.level import takes_batch
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
@@ -38,24 +40,29 @@ class Working(NamedTuple):
       problem: the problem; its functions take the master copies.
       x, y: the master copies of the start.
       dtypes: the user's dtypes of the leaves of x and of y; None where they are the working dtype itself.
+      cut: how y lost its constant parts; None where it has none.
+      constants: those parts.
     """
 
     problem: Problem
     x: PyTree
     y: PyTree
     dtypes: tuple[Dtypes, Dtypes] | None
+    cut: Cut | None = None
+    constants: Any = ()
 
     @property
     def lifted(self) -> bool:
-        """Whether a leaf has another dtype here than the user gave it."""
-        return self.dtypes is not None and any(
-            leaf.dtype != dtype
-            for tree, dtypes in zip((self.x, self.y), self.dtypes, strict=True)
-            for leaf, dtype in zip(jax.tree.leaves(tree), dtypes, strict=True)
+        """Whether a variable is another here than the user gave it: a leaf of another dtype, or y without constants."""
+        here = jax.tree.leaves((self.x, self.y))[0].dtype  # one for all, where there are dtypes
+        return self.cut is not None or (
+            self.dtypes is not None and any(dtype != here for dtypes in self.dtypes for dtype in dtypes)
         )
 
     def given(self, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-        """Master copies in the user's dtypes."""
+        """Master copies in the user's dtypes, y with its constant parts."""
+        if self.cut is not None and jax.tree.structure(y) == jax.tree.structure(self.y):  # type: ignore[operator]
+            y = self.cut.whole(y, self.constants)
         if self.dtypes is None:
             return x, y
         pairs = zip((x, y), self.dtypes, strict=True)
@@ -68,7 +75,7 @@ class Working(NamedTuple):
 
 @state
 class InGiven:
-    """A solver's state as the user sees it: x and y in the dtypes that were given; `master` is the state itself."""
+    """A solver's state as the user sees it: x and y as they were given, with constant parts; `master` is the state."""
 
     x: PyTree
     y: PyTree
@@ -81,11 +88,24 @@ class InGiven:
 
 
 def working(problem: Problem, x: PyTree, y: PyTree) -> Working:
-    """The problem and the start as solvers see them; themselves where all is of one dtype, float32 or float64.
+    """The problem and the start as solvers see them; themselves where all of y moves and is, as x, of one dtype,
+    float32 or float64.
 
     Raises:
-      ProblemError: inside `shard_map` a loss or the start differs from device to device.
+      ProblemError: inside `shard_map` a loss or the start differs from device to device; `frozen` does not fit y.
     """
+    found = _in_one_dtype(problem, x, y)
+    if problem.frozen is None:
+        return found
+    cut = Cut.of(problem.frozen, found.y)
+    if all(at is None for at in cut.places):
+        return found._replace(problem=dataclasses.replace(found.problem, frozen=None))
+    functions = fixed_functions(found.problem, cut, found.x, found.y)
+    rest = dataclasses.replace(found.problem, frozen=None, **functions)
+    return found._replace(problem=rest, y=cut.free(found.y), cut=cut, constants=cut.constants(found.y))
+
+
+def _in_one_dtype(problem: Problem, x: PyTree, y: PyTree) -> Working:
     leaves = jax.tree.leaves((x, y))
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for leaf in leaves))
@@ -107,7 +127,7 @@ def working(problem: Problem, x: PyTree, y: PyTree) -> Working:
         if fn is not None and not _keeps(fn, master):
             lifted[name] = _Projection(fn, given, dtype)
     prox: Any = problem.prox_lower
-    if prox is not None and not _keeps(lambda y: prox(y, masters[0], 1.0), masters[1]):
+    if prox is not None and not _keeps(lambda y: prox(masters[0], y, 1.0), masters[1]):
         lifted["prox_lower"] = _Prox(prox, dtypes[0], dtypes[1], dtype)
     return Working(dataclasses.replace(problem, **lifted), *masters, dtypes)
 
@@ -191,8 +211,66 @@ def _outputs(problem: Problem, x: PyTree, y: PyTree) -> dict[str, list[Any]]:
         if name not in ("upper", "lower") and not takes_batch(fn):
             source = as_source(None)
         call = (lambda x, y, s: fn(x, y, s.example())) if source.given else (lambda x, y, s: fn(x, y))
-        found[name] = jax.tree.leaves(jax.eval_shape(call, x, y, source))
+        traced, shapes = jax.make_jaxpr(call, return_shape=True)(x, y, source)
+        _refuse_sums(name, traced.jaxpr, len(jax.tree.leaves((x, y))))
+        found[name] = jax.tree.leaves(shapes)
     return found
+
+
+# What goes from device to device inside shard_map and its relatives; the first two in one that keeps account of it.
+_TRACKED = frozenset({"pvary", "psum_invariant", "all_gather_invariant"})
+_COLLECTIVE = frozenset({
+    "psum", "pmax", "pmin", "all_gather", "reduce_scatter", "psum_scatter", "all_to_all", "ppermute", "pbroadcast",
+})  # fmt: skip
+
+
+def _refuse_sums(name: str, jaxpr: Any, variables: int) -> None:
+    """Refuse a mean over devices of what depends on x or y where JAX keeps no account of what devices share.
+
+    There the derivative of a `pmean` in a shared x is each device's own and not the mean of theirs: every device would
+    go its own way, without a word.
+    """
+    axes = _summed(jaxpr, [i < variables for i in range(len(jaxpr.invars))])[1]
+    if axes and not _any_of(jaxpr, _TRACKED):
+        raise ProblemError(
+            f"{name} takes a mean, a sum or a copy over the devices of {', '.join(map(repr, sorted(axes)))} inside a "
+            "shard_map with check_vma=False (or a pmap, or a vmap with axis_name), where its gradient in a shared x or "
+            "y is each device's own and not that of the mean. Leave check_vma at True; or leave the transformation out: "
+            "put the data on all devices (jax.device_put with a NamedSharding along the samples) and call solve, or run "
+            "under jit."
+        )
+
+
+def _summed(jaxpr: Any, inputs: list[bool]) -> tuple[list[bool], set[str]]:
+    """Which outputs depend on the marked inputs, and the named axes along which such values are put together."""
+    marked = {v for v, on in zip(jaxpr.invars, inputs, strict=True) if on}
+    is_marked = lambda v: not hasattr(v, "val") and v in marked  # noqa: E731  literals have a val
+    axes: set[str] = set()
+    for equation in jaxpr.eqns:
+        on, name = [is_marked(v) for v in equation.invars], equation.primitive.name
+        out = [any(on)] * len(equation.outvars)
+        if name in ("jit", "pjit"):
+            out, inside = _summed(equation.params["jaxpr"].jaxpr, on)
+            axes |= inside
+        elif name != "shard_map" and any(on):  # one in the loss itself is whole in itself
+            if name in _COLLECTIVE:
+                given = equation.params.get("axes", equation.params.get("axis_name", ()))
+                given = given if isinstance(given, (tuple, list)) else (given,)
+                axes |= {axis for axis in given if isinstance(axis, str)}
+            for inner in _inner(equation):
+                axes |= _summed(inner, [True] * len(inner.invars))[1]
+        marked.update(v for v, reached in zip(equation.outvars, out, strict=True) if reached)
+    return [is_marked(v) for v in jaxpr.outvars], axes
+
+
+def _any_of(jaxpr: Any, names: frozenset[str]) -> bool:
+    return any(e.primitive.name in names or any(_any_of(i, names) for i in _inner(e)) for e in jaxpr.eqns)
+
+
+def _inner(equation: Any) -> list[Any]:
+    """The traces within an equation."""
+    parts = [part for value in equation.params.values() for part in (value if type(value) is tuple else (value,))]
+    return [getattr(part, "jaxpr", part) for part in parts if hasattr(getattr(part, "jaxpr", part), "eqns")]
 
 
 def _refuse_split(outputs: dict[str, list[Any]], x: PyTree, y: PyTree) -> None:
@@ -278,5 +356,5 @@ class _Prox:
     y: Dtypes
     dtype: Any
 
-    def __call__(self, y: PyTree, x: PyTree, scaling: Any) -> PyTree:
-        return _all(self.fn(_as(y, self.y), _as(x, self.x), scaling), self.dtype)
+    def __call__(self, x: PyTree, y: PyTree, scaling: Any) -> PyTree:
+        return _all(self.fn(_as(x, self.x), _as(y, self.y), scaling), self.dtype)

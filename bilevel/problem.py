@@ -15,6 +15,7 @@ import numpy as np
 from bilevel._pickling import storable
 from bilevel.captures import Functions, taken
 from bilevel.data import ProblemError, Source, as_arrays, as_source
+from bilevel.frozen import as_frozen
 from bilevel.keys import Draw, as_step_key
 from bilevel.level import Level, Levels, takes_batch
 from bilevel.typing import PyTree, Scalar, X, Y
@@ -56,6 +57,10 @@ class Problem(Generic[X, Y]):
         asked to be <= 0, or `G(x, y, batch)` with the upper level's batch where `upper_data` is given. It binds the
         choice of x, never that of y: the lower level does not see it.
       upper_equality: the equality H of the upper level, likewise, asked to be 0.
+      frozen: which parts of y are constants, equal to y0's: a pytree of truth values shaped like y or its upper part
+        (True: constant; boolean numpy arrays for parts of a leaf), or a function y -> such a tree. Every method, and
+        the certificate, then solves the problem in the rest of y: a step rule needs no mask, and a pretrained part no
+        gradient.
 
     Both variables are arbitrary pytrees of floating-point arrays. With `x0=None` the problem is a *simple* bilevel
     problem: both levels own y.
@@ -72,8 +77,10 @@ class Problem(Generic[X, Y]):
     equality: Callable[..., PyTree] | None = None
     upper_constraint: Callable[..., PyTree] | None = None
     upper_equality: Callable[..., PyTree] | None = None
+    frozen: Any = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "frozen", as_frozen(self.frozen))
         for name in _FUNCTIONS:
             fn = getattr(self, name)
             if fn is None and name not in ("upper", "lower"):
@@ -223,6 +230,8 @@ class Problem(Generic[X, Y]):
                 "y0 holds no arrays: the lower variable is a pytree with at least one floating-point array."
             )
         _check_variable("y0", y)
+        if self.frozen is not None:
+            self.frozen.of(y)
         upper, lower = self.sources
         _check_data("upper_data", upper)
         _check_data("lower_data", lower)
@@ -258,7 +267,10 @@ def _flatten(problem: Problem) -> tuple[Any, Any]:
     children = [(name, getattr(problem, name)) for name in _DATA]
     apart, others = Functions({name: getattr(problem, name) for name in _FUNCTIONS}).split()
     children += apart.items()
-    return tuple((jax.tree_util.GetAttrKey(name), child) for name, child in children), (tuple(apart), others)
+    return tuple((jax.tree_util.GetAttrKey(name), child) for name, child in children), (
+        tuple(apart),
+        (*others, ("frozen", problem.frozen)),
+    )
 
 
 def _unflatten(aux: Any, children: Any) -> Problem:

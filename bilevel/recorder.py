@@ -112,7 +112,7 @@ class Keeper:
                 "is told by a number. Return a scalar, such as a mean."
             )
         if self._sign * float(value) > self._sign * run.best.value:  # type: ignore[union-attr]
-            run.best = Best(self.name, float(value), run.done, run.state.x, run.state.y)
+            run.best = Best(self.name, float(value), run.done, *run.point)
         if self.patience is not None and run.result is Result.MAX_STEPS:
             steps = run.history.steps[self.name]
             waited = int((steps > run.best.step).sum())  # type: ignore[union-attr]
@@ -174,7 +174,7 @@ class Recorder:
         if before is not None:
             self.done, self.history = before.steps, before.history.copy()
         self._keeper = keeper
-        self.best: Best | None = None if keeper is None else keeper.begin(state.x, state.y)
+        self.best: Best | None = None if keeper is None else keeper.begin(*given(state.x, state.y))
         if before is not None and before.best is not None and keeper is not None and before.best.metric == keeper.name:
             self.best = before.best
         self.result, self.why = Result.MAX_STEPS, ""
@@ -254,8 +254,9 @@ class Recorder:
             self._saved, self._saved_at = self.done, time.perf_counter()
 
     def interrupted(self) -> None:
-        """Ctrl-C: the run ends where it stands."""
-        self.result = Result.INTERRUPTED
+        """Ctrl-C: the run ends where it stands; what is worse than that is said all the same."""
+        if self.result is not Result.DIVERGED:
+            self.result = Result.INTERRUPTED
         if self._saved != self.done:
             self.save()
 

@@ -29,7 +29,7 @@ from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers._base import refuse_unreached, remark
+from bilevel.solvers._base import refuse_standing, refuse_unreached, remark
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
@@ -133,10 +133,10 @@ def solve(
     before = state if isinstance(state, Solution) else None
     if before is not None:
         state, solver = before.state, before.solver if solver is None else solver
-    x0, y0, solver = _from_state(state, x0, y0, solver)
+    x0, y0, solver = _from_state(problem, state, before, x0, y0, solver)
     asked_for = solver
     found, solver, reason = _checked(problem, x0, y0, solver, tol)
-    given, (problem, x, y, _) = problem, found
+    given, problem, x, y = problem, found.problem, found.x, found.y
     quiet = tol
     whole = asked_for is None and given.stochastic and not problem.stochastic
     if whole:  # full batches in place of minibatches
@@ -246,7 +246,11 @@ def _settle(
         ended = Result.CONVERGED if met and run.result is Result.MAX_STEPS else run.result
         numbers = {name: float(value) for name, value in run.history.last().items() if np.ndim(value) == 0}
         x, y = (_pooled(tree, like) for tree, like in zip((run.state.x, run.state.y), start, strict=True))
-        found = certify(streams.peeked(), x, y, start, ended, numbers, tol)
+        try:
+            found = certify(streams.peeked(), x, y, start, ended, numbers, tol)
+        except KeyboardInterrupt:  # the run is there, and what was not looked at is said
+            run.interrupted()
+            found = Certificate(run.result, unchecked=("The end was not looked at: Ctrl-C.",))
         towards = getattr(solver, "towards", None)
         onward = found.better is not None and towards is not None and found.result in _MENDABLE
         again = run.result is Result.CONVERGED and (found.unsettled or onward) and run.done < run.schedule.steps
@@ -297,6 +301,8 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         problem.validate(x, y)
         problem = jax.tree.map(jnp.asarray, problem.captured(x, y))
         found = working(problem, x, y)
+    if solver is not None:
+        refuse_standing(solver, found.y, certified=tol is not None)
     problem, (x, y) = found.problem, found.problem.projected(found.x, found.y)
     reason = ""
     if solver is None:
@@ -339,7 +345,9 @@ def _check_solver(solver: Any) -> None:
     )
 
 
-def _from_state(state: Any, x0: Any, y0: Any, solver: Any) -> tuple[Any, Any, Any]:
+def _from_state(
+    problem: Any, state: Any, before: Solution | None, x0: Any, y0: Any, solver: Any
+) -> tuple[Any, Any, Any]:
     """Where a run begins that goes on from a state: there, unless a start is given for its shapes."""
     if state is None:
         if y0 is None:
@@ -358,8 +366,14 @@ def _from_state(state: Any, x0: Any, y0: Any, solver: Any) -> tuple[Any, Any, An
             "solve(state=solution.state) needs the solver that the state belongs to: give it, or go on with "
             "state=solution, which knows its own."
         )
-    given = y0 is not None
-    return (x0, y0, solver) if given else (state.x, state.y, solver)
+    if y0 is not None:
+        return x0, y0, solver
+    if before is None and getattr(problem, "frozen", None) is not None:
+        raise ProblemError(
+            "solve(state=solution.state) of a problem with frozen parts holds the other parts of y alone: go on with "
+            "state=solution, or give x0 and y0 besides, whose frozen parts are the constants."
+        )
+    return (state.x, state.y, solver) if before is None else (before.x, before.y, solver)
 
 
 def _fitting(state: Any, first: Any, solver: Any) -> Any:
@@ -405,6 +419,7 @@ def _drive(run: Recorder, loop: Loop, streams: Streams, pace: _Pace, progress: b
                 pace.adapt(len(chunk.steps), time.perf_counter() - clock)
                 streams.consume(len(chunk.steps))
                 run.record(chunk)
+            interrupts.raise_if_asked()  # during the last one
         except KeyboardInterrupt:
             run.interrupted()
         finally:

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel._module import name_of
 from bilevel._settings import settings
+from bilevel.frozen import as_rule, refuse_rule
 from bilevel.hypergradients._base import Estimate, Estimator, check_estimator, first_carry
 from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
 from bilevel.hypergradients.forward import Forward, Tangents
@@ -74,6 +76,8 @@ def value_and_hypergradient(
             )
         at = y.y if isinstance(y, LowerState) else y
         found = working(problem, x, at)
+        if not getattr(estimator, "through", False):
+            refuse_rule(f"value_and_hypergradient with {name_of(estimator)}", as_rule(solver), found.y)
         with settings(), named(estimator, problem, x, at):
             if isinstance(y, LowerState):
                 start = _begun(solver, LowerState(found.y, y.memory))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import optax
@@ -66,6 +66,11 @@ class FiniteDifference(Ahead):
     def __post_init__(self) -> None:
         check_radius("FiniteDifference", self.radius)
 
+    @property
+    def through(self) -> bool:
+        """Whether the virtual step is the solver's own."""
+        return self.virtual_step is None
+
     def at(self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState) -> Found:
         """The upper loss at the virtual step, the hypergradient and |f_y| at (x, start.y)."""
         y = start.y
@@ -108,6 +113,8 @@ class FirstOrder(Ahead):
 
     Reference: Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", ICLR 2019, section 2.3.
     """
+
+    through: ClassVar[bool] = True
 
     def at(self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState) -> Found:
         """F and F_x at (x, start.y)."""

@@ -90,6 +90,8 @@ class Forward:
     Large-Scale Bi-level Optimization" (FG2U), NeurIPS 2024 (random directions).
     """
 
+    through: ClassVar[bool] = True
+
     last: int | None = None
     restart: int | None = 1
     decay: float | None = None
@@ -122,6 +124,12 @@ class Forward:
                 f"Forward(directions={self.directions}, restart=None): directions are drawn where dy/dx begins anew, "
                 "and the rest of x would never be looked at. Give a finite restart, or directions=None."
             )
+
+    @property
+    def settles(self) -> tuple[str, ...]:
+        """As of `Unrolled`: nothing but the hypergradient where it is exact."""
+        exact = self.last is None and self.decay is None and self.restart == 1
+        return () if exact else ("lower_residual",)
 
     @property
     def continues(self) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
+from bilevel._forward import forward_only
 from bilevel._module import hyperparameters
 from bilevel._roots import with_roots
 from bilevel.hypergradients._base import Estimate, central_difference, check_radius
@@ -19,6 +20,12 @@ from bilevel.optimizers import check_count
 from bilevel.typing import LowerSolver, PyTree
 
 __all__ = ["SAMA", "StochasticImplicit"]
+
+
+_NO_REVERSE = (
+    "No derivative goes back through a randomised product of Hessians (BSA, TTSA, randomised=True): its length is drawn. "
+    "Take the summed series (StocBiO, randomised=False), or forward mode (jax.jacfwd)."
+)
 
 
 @hyperparameters
@@ -39,7 +46,7 @@ class Neumann:
 
         if self.randomised:
             length = jax.random.randint(lower.key.fold_in(Draw.LENGTH).random, (), 0, self.steps)
-            product = jax.lax.fori_loop(0, length, contracted, b)
+            product = forward_only(jax.lax.fori_loop(0, length, contracted, b), _NO_REVERSE)
             return optax.tree.scale(self.steps * self.step_size, product)
 
         def term(j: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
@@ -142,6 +149,8 @@ class SAMA:
 
     Reference: Choe et al., "Making Scalable Meta Learning Practical", NeurIPS 2023.
     """
+
+    through: ClassVar[bool] = True
 
     radius: float | None = 1.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -40,6 +41,8 @@ class Unrolled:
     et al., "Truncated Back-propagation for Bilevel Optimization", AISTATS 2019; Kemaev et al., ICML 2025 (mixed mode).
     """
 
+    through: ClassVar[bool] = True
+
     last: int | None = None
     mode: str = "reverse"
     checkpoint: bool = True
@@ -49,6 +52,12 @@ class Unrolled:
             raise ValueError(f"Unrolled(mode={self.mode!r}): the mode is 'reverse' or 'forward'.")
         rule = "the number of differentiated steps is a positive integer, or None for all"
         check_count("Unrolled", rule, last=self.last)
+
+    @property
+    def settles(self) -> tuple[str, ...]:
+        """What a run's tolerance is for beside the hypergradient: it is that of F(x, y_T(x)) whatever is left of f_y,
+        unless steps before the last ones are left out. The certificate says whether y_T is a minimiser."""
+        return () if self.last is None else ("lower_residual",)
 
     def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
         """Nothing is kept."""
@@ -75,7 +84,7 @@ class Unrolled:
         solver = solver.differentiable() if hasattr(solver, "differentiable") else solver
         level, run = lower.mixed_mode() if self.checkpoint else lower, solver
         if self.last is not None:
-            run, start = last_steps("Unrolled", self.last, solver, level, x, start)
+            run, start = last_steps("Unrolled", self.last, solver, lower, x, start)
 
         def objective(x: PyTree) -> tuple[jax.Array, LowerState]:
             found = run(level, x, start)

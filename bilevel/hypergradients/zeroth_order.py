@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from bilevel.typing import LowerSolver, PyTree
 
 @hyperparameters
 class _Perturbing:
+    through: ClassVar[bool] = True
+
     directions: int = 10
     mu: float = 0.01
 

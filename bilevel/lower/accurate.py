@@ -112,6 +112,7 @@ def augmented_lagrangian(
     feasible = jnp.finfo(rows.dtype).eps ** 0.75
     unfinished = lambda c: (c[0] < rounds) & ((c[4] > feasible) | (c[0] < 3))  # noqa: E731
     _, y, lam, _, violation = jax.lax.while_loop(unfinished, body, start)
+    y, lam, violation = forward_only((y, lam, violation), NO_REVERSE)
     return Solved(y, lam, lower(x, y), violation)
 
 

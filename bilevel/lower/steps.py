@@ -15,7 +15,7 @@ from bilevel._module import hyperparameters, state
 from bilevel._roots import with_roots
 from bilevel.level import Level
 from bilevel.lower.loops import LowerState, repeat, until, until_share
-from bilevel.optimizers import Move, accepted, as_optimizer, check_count, is_rule, residual, withdraws
+from bilevel.optimizers import Move, accepted, as_optimizer, check_count, is_rule, residual, rewound, withdraws
 from bilevel.typing import PyTree, Scalar
 
 __all__ = ["LBFGS", "GradientDescent", "MomentumSGD", "Relative", "Steps"]
@@ -29,6 +29,7 @@ class Steps:
 
     steps: int
     tol: float | None = None
+    schedules: str | None = None
 
     def rule(self) -> optax.GradientTransformationExtraArgs:
         """The optax rule of a step."""
@@ -62,8 +63,12 @@ class Steps:
         return LowerState(y, self.rule().init(y))
 
     def begin(self, x: PyTree, state: LowerState) -> LowerState:
-        """Where a run from `state` begins at this x: values that a rule remembers belong to the last run's x."""
-        return self.init(state.y) if self.looks(state) else state
+        """Where a run from `state` begins at this x: values that a rule remembers belong to the last run's x, and a
+        schedule over the steps of a solve begins anew."""
+        if self.looks(state):
+            return self.init(state.y)
+        counts_on = self.schedules == "run" or (self.schedules is None and self.steps == 1)
+        return state if counts_on else LowerState(state.y, rewound(state.memory, state.y))
 
     def advance(self, level: Level, x: PyTree, state: LowerState) -> tuple[LowerState, Callable[[], Scalar]]:
         """One step on the batch that the level holds, and the residual before it."""
@@ -109,7 +114,7 @@ class _Differentiable(Steps):
     """A solver whose rule is `_roots.with_roots`, and otherwise the same."""
 
     def __init__(self, solver: Steps) -> None:
-        self.solver, self.steps, self.tol = solver, solver.steps, solver.tol
+        self.solver, self.steps, self.tol, self.schedules = solver, solver.steps, solver.tol, solver.schedules
 
     def rule(self) -> optax.GradientTransformationExtraArgs:
         """The solver's."""
@@ -154,6 +159,10 @@ class GradientDescent(Steps):
         the loop then cannot be differentiated in reverse, so unrolled estimators refuse it. It also ends after 40 steps
         without a smaller residual (the precision of the dtype is reached). None: exactly `steps`.
       start: `(x, y) -> y`, where each solve begins; None: at the incoming y (warm start). MAML starts at x.
+      schedules: what the rule's schedules (`optax.cosine_decay_schedule(0.1, steps)`, `inject_hyperparams`, ...) count:
+        the steps of each solve ("solve"), or those of the whole run ("run"), as one over 10,000 steps in pieces of 10.
+        None: "solve", but for `steps=1`, where a schedule can only be over the run. Only their count begins anew at a
+        warm start; momentum, and moments with the count of their bias correction, go on.
 
     One gradient per step (L-BFGS: one or more by its line search).
     """
@@ -162,9 +171,11 @@ class GradientDescent(Steps):
     steps: int = 10
     tol: float | None = None
     start: Callable[[PyTree, PyTree], PyTree] | None = None
+    schedules: str | None = None
 
     def __post_init__(self) -> None:
         optimizers.check_optimizer("GradientDescent", "optimizer", self.optimizer)
+        _check_schedules("GradientDescent", self.schedules)
         check_count("GradientDescent", "the number of steps is a positive integer", steps=self.steps)
         if isinstance(self.tol, float) and not self.tol > 0:
             what = "the tolerance is positive, or None for a fixed number of steps."
@@ -196,6 +207,8 @@ class MomentumSGD(Steps):
       learning_rate: a number, or an optax schedule of the steps taken (static: another schedule is another program).
       clip: the norm that f_y is clipped to over all of y, before the weight decay is added; None: no clipping.
       steps: steps per call, each on a fresh batch where the level's data are drawn.
+      schedules: what the schedule counts, the steps of each solve ("solve") or of the whole run ("run"); None: "run"
+        for `steps=1`, else "solve".
 
     Defaults: the convolutional search of Liu, Simonyan, Yang, ICLR 2019 (whose rate falls to 0.001 by a cosine:
     `optax.cosine_decay_schedule(0.025, steps, 0.04)`).
@@ -206,8 +219,10 @@ class MomentumSGD(Steps):
     weight_decay: float = 3e-4
     clip: float | None = 5.0
     steps: int = 1
+    schedules: str | None = None
 
     def __post_init__(self) -> None:
+        _check_schedules("MomentumSGD", self.schedules)
         check_count("MomentumSGD", "the number of steps is a positive integer", steps=self.steps)
         for name in ("learning_rate", "momentum", "weight_decay", "clip"):
             value, positive = getattr(self, name), name in ("learning_rate", "clip")
@@ -224,6 +239,14 @@ class MomentumSGD(Steps):
     def virtual(self) -> MomentumSGD:
         """One step of the rule without clipping: DARTS's virtual step."""
         return dataclasses.replace(self, clip=None, steps=1)
+
+
+def _check_schedules(owner: str, given: Any) -> None:
+    if given not in (None, "solve", "run"):
+        raise ValueError(
+            f"{owner}(schedules={given!r}): the step rule's schedules count the steps of each lower solve, 'solve', or "
+            "those of the whole run, 'run'."
+        )
 
 
 def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:

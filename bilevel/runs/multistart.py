@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Hashable
 from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
-from bilevel.loop import run
+from bilevel.loop import as_argument, as_solver, run
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import Solver, X, Y
 
@@ -38,6 +41,19 @@ class Multistart(Generic[X, Y]):
     states: Any
 
 
+@functools.partial(jax.jit, static_argnames=("steps", "captured"))
+def _run_all(
+    problem: Problem[X, Y], solver: Any, x0s: X, y0s: Y, key: StepKey, steps: int, captured: Hashable
+) -> Any:
+    solver = as_solver(solver)
+
+    def one(x: X, y: Y) -> Any:
+        state, metrics = run(problem, solver, x, y, steps, key)
+        return state, state.x, state.y, jax.tree.map(lambda m: m[-1], metrics)
+
+    return jax.vmap(one)(x0s, y0s)
+
+
 def multistart(
     problem: Problem[X, Y],
     x0s: X,
@@ -63,6 +79,8 @@ def multistart(
       key: a seed or a PRNG key; all starts see the same batches.
       feasible: the largest violation that counts as feasible.
       settled: the largest residual that counts.
+
+    What the functions capture has its value of now, as in `solve`, and another value compiles nothing anew.
     """
     counts = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves((x0s, y0s))}
     if len(counts) != 1 or 0 in counts:
@@ -72,17 +90,8 @@ def multistart(
         )
     first = jax.tree.map(lambda leaf: leaf[0], (x0s, y0s))
     problem.validate(*first)
-    base = as_step_key(key)
-
-    @jax.jit
-    def all_runs(problem: Problem[X, Y], x0s: X, y0s: Y) -> Any:
-        def one(x: X, y: Y) -> Any:
-            state, metrics = run(problem, solver, x, y, steps, base)
-            return state, state.x, state.y, jax.tree.map(lambda m: m[-1], metrics)
-
-        return jax.vmap(one)(x0s, y0s)
-
-    states, xs, ys, last = all_runs(problem, x0s, y0s)
+    problem = jax.tree.map(jnp.asarray, problem.captured(*first))
+    states, xs, ys, last = _run_all(problem, as_argument(solver), x0s, y0s, as_step_key(key), steps, form(solver))
     metrics = {name: np.asarray(value) for name, value in last.items()}
     n = next(iter(counts))
     finite = np.all(

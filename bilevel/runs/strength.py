@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from bilevel.checkpoint import Checkpoints, fingerprint
 from bilevel.keys import StepKey, as_step_key
+from bilevel.precision import working
 from bilevel.problem import Problem, as_variable
 from bilevel.recorder import Event
 from bilevel.result import Result
@@ -165,10 +166,10 @@ class _Points:
 
     def of(self, number: int, strength: float) -> Checkpoints:
         """The checkpoints of a run."""
-        start = as_variable("x0", self.x0), as_variable("y0", self.y0)
-        what = fingerprint(
-            jax.tree.map(jnp.asarray, self.problem), self.solver(strength), *start, as_step_key(self.key)
-        )
+        x, y = as_variable("x0", self.x0), as_variable("y0", self.y0)
+        found = working(jax.tree.map(jnp.asarray, self.problem.captured(x, y)), x, y)
+        start = found.problem.projected(found.x, found.y)
+        what = fingerprint(found.problem, self.solver(strength), *start, as_step_key(self.key))
         return Checkpoints(self.path(number), what, self.keep)
 
     def branch(self, strengths: list[float], following: float, step: int, state: Any) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.captures import Functions, form, taken
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import run
 from bilevel.problem import Problem, ProblemError, as_variable
@@ -43,13 +44,15 @@ class Sweep(Generic[X, Y]):
         return f"Sweep(best of {len(self.scores)}: score {self.score:.6g} with {self.solver}; {lost} diverged)"
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "score"))
+@functools.partial(jax.jit, static_argnames=("steps", "captured"))
 def _run_all(
-    problem: Problem[X, Y], solvers: Any, x0: X, y0: Y, key: StepKey, steps: int, score: Callable[[X, Y], Scalar] | None
+    problem: Problem[X, Y], solvers: Any, x0: X, y0: Y, key: StepKey, score: Functions, steps: int, captured: Hashable
 ) -> tuple[Any, jax.Array]:
+    rank = score.by_name["score"]
+
     def one(solver: Any) -> tuple[Any, jax.Array]:
         state, _ = run(problem, solver, x0, y0, steps, key)
-        value = problem.full_upper()(state.x, state.y) if score is None else score(state.x, state.y)
+        value = problem.full_upper()(state.x, state.y) if rank is None else rank(state.x, state.y)
         return state, value
 
     return jax.vmap(one)(solvers)
@@ -77,6 +80,8 @@ def sweep(
       key: the key of every run: all see the same batches, so that scores differ by hyperparameters alone.
       score: `(x, y) -> scalar`, lower is better; None: the upper loss on all its samples.
 
+    What the functions capture has its value of now, as in `solve`, and another value compiles nothing anew.
+
     Memory: that of one run times the number of solvers. Solvers with branches (SRBA, SPABA, VRBO) compute both of them
     under `vmap`.
     """
@@ -97,9 +102,10 @@ def sweep(
         )
     x0, y0 = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x0, y0)
-    problem = jax.tree.map(jnp.asarray, problem)
+    problem = jax.tree.map(jnp.asarray, problem.captured(x0, y0))
+    ranking = Functions({"score": taken(score, (x0, y0))})
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *solvers)
-    state, values = _run_all(problem, stacked, x0, y0, as_step_key(key), steps, score)
+    state, values = _run_all(problem, stacked, x0, y0, as_step_key(key), ranking, steps, form(solvers[0]))
     if values.shape != (len(solvers),):
         raise ProblemError(
             f"sweep(score=...) returned values of shape {list(values.shape[1:])}; a score is one scalar."

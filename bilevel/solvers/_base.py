@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from bilevel._module import name_of
 from bilevel.constraints import depends
+from bilevel.frozen import as_rule, refuse_rule
 from bilevel.level import takes_batch
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
@@ -81,6 +82,19 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
         "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, take "
         "solvers.MAML, or give the lower solver a start: solvers.ITD(start=lambda x, y: x)."
     )
+
+
+def refuse_standing(solver: Any, y: PyTree, certified: bool = False) -> None:
+    """Raise a `ProblemError` where the step rule of y never moves a part of y and the method would not know of it.
+
+    Methods that differentiate through the rule's steps, or take the values of its solutions, are right all the same
+    (their estimator's, or their own, `through` says so); with `certified` they are refused too, since the certificate
+    solves the lower level in all of y.
+    """
+    through = getattr(getattr(solver, "hypergradient", solver), "through", False)
+    if certified or not through:
+        below = getattr(solver, "lower_optimizer", None)
+        refuse_rule(name_of(solver), as_rule(getattr(solver, "lower_solver", None)) if below is None else below, y)
 
 
 def within(tol: Any, metrics: Metrics, *names: str) -> jax.Array:

@@ -277,6 +277,9 @@ def certify(
         return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
     if unchecked:  # nothing is evaluated on data or models of that size
         why = " ".join(unchecked) if tol is not None and result is Result.CONVERGED else ""
+        left = metrics.get("lower_residual", 0.0)
+        if result is Result.CONVERGED and left > (1e-3 if tol is None else tol):  # of a run that unrolls its steps
+            result, why = Result.LOWER_LEVEL, f"The lower level is left with |f_y| = {left:.3g}. {why}".strip()
         return Certificate(result, why, unchecked=unchecked)
     nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
     rows = problem.constraint is not None or problem.equality is not None

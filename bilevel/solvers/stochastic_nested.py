@@ -14,7 +14,7 @@ from bilevel.hypergradients.stochastic import SAMA as AdaptiveIdentity
 from bilevel.hypergradients.stochastic import StochasticImplicit
 from bilevel.keys import StepKey
 from bilevel.lower import GradientDescent
-from bilevel.optimizers import Move, check_count, check_optimizer
+from bilevel.optimizers import Move, check_count, check_optimizer, rewound
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
 from bilevel.solvers._directions import Point, Series
@@ -147,7 +147,7 @@ class VRBO:
     Attributes:
       upper_optimizer, lower_optimizer: optax rules or step sizes b and a.
       directions: the series.
-      lower_steps: N.
+      lower_steps: N; with more than one a schedule in `lower_optimizer` is over these, and begins anew with each loop.
       period: q; None: `period_fraction` (n + m) / batch.
       period_fraction: see `period`; benchmark_bilevel's default is 128, its published best 0.01 to 0.5.
 
@@ -200,7 +200,9 @@ class VRBO:
             return (at, Point(x, y, None), direction, memory, value), None
 
         value = jnp.zeros_like(jax.eval_shape(upper, start.x, start.y))
-        carry = start, Point(x, start.y, None), direction, state.steps[1], value
+        # A schedule is over the inner loop, where there is one.
+        memory = rewound(state.steps[1], start.y) if self.lower_steps > 1 else state.steps[1]
+        carry = start, Point(x, start.y, None), direction, memory, value
         (before, at, direction, lower_memory, value), _ = jax.lax.scan(inner, carry, jnp.arange(self.lower_steps))
         metrics = {"upper_loss": value, **measured(problem, start.x, direction)}
         return VRBOState(at.x, at.y, (upper_memory, lower_memory), direction, before), metrics

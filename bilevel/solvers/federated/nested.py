@@ -10,7 +10,7 @@ import optax
 
 from bilevel._module import constructor, hyperparameters, state
 from bilevel.keys import Draw
-from bilevel.optimizers import Move, check_optimizer, is_rule
+from bilevel.optimizers import Move, check_optimizer, is_rule, rewound
 from bilevel.solvers import _agents
 from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
@@ -60,6 +60,7 @@ class FederatedNested(Federated):
     Attributes:
       clients: how many take part in each round; None: all.
       upper_optimizer, lower_optimizer: the server's step sizes or optax rules ("svrg" and "local" need a number for y).
+        A schedule of y's is over the `lower_rounds` of one outer step where they are several, and else over the run.
       hypergradient: an estimator of `federated.hypergradients`.
       lower, lower_rounds, local_steps, local_upper_steps: as above.
       curvature: L, at least any client's largest lower curvature; None: 1.2 times an estimate at the start.
@@ -126,7 +127,9 @@ class FederatedNested(Federated):
                 G = jax.tree.map(lambda d: -d / (self.local_steps * self.lower_optimizer), moved)
             return optax.tree.add(y, moved), memory, G
 
-        start = (state.y, state.lower, optax.tree.zeros_like(state.y))
+        # A schedule is over the rounds at one x, where there are several.
+        memory = rewound(state.lower, state.y) if self.lower_rounds > 1 else state.lower
+        start = (state.y, memory, optax.tree.zeros_like(state.y))
         y, memory, residual = engine.repeat(Draw.ROUND, self.lower_rounds, lower_round, start)
         value, h = self.hypergradient(engine, x, y, state.curvature)
         metrics = _agents.measures(value, h, residual)
