@@ -121,10 +121,9 @@ def test_calibrated_statistics_are_the_data_s(make, momentum):
     np.testing.assert_allclose(mean, hidden.mean(0), rtol=2e-5, atol=1e-5)
     np.testing.assert_allclose(var, hidden.var(0), rtol=5e-5)
     # Evaluated on the same data without dropout, the network is the one in training mode without dropout.
-    by_batch = apply.calibrating()
     fixed = calibrated(apply, params, X, key=0, **on)
     if not on:
-        np.testing.assert_allclose(fixed(params, X), by_batch(params, X), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(fixed(params, X), apply.by_batch()(params, X), rtol=1e-3, atol=1e-4)
 
 
 @EVERY
@@ -137,16 +136,28 @@ def test_chunks_pool_to_the_whole(make):
         calibrated(apply, params, X, chunks=61, **on)
 
 
-def test_calibrated_is_a_function_of_the_parameters(x64):
-    """Differentiable in them, under jit: a loss of the network as it will be used."""
-    params, apply = from_nnx(Net(nnx.Rngs(0)))
+def test_calibrated_is_differentiated_statistics_included_or_refused(x64):
+    """In float64 against central differences; nnx stops the derivative of its statistics, which would be silent."""
+    params, apply, _, on, _, off, _, _ = a_linen()
     params, state, inputs = jax.tree.map(lambda a: a.astype(float), (params, apply.state, X))
     apply = apply.holding(state)
-    loss = lambda p: jnp.sum(jnp.sin(calibrated(apply, p, inputs[:40])(p, inputs[40:])))
-    gradient = jax.jit(jax.grad(loss))(params)["layer"]["kernel"]
+
+    def loss(p):
+        return jnp.sum(jnp.sin(calibrated(apply, p, inputs[:40], key=0, **on)(p, inputs[40:], **off)))
+
+    gradient = jax.jit(jax.grad(loss))(params)["Dense_0"]["kernel"]
     h = 1e-6
-    step = lambda t: {**params, "layer": {**params["layer"], "kernel": params["layer"]["kernel"].at[1, 2].add(t)}}
+    step = lambda t: {**params, "Dense_0": {**params["Dense_0"], "kernel": params["Dense_0"]["kernel"].at[1, 2].add(t)}}
     np.testing.assert_allclose(gradient[1, 2], (loss(step(h)) - loss(step(-h))) / (2 * h), rtol=1e-5)
+
+    params, apply = from_nnx(Net(nnx.Rngs(0)))
+    of = lambda p, q: jnp.sum(calibrated(apply, q, X)(p, X))
+    with pytest.raises(ValueError, match=r"cuts the derivative of its statistics.*apply.by_batch\(\)"):
+        jax.grad(lambda p: of(p, p))(params)
+    jax.grad(lambda p: of(p, jax.lax.stop_gradient(p)))(params)
+    np.testing.assert_allclose(
+        apply.by_batch()(params, X), calibrated(apply, params, X)(params, X), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_errors_of_calibrated():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,9 @@ class Apply:
     state: Any
     stale: frozenset[Path]
 
+    # Whether the library hides from derivatives how statistics depend on the parameters.
+    cuts_derivatives: ClassVar[bool] = False
+
     def run(self, params: Any, state: Any, key: Any, args: Any, kwargs: Any) -> tuple[Any, Any, list[str]]:
         """The library's call: the output, the state afterwards, and the random streams drawn from without a key."""
         raise NotImplementedError
@@ -118,9 +121,13 @@ class Apply:
         """The module in evaluation mode: no dropout, running statistics."""
         raise NotImplementedError
 
+    def by_batch(self) -> Any:
+        """The module without dropout that normalises by the batch's own statistics: for a validation loss."""
+        raise NotImplementedError
+
     def calibrating(self) -> Any:
-        """The module as `calibrated` runs it: no dropout, the batch's statistics."""
-        return self
+        """The module as `calibrated` runs it."""
+        return self.by_batch()
 
     def calibrated_for_use(self) -> Any:
         """The module as `calibrated` returns it."""
@@ -195,7 +202,8 @@ def calibrated(apply: Any, params: PyTree, *inputs: Any, chunks: int = 1, key: A
         logits = fixed(params, new_images)
 
     They are recomputed, not carried along: a function of (params, inputs) without a memory, whatever the module's
-    momentum, that can stand in a loss, a metric, under `jit` and `grad`. The module is called on the inputs in training
+    momentum, under `jit` too. Linen's and Equinox' can be differentiated, statistics included; nnx cuts their
+    derivative, and one that would miss them is refused: a loss there takes `apply.by_batch()`. The module is called on the inputs in training
     mode without dropout; one exponential mean is told from the other's start by two calls.
 
     Args:
@@ -230,8 +238,26 @@ def calibrated(apply: Any, params: PyTree, *inputs: Any, chunks: int = 1, key: A
     found = [_of_batch(training, params, start, piece, key, options) for piece in pieces]
     shares = np.diff(ends) / count
     pooled = found[0] if chunks == 1 else {path: _pooled(path, found, shares) for path in start}
+    if apply.cuts_derivatives:
+        pooled = _constant(pooled, params)
     state = training.put(apply.state, pooled)
     return apply.calibrated_for_use().holding(state)
+
+
+@jax.custom_jvp
+def _constant(statistics: dict[Path, Any], params: PyTree) -> dict[Path, Any]:
+    """The statistics; their derivative in the parameters raises."""
+    return statistics
+
+
+@_constant.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "calibrated: Flax's nnx.BatchNorm cuts the derivative of its statistics, so that the derivative of a loss through "
+        "them would be wrong. In a loss normalise by the batch: apply.by_batch()(params, inputs), or the module's own "
+        "flag; calibrated is for metrics and for use. Where the statistics are meant to be constants, compute them with "
+        "jax.lax.stop_gradient(params)."
+    )
 
 
 def _of_batch(

@@ -102,7 +102,7 @@ class _Equinox(Apply):
     def eval(self) -> _Equinox:
         return dataclasses.replace(self, rest=eqx.nn.inference_mode(self.rest, True))
 
-    def calibrating(self) -> _Equinox:
+    def by_batch(self) -> _Equinox:
         is_norm = lambda node: isinstance(node, eqx.nn.BatchNorm)  # noqa: E731
         switch = lambda node: eqx.tree_at(lambda n: n.inference, node, False) if is_norm(node) else node  # noqa: E731
         return dataclasses.replace(self, rest=jax.tree.map(switch, self.eval().rest, is_leaf=is_norm))

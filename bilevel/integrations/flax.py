@@ -40,6 +40,7 @@ class _Nnx(Apply):
     structures: tuple[Any, Any, Any]  # of the parameters, the random state and all other state
     random: dict[Any, Any]  # keys and counts as the module was made with them
     kept: frozenset[Any]  # names of the state that is neither statistics nor looked at once
+    cuts_derivatives = True
 
     def run(self, params: Any, state: Any, key: Any, args: Any, kwargs: Any) -> tuple[Any, Any, list[str]]:
         random = self.random
@@ -72,7 +73,7 @@ class _Nnx(Apply):
     def eval(self) -> _Nnx:
         return self._mode(**_EVALUATION)
 
-    def calibrating(self) -> _Nnx:
+    def by_batch(self) -> _Nnx:
         return self._mode(**_EVALUATION)._mode(deterministic=True, use_running_average=False)
 
     def calibrated_for_use(self) -> _Nnx:
@@ -136,7 +137,7 @@ class _Linen(Apply):
         output, after = found
         return output, {**state, **jax.tree.map(lambda leaf: leaf, dict(after))}, []
 
-    def calibrated_for_use(self) -> _Linen:
+    def calibrating(self) -> _Linen:
         return self
 
     def memory(self, after: Any) -> list[Any]:
@@ -146,6 +147,9 @@ class _Linen(Apply):
 
     def train(self) -> _Linen:
         raise NotImplementedError("A linen module takes its mode in the call: apply(params, x, train=True).")
+
+    def by_batch(self) -> _Linen:
+        raise NotImplementedError("A linen module takes its mode in the call: give it a flag of each kind.")
 
     def eval(self) -> _Linen:
         raise NotImplementedError("A linen module takes its mode in the call: apply(params, x, train=False).")
