@@ -3,7 +3,8 @@
 A checkpoint is a directory `step_<n>` inside the run's directory. Its `arrays` is an orbax checkpoint with the leaves
 of the solver's state and the history; its `run.json` has the run's fingerprint, the name, shape and dtype of each leaf,
 and the size and checksum of each of orbax's files. It is written under another name and renamed when it is whole, so
-that a process killed at any moment leaves the older checkpoints as they were.
+that a process killed at any moment leaves the older checkpoints as they were. One run at a time has the directory
+(`Checkpoints.held`), and it deletes what carries its mark: its own checkpoints, and what a killed save left.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +37,11 @@ from bilevel.history import History
 from bilevel.keys import StepKey
 from bilevel.problem import Problem
 from bilevel.typing import PyTree, Solver
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
 
@@ -210,8 +218,86 @@ def _uninterrupted() -> Iterator[None]:
 
 
 _STEP = re.compile(r"step_(\d+)")
-_LEFTOVER = re.compile(r"\.bilevel_(writing|trash)_.*")  # a name that nobody else gives
+_LEFTOVER = re.compile(r"\.bilevel_(writing|trash)_.*")
+_MARK = "made_by_bilevel"  # a file in such a folder, which holds the folder's name: without it, it is somebody else's
+_LOCK = ".bilevel_lock"
 _DESCRIPTION = "run.json"
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Have the directory for one run. The lock is the operating system's and goes with the process, however it ends.
+
+    Raises:
+      CheckpointError: another run has it; the message says which process.
+    """
+    path, held = directory / _LOCK, None
+    while held is None and fcntl is not None:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read()
+            file.close()
+            if _is_gone(owner):  # a child that outlived it holds the file open: that one is no run
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+                continue
+            raise CheckpointError(
+                f"checkpoint={str(directory)!r} is in use by another run ({_owner(owner)}): two would delete each "
+                "other's checkpoints. Give each run a directory of its own, or wait until that one has ended."
+            ) from None
+        except OSError as error:  # a file system without locks
+            logger.warning("the checkpoint directory %s cannot be locked (%s)", directory, error.strerror or error)
+            file.close()
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # not one that was removed in between
+                held = file
+        if held is None:
+            file.close()
+    if held is not None:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+            held.truncate(0)
+            held.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.ctime()}))
+            held.flush()
+    try:
+        yield
+    finally:
+        if held is not None:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            with contextlib.suppress(OSError):  # what could not be written above
+                held.close()
+
+
+def _said(owner: str) -> dict[str, Any]:
+    """What a lock file says of its owner."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(owner)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _owner(owner: str) -> str:
+    found = _said(owner)
+    return f"process {found.get('pid', '?')} on {found.get('host', '?')}, since {found.get('since', '?')}"
+
+
+def _is_gone(owner: str) -> bool:
+    """Whether the lock's owner is a process of this machine that does not live any more."""
+    found = _said(owner)
+    if found.get("host") != socket.gethostname() or type(found.get("pid")) is not int:
+        return False
+    try:
+        os.kill(found["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Checkpoints:
@@ -242,11 +328,22 @@ class Checkpoints:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
-            self._sweep()
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint={str(self.path)!r} cannot be written ({error.strerror or error}). {cure}"
             ) from error
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """For the time of the run: no other one has the directory, and what killed saves have left is cleared away.
+
+        Raises:
+          CheckpointError: another run has it.
+        """
+        with _lock(self.path) if jax.process_index() == 0 else contextlib.nullcontext():
+            if jax.process_index() == 0:
+                self._sweep()
+            yield
 
     def restore(self, template: Any, step: int | None = None) -> tuple[int, Any, History] | None:
         """The newest good checkpoint, or that of a step.
@@ -288,7 +385,11 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, history: History) -> None:
-        """Write a checkpoint, then drop all but the newest `keep`; a Ctrl-C is let through when that is done."""
+        """Write a checkpoint, then drop all but the newest `keep`; a Ctrl-C is let through when that is done.
+
+        Raises:
+          CheckpointError: it could not be written (a full disk, say). The older ones are as they were.
+        """
         with _uninterrupted():
             self._save(step, state, history)
 
@@ -302,17 +403,29 @@ class Checkpoints:
             named += [("history", name, history[name]), ("steps", name, steps[name])]
         # Orbax takes no array without elements: their shape, in the description, is all there is to keep.
         arrays = {str(i): a for i, (_, _, a) in enumerate(named) if a.size}
+        failure: Exception | None = None
         if jax.process_index() == 0:
-            self._write(step, named, arrays)
+            try:
+                self._write(step, named, arrays)
+            except Exception as error:  # a full disk is an OSError here, and orbax's own errors there
+                failure = error
+                with contextlib.suppress(OSError):
+                    self._sweep()
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices(f"bilevel checkpoint {step}")
+        if failure is not None:
+            why = getattr(failure, "strerror", None) or " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to {str(self.path)!r} ({why}). Make room there, "
+                "or give another directory."
+            ) from failure
 
     def _write(self, step: int, named: list[tuple[str, str, np.ndarray]], arrays: dict[str, np.ndarray]) -> None:
         ocp = _orbax()
         self._sweep()  # of a save that was interrupted
-        writing = Path(tempfile.mkdtemp(prefix=".bilevel_writing_", dir=self.path)) / f"step_{step}"
+        writing = self._folder("writing") / f"step_{step}"
         writing.mkdir()
         if arrays:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_alone()), **_alone()) as writer:
@@ -330,12 +443,33 @@ class Checkpoints:
         text = json.dumps(description, indent=1)
         (writing / _DESCRIPTION).write_text(f"{zlib.crc32(text.encode()):08x}\n{text}\n")
         path = self.path / f"step_{step}"
-        self._discard(path)
+        if self._is_ours(path) or not _holds_anything(path):
+            self._discard(path)
+        else:
+            aside = Path(tempfile.mkdtemp(prefix=f"was_step_{step}_", dir=self.path))
+            path.rename(aside / path.name)
+            logger.warning("%s was no checkpoint of this run and stood in its way: it is in %s now", path, aside)
         writing.rename(path)
-        writing.parent.rmdir()
+        shutil.rmtree(writing.parent, ignore_errors=True)
         self._torn.discard(step)
-        for old in [s for s in self._found() if s not in self._torn][: -self.keep]:
+        ours = [s for s in self._found() if s not in self._torn and self._is_ours(self.path / f"step_{s}")]
+        for old in ours[: -self.keep]:
             self._discard(self.path / f"step_{old}")
+
+    def _folder(self, purpose: str) -> Path:
+        """A new folder with our mark."""
+        folder = Path(tempfile.mkdtemp(prefix=f".bilevel_{purpose}_", dir=self.path))
+        (folder / _MARK).write_text(folder.name)
+        return folder
+
+    def _is_ours(self, path: Path) -> bool:
+        """Whether this is a checkpoint of this run."""
+        try:
+            then = self._said(path)["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        kept = lambda found: {k: v for k, v in found.items() if not k.startswith(tuple(p for p, _ in _ADVISORY))}  # noqa: E731
+        return isinstance(then, dict) and kept(then) == kept(self.fingerprint)
 
     def _found(self) -> list[int]:
         names = (_STEP.fullmatch(entry.name) for entry in self.path.iterdir())
@@ -343,22 +477,31 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         for entry in self.path.iterdir():
-            if _LEFTOVER.fullmatch(entry.name):
-                shutil.rmtree(entry, ignore_errors=True)
+            if _LEFTOVER.fullmatch(entry.name) and not entry.is_symlink():
+                with contextlib.suppress(OSError, UnicodeDecodeError):
+                    if (entry / _MARK).read_text() == entry.name:
+                        shutil.rmtree(entry, ignore_errors=True)
 
     def _discard(self, path: Path) -> None:
         """Delete, renaming first: a process killed within leaves no half of a checkpoint under a checkpoint's name."""
         if path.exists():
-            trash = Path(tempfile.mkdtemp(prefix=".bilevel_trash_", dir=self.path))
+            trash = self._folder("trash")
             path.rename(trash / path.name)
             shutil.rmtree(trash, ignore_errors=True)
 
-    def _description(self, path: Path) -> dict[str, Any]:
-        """What `run.json` says; an error where it or a file that it lists is not as it was written."""
+    def _said(self, path: Path) -> dict[str, Any]:
+        """What `run.json` says; an error where it is not as it was written."""
         checksum, _, text = (path / _DESCRIPTION).read_text(errors="replace").rstrip("\n").partition("\n")
         if checksum != f"{zlib.crc32(text.encode()):08x}":
             raise ValueError(f"{_DESCRIPTION} does not have the checksum it was written with")
-        description = json.loads(text)
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"{_DESCRIPTION} is no description")
+        return found
+
+    def _description(self, path: Path) -> dict[str, Any]:
+        """The same, and an error where a file that it lists is not as it was written."""
+        description = self._said(path)
         for name, written in description["files"].items():
             if not (path / name).is_file():
                 raise ValueError(f"{name} is missing")
@@ -405,6 +548,11 @@ class Checkpoints:
         for leaf, array in zip(meta["leaves"], arrays, strict=True):
             parts[leaf["part"]][leaf["name"]] = array
         return History(parts["history"], parts["steps"])
+
+
+def _holds_anything(path: Path) -> bool:
+    """Whether there is a byte in any file of a folder."""
+    return path.exists() and (not path.is_dir() or any(f.is_file() and f.stat().st_size for f in path.rglob("*")))
 
 
 def _placed(array: np.ndarray, like: Any) -> Any:

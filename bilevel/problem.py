@@ -344,6 +344,7 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
     def of_numbers(node: Any) -> bool:
         return isinstance(node, list) and bool(node) and all(isinstance(a, (int, float)) or of_numbers(a) for a in node)
 
+    _refuse_modules(name, tree)
     if getattr(type(tree), "__bilevel_hyperparameters__", False):
         raise ProblemError(f"{name} is a {type(tree).__name__}: the order is solve(problem, x0, y0, solver).")
     lists = jax.tree_util.tree_leaves_with_path(tree, is_leaf=of_numbers)
@@ -354,6 +355,65 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
                 "has numbers: write jnp.asarray([...], float) for one array, or a dict of arrays (one leaf each)."
             )
     return jax.tree_util.tree_map_with_path(convert, tree)
+
+
+_MODULES = {  # of what library, by the module that defines the class; how its parameters are had
+    ("flax.nnx", "Module"): "{name}, apply = bilevel.integrations.flax.from_nnx(module), and call apply({short}, ...)",
+    ("flax.linen", "Module"): (
+        "{name}, apply = bilevel.integrations.flax.from_linen(module, module.init(key, inputs)), and call "
+        "apply({short}, ...)"
+    ),
+    (
+        "equinox",
+        "Module",
+    ): "{name}, apply = bilevel.integrations.equinox.from_equinox(module), and call apply({short}, ...)",
+    ("torch.nn", "Module"): (
+        "bilevel differentiates by JAX: write the model in Flax or Equinox, or as a function of a dictionary of "
+        "arrays, {{n: jnp.asarray(p.detach().numpy()) for n, p in module.named_parameters()}}"
+    ),
+}
+
+
+def _cure_of_module(node: Any) -> str | None:
+    """How the parameters of a network library's module are had; None where this is none."""
+    for base in type(node).__mro__:
+        for (home, named), cure in _MODULES.items():
+            if base.__name__ == named and f"{base.__module__}.".startswith(f"{home}."):
+                return cure
+    return None
+
+
+def _refuse_modules(name: str, tree: PyTree) -> None:
+    """A sentence where a variable is a module of a network library, or its variables of several kinds, and no tree of
+    parameters. An Equinox module of nothing but arrays is one."""
+
+    def module(node: Any) -> bool:
+        cure = _cure_of_module(node)
+        return cure is not None and not (
+            cure is _MODULES["equinox", "Module"]
+            and all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(node))
+        )
+
+    def kind(node: Any) -> str | None:
+        bases = (base.__name__ for base in type(node).__mro__ if base.__module__.startswith("flax.nnx"))
+        return next((name for name in bases if name in ("BatchStat", "RngState")), None)
+
+    stop = lambda node: module(node) or kind(node) is not None  # noqa: E731
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        if module(node):
+            cure = (_cure_of_module(node) or "").format(name=name, short=name[0])
+            raise ProblemError(
+                f"{where} is a module ({type(node).__name__}), and variables are pytrees of arrays: {cure}."
+            )
+        if kind(node) is not None:
+            cure = _MODULES["flax.nnx", "Module"].format(name=name, short=name[0])
+            raise ProblemError(f"{where} is a {kind(node)}, which no gradient may move. Take the parameters: {cure}.")
+    if hasattr(tree, "keys") and "params" in tree and len(tree.keys()) > 1 and "batch_stats" in tree:
+        raise ProblemError(
+            f"{name} holds a module's running statistics ('batch_stats') beside its parameters, and no gradient may "
+            f"move those: {name}, apply = bilevel.integrations.flax.from_linen(module, variables)."
+        )
 
 
 def _check_variable(name: str, tree: PyTree) -> None:

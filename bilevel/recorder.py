@@ -180,6 +180,7 @@ class Recorder:
         self.result, self.why = Result.MAX_STEPS, ""
         self._bar = Reporter()
         self._saved, self._saved_at = -1, time.perf_counter()
+        self.unsaved = ""  # why the last checkpoint is none
 
     def resume(self) -> bool:
         """Go to the newest checkpoint; False where there is none. At step 0 the user's metrics are taken."""
@@ -248,10 +249,18 @@ class Recorder:
         return every is not None and self.done % every == 0
 
     def save(self) -> None:
-        """Leave a checkpoint of where the run stands."""
-        if self._saver is not None:
+        """Leave a checkpoint of where the run stands. One that cannot be written does not end the run."""
+        if self._saver is None:
+            return
+        from bilevel.checkpoint import CheckpointError
+
+        try:
             self._saver.save(self.done, self._kept(), self.history)
-            self._saved, self._saved_at = self.done, time.perf_counter()
+            self._saved, self.unsaved = self.done, ""
+        except CheckpointError as error:
+            logger.warning("%s The run goes on without it.", error)
+            self.unsaved = f"{type(error).__name__}: {error}"
+        self._saved_at = time.perf_counter()
 
     def interrupted(self) -> None:
         """Ctrl-C: the run ends where it stands; what is worse than that is said all the same."""

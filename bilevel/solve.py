@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -110,7 +111,8 @@ def solve(
         true ends the run.
       checkpoint: a directory. The run is saved there every `checkpoint_every` steps (default: twenty times in the run,
         but not twice within five seconds) and at its end, and goes on from the newest good checkpoint that it finds
-        there, bit for bit as if it had not been interrupted.
+        there, bit for bit as if it had not been interrupted. One run at a time has a directory. A checkpoint that
+        cannot be written (a full disk) is a warning in the log and in the solution's reason, and the run goes on.
       checkpoint_keep: how many of the newest checkpoints stay in the directory.
       state: go on from another run: a `Solution`, whose steps and history are counted on, so that two runs of 500 steps
         (`steps=500`, then `steps=1000, state=solution`) are one of 1000; or `solution.state`, with which the count of
@@ -123,7 +125,8 @@ def solve(
 
     Raises:
       ProblemError: the problem, the start or the solver's fit to it is wrong; before anything is compiled.
-      CheckpointError: the directory cannot be written, or holds a run of another problem, solver or data.
+      CheckpointError: the directory cannot be written, is in use by another run, or holds one of another problem,
+        solver or data.
       ImportError: `checkpoint` is given and orbax, which writes it, is not installed.
     """
     began = time.perf_counter()
@@ -173,18 +176,19 @@ def solve(
             "before. Ask for more."
         )
     run = Recorder(schedule, measures, callback, saver, first, keeper, before, found.given)
-    if run.resume() and quiet is not None:
-        newest = run.history.last().items()
-        last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
-        run.result = Result(int(solver.status(run.state, last, quiet)))  # type: ignore[attr-defined]
-    pace = _Pace(chunk)
-    with named(solver, problem, x, y):
-        certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress)
+    with contextlib.nullcontext() if saver is None else saver.held():
+        if run.resume() and quiet is not None:
+            newest = run.history.last().items()
+            last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
+            run.result = Result(int(solver.status(run.state, last, quiet)))  # type: ignore[attr-defined]
+        pace = _Pace(chunk)
+        with named(solver, problem, x, y):
+            certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress)
     if run.result is Result.DIVERGED and not run.done and (undefined := undefined_at(problem, x, y)):
         run.why = undefined
     if run.why:
         logger.warning("%s", run.why)
-    reason = " ".join(part for part in (reason, run.why) if part)
+    reason = " ".join(part for part in (reason, run.why, run.unsaved) if part)
     seconds = time.perf_counter() - began
     x_end, y_end = run.point
     solution = Solution(

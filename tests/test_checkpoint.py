@@ -6,6 +6,7 @@ Run as a script (`python test_checkpoint.py <directory> <options in JSON>`), the
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -610,6 +611,121 @@ def test_files_of_others_are_left_alone(tmp_path):
     for step in (1, 2):
         saver.save(step, {"x": jnp.zeros(1)}, History())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step_2", "step_by_step"]
+
+
+@pytest.mark.parametrize("name", [".bilevel_writing_mine", ".bilevel_trash_mine", "step_1", "writing_mine", "trash_1"])
+def test_folders_of_others_by_any_name_are_left_alone(tmp_path, name):
+    mine = tmp_path / name / "deep"
+    mine.mkdir(parents=True)
+    (mine / "thesis.tex").write_text("mine")
+    saver = Checkpoints(tmp_path, {"solver": "s"}, keep=1)
+    with saver.held():
+        for step in (1, 2, 3):
+            saver.save(step, {"x": jnp.zeros(1)}, History())
+    kept = [p for p in tmp_path.rglob("thesis.tex") if p.read_text() == "mine"]
+    assert len(kept) == 1
+    assert saver.restore({"x": jnp.ones(1)})[0] == 3
+
+
+def test_checkpoints_of_another_run_are_not_thinned_out(tmp_path):
+    Checkpoints(tmp_path, {"solver": "theirs"}).save(1, {"x": jnp.zeros(1)}, History())
+    saver = Checkpoints(tmp_path, {"solver": "s"}, keep=1)
+    for step in (2, 3):
+        saver.save(step, {"x": jnp.zeros(1)}, History())
+    assert steps_on_disk(tmp_path) == [1, 3]
+    saver.save(1, {"x": jnp.zeros(1)}, History())  # in the way: set aside, not deleted
+    assert [p.name for p in tmp_path.glob("was_step_1_*/*")] == ["step_1"]
+
+
+# ---------------------------------------------------------------- two runs, one directory
+
+
+def test_a_second_run_is_refused_while_the_first_lives_and_not_when_it_was_killed(tmp_path, uninterrupted):
+    first = start_child(tmp_path, checkpoint_every=4, chunk=3)
+    wait_for_step(first, 5)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}.*in use by another run \(process {first.pid} on .*its own"):
+        the_run(tmp_path)
+    assert first.poll() is None
+    kill(first)
+    assert (tmp_path / ".bilevel_lock").exists()  # what is left of it holds nobody up
+    assert_same_run(the_run(tmp_path), uninterrupted)
+    assert not (tmp_path / ".bilevel_lock").exists()
+
+
+def test_a_second_run_in_one_process_is_refused_and_an_error_lets_go(tmp_path):
+    saver = Checkpoints(tmp_path, {"solver": "s"})
+    with pytest.raises(ZeroDivisionError), saver.held():
+        with pytest.raises(CheckpointError, match="in use by another run"), Checkpoints(tmp_path, {}).held():
+            pass
+        raise ZeroDivisionError
+    with Checkpoints(tmp_path, {"solver": "s"}).held():
+        pass
+
+
+def test_a_child_that_outlives_a_killed_run_does_not_hold_its_lock(tmp_path):
+    code = f"""
+import os, sys, time
+from bilevel.checkpoint import Checkpoints
+with Checkpoints({str(tmp_path)!r}, {{"solver": "s"}}).held():
+    child = os.fork()  # a loader's worker
+    if child == 0:
+        sys.stdout.close(); sys.stderr.close()
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    try:
+        parent.kill()
+        parent.wait()
+        with Checkpoints(tmp_path, {"solver": "s"}).held():
+            assert json.loads((tmp_path / ".bilevel_lock").read_text())["pid"] == os.getpid()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.stdout.close()
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["orbax", "description", "folder"])
+def test_a_full_disk_is_said_and_the_run_returns_its_result(tmp_path, uninterrupted, monkeypatch, caplog, where):
+    the_run(tmp_path, steps=30)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "bilevel"):
+        if where == "orbax":
+            patch.setattr("orbax.checkpoint.Checkpointer.save", full)
+        elif where == "description":
+            patch.setattr(Path, "write_text", full)
+        else:
+            patch.setattr("tempfile.mkdtemp", full)
+        solution = the_run(tmp_path, checkpoint_every=10)
+    assert_same_run(solution, uninterrupted)
+    said = "CheckpointError: The checkpoint of step 60 could not be written .*No space left on device.*Make room there"
+    assert re.search(said, solution.reason)
+    assert len([r for r in caplog.records if "The run goes on without it" in r.getMessage()]) >= 3
+    assert steps_on_disk(tmp_path) == [30]
+    resumed = the_run(tmp_path)  # room again: from the last good one
+    assert_same_run(resumed, uninterrupted)
+    assert "CheckpointError" not in resumed.reason
+
+
+def test_room_that_comes_back_is_used(tmp_path, monkeypatch):
+    saved, calls = Checkpoints._write, []
+
+    def sometimes(self, step, *rest):
+        calls.append(step)
+        return full() if step < 40 else saved(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "_write", sometimes)
+    solution = the_run(tmp_path, checkpoint_every=20)
+    assert calls == [20, 40, 60] and steps_on_disk(tmp_path) == [40, 60]
+    assert "CheckpointError" not in solution.reason
 
 
 # ---------------------------------------------------------------- the process that is killed

@@ -22,6 +22,7 @@ from bilevel import Problem, data
 from bilevel.applications.application import Application
 from bilevel.applications.biformer.model import BiFormer
 from bilevel.applications.layers import share_right
+from bilevel.integrations import flax
 from bilevel.integrations.flax import Apply, from_nnx
 
 PyTree = Any
@@ -56,8 +57,8 @@ def prepare(images: Array) -> Array:
 
 def calibrated(apply: Apply, y: PyTree, images: Array) -> Callable[..., Any]:
     """The network with parameters y, normalising by the statistics of `images`: a function of prepared images."""
-    _, statistics = apply.with_state(y, apply.state, prepare(images), train=True)
-    return lambda x, **options: apply.with_state(y, statistics, x, **options)[0]
+    fixed = flax.calibrated(apply, y, prepare(images), train=True)
+    return lambda x, **options: fixed(y, x, **options)
 
 
 def _cross_entropy(apply: Apply, y: PyTree, images: Array, labels: Array) -> Array:
