@@ -1,0 +1,23 @@
+"""Sequence models as lower levels, and weak labels cleaned by a few human ones."""
+
+from bilevel.applications.sequence.attentive import (
+    Attention,
+    AttentiveBiLSTM,
+    balanced_weights,
+    character_model,
+    cross_entropy,
+    ensemble,
+    posteriors,
+    word_model,
+)
+from bilevel.applications.sequence.bidaf import (
+    BiDAF,
+    Passage,
+    Reading,
+    adadelta,
+    best_span,
+    ensemble_span,
+    span_loss,
+)
+from bilevel.applications.sequence.hierarchical import HierarchicalTransformer, Interview, Relevance
+from bilevel.applications.sequence.recurrent import LSTM, parameter_count
