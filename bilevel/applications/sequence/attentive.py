@@ -1,7 +1,7 @@
 """Attentive BiLSTMs for short texts, over words or characters, and what is made of several of them.
 
-The models of NTUA-SLP (Baziotis et al., "NTUA-SLP at SemEval-2018 Task 3: Tracking Ironic Tweets using Ensembles of Word
-and Character Level Attentive RNNs", 2018), after their released code:
+The models of NTUA-SLP (Baziotis et al., "NTUA-SLP at SemEval-2018 Task 3: Tracking Ironic Tweets using Ensembles of
+Word and Character Level Attentive RNNs", 2018), after their released code:
 
     h_t = BiLSTM(embedding)_t,    e_t = tanh(w . h_t + b),    a = softmax(e) over real steps,    r = sum_t a_t h_t
 
@@ -156,8 +156,8 @@ class AttentiveBiLSTM:
         if jnp.shape(table) != (self.rows, self.embedding):
             raise ValueError(
                 f"An embedding of shape {jnp.shape(table)} was given to a model of {self.rows} tokens and width "
-                f"{self.embedding}: the dictionary does not match it. Give ({self.rows}, {self.embedding}), one row per "
-                "entry of the vocabulary."
+                f"{self.embedding}: the dictionary does not match it. Give ({self.rows}, {self.embedding}), one row "
+                "per entry of the vocabulary."
             )
 
     def __call__(
@@ -247,7 +247,7 @@ def word_model(rows: int, classes: int = 2, **changes: Any) -> AttentiveBiLSTM:
 
 
 def character_model(classes: int = 2, **changes: Any) -> AttentiveBiLSTM:
-    """The character model: 102 trained vectors of width 25, no noise; 757,952 parameters for two classes, 758,855 for four."""
+    """The character model: 102 trained vectors of width 25; 757,952 parameters for two classes, 758,855 for four."""
     config = {"rows": CHARACTERS, "embedding": 25, "trained": True, "noise": 0.0, "embedding_dropout": 0.0}
     return AttentiveBiLSTM(**{**config, "classes": classes, **changes})
 

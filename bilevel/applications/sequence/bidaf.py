@@ -12,8 +12,8 @@ Seo, Kembhavi, Farhadi and Hajishirzi, "Bidirectional Attention Flow for Machine
 
 S is three products, H w_h + (U w_u)^T + (H * w_hu) U^T; the (T, J, 6 d) tensor of the equation is never made.
 
-The paper prints M2 = BiLSTM(M). The released code reads [G; M; a1; M * a1] there, with a1 = sum_t p1_t M_t, and only that
-has the size the authors quote: 2,570,703 parameters and 8 per character, against 1,610,703. `end=` chooses.
+The paper prints M2 = BiLSTM(M). The released code reads [G; M; a1; M * a1] there, with a1 = sum_t p1_t M_t, and only
+that has the size the authors quote: 2,570,703 parameters and 8 per character, against 1,610,703. `end=` chooses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MASKED = -1e30  # added to the logits of padding, as released: where all is pad
 
 
 class Reading(NamedTuple):
-    """What the network computes on its way, in the symbols of the module's equations; `logits1`, `logits2` are masked."""
+    """What the network computes on its way, in the symbols of the module's equations; the logits are masked."""
 
     X: Array
     Q: Array
@@ -78,7 +78,7 @@ class BiDAF:
     Attributes:
         characters: rows of the characters' embedding.
         word_features: width of the word vectors, which are given and not trained.
-        character_features, filters, width: of the characters' vectors and of their convolution, VALID, then ReLU and max.
+        character_features, filters, width: of the characters and their convolution, VALID, then ReLU and max.
         hidden: d.
         highways: g * relu(x W + b) + (1 - g) * x, so many.
         end: where the second pointer reads, "released" or "printed".
@@ -143,8 +143,8 @@ class BiDAF:
             )
         if table.ndim != 2 or table.shape[1] != self.word_features:
             raise ValueError(
-                f"Word vectors of shape {table.shape} were given; give (words, {self.word_features}), one row per entry "
-                "of the dictionary."
+                f"Word vectors of shape {table.shape} were given; give (words, {self.word_features}), one row per "
+                "entry of the dictionary."
             )
         x = params["characters"][text.characters]
         if key is not None and self.dropout:
@@ -256,7 +256,7 @@ def best_span(p1: Array, p2: Array, longest: int | None = None) -> Array:
 
 
 def ensemble_span(members: Sequence[tuple[Array, Array]], longest: int | None = None) -> Array:
-    """One sample's span by several readers: that with the largest sum of confidences p1_k p2_l over those that chose it.
+    """One sample's span by several readers: the largest sum of confidences p1_k p2_l over those that chose it.
 
     Args:
         members: pairs (p1, p2) of one sample, (T,).

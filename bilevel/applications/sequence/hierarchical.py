@@ -1,25 +1,26 @@
 """A transformer over sentences over tokens and spectrograms, and what its answer rests on.
 
-The idea is that of Deng, Luz and de la Fuente Garcia, "Hierarchical attention interpretation: an interpretable speech-level
-transformer for bi-modal depression detection" (arXiv 2309.13476): classify a whole interview from its sentences instead
-of copying its label to each, and interpret it at both levels by gradient-weighted attention. Its full text was not at hand
-(nor are the recordings); an index of arXiv of September 2026 notes a withdrawal comment on it (seen second-hand, not
-confirmed), and its first version's abstract prints an F1 of .947 where precision and recall give the .897 of later ones.
+The idea is that of Deng, Luz and de la Fuente Garcia, "Hierarchical attention interpretation: an interpretable
+speech-level transformer for bi-modal depression detection" (arXiv 2309.13476): classify a whole interview from its sentences instead
+of copying its label to each, and interpret it at both levels by gradient-weighted attention. Its full text was not at
+hand (nor are the recordings); an index of arXiv of September 2026 notes a withdrawal comment on it (seen second-hand, not
+confirmed), and its first version's abstract prints an F1 of .947 where precision and recall give the .897 of later
+ones.
 What follows is therefore a specification of our own, and no reproduction:
 
 - text: embedding, learned positions, a leading CLS, two layers; speech: a log-Mel image cut into patches of 16 x 16,
   learned positions, CLS, two layers; a sentence's vector is a linear map of the two CLS side by side;
 - an interview: learned positions, CLS, two layers over the sentences' vectors, and one logit from its CLS;
-- every layer is x + attention(LN x), then x + W2 gelu(W1 LN x), with LN free of parameters (epsilon 1e-5), no biases, and
-  the tanh form of gelu.
+- every layer is x + attention(LN x), then x + W2 gelu(W1 LN x), with LN free of parameters (epsilon 1e-5), no biases,
+  and the tanh form of gelu.
 
-Relevance is rule 5 and 6 of Chefer, Gur and Wolf, "Generic attention-model explainability" (ICCV 2021), for the logit y:
+Relevance is rule 5 and 6 of Chefer, Gur and Wolf, "Generic attention-model explainability" (ICCV 2021), for a logit y:
 
     Abar = mean over heads of relu(A * dy/dA),      R <- I,  then  R <- R + Abar R  layer by layer
 
 and its CLS row is read. dy/dA comes from zeros added to every softmax ("probes"): one `jax.grad` by all of them.
-At the sentences' level y is the same logit, differentiated through the interview's layers. The relevance of a token within
-the interview is the product of its sentence's and its own: a choice of ours, the abstract says "hierarchical" alone.
+At the sentences' level y is the same logit, differentiated through the interview's layers. The relevance of a token
+within the interview is the product of its sentence's and its own: a choice of ours, the abstract says "hierarchical" alone.
 Scaling y scales Abar, so R is to be read by ranks, or of one y.
 """
 
@@ -190,9 +191,7 @@ class HierarchicalTransformer:
 
     def __post_init__(self) -> None:
         if not self.rows and not self.bands:
-            raise ValueError(
-                "rows=0 and bands=0 were given: nothing to read. Give a vocabulary's size, bands, or both."
-            )
+            raise ValueError("rows=0 and bands=0 were given: nothing to read. Give rows, bands, or both.")
         if self.features % self.heads:
             raise ValueError(f"features={self.features} do not divide among {self.heads} heads; give a multiple.")
         if self.bands % self.patch or (self.bands and self.frames % self.patch):
@@ -257,9 +256,7 @@ class HierarchicalTransformer:
                     f"{interviews.tokens.shape[:2]} beside them."
                 )
             if interviews.tokens.shape[2] > self.longest:
-                raise ValueError(
-                    f"Sentences of {interviews.tokens.shape[2]} tokens were given; at most {self.longest}."
-                )
+                raise ValueError(f"Sentences of {interviews.tokens.shape[2]} tokens were given, over {self.longest}.")
         spectrograms = interviews.spectrograms
         if spectrograms is not None:
             bands, frames = spectrograms.shape[-2:]
@@ -326,7 +323,9 @@ class HierarchicalTransformer:
             shape = halves[0].shape[:2]
             hide = jax.random.bernoulli(of_whether, self.modality_dropout, shape)
             text = jax.random.bernoulli(of_which, 0.5, shape)
-            halves = [jnp.where((hide & which)[..., None], 0, half) for which, half in zip((text, ~text), halves)]
+            halves = [
+                jnp.where((hide & which)[..., None], 0, half) for which, half in zip((text, ~text), halves, strict=True)
+            ]
         x = jnp.concatenate(halves, -1) @ params["join"]
         p = params["interview"]
         if self.positions:
