@@ -21,3 +21,26 @@ from bilevel.applications.sequence.bidaf import (
 )
 from bilevel.applications.sequence.hierarchical import HierarchicalTransformer, Interview, Relevance
 from bilevel.applications.sequence.recurrent import LSTM, parameter_count
+
+__all__ = [
+    "LSTM",
+    "Attention",
+    "AttentiveBiLSTM",
+    "BiDAF",
+    "HierarchicalTransformer",
+    "Interview",
+    "Passage",
+    "Reading",
+    "Relevance",
+    "adadelta",
+    "balanced_weights",
+    "best_span",
+    "character_model",
+    "cross_entropy",
+    "ensemble",
+    "ensemble_span",
+    "parameter_count",
+    "posteriors",
+    "span_loss",
+    "word_model",
+]

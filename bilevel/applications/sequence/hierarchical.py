@@ -1,10 +1,10 @@
 """A transformer over sentences over tokens and spectrograms, and what its answer rests on.
 
 The idea is that of Deng, Luz and de la Fuente Garcia, "Hierarchical attention interpretation: an interpretable
-speech-level transformer for bi-modal depression detection" (arXiv 2309.13476): classify a whole interview from its sentences instead
-of copying its label to each, and interpret it at both levels by gradient-weighted attention. Its full text was not at
-hand (nor are the recordings); an index of arXiv of September 2026 notes a withdrawal comment on it (seen second-hand, not
-confirmed), and its first version's abstract prints an F1 of .947 where precision and recall give the .897 of later
+speech-level transformer for bi-modal depression detection" (arXiv 2309.13476): classify a whole interview from its sentences
+instead of copying its label to each, and interpret it at both levels by gradient-weighted attention. Its full text was not at
+hand (nor are the recordings); an index of arXiv of September 2026 notes a withdrawal comment on it (seen second-hand,
+not confirmed), and its first version's abstract prints an F1 of .947 where precision and recall give the .897 of later
 ones.
 What follows is therefore a specification of our own, and no reproduction:
 
@@ -20,8 +20,8 @@ Relevance is rule 5 and 6 of Chefer, Gur and Wolf, "Generic attention-model expl
 
 and its CLS row is read. dy/dA comes from zeros added to every softmax ("probes"): one `jax.grad` by all of them.
 At the sentences' level y is the same logit, differentiated through the interview's layers. The relevance of a token
-within the interview is the product of its sentence's and its own: a choice of ours, the abstract says "hierarchical" alone.
-Scaling y scales Abar, so R is to be read by ranks, or of one y.
+within the interview is the product of its sentence's and its own: a choice of ours, the abstract says
+"hierarchical" alone. Scaling y scales Abar, so R is to be read by ranks, or of one y.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ with m_t = 1 within the sequence and 0 at padding. A state of zero is also where
 direction, which meets the padding first, starts at the last real step as it should.
 
 Its derivative is a linear recurrence in (dh, dc), stated here as a `custom_jvp` with the term h_{t-1} dU taken out of
-the loop: transposed, the gradient by U is then one product of matrices instead of one per step. Forward mode, reverse mode
-and their compositions all go through it.
+the loop: transposed, the gradient by U is then one product of matrices instead of one per step. Forward mode, reverse
+mode and their compositions all go through it.
 """
 
 from __future__ import annotations

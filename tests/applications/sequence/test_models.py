@@ -233,9 +233,7 @@ def test_attentive_bilstm_says_what_is_wrong():
     ids, lengths = jnp.array([[1, 2, 3]]), jnp.array([3])
     with pytest.raises(ValueError, match="not trained: give the tokens' vectors as table="):
         model(params, ids, lengths)
-    with pytest.raises(
-        ValueError, match=r"shape \(8, 3\) was given to a model of 9 tokens .* dictionary does not match"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(8, 3\) was given .* the dictionary does not match"):
         model(params, ids, lengths, table=jnp.zeros((8, 3)))
     with pytest.raises(ValueError, match="Tokens from 1 to 9 were given to a model of 9 tokens"):
         model(params, jnp.array([[1, 2, 9]]), lengths, table=jnp.zeros((9, 3)))
