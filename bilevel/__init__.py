@@ -19,8 +19,10 @@ from bilevel import (
     optimality,
     optimizers,
     projections,
+    prox,
     regularizers,
     runs,
+    sets,
     solvers,
 )
 from bilevel._module import hyperparameters, state
@@ -39,6 +41,7 @@ from bilevel.solve import solve
 __all__ = [
     "CheckpointError", "Event", "History", "Level", "Levels", "Multistart", "Problem", "ProblemError", "Result",
     "Solution", "Sweep", "curvature", "data", "derivatives", "diagnostics", "hypergradients", "hyperparameters",
-    "implicit", "linear", "lower", "multistart", "network", "optimality", "optimizers", "projections", "regularizers",
-    "run", "runs", "solve", "solvers", "state", "sweep",
+    "implicit", "linear", "lower", "multistart", "network", "optimality", "optimizers", "projections", "prox",
+    "regularizers",
+    "run", "runs", "sets", "solve", "solvers", "state", "sweep",
 ]  # fmt: skip

@@ -25,8 +25,10 @@ __all__ = [
 
 
 class Linearised(NamedTuple):
-    """The lower level's gradients f_x and f_y at a point, and its products v -> (f_xy v, f_yy v), two from one pass."""
+    """The lower level's value f and gradients f_x and f_y at a point, and its products v -> (f_xy v, f_yy v), two from
+    one pass."""
 
+    value: jax.Array
     gradient_x: PyTree
     gradient_y: PyTree
     products: Callable[[PyTree], tuple[PyTree, PyTree]]
@@ -47,8 +49,13 @@ def linearised(f: Loss, x: PyTree, y: PyTree) -> Linearised:
     pass over the linearised gradient gives both products. Its primal pass gives both gradients, and is stated once,
     outside any loop that applies the products.
     """
-    (gradient_x, gradient_y), products = jax.linearize(lambda y: jax.grad(f, argnums=(0, 1))(x, y), y)
-    return Linearised(gradient_x, gradient_y, products)
+
+    def gradients(y: PyTree) -> tuple[tuple[PyTree, PyTree], jax.Array]:
+        value, gradients = jax.value_and_grad(f, argnums=(0, 1))(x, y)
+        return gradients, value
+
+    (gradient_x, gradient_y), products, value = jax.linearize(gradients, y, has_aux=True)
+    return Linearised(value, gradient_x, gradient_y, products)
 
 
 def _along(f: Loss, x: PyTree, y: PyTree, v: PyTree, argnums: Any, pick: Callable[[Any, Any], Any]) -> Any:

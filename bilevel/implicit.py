@@ -7,7 +7,8 @@ function theorem gives the derivative from T alone, whatever the solver did insi
 
 `custom_root` attaches this rule to a solver, and `custom_fixed_point` does so for y* = T(y*, a). Both keep the
 signatures of `jaxopt.implicit_diff`; the decorated function can be differentiated in either mode, and again. `argmin`
-is the case in which T is the gradient of a lower-level objective. Ready-made conditions are in `bilevel.optimality`.
+is the case in which T is the gradient of a lower-level objective, and `qp` is a quadratic programme as a layer.
+Ready-made conditions are in `bilevel.optimality`.
 
 The derivative is that of the *solution*: it is exact only as far as the solver converged, and it is zero with respect
 to the initial guess, by design. To differentiate with respect to the start (as MAML does), differentiate through the
@@ -32,8 +33,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 from bilevel._arguments import Leaves, bind, hoisted, holds_tracer, replaced, signature
-from bilevel.linear import CG, GMRES
+from bilevel.linear import CG, GMRES, Dense
+from bilevel.linear._common import is_skew
 from bilevel.optimality import stationarity
+from bilevel.quadratic import QPSolution, QPStatus, qp
 from bilevel.typing import PyTree, Scalar, X, Y
 
 LinearMap = Callable[[PyTree], PyTree]
@@ -42,7 +45,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Args = TypeVar("Args", bound=tuple[Any, ...])
 
-__all__ = ["argmin", "custom_fixed_point", "custom_root", "root_jvp", "root_vjp"]
+__all__ = [
+    "QPSolution", "QPStatus", "argmin", "custom_fixed_point", "custom_root", "qp", "root_jvp", "root_vjp",
+]  # fmt: skip
 
 
 def custom_root(
@@ -68,7 +73,9 @@ def custom_root(
         optimality_fun: the condition. Its output has the leaves of the solution, with their shapes.
         has_aux: whether the solver returns `(sol, aux)`. Nothing is differentiated with respect to `aux`.
         solve: solves A u = b. Either a function `(matvec, b) -> u` (those of `jaxopt.linear_solve` are) or a solver of
-            `bilevel.linear`. It is given A for forward mode and A^T for reverse mode. The default is conjugate
+            `bilevel.linear`. It is given A for forward mode and A^T for reverse mode. A solver of `bilevel.linear` for
+            symmetric systems is probed where the condition does not say that A is symmetric, by two products: where
+            they disagree the default for a general A is taken in its place. The default is conjugate
             gradients for a symmetric A; for a general one dense least squares up to 100 unknowns and GMRES beyond. The
             iterations end at a relative residual of `eps ** 0.75` (2e-12 in float64, 6e-6 in float32), or 1000.
         reference_signature: a function or signature that says how keyword arguments map to the positional ones of
@@ -351,9 +358,21 @@ def _as_solve(solve: Solve | None, symmetric: bool) -> Solve:
             f"The linear solver was {solve!r}; a function (matvec, b) -> u that solves A u = b, or a solver of "
             "bilevel.linear, is expected."
         )
-    if hasattr(solve, "init"):  # a solver of bilevel.linear returns (u, carry, info)
-        return lambda matvec, b: solve(matvec, b)[0]
-    return solve
+    if not hasattr(solve, "init"):
+        return solve
+    chosen = lambda matvec, b: solve(matvec, b)[0]  # noqa: E731  a solver of bilevel.linear returns (u, carry, info)
+    sees = isinstance(solve, Dense)  # it holds the matrix
+    return chosen if symmetric or sees or not getattr(solve, "symmetric", False) else _where_symmetric(chosen)
+
+
+def _where_symmetric(solve: Solve) -> Solve:
+    """The solver where the products of two random vectors say that A is symmetric, and the general one elsewhere."""
+
+    def probed(matvec: LinearMap, b: PyTree) -> PyTree:
+        skew = is_skew(matvec, b)  # a NaN goes to the solver that was asked for
+        return jax.lax.cond(skew, lambda b: _general(matvec, b), lambda b: solve(matvec, b), b)
+
+    return probed
 
 
 def _conjugate_gradients(matvec: LinearMap, b: PyTree) -> PyTree:

@@ -26,8 +26,8 @@ def run(
 ) -> tuple[Any, Metrics]:
     """`steps` outer iterations as a pure function, to be put under `jit`, `vmap` or `grad`.
 
-    The iterates are those of `solve` with the same key, up to rounding (it is another compiled program). Nothing is
-    checked: `problem.validate(x0, y0)` does that.
+    The iterates are those of `solve` with the same key, up to rounding (it is another compiled program). The start is
+    projected on X and Y. Nothing is checked: `problem.validate(x0, y0)` does that.
 
     Args:
       problem: the problem; `vmap` over its data for many problems.
@@ -47,7 +47,7 @@ def run(
     def body(state: Any, k: jax.Array) -> tuple[Any, Metrics]:
         return solver.step(problem, state, at_step(base, k))
 
-    state = solver.init(problem, x0, y0, at_step(base, 0))
+    state = solver.init(problem, *problem.projected(x0, y0), at_step(base, 0))
     return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))
 
 
@@ -222,6 +222,9 @@ def _blame(state: Any, metrics: dict[str, np.ndarray], step: int) -> str:
     cure = {
         "x": "lower the upper step size or clip its gradient (optax.clip_by_global_norm)",
         "y": "lower the lower level's step size",
+        "lower_loss": "the lower loss is undefined or unbounded there: bound y (project_lower), or mend the loss",
+        "upper_loss": "the upper loss is unbounded or undefined there: bound the variables (project_upper, "
+        "project_lower), or mend the loss",
     }.get(first, "lower the step sizes, the lower level's first")
     return (
         f"Step {step} made {', '.join(broken)} non-finite ({first} first): {cure}; diagnostics.check shows the "

@@ -146,6 +146,16 @@ class Problem(Generic[X, Y]):
         """Whether a level's samples differ from step to step."""
         return any(source.random for source in self.sources)
 
+    def projected(self, x: X, y: Y) -> tuple[X, Y]:
+        """x projected on X and y on Y: where a run from (x, y) begins, whoever solves it.
+
+        A start outside a set would stand at its wrong side until the first step moves it, and where F is stationary
+        outside, no step does. Coupled constraints are not treated here: a method that projects on them does so itself.
+        """
+        if self.project_upper is not None and jax.tree.leaves(x):
+            x = self.project_upper(x)
+        return x, y if self.project_lower is None else self.project_lower(y)
+
     def validate(self, x: PyTree, y: PyTree) -> None:
         """Raise a `ProblemError` that names what is wrong with the problem at (x, y) and the cure, before any compile.
 

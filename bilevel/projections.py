@@ -1,12 +1,11 @@
 """The projection on the coupled set C = {(x, y) in X x Y : g(x, y) <= 0, h(x, y) = 0}, for methods that need it.
 
-Projections on simple sets are `optax.projections` and `jaxopt.projection`. A projection of one's own,
-`(x, y) -> (x, y)`, is always better where it is known; what is here serves the rest.
+Sets that do not couple x with y are in `bilevel.sets`. A projection of one's own, `(x, y) -> (x, y)`, is always better
+where it is known; what is here serves the rest.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import optax
 from bilevel.curvature import spectral_norm
 from bilevel.typing import Project, PyTree
 
-__all__ = ["affine", "dual", "dual_factor", "dykstra", "osqp"]
+__all__ = ["affine", "dual", "dual_factor"]
 
 Rows = Callable[[PyTree], jax.Array]
 
@@ -94,46 +93,3 @@ def dual(
         return at(lam), lam
 
     return jax.lax.fori_loop(0, linearisations, once, (project(u), lam))
-
-
-def dykstra(projections: tuple[Project, ...], steps: int = 100) -> Project:
-    """The projection on the intersection of convex sets from those on each, by `steps` rounds of Dykstra's alternation.
-
-    Boyle, Dykstra, "A Method for Finding Projections onto the Intersection of Convex Sets in Hilbert Spaces", 1986.
-    """
-
-    def project(u: PyTree) -> PyTree:
-        def round_(_: Any, carry: Any) -> Any:
-            u, corrections = carry
-            new = []
-            for projection, correction in zip(projections, corrections, strict=True):
-                shifted = optax.tree.add(u, correction)
-                u = projection(shifted)
-                new.append(optax.tree.sub(shifted, u))
-            return u, new
-
-        return jax.lax.fori_loop(0, steps, round_, (u, [optax.tree.zeros_like(u) for _ in projections]))[0]
-
-    return project
-
-
-def osqp(A: Any = None, b: Any = None, G: Any = None, h: Any = None, **options: Any) -> Project:
-    """The projection on {u : A u = b, G u <= h} through jaxopt's OSQP, u raveled with `jax.flatten_util.ravel_pytree`.
-
-    Args:
-      A, b: equalities, (p, d) and (p,), or None.
-      G, h: inequalities, or None.
-      options: of `jaxopt.OSQP`, such as `tol`, `maxiter`.
-    """
-
-    def project(u: PyTree) -> PyTree:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            import jaxopt
-        flat, unravel = jax.flatten_util.ravel_pytree(u)
-        solver = jaxopt.OSQP(matvec_Q=lambda _, v: v, **{"tol": 1e-6, **options})
-        equal = None if A is None else (jnp.asarray(A, flat.dtype), jnp.asarray(b, flat.dtype))
-        below = None if G is None else (jnp.asarray(G, flat.dtype), jnp.asarray(h, flat.dtype))
-        return unravel(solver.run(params_obj=((), -flat), params_eq=equal, params_ineq=below).params.primal)
-
-    return project

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import jax
 import numpy as np
 
 from bilevel.history import History
 from bilevel.result import Result
-from bilevel.solvers.certificate import Certificate
 from bilevel.typing import PyTree, X, Y
+
+if TYPE_CHECKING:
+    from bilevel.solvers.certificate import Certificate
 
 __all__ = ["Solution"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import host
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import CAPACITY, Loop, at_step
 from bilevel.optimizers import check_count
@@ -22,10 +24,11 @@ from bilevel.problem import Problem, as_variable
 from bilevel.recorder import Event, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
+from bilevel.solvers._base import linear_remark, refuse_unreached
 from bilevel.solvers.certificate import Certificate, certify
-from bilevel.solvers.default import default_solver
+from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
-from bilevel.typing import Solver, X, Y
+from bilevel.typing import HostSolver, Solver, X, Y
 
 __all__ = ["solve"]
 
@@ -33,6 +36,18 @@ logger = logging.getLogger("bilevel")
 
 # Between two saves that the user did not schedule.
 _SAVE_SECONDS = 5.0
+
+# Ends of a solver that was chosen here after which another one may do better.
+_MENDABLE = (
+    Result.MAX_STEPS,
+    Result.DIVERGED,
+    Result.LOWER_LEVEL,
+    Result.SEVERAL_MINIMISERS,
+    Result.NOT_STATIONARY,
+    Result.LOCAL,
+    Result.PENALTY_LIMITED,
+    Result.INFEASIBLE,
+)
 
 # How often a run goes on after the certificate did not let its end stand.
 _TIGHTER = 4
@@ -42,7 +57,7 @@ def solve(
     problem: Problem[X, Y],
     x0: X,
     y0: Y,
-    solver: Solver | None = None,
+    solver: Solver | HostSolver | None = None,
     *,
     steps: int = 1000,
     key: int | jax.Array | StepKey = 0,
@@ -61,9 +76,10 @@ def solve(
 
     Args:
       problem: the problem.
-      x0, y0: where to start: pytrees of floating-point arrays (they are copied). `x0=None`: a simple bilevel problem.
-      solver: one of `bilevel.solvers`, or any object with `init` and `step`. None: one is chosen from the problem and
-        named, with the reason, in the log (logger "bilevel") and in the solution.
+      x0, y0: where to start: pytrees of floating-point arrays (they are copied, and projected on X and Y where the
+        problem has projections). `x0=None`: a simple bilevel problem.
+      solver: one of `bilevel.solvers`, or any object with `init` and `step` (on the host: `init` and `search`). None:
+        one is chosen from the problem and named, with the reason, in the log (logger "bilevel") and in the solution.
       steps: outer steps, those before a resume included.
       key: a seed or a PRNG key. What step k draws is a function of the key and of k (`data.StepKey`): the same key
         gives the same run, whatever the chunk size.
@@ -92,7 +108,9 @@ def solve(
     began = time.perf_counter()
     check_count("solve", steps=steps, metrics_every=metrics_every, callback_every=callback_every)
     check_count("solve", checkpoint_every=checkpoint_every, checkpoint_keep=checkpoint_keep, chunk=chunk)
+    asked_for = solver
     problem, x, y, solver, reason = _checked(problem, x0, y0, solver, tol)
+    steps = host.most_steps(solver, steps)
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
     metrics_every = metrics_every or math.ceil(steps / 100)
     schedule = Schedule(
@@ -119,7 +137,7 @@ def solve(
         logger.warning("%s", run.why)
     reason = " ".join(part for part in (reason, run.why) if part)
     seconds = time.perf_counter() - began
-    return Solution(
+    solution = Solution(
         x=run.state.x,
         y=run.state.y,
         result=run.result,
@@ -132,12 +150,22 @@ def solve(
         certificate=certificate,
         multipliers=_multipliers(solver, streams, run.state),
     )
+    chosen = asked_for is None and tol is not None and checkpoint is None and callback is None
+    if chosen and run.result in _MENDABLE and (other := second_solver(problem, x, y, solver)) is not None:
+        again, why = other
+        logger.info("%s", f"Went on with {why}.")
+        options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every)
+        second = solve(problem, x, y, again, steps=steps, progress=progress, chunk=chunk, **options)
+        if second.result is Result.CONVERGED:
+            reason = f"{reason} Went on with {why}. {second.reason}".strip()
+            return dataclasses.replace(second, reason=reason, seconds=time.perf_counter() - began)
+    return solution
 
 
 def _settle(
     run: Recorder,
     streams: Streams,
-    solver: Solver,
+    solver: Solver | HostSolver,
     base: StepKey,
     start: tuple[Any, Any],
     tol: float | None,
@@ -151,7 +179,10 @@ def _settle(
     """
     asked, met = tol, False
     for trial in range(_TIGHTER + 1):
-        _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
+        if isinstance(solver, HostSolver):
+            host.drive(run, streams.rest, solver, base, asked, progress)
+        else:
+            _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
         if tol is None and run.result is Result.MAX_STEPS:
             run.result = Result.COMPLETED
         met = met or run.result is Result.CONVERGED
@@ -163,7 +194,8 @@ def _settle(
             break
         asked, run.result = asked / 30, Result.MAX_STEPS
     run.note(found.measures)
-    run.result, run.why = found.result, " ".join(part for part in (run.why, found.why) if part)
+    along = "" if found.result is Result.CONVERGED else linear_remark(numbers)
+    run.result, run.why = found.result, " ".join(part for part in (run.why, found.why, along) if part)
     return found
 
 
@@ -184,15 +216,17 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
     problem = jax.tree.map(jnp.asarray, problem)
+    x, y = problem.projected(x, y)
     reason = ""
     if solver is None:
         solver, reason = default_solver(problem, x, y)
         logger.info("%s", reason)
-    if not (hasattr(solver, "init") and hasattr(solver, "step")):
+    if not (hasattr(solver, "init") and hasattr(solver, "step")) and not isinstance(solver, HostSolver):
         raise TypeError(
             f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), "
-            "such as solvers.AID()."
+            "such as solvers.AID(), or init, search and status, such as solvers.MPCC()."
         )
+    refuse_unreached(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(
             f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, "

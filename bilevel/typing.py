@@ -6,7 +6,7 @@ and the lower variable through `solve`, and everything else is one of the names 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bilevel.lower.steps import LowerState
     from bilevel.problem import Problem
 
-__all__ = ["LowerSolver", "Metrics", "PyTree", "Scalar", "Solver", "X", "Y"]
+__all__ = ["HostSolver", "LowerSolver", "Metrics", "PyTree", "Scalar", "Solver", "X", "Y"]
 
 PyTree: TypeAlias = Any
 """Nested containers of arrays, as `jax.tree` takes them."""
@@ -65,3 +65,27 @@ class Solver(Protocol):
 
     def step(self, problem: Problem[Any, Any], state: Any, key: StepKey) -> tuple[Any, Metrics]:
         """One outer iteration."""
+
+
+@runtime_checkable
+class HostSolver(Protocol):
+    """A method that runs on the host, over programs of its own: for small problems, and for engines of others.
+
+    `init` is a `Solver`'s. `search(problem, state, key) -> iterator of (state, metrics)` goes on from a state, that of
+    `init` or one of an earlier run: the state after each step, a pytree of arrays of the same shapes with attributes
+    `x` and `y`, the best so far, and a dictionary of scalars. `key` is the run's `data.StepKey`; what a step draws
+    should be a function of it and of the step's number, which the state has to know: then a run that was interrupted
+    ends as one that was not. `status(state, metrics, tol)` is one of `Result`'s codes, asked after each step, with a
+    tolerance or None; not 0 ends the run.
+
+    Optional: `most_steps`, the most steps that a run can have; `finish`, as a `Solver`'s.
+    """
+
+    def init(self, problem: Problem[Any, Any], x: PyTree, y: PyTree, key: StepKey) -> Any:
+        """The state before the first step."""
+
+    def search(self, problem: Problem[Any, Any], state: Any, key: StepKey) -> Iterator[tuple[Any, Metrics]]:
+        """State and metrics after each step."""
+
+    def status(self, state: Any, metrics: Metrics, tol: float | None) -> int:
+        """How the run stands."""

@@ -126,3 +126,13 @@ def test_data_cleaning_finds_most_flips(tmp_path, capsys, monkeypatch):
     assert precision > 0.7
     assert recall > 0.7
     assert out.stat().st_size > 10_000
+
+
+def test_a_model_trained_through_the_layer_regrets_less(tmp_path, capsys):
+    focused = load("decision_focused")
+    out = tmp_path / "focused.png"
+    regrets = focused.main(["--steps", "60", "--days", "60", "--out", str(out)])
+    two_stages, layer = regrets.values()
+    assert 0 < layer < 0.95 * two_stages
+    assert f"{layer:.4f}" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000

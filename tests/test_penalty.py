@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from bilevel.solvers import (
     GPBGD,
     LVHBA,
     MEHA,
+    MPCC,
     SFLCB,
     SOBA,
     STFBO,
@@ -34,7 +36,7 @@ from bilevel.solvers import (
     Continuation,
     IterativeRegularization,
 )
-from bilevel.solvers.default import choose
+from bilevel.solvers.default import ROWS, as_markdown, default_solver, look
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -385,9 +387,13 @@ def test_simple_bilevel(solver, atol):
     np.testing.assert_allclose(state.y, y, atol=atol)
 
 
-def test_solve_picks_a_solver_for_a_simple_problem_by_choose():
+def test_solve_picks_a_solver_for_a_simple_problem():
     problem, _ = minimum_norm()
-    solver, reason = choose(problem, None, jnp.ones(4))
+    solver, reason = default_solver(problem, None, jnp.ones(4))
+    assert isinstance(solver, MPCC)
+    assert "several starts" in reason
+    many = Problem(lambda x, y: jnp.sum(y**2), lambda x, y: (jnp.sum(y) - 1) ** 2)
+    solver, reason = default_solver(many, None, jnp.ones(400))
     assert isinstance(solver, IterativeRegularization)
     assert "both levels own y" in reason
 
@@ -520,13 +526,33 @@ def test_solvers_refuse_what_they_cannot_honour():
         solve(quadratic()[0], *quadratic()[3:], AiPOD())
 
 
-def test_choose_follows_the_problem():
+def test_the_choice_follows_the_problem():
+    """The first row of the table that fits, for small problems and for the same ones with many more unknowns."""
+    chosen = lambda *args: default_solver(*args)[0]
     problem, _, _, x0, y0 = active()
-    assert isinstance(choose(problem, x0, y0)[0], LVHBA)
-    assert isinstance(choose(dataclasses.replace(problem, constraint=lambda x, y: y**2 - x), x0, y0)[0], BiCGAFFA)
+    assert isinstance(chosen(problem, x0, y0), MPCC)
+    assert isinstance(chosen(dataclasses.replace(problem, upper_constraint=lambda x, y: x - y), x0, y0), MPCC)
+    wide = Problem(
+        lambda x, y: jnp.sum((x - y) ** 2), lambda x, y: jnp.sum((y - x) ** 2), constraint=lambda x, y: y[:2] - x[:2]
+    )
+    many = jnp.zeros(400)
+    assert isinstance(chosen(wide, many, many), LVHBA)
+    assert isinstance(chosen(dataclasses.replace(wide, constraint=lambda x, y: y**2 - x), many, many), BiCGAFFA)
     soft = lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
-    assert isinstance(choose(dataclasses.replace(quadratic()[0], prox_lower=soft), *quadratic()[3:])[0], MEHA)
-    assert choose(quadratic()[0], *quadratic()[3:]) is None
+    assert isinstance(chosen(dataclasses.replace(quadratic()[0], prox_lower=soft), *quadratic()[3:]), MEHA)
+    assert look(*quadratic()[:1], *quadratic()[3:]).curvature == "convex"
+    assert chosen(quadratic()[0], *quadratic()[3:]).hypergradient is not None
+    flat = Problem(lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: (y[0] - x[0]) ** 2)
+    assert isinstance(chosen(flat, jnp.zeros(1), jnp.zeros(2)), MPCC)
+    above = dataclasses.replace(wide, constraint=None, upper_constraint=lambda x, y: y - x)
+    with pytest.raises(ProblemError, match="MPCC does not take the problem: .* are more than"):
+        chosen(above, many, many)
+
+
+def test_the_page_prints_the_table_of_the_choice():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "start" / "which_method_when.md"
+    assert as_markdown() in page.read_text()
+    assert len(as_markdown().splitlines()) == len(ROWS) + 2
 
 
 def test_constraints_take_the_lower_levels_data():

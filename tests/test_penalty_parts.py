@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel import Problem, projections, solvers
+from bilevel import Problem, projections, sets, solvers
 from bilevel.constraints import Constraints, depends, is_affine, row_norms
 from bilevel.data import as_step_key
 from bilevel.lower.accurate import augmented_lagrangian, minimise
@@ -66,15 +66,14 @@ def test_projection_on_a_ball_by_linearised_rows():
     np.testing.assert_allclose(v[0], [0.6, 0.8], atol=1e-6)
 
 
-def test_dykstra_and_osqp_agree_with_the_dual_projection():
+def test_alternation_and_the_quadratic_programme_agree_with_the_dual_projection():
     J, flat = np.hstack([A, B]), jnp.concatenate(U)
-    half = [lambda u, i=i: u - jnp.maximum(J[i] @ u + 2, 0) * J[i] / (J[i] @ J[i]) for i in range(2)]
-    found = jax.jit(projections.dykstra(tuple(half), 2000))(flat)
+    half = sets.Intersection(tuple(sets.Halfspace(J[i], -2.0) for i in range(2)), steps=2000)
     dual, _ = projections.dual(
         lambda u: J @ u + 2, np.array([True, True]), lambda u: u, flat, jnp.zeros(2), steps=3000, tol=1e-12
     )
-    np.testing.assert_allclose(found, dual, atol=1e-6)
-    np.testing.assert_allclose(projections.osqp(G=J, h=-2 * np.ones(2))(flat), dual, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(half)(flat), dual, atol=1e-6)
+    np.testing.assert_allclose(sets.Polyhedron(G=J, h=-2 * np.ones(2))(flat), dual, atol=1e-6)
 
 
 def test_dependence_is_read_off_the_trace():

@@ -183,7 +183,7 @@ def test_divergence_is_caught_within_the_chunk_with_the_last_finite_iterate(capl
 
 
 def test_nan_at_the_first_step_returns_the_start():
-    problem = Problem(upper=lambda x, y: jnp.sum(y["a"]), lower=lambda x, y: jnp.sum(jnp.sqrt(y["a"] - 1)))
+    problem = Problem(upper=lambda x, y: jnp.sum(y["a"]) + jnp.sum(x), lower=lambda x, y: jnp.sum(jnp.sqrt(y["a"] - 1)))
     solution = solve(problem, X0, {"a": np.ones(3, np.float32)}, FAST, steps=5)
     assert solution.result is Result.DIVERGED
     assert solution.steps == 0

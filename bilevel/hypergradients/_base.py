@@ -49,6 +49,14 @@ class Estimator(Protocol):
         """The estimate at x, the lower solver beginning at `start`."""
 
 
+def lower_metrics(lower: Level, x: PyTree, y: PyTree) -> Metrics:
+    """`lower_loss` and `lower_residual` at y: f, which may be undefined where its gradient is not, and |f_y|."""
+    if lower.mixed:
+        return {"lower_loss": lower(x, y), "lower_residual": derivatives.norm(lower.gradient(x, y))}
+    value, gradient = jax.value_and_grad(lower, argnums=1)(x, y)
+    return {"lower_loss": value, "lower_residual": derivatives.norm(gradient)}
+
+
 def central_difference(lower: Level, x: PyTree, y: PyTree, v: PyTree, radius: Any) -> PyTree:
     """f_xy v by [f_x(x, y + e v) - f_x(x, y - e v)] / (2 e), e = radius / |v|; None: by a derivative."""
     if radius is None:

@@ -30,15 +30,22 @@ class Implicit:
     a system that is not symmetric.
 
     Attributes:
-      linear_solver: any of `bilevel.linear`. None: `linear.CG(tol)`, or `linear.GMRES(tol)` with a projection or prox,
-        to a relative residual of eps^(3/4) of y's dtype (6e-6 in float32, 2e-12 in float64). `linear.Identity(scale)`
-        makes it Jacobian-free (T1-T2), `linear.Neumann` a truncated series.
+      linear_solver: any of `bilevel.linear`. None: `linear.Robust(tol)` (not symmetric with a projection or prox), to a
+        relative residual of eps^(3/4) of y's dtype (6e-6 in float32, 2e-12 in float64): CG or GMRES where f_yy is
+        regular, else a least-squares solution. `linear.Identity(scale)` makes it Jacobian-free (T1-T2),
+        `linear.Neumann` a truncated series.
+        A `linear.TaskCG` is taken where y is stacked over tasks along a leading axis of every leaf, each shaped like x
+        (and the ordinary `linear.CG` of the same numbers where it is not).
       step: the step of the forward-backward map; only used with a projection or prox. Any positive number is exact;
         near 1/L the system is best conditioned.
 
     Per call: the lower solve, one gradient of the upper level, one joint linearisation of the lower level, one HVP per
-    iteration of the linear solver, one cross product. Assumes f_yy(x, y*) to be invertible (positive definite for CG).
-    The error is O(|y - y*|) plus that of the linear solve.
+    iteration of the linear solver, one cross product. Assumes f_yy(x, y*) to be invertible (positive definite for CG),
+    or F_y to be in its range. The error is O(|y - y*|) plus that of the linear solve.
+
+    Metrics: `lower_loss` and `lower_residual`, f and |f_y| at the y found; `linear_residual` = |F_y - f_yy v| and
+    `linear_error`, its share of |F_y|; `linear_iterations`; `negative_curvature`, 1 where the linear solver met a
+    direction p with p'f_yy p < 0, so that y is no minimum.
 
     References: Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016; Blondel et al.,
     "Efficient and Modular Implicit Differentiation", NeurIPS 2022 (the fixed-point form).
@@ -47,10 +54,12 @@ class Implicit:
     linear_solver: Any = None
     step: float = 1.0
 
-    def _solver(self, nonsmooth: bool, y: PyTree) -> Any:
+    def _solver(self, nonsmooth: bool, x: PyTree, y: PyTree) -> Any:
+        if isinstance(self.linear_solver, linear.TaskCG) and not _stacked(x, y):
+            return linear.CG(**{name: getattr(self.linear_solver, name) for name in _KRYLOV})
         if self.linear_solver is None:
             tol = float(max(jnp.finfo(jnp.result_type(leaf)).eps for leaf in jax.tree.leaves(y))) ** 0.75
-            return linear.GMRES(tol=tol) if nonsmooth else linear.CG(tol=tol)
+            return linear.Robust(tol=tol, symmetric=not nonsmooth)
         if nonsmooth and getattr(self.linear_solver, "symmetric", False):
             raise ValueError(
                 f"Implicit(linear_solver={type(self.linear_solver).__name__}(...)) assumes a symmetric system, but "
@@ -61,7 +70,7 @@ class Implicit:
 
     def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:
         """What the linear solver keeps between outer steps: its warm start and preconditioner."""
-        return self._solver(lower.nonsmooth, y).init(y)
+        return self._solver(lower.nonsmooth, x, y).init(y)
 
     def __call__(
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
@@ -70,19 +79,39 @@ class Implicit:
         found = solver(lower, x, start)
         y = found.y
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
-        linear_solver = self._solver(lower.nonsmooth, y)
+        linear_solver = self._solver(lower.nonsmooth, x, y)
         if lower.nonsmooth:
             new, pullback = jax.vjp(lambda x, y: _forward_backward(lower, x, y, self.step), x, y)
             w, carry, info = linear_solver(lambda w: optax.tree.sub(w, pullback(w)[1]), upper_y, carry)
             gradient = optax.tree.add(upper_x, pullback(w)[0])
-            residual = derivatives.norm(optax.tree.sub(new, y)) / self.step
+            loss, residual = lower(x, y), derivatives.norm(optax.tree.sub(new, y)) / self.step
         else:
             lin = derivatives.linearised(lower, x, y)
             v, carry, info = linear_solver(lin.hvp, upper_y, carry)
             gradient = optax.tree.sub(upper_x, lin.cross(v))
-            residual = derivatives.norm(lin.gradient_y)
-        metrics = {"lower_residual": residual, "linear_residual": info.residual, "linear_iterations": info.iterations}
+            loss, residual = lin.value, derivatives.norm(lin.gradient_y)
+        steep = derivatives.norm(upper_y)
+        metrics = {
+            "lower_loss": loss,
+            "lower_residual": residual,
+            "linear_residual": info.residual,
+            "linear_error": info.residual / jnp.where(steep > 0, steep, 1),
+            "linear_iterations": info.iterations,
+            "negative_curvature": info.negative_curvature.astype(residual.dtype),
+        }
         return Estimate(value, gradient, found, carry, metrics)
+
+
+_KRYLOV = ("tol", "max_steps", "warm_start", "damping")
+
+
+def _stacked(x: PyTree, y: PyTree) -> bool:
+    """Whether every leaf of y is some copies of that of x, as many in all of them."""
+    pairs = list(zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=False))
+    if len(jax.tree.leaves(x)) != len(jax.tree.leaves(y)):
+        return False
+    copies = {jnp.shape(b)[:1] for _, b in pairs}
+    return len(copies) == 1 and all(jnp.ndim(b) and jnp.shape(b)[1:] == jnp.shape(a) for a, b in pairs)
 
 
 def JacobianFree(step: float = 1.0) -> Implicit:

@@ -74,24 +74,29 @@ class ActiveSet:
         jacobian = jax.jacobian(lambda u: rows(x, unravel(u)))(flat)
         right = jnp.concatenate([ravel_pytree(F_y)[0], jnp.zeros_like(lam)])
 
-        def gradient(active: jax.Array) -> PyTree:
+        def gradient(active: jax.Array) -> tuple[PyTree, jax.Array]:
             masked = jnp.where(active[:, None], jacobian, 0.0)
             system = jnp.block([[hessian, masked.T], [masked, jnp.diag(jnp.where(active, 0.0, 1.0))]])
             solution = jnp.linalg.lstsq(system, right, rcond=1e2 * float(jnp.finfo(rows.dtype).eps))[0]
             w, q = unravel(solution[: flat.size]), jnp.where(active, solution[flat.size :], 0.0)
             through = jax.vjp(lambda x: rows(x, y), x)[1](q)[0]
-            return optax.tree.sub(F_x, optax.tree.add(derivatives.cross_product(lagrangian, x, y, w), through))
+            left = jnp.linalg.norm(right - system @ solution)
+            return optax.tree.sub(F_x, optax.tree.add(derivatives.cross_product(lagrangian, x, y, w), through)), left
 
         strong = (lam > self.eps) | ~rows.inequality
         weak = (rows(x, y) > -self.eps) & ~strong
-        a, b = gradient(strong), gradient(strong | weak)
+        (a, left), (b, _) = gradient(strong), gradient(strong | weak)
         apart = optax.tree.sub(b, a)
         share = -optax.tree.vdot(a, apart) / jnp.maximum(optax.tree.vdot(apart, apart), 1e-30)
         shortest = optax.tree.add_scale(a, jnp.clip(share, 0.0, 1.0), apart)
+        steep = jnp.linalg.norm(right)
         metrics = {
+            "lower_loss": lower(x, y),
             "lower_residual": derivatives.norm(jax.grad(lagrangian, argnums=1)(x, y)),
             "violation": rows.violation(x, y),
             "weakly_active": jnp.sum(weak).astype(value.dtype),
+            "linear_residual": left,
+            "linear_error": left / jnp.where(steep > 0, steep, 1),
         }
         return Estimate(value, shortest, LowerState(y, start.memory), given, metrics)
 
@@ -158,6 +163,7 @@ class NullSpace:
         through = jax.vjp(lambda x: Constraints(lower, x, y).raw(x, y), x)[1](q)[0]
 
         metrics = {
+            "lower_loss": local.value,
             "lower_residual": derivatives.norm(rows.along(local.gradient_y)),
             "violation": derivatives.norm(optax.tree.sub(y, rows.onto(y))),
         }

@@ -30,10 +30,10 @@ class LeastSquares:
 
         dF/dx = F_x - f_xy v,        v <- v - rho f_yy (f_yy v - F_y)        `steps` times, from the last v
 
-    For lower levels that are smooth and satisfy the PL inequality in y. Where the minimiser is not unique and F prefers
-    another one than the lower solver found, F_y - f_yy v cannot vanish: that is `linear_residual`, and a run with a
-    tolerance does not end CONVERGED above it. Per call: the lower solve, a gradient of F, 2 steps + 1 second-order
-    products. `Implicit(linear.NormalCG())` solves the same system to a tolerance.
+    For lower levels that are smooth, convex in y (which the theory asks for) and satisfy the PL inequality in y. Where
+    the minimiser is not unique and F prefers another one than the lower solver found, F_y - f_yy v cannot vanish: that
+    is `linear_residual`, and a run with a tolerance does not end CONVERGED above it. Per call: the lower solve, a
+    gradient of F, 2 steps + 1 second-order products. `Implicit(linear.Robust())` solves the same system to a tolerance.
 
     Attributes:
       steps: per call.
@@ -71,6 +71,7 @@ class LeastSquares:
         v = jax.lax.scan(improve, carry.v, None, length=self.steps)[0]
         cross, product = local.products(v)
         metrics = {
+            "lower_loss": local.value,
             "lower_residual": derivatives.norm(local.gradient_y),
             "linear_residual": derivatives.norm(optax.tree.sub(F_y, product)),
         }

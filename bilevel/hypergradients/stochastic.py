@@ -70,8 +70,9 @@ class StochasticImplicit:
       warm_start: keep w between outer steps.
       randomised: draw the length of the product instead of summing the products.
 
-    Per call: the lower solve, 1 gradient of F, K HVPs (on average (K-1)/2 if randomised), 1 cross product. Bias of
-    the series: (1 - eta mu)^(K+1), and the same for the randomised one.
+    Per call: the lower solve, 1 gradient of F, K HVPs (on average (K-1)/2 if randomised), 1 cross product. The
+    series has K + 1 terms and the relative bias (1 - eta mu)^(K+1); the randomised product has the mean of K terms, one
+    less, and the bias (1 - eta mu)^K. Both are as published.
 
     References: Ghadimi, Wang, "Approximation Methods for Bilevel Programming", 2018 (BSA); Ji, Yang, Liang, "Bilevel
     Optimization: Convergence Analysis and Enhanced Design", ICML 2021 (StocBiO); Arbel, Mairal, "Amortized Implicit

@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel import derivatives
 from bilevel._module import hyperparameters
-from bilevel.hypergradients._base import Estimate
+from bilevel.hypergradients._base import Estimate, lower_metrics
 from bilevel.level import Level
 from bilevel.lower import LowerState, repeat
 from bilevel.optimizers import check_count
@@ -75,8 +74,7 @@ class Unrolled:
             (value, found), gradient = jax.value_and_grad(objective, has_aux=True)(x)
         else:
             (value, found), gradient = _forward_gradient(objective, x)
-        residual = derivatives.norm(lower.gradient(x, found.y))
-        return Estimate(value, gradient, found, carry, {"lower_residual": residual})
+        return Estimate(value, gradient, found, carry, lower_metrics(lower, x, found.y))
 
     def _truncated(self, solver: Any, level: Level, x: PyTree, start: LowerState) -> Any:
         """The last steps of the run alone, which begin where the others, not differentiated, have ended."""

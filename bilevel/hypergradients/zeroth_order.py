@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import derivatives
 from bilevel._module import hyperparameters
-from bilevel.hypergradients._base import Estimate
+from bilevel.hypergradients._base import Estimate, lower_metrics
 from bilevel.keys import Draw
 from bilevel.level import Level
 from bilevel.lower import LowerState
@@ -53,7 +52,8 @@ class PZOBO(_Perturbing):
     variance grows with dim x and falls with Q. Cost: Q + 1 lower runs (vmapped), one upper gradient.
 
     Attributes:
-      directions: Q. The paper's code takes 10, or 1 for large problems.
+      directions: Q. The authors take one direction, uniform on the unit sphere, in the place of each normal one here,
+        which has sqrt(dim x) times its length: their mu is that much larger than ours for the same perturbation.
       mu: the perturbation's size.
 
     Reference: Sow, Ji, Liang, "On the Convergence Theory for Hessian-Free Bilevel Algorithms", NeurIPS 2022.
@@ -67,8 +67,7 @@ class PZOBO(_Perturbing):
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, found.y)
         change = lambda x: optax.tree.vdot(optax.tree.sub(solver(lower, x, start).y, found.y), upper_y)  # noqa: E731
         gradient = optax.tree.add(upper_x, self._mean(lower, x, carry, change))
-        metrics = {"lower_residual": derivatives.norm(lower.gradient(x, found.y))}
-        return Estimate(value, gradient, found, carry + 1, metrics)
+        return Estimate(value, gradient, found, carry + 1, lower_metrics(lower, x, found.y))
 
 
 @hyperparameters
@@ -93,4 +92,4 @@ class HOZOG(_Perturbing):
         found = solver(lower, x, start)
         value = upper(x, found.y)
         gradient = self._mean(lower, x, carry, lambda x: upper(x, solver(lower, x, start).y) - value)
-        return Estimate(value, gradient, found, carry + 1, {})
+        return Estimate(value, gradient, found, carry + 1, {"lower_loss": lower(x, found.y)})

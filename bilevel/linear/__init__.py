@@ -19,21 +19,25 @@ The Krylov solvers differ from what stands in a textbook in five points, each fo
 5. The derivative is another solve, that of the exact solution, and not that of the iterations. Only the truncated
    series (`Neumann`, `Richardson`, `Identity`) are differentiated as what they are.
 
-A solver cannot see from products whether H is what it needs: a solver that needs a symmetric H says so in `symmetric`,
-and `hypergradients.Implicit` refuses it for a lower level with a projection or prox.
+A solver cannot see from its iterations whether H is what it needs: one that needs a symmetric H says so in `symmetric`.
+`hypergradients.Implicit` refuses it for a lower level with a projection or prox; `implicit.custom_root` looks at two
+products of a condition that does not say that it is symmetric, and takes a general solver where they disagree. `Dense`
+holds the matrix and sees for itself.
 
 | H is | solver |
 |---|---|
+| symmetric, and not known to be more | `Robust`, the default of `hypergradients.Implicit` |
 | symmetric positive definite | `CG`, with `Jacobi`, `NystromPreconditioner` or `StaleCholesky` |
 | symmetric, indefinite or singular | `MINRES` |
-| not symmetric | `GMRES`, `BiCGStab`, `NormalCG` |
+| not symmetric | `GMRES`, `BiCGStab`, `NormalCG`, `Robust(symmetric=False)` |
+| block-diagonal, the blocks stacked (tasks) | `TaskCG` |
 | small | `Dense` |
 | to be inverted roughly, at a fixed cost | `Neumann`, `Richardson`, `Nystrom`, `Identity` |
 """
 
 from bilevel.linear._common import LinearCarry, LinearInfo, LinearSolver
 from bilevel.linear.direct import Dense, Nystrom
-from bilevel.linear.krylov import CG, GMRES, MINRES, BiCGStab, NormalCG
+from bilevel.linear.krylov import CG, GMRES, MINRES, BiCGStab, NormalCG, Robust, TaskCG
 from bilevel.linear.preconditioners import (
     Jacobi,
     NystromPreconditioner,
@@ -46,5 +50,5 @@ from bilevel.linear.series import Identity, Neumann, Richardson
 __all__ = [
     "CG", "GMRES", "MINRES", "BiCGStab", "Dense", "Identity", "Jacobi", "LinearCarry", "LinearInfo", "LinearSolver",
     "Neumann", "NormalCG", "Nystrom", "NystromPreconditioner", "Preconditioner", "PreconditionerState", "Richardson",
-    "StaleCholesky",
+    "Robust", "StaleCholesky", "TaskCG",
 ]  # fmt: skip

@@ -232,6 +232,17 @@ def start(matvec: Matvec, b: PyTree, v: PyTree) -> tuple[PyTree, PyTree]:
     return optax.tree.where(helps, v, optax.tree.zeros_like(v)), optax.tree.where(helps, r, b)
 
 
+def is_skew(matvec: Matvec, b: PyTree) -> jax.Array:
+    """Whether two products tell that H is not symmetric: u'Hv and v'Hu differ beyond rounding for two random vectors.
+
+    False for a NaN.
+    """
+    u, v = (optax.tree.random_like(jax.random.key(i), b, jax.random.normal) for i in (1, 2))
+    forward, back = matvec(u), matvec(v)
+    scale = norm(v) * norm(forward) + norm(u) * norm(back)
+    return jnp.abs(dot(v, forward) - dot(u, back)) > epsilon(b) ** 0.5 * scale
+
+
 # Solving.
 
 Answer = tuple[PyTree, LinearInfo]

@@ -37,7 +37,9 @@ class Dense(Solver):
     (`info.negative_curvature` is then True), an LU factor. The derivative reuses it.
 
     Attributes:
-      symmetric: whether H' = H.
+      symmetric: whether H' = H is to be expected, up to rounding: such a matrix is made symmetric exactly. Where H and
+        H' turn out to differ by more than 1e3 d eps (or sqrt(eps), if that is more) of H, it is solved as it is, by an
+        LU factor. False: always that.
       damping: solve (H + damping I) v = b.
       max_size: the largest d that it accepts.
     """
@@ -58,12 +60,15 @@ class Dense(Solver):
         order = jnp.arange(size(b), dtype=jnp.int32)
 
         if self.symmetric:
-            matrix = (matrix + matrix.T) / 2
-            cholesky = jnp.linalg.cholesky(matrix)
-            definite = jnp.all(jnp.isfinite(cholesky)) | ~jnp.all(jnp.isfinite(matrix))
+            eps = float(jnp.finfo(matrix.dtype).eps)
+            rounding = max(1e3 * len(matrix) * eps, eps**0.5) * jnp.linalg.norm(matrix)
+            even = ~(jnp.linalg.norm(matrix - matrix.T) > rounding)  # True for a NaN, which then shows in v
+            cholesky = jnp.linalg.cholesky((matrix + matrix.T) / 2)
+            definite = even & (jnp.all(jnp.isfinite(cholesky)) | ~jnp.all(jnp.isfinite(matrix)))
+            matrix = jnp.where(even, (matrix + matrix.T) / 2, matrix)
             factor = jax.lax.cond(definite, lambda: (cholesky, order), lambda: _lu(matrix))
         else:
-            definite = jnp.bool_(True)
+            even, definite = jnp.bool_(False), jnp.bool_(False)
             factor = _lu(matrix)
 
         def solve(h: Matvec, b: PyTree, transpose: bool) -> Answer:
@@ -74,10 +79,10 @@ class Dense(Solver):
             else:
                 x = lu()
             v = unflatten(x)
-            return v, report(norm(axpy(-1.0, h(v), b)), 0, ~definite)
+            return v, report(norm(axpy(-1.0, h(v), b)), 0, even & ~definite)
 
         forward, transposed = functools.partial(solve, transpose=False), functools.partial(solve, transpose=True)
-        v, info = implicit_solve(h, b, forward, transposed, self.symmetric)
+        v, info = implicit_solve(h, b, forward, transposed, symmetric=False)
         return v, memory, info
 
 

@@ -35,7 +35,7 @@ from bilevel.linear._common import (
     start,
     working_dtype,
 )
-from bilevel.linear.preconditioners import Preconditioner
+from bilevel.linear.preconditioners import Preconditioner, dense_matrix
 from bilevel.typing import PyTree
 
 
@@ -91,10 +91,11 @@ class CG(Krylov):
     The error falls like ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^k with the condition number kappa of P^-1 H. A warm
     start costs one product more, for its first residual, and is dropped where its residual exceeds that of v = 0.
 
-    Negative curvature. Where p'Hp <= 0 the system has no minimum to go to, and CG keeps v, stops and says so in
-    `info.negative_curvature`. In the first iteration from v = 0, v is p ||b|| / ||Hp|| instead of zero: steepest
-    descent at the length of a curvature |H|, so that v'b > 0 and a hypergradient still has a first-order answer (0 if
-    Hp = 0). Raise `damping` if this occurs, or use MINRES.
+    Negative curvature. Where p'Hp <= 0, or is not above its rounding error of 4 eps |H| |p|^2, the system has no
+    minimum to go to, and CG keeps v, stops and says so in `info.negative_curvature`. In the first iteration from v = 0
+    with p'Hp <= 0, v is p ||b|| / ||Hp|| instead of zero: steepest descent at the length of a curvature |H|, so that
+    v'b > 0 and a hypergradient still has a first-order answer (0 if Hp = 0). Raise `damping` if this occurs, or use
+    MINRES or Robust.
 
     Attributes:
       tol: stop at ||r|| <= tol ||b||, or at the precision of b's dtype where that is larger. None: only there, so
@@ -114,39 +115,220 @@ class CG(Krylov):
     preconditioner: Preconditioner | None = None
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: Any) -> Answer:
-        target = residual_target(self.tol, b)
-        v, r = start(h, b, v)
+        s = conjugate_gradients(h, b, v, precondition, residual_target(self.tol, b), self.max_steps)
+        return s.v, report(jnp.sqrt(s.rr), s.k, s.broken)
+
+
+class CGState(NamedTuple):
+    """Where conjugate gradients stand."""
+
+    v: PyTree
+    r: PyTree
+    p: PyTree
+    rz: jax.Array
+    rr: jax.Array
+    k: jax.Array
+    size_h: jax.Array  # a lower bound of the norm of H, to tell rounding from numbers
+    broken: jax.Array  # p'Hp was not positive beyond rounding
+    negative: jax.Array  # it was negative beyond rounding
+
+
+def conjugate_gradients(
+    h: Matvec, b: PyTree, v: PyTree, precondition: Any, target: jax.Array, max_steps: int, size_h: Any = 0.0
+) -> CGState:
+    """CG's iterations from v (None: cold) to a residual of `target`; `size_h`: what is known of the norm of H."""
+    v, r = start(h, b, v)
+    z = r if precondition is None else precondition(r)
+    at_zero, eps = dot(v, v) == 0, 4 * float(jnp.finfo(working_dtype(b)).eps)
+
+    def unfinished(s: CGState) -> jax.Array:
+        return (s.k < max_steps) & (s.rr > target**2) & ~s.broken
+
+    def step(s: CGState) -> CGState:
+        q = h(s.p)
+        curvature, pp, qq = dot(s.p, q), dot(s.p, s.p), dot(q, q)
+        size_h = jnp.maximum(s.size_h, jnp.sqrt(ratio(qq, pp)))
+        # In a direction without curvature p'Hp is what rounding makes of zero: a step of rr / p'Hp would be noise.
+        rounding = eps * size_h * pp
+        broken = curvature <= rounding  # False for a NaN, which then shows in v
+        descends = at_zero & (s.k == 0) & (curvature <= 0)
+        safe = lambda: jnp.where(descends, ratio(norm(b), jnp.sqrt(qq)), 0)  # noqa: E731
+        a = jax.lax.cond(broken, safe, lambda: ratio(s.rz, curvature))
+        v, r = axpy(a, s.p, s.v), axpy(-a, q, s.r)
         z = r if precondition is None else precondition(r)
-        at_zero = dot(v, v) == 0
-
-        class State(NamedTuple):
-            v: PyTree
-            r: PyTree
-            p: PyTree
-            rz: jax.Array
-            rr: jax.Array
-            k: jax.Array
-            negative: jax.Array
-
-        def unfinished(s: State) -> jax.Array:
-            return (s.k < self.max_steps) & (s.rr > target**2) & ~s.negative
-
-        def step(s: State) -> State:
-            q = h(s.p)
-            curvature = dot(s.p, q)
-            negative = curvature <= 0  # False for a NaN, which then shows in v
-            safe = lambda: jnp.where(at_zero & (s.k == 0), ratio(norm(b), norm(q)), 0)  # noqa: E731
-            a = jax.lax.cond(negative, safe, lambda: ratio(s.rz, curvature))
-            v, r = axpy(a, s.p, s.v), axpy(-a, q, s.r)
-            z = r if precondition is None else precondition(r)
-            rr = dot(r, r)
-            rz = rr if precondition is None else dot(r, z)
-            return State(v, r, axpy(ratio(rz, s.rz), s.p, z), rz, rr, s.k + 1, negative)
-
         rr = dot(r, r)
-        initial = State(v, r, z, rr if precondition is None else dot(r, z), rr, jnp.int32(0), jnp.bool_(False))
-        s = jax.lax.while_loop(unfinished, step, initial)
-        return s.v, report(jnp.sqrt(s.rr), s.k, s.negative)
+        rz = rr if precondition is None else dot(r, z)
+        p = axpy(ratio(rz, s.rz), s.p, z)
+        return CGState(v, r, p, rz, rr, s.k + 1, size_h, broken, curvature < -rounding)
+
+    rr, no = dot(r, r), jnp.bool_(False)
+    rz = rr if precondition is None else dot(r, z)
+    size_h = jnp.asarray(size_h, rr.dtype)
+    return jax.lax.while_loop(unfinished, step, CGState(v, r, z, rz, rr, jnp.int32(0), size_h, no, no))
+
+
+@hyperparameters
+class TaskCG(Krylov):
+    """`CG` for each of many systems that share nothing, stacked along the leading axis of every leaf.
+
+    One CG over all of them would need as many iterations as they have distinct eigenvalues together, and stop for all
+    at the first with negative curvature; here each has step lengths, a tolerance and an end of its own, and all share
+    the products. `info.residual` is that of all together, `info.negative_curvature` whether any met some.
+
+    Attributes: `tol`, `max_steps`, `warm_start` and `damping` as for `CG`.
+    """
+
+    def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> Answer:
+        dtype = working_dtype(b)
+
+        def dots(a: PyTree, b: PyTree) -> jax.Array:
+            pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+            each = [jnp.sum((x.astype(dtype) * y.astype(dtype)).reshape(len(x), -1), 1) for x, y in pairs]
+            return jnp.sum(jnp.stack(each), 0)
+
+        def along(scalars: jax.Array, x: PyTree, y: PyTree) -> PyTree:
+            wide = lambda leaf: scalars.reshape(-1, *[1] * (leaf.ndim - 1))  # noqa: E731
+            return jax.tree.map(lambda x, y: (y + wide(x) * x).astype(y.dtype), x, y)
+
+        bb, eps = dots(b, b), float(jnp.finfo(dtype).eps)
+        target = bb * (epsilon(b) if self.tol is None else jnp.maximum(self.tol, epsilon(b))) ** 2
+        zero, ones = optax.tree.zeros_like(b), jnp.ones_like(bb)
+        if v is not None:
+            rest = along(-ones, h(v), b)
+            helps = (dots(rest, rest) <= bb).astype(dtype)  # False where v holds a NaN
+            known = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), v)
+            v = along(helps, known, zero)
+        v = zero if v is None else v
+        r = along(-ones, h(v), b)
+        at_zero = dots(v, v) == 0
+
+        def unfinished(s: Any) -> jax.Array:
+            return (s[5] < self.max_steps) & jnp.any((s[3] > target) & ~s[6])
+
+        def step(s: Any) -> Any:
+            v, r, p, rr, size_h, k, broken, negative = s
+            q = h(p)
+            curvature, pp, qq = dots(p, q), dots(p, p), dots(q, q)
+            size_h = jnp.maximum(size_h, jnp.sqrt(ratio(qq, pp)))
+            rounding = 4 * eps * size_h * pp
+            moves = (rr > target) & ~broken
+            broken = broken | (moves & (curvature <= rounding))
+            negative = negative | (moves & (curvature < -rounding))
+            first = at_zero & (k == 0) & (curvature <= 0)
+            a = jnp.where(broken, jnp.where(first, ratio(jnp.sqrt(bb), jnp.sqrt(qq)), 0), ratio(rr, curvature))
+            a = jnp.where(moves, a, 0)
+            v, r = along(a, p, v), along(-a, q, r)
+            new = dots(r, r)
+            p = along(jnp.where(moves, ratio(new, rr), 0), p, r)
+            return v, r, p, new, size_h, k + 1, broken, negative
+
+        no = jnp.zeros(bb.shape, bool)
+        s = jax.lax.while_loop(unfinished, step, (v, r, r, dots(r, r), jnp.zeros_like(bb), jnp.int32(0), no, no))
+        return s[0], report(jnp.sqrt(jnp.sum(s[3])), s[5], jnp.any(s[7]))
+
+
+@hyperparameters
+class Robust(Krylov):
+    """A Krylov method where it can be trusted, and the least-squares solution of least norm where it cannot.
+
+    For up to `dense` unknowns H is made a matrix, by d products at once, and solved by its eigenvalues (singular values
+    where it is not symmetric): those below its rounding error (d eps of the largest, or what a symmetric H and H'
+    differ by, where that is more) count as zero. Above, `CG` (`GMRES`) to the same tolerance; where CG meets a
+    direction without positive curvature (beyond rounding), or GMRES stagnates (or needs more than d
+    iterations), the system is solved anew by conjugate
+    gradients on |b - H v|^2 (CGLS, two products per iteration), from cold. So
+
+    * a consistent singular system has its solution of least norm,
+    * an inconsistent one a least-squares solution, and `info.residual` the part of b that is outside H's range,
+    * an indefinite one its exact solution, and `info.negative_curvature` is True where H is symmetric.
+
+    CGLS converges at a rate of kappa^2 and ends after `max_steps` iterations: `info.residual` is what is left.
+
+    Attributes: `tol`, `max_steps`, `warm_start` and `damping` as for `CG`.
+      symmetric: whether H' = H.
+      dense: the largest d that is solved as a matrix.
+
+    References: Hestenes and Stiefel (1952), J. Res. NBS 49; Bjorck (1996), Numerical Methods for Least Squares
+    Problems, 7.4.
+    """
+
+    symmetric: bool = True  # type: ignore[misc]
+    dense: int = 32
+
+    def _memory(self, b: PyTree) -> jax.Array:
+        return jnp.zeros((), working_dtype(b))  # the norm of H as far as the last solves have seen it
+
+    def _solve(self, h: Matvec, b: PyTree, v: PyTree, memory: PyTree) -> tuple[PyTree, PyTree, LinearInfo]:
+        if self.symmetric and size(b) > self.dense:
+            known = memory
+            memory = jax.lax.stop_gradient(jax.lax.cond(known > 0, lambda: known, lambda: _typical(h, b)))
+        h, warm_start, size_h = damped(h, self.damping), v, memory
+        algorithm: Algorithm = lambda h, b, v: self._answer(h, b, v, size_h)  # noqa: E731
+        forward = lambda h, b: solve_normalised(algorithm, h, b, warm_start)  # noqa: E731
+        transposed = lambda h, b: solve_normalised(algorithm, h, b, None)  # noqa: E731
+        v, info = implicit_solve(h, b, forward, transposed, self.symmetric)
+        return v, memory, info
+
+    def _answer(self, h: Matvec, b: PyTree, v: PyTree, size_h: jax.Array) -> Answer:
+        if size(b) <= self.dense:
+            return (_by_eigenvalues if self.symmetric else _by_singular_values)(h, b)
+        target = residual_target(self.tol, b)
+        if self.symmetric:
+            s = conjugate_gradients(h, b, v, None, target, self.max_steps, size_h)
+            v, rr, k, failed, negative = s.v, s.rr, s.k, s.broken, s.negative
+            transposed = h
+        else:
+            v, info = GMRES(self.tol, self.max_steps)._iterations(h, b, v, None)
+            rr, k, negative = info.residual**2, info.iterations, jnp.bool_(False)
+            failed = (info.residual > target) & ((k < self.max_steps) | (size(b) <= self.max_steps))
+            transposed = lambda r: jax.linear_transpose(h, b)(r)[0]  # noqa: E731
+        # Under `vmap` both branches run: a right-hand side of zero ends the second one at once.
+        right = optax.tree.where(failed, b, optax.tree.zeros_like(b))
+        none = CGLSState(v, v, v, rr, rr, jnp.int32(0))
+        instead = lambda: least_squares(h, transposed, right, None, target, self.max_steps)  # noqa: E731
+        other = jax.lax.cond(failed, instead, lambda: none)
+        better = failed & (other.rr <= rr * (1 + 1e-3))
+        v, rr = optax.tree.where(better, (other.v, other.rr), (v, rr))
+        return v, report(jnp.sqrt(rr), k + other.k, negative)
+
+
+def _typical(h: Matvec, b: PyTree) -> jax.Array:
+    """|H u| / |u| at a random u: the root mean square of the eigenvalues, as an expectation."""
+    unflatten = flattener(b)[1]
+    u = unflatten(jax.random.normal(jax.random.key(11), (size(b),), working_dtype(b)))
+    return jax.lax.stop_gradient(ratio(norm(h(u)), norm(u)))
+
+
+def _by_eigenvalues(h: Matvec, b: PyTree) -> Answer:
+    """The least-squares solution of least norm from the eigenvalues of H as a matrix."""
+    flatten, unflatten = flattener(b)
+    matrix, x = dense_matrix(h, b), flatten(b)
+    usable = jnp.all(jnp.isfinite(matrix))
+    matrix = jnp.where(usable, matrix, 0)
+    values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+    largest, d = jnp.max(jnp.abs(values)), len(values)
+    rounding = max(d, 4) * jnp.finfo(x.dtype).eps * largest + 2 * jnp.linalg.norm(matrix - matrix.T)
+    inverse = jnp.where(jnp.abs(values) > rounding, 1 / jnp.where(values == 0, 1, values), 0)
+
+    def through(x: jax.Array) -> jax.Array:
+        return matmul(vectors, inverse * matmul(vectors.T, x))
+
+    v = through(x)
+    # Once more with what is left: the digits that the eigenvectors have lost.
+    v = v + through(x - matmul(matrix, v))
+    solution = unflatten(jnp.where(usable, v, jnp.nan))
+    return solution, report(norm(axpy(-1.0, h(solution), b)), 0, values[0] < -rounding)
+
+
+def _by_singular_values(h: Matvec, b: PyTree) -> Answer:
+    """The least-squares solution of least norm from the singular values of H as a matrix."""
+    flatten, unflatten = flattener(b)
+    matrix, x = dense_matrix(h, b), flatten(b)
+    usable = jnp.all(jnp.isfinite(matrix))
+    matrix = jnp.where(usable, matrix, 0)
+    v = jnp.linalg.lstsq(matrix, x, rcond=2 * max(len(x), 4) * float(jnp.finfo(x.dtype).eps))[0]
+    solution = unflatten(jnp.where(usable, v, jnp.nan))
+    return solution, report(norm(axpy(-1.0, h(solution), b)), 0)
 
 
 @hyperparameters
@@ -422,33 +604,39 @@ class NormalCG(Krylov):
     symmetric: ClassVar[bool] = False
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> Answer:
-        target, eps = residual_target(self.tol, b), epsilon(b)
         transposed = lambda r: jax.linear_transpose(h, b)(r)[0]  # noqa: E731
-
-        class State(NamedTuple):
-            v: PyTree
-            r: PyTree
-            p: PyTree
-            ss: jax.Array
-            rr: jax.Array
-            k: jax.Array
-
-        v, r = start(h, b, v)
-        s = transposed(r)
-        ss_0 = dot(s, s)
-
-        def unfinished(s: State) -> jax.Array:
-            # H'r = 0: no residual can be smaller
-            return (s.k < self.max_steps) & (s.rr > target**2) & ~(s.ss <= eps**2 * ss_0)
-
-        def step(s: State) -> State:
-            q = h(s.p)
-            a = ratio(s.ss, dot(q, q))
-            v, r = axpy(a, s.p, s.v), axpy(-a, q, s.r)
-            gradient = transposed(r)
-            ss = dot(gradient, gradient)
-            return State(v, r, axpy(ratio(ss, s.ss), s.p, gradient), ss, dot(r, r), s.k + 1)
-
-        initial = State(v, r, s, ss_0, dot(r, r), jnp.int32(0))
-        end = jax.lax.while_loop(unfinished, step, initial)
+        end = least_squares(h, transposed, b, v, residual_target(self.tol, b), self.max_steps)
         return end.v, report(jnp.sqrt(end.rr), end.k)
+
+
+class CGLSState(NamedTuple):
+    """Where conjugate gradients on the normal equations stand."""
+
+    v: PyTree
+    r: PyTree
+    p: PyTree
+    ss: jax.Array
+    rr: jax.Array
+    k: jax.Array
+
+
+def least_squares(h: Matvec, transposed: Matvec, b: PyTree, v: PyTree, target: jax.Array, max_steps: int) -> CGLSState:
+    """CGLS's iterations from v (None: cold) to a residual of `target`, or to H'r = 0."""
+    eps = epsilon(b)
+    v, r = start(h, b, v)
+    s = transposed(r)
+    ss_0 = dot(s, s)
+
+    def unfinished(s: CGLSState) -> jax.Array:
+        # H'r = 0: no residual can be smaller
+        return (s.k < max_steps) & (s.rr > target**2) & ~(s.ss <= eps**2 * ss_0)
+
+    def step(s: CGLSState) -> CGLSState:
+        q = h(s.p)
+        a = ratio(s.ss, dot(q, q))
+        v, r = axpy(a, s.p, s.v), axpy(-a, q, s.r)
+        gradient = transposed(r)
+        ss = dot(gradient, gradient)
+        return CGLSState(v, r, axpy(ratio(ss, s.ss), s.p, gradient), ss, dot(r, r), s.k + 1)
+
+    return jax.lax.while_loop(unfinished, step, CGLSState(v, r, s, ss_0, dot(r, r), jnp.int32(0)))

@@ -10,10 +10,11 @@ a closed form, or a solver of another library, is one line.
 from bilevel.lower.accurate import Accurate
 from bilevel.lower.foreign import Function, as_lower_solver, jaxopt, optimistix
 from bilevel.lower.loops import LowerState, repeat, until
+from bilevel.lower.newton import Newton
 from bilevel.lower.scaled import EqualityDescent, ScaledDescent
 from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Steps
 
 __all__ = [
-    "LBFGS", "Accurate", "EqualityDescent", "Function", "GradientDescent", "LowerState", "MomentumSGD", "ScaledDescent",
-    "Steps", "as_lower_solver", "jaxopt", "optimistix", "repeat", "until",
+    "LBFGS", "Accurate", "EqualityDescent", "Function", "GradientDescent", "LowerState", "MomentumSGD", "Newton",
+    "ScaledDescent", "Steps", "as_lower_solver", "jaxopt", "optimistix", "repeat", "until",
 ]  # fmt: skip

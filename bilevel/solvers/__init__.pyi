@@ -59,6 +59,7 @@ from bilevel.solvers.single_loop import SRBA as SRBA
 from bilevel.solvers.single_loop import SUSTAIN as SUSTAIN
 from bilevel.solvers.single_loop import AdamSOBA as AdamSOBA
 from bilevel.solvers.single_loop import SingleLoop as SingleLoop
+from bilevel.solvers.small.mpcc import MPCC as MPCC
 from bilevel.solvers.stochastic_nested import BSA as BSA
 from bilevel.solvers.stochastic_nested import SAMA as SAMA
 from bilevel.solvers.stochastic_nested import TTSA as TTSA

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel.constraints import depends
+from bilevel.level import takes_batch
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.typing import Metrics, PyTree
@@ -48,7 +50,68 @@ def refuse(
         )
 
 
+def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
+    """Raise a `ProblemError` where x reaches neither level, so that every hypergradient would be zero.
+
+    Read off the traces of both losses and of all constraints. A lower solver that starts at x (MAML) reaches it.
+    """
+    begins = getattr(getattr(solver, "lower_solver", None), "start", None)
+    if not jax.tree.leaves(x) or begins is not None:
+        return
+    of_upper, of_lower = problem.sources
+    parts = {
+        "upper": of_upper, "upper_constraint": of_upper, "upper_equality": of_upper,
+        "lower": of_lower, "constraint": of_lower, "equality": of_lower,
+    }  # fmt: skip
+    for name, source in parts.items():
+        fn = getattr(problem, name)
+        batched = fn is not None and source.given and (name in ("upper", "lower") or takes_batch(fn))
+        bound = (lambda x, y, fn=fn, source=source: fn(x, y, source.example())) if batched else fn
+        if fn is not None and depends(bound, x, y):
+            return
+    prox = problem.prox_lower
+    if prox is not None and depends(lambda x, y: prox(y, x, 1.0), x, y):
+        return
+    raise ProblemError(
+        "x0 reaches neither the upper nor the lower loss (nor a constraint): the objective does not depend on x, and "
+        "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, give it "
+        "a start: solvers.HypergradientDescent(hypergradients.Unrolled(), lower.GradientDescent(0.1, 5, start=lambda "
+        "x, y: x))."
+    )
+
+
 def within(tol: Any, metrics: Metrics, *names: str) -> jax.Array:
     """CONVERGED where all these metrics, as far as they are measured, are at most tol; 0, to go on, elsewhere."""
     worst = jnp.max(jnp.stack([metrics[name] for name in names if name in metrics]))
     return jnp.where(worst <= tol, Result.CONVERGED.value, 0)
+
+
+# Of F_y: with more of it left the hypergradient is not that of the problem.
+_LINEAR = 1e-3
+
+
+def linear_settled(tol: Any, metrics: Metrics) -> Any:
+    """Whether the hypergradient's linear system is solved: what is left of F_y is at most tol, or a thousandth of it,
+    and no negative curvature was met. True where neither is measured."""
+    settled: Any = True
+    if "linear_error" in metrics:
+        settled = (metrics["linear_error"] <= _LINEAR) | (metrics["linear_residual"] <= tol)
+    return settled & (metrics.get("negative_curvature", 0) == 0)
+
+
+def linear_remark(metrics: dict[str, float]) -> str:
+    """What the linear systems of the last step say about the lower level, in a sentence; nothing where all is well."""
+    if metrics.get("negative_curvature", 0) > 0:
+        return (
+            "The linear solver met negative curvature of the lower loss: y is no minimum, but a saddle point or a "
+            "maximum of it (or the lower level is unbounded, or not solved yet). Start elsewhere (multistart), solve "
+            "the lower level by lower.Newton(), or add a strongly convex term to it."
+        )
+    if metrics.get("linear_error", 0) > _LINEAR:
+        return (
+            f"The linear system f_yy v = F_y is left with {100 * metrics['linear_error']:.2g}% of F_y. Either f_yy is "
+            "singular and F_y not in its range: the lower-level solution is not unique, F prefers another one, and "
+            "this method does not choose among solutions (F2BA, MEHA and LVHBA do); or the linear solver was cut "
+            "short: give it more steps."
+        )
+    return ""

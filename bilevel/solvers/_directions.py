@@ -101,7 +101,8 @@ class Series:
         w = eta sum_{k=0..K} prod_{j<=k} (I - eta f_yy(B_j)) F_y                  (`randomised=False`)
         w = K eta prod_{j<=P} (I - eta f_yy(B_j)) F_y,  P uniform on 0, ..., K-1  (`randomised=True`)
 
-    The second is unbiased for the first with K - 1 in the place of K.
+    The first has K + 1 terms, as in stocBiO, and the second the mean of K terms, as in BSA: it is unbiased for the
+    first with K - 1 in the place of K, and not for the first with the same K.
 
     Attributes:
       step_size: eta, below 2/L.

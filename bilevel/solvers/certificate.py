@@ -235,8 +235,13 @@ def certify(
     With a tolerance everything in this module's table that size allows; without one, values, sets and rows, and up to
     2,000 lower unknowns on full batches the lower level from y, where it is constrained, penalised or not convex.
     """
+    if result in (Result.LOWER_LEVEL, Result.INFEASIBLE):  # a solver's own word: the search may find better or worse
+        found = certify(problem, x, y, start, Result.MAX_STEPS, metrics, tol)
+        return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
     if result not in _ANY:
         return Certificate(result)
+    if (tol is not None or result is Result.CONVERGED) and not _refusal(problem, x, y):
+        return _of_small(problem, x, y, start, result, metrics, tol)
     unchecked = _obstacles(problem, x, y, tol)
     if unchecked is None:
         return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
@@ -263,6 +268,62 @@ def certify(
         why = " ".join([why, *unchecked]).strip()
     measures = {name: numbers[name] for name in _REPORTED if name in numbers}
     unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and numbers.get("gap", 1.0) <= 0.1)
+    return Certificate(result, why, measures, unchecked, unsettled, better)
+
+
+def _refusal(problem: Problem, x: PyTree, y: PyTree) -> str:
+    from bilevel.solvers.small.stationarity import refusal
+
+    return refusal(problem, x, y)
+
+
+def _of_small(
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    start: tuple[PyTree, PyTree],
+    result: Result,
+    metrics: dict[str, float],
+    tol: float | None,
+) -> Certificate:
+    """The same of a small problem, on the host: all vertices of the multipliers and all branches."""
+    from bilevel.solvers.small.program import Program
+    from bilevel.solvers.small.stationarity import lower_verified, stationary, unbounded
+
+    program = Program(problem, x, y, "The certificate")
+    before = Program(problem, *start, "The certificate")
+    n, k = program.n, program.n + program.m
+    if any((program.columns[part] < 1e-3 * before.columns[part]).any() for part in (slice(0, n), slice(n, k))):
+        program = before  # at the end a variable is zero but for rounding, which is no unit
+    lower = lower_verified(problem, x, y, program=program)
+    upper_loss, lower_loss = program.losses(x, y)
+    found: dict[str, float] = {
+        "finite": float(np.isfinite(upper_loss) and np.isfinite(lower_loss)),
+        "upper_violation": lower.upper_violation,
+        "violation": lower.violation,
+        "repaired": 0.0 if np.isfinite(lower.gap) else lower.violation,
+        "bounded": float(not unbounded(problem, x, y, program)),
+        "gap": lower.gap,
+        "gain": lower.optimistic_gain,
+        "noise_upper": 1e-12 * abs(upper_loss) / program.upper_scale,
+        "noise_lower": 1e-12 * abs(lower_loss) / program.lower_scale,
+        "lower_loss": lower_loss,
+        "polished_gap": lower.loss_gap,
+        "polished_violation": lower.violation,
+        "polished_change": -lower.loss_gain,
+    }
+    unchecked: tuple[str, ...] = ()
+    better = None
+    if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
+        slope = stationary(problem, x, y, 1e-3 if tol is None else tol, program)
+        found["near"] = max(0.0, -slope.slope)
+        found["descent"] = found["near"] * program.upper_scale
+        unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
+    elif not jax.tree.leaves(x):
+        found["near"] = 0.0
+    result, why = verdict(found, result, metrics, tol)
+    measures = {name: found[name] for name in _REPORTED if name in found}
+    unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and found["gap"] <= 0.1)
     return Certificate(result, why, measures, unchecked, unsettled, better)
 
 

@@ -1,103 +1,281 @@
-"""Which solver `solve` takes when it is given none."""
+"""Which solver `solve` takes when it is given none: it looks at the problem, then takes the first row that fits.
+
+`ROWS` is the one table of that choice; the page "Which method when" prints it (`as_markdown`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
+from bilevel import derivatives
 from bilevel.constraints import Constraints, depends, is_affine
+from bilevel.curvature import extreme_eigenvalues
 from bilevel.lower import GradientDescent
 from bilevel.problem import Problem, ProblemError
-from bilevel.solvers.nested import AID
-from bilevel.solvers.tuning_free import STFBO
 from bilevel.typing import PyTree
+
+__all__ = ["ROWS", "Facts", "Row", "as_markdown", "default_solver", "look", "second_solver"]
 
 # Above this many constraint values LV-HBA's projection on the coupled set is dearer than its step.
 _MANY_ROWS = 2000
+# The most lower unknowns whose curvature is looked at before the choice, and whose Hessian is written down.
+_DENSE = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is seen of a problem before the choice, at the start.
+
+    Attributes:
+      simple: there is no upper variable (`x0=None`).
+      stochastic: a level's samples are drawn.
+      rows: values of the lower level's coupled constraints; `affine`: all of them are.
+      upper_rows: the upper level has constraints.
+      projected, nonsmooth: the lower level has a projection; a prox. `coupled_prox`: the prox depends on x.
+      refusal: why the problem is none for `solvers.MPCC`; "" where it is one.
+      unknowns: of the lower level.
+      curvature: of f(x0, .) at y0: "convex", "flat" or "indefinite"; "" where it was not looked at.
+    """
+
+    simple: bool
+    stochastic: bool
+    rows: int
+    affine: bool
+    upper_rows: bool
+    projected: bool
+    nonsmooth: bool
+    coupled_prox: bool
+    refusal: str
+    unknowns: int
+    curvature: str
+
+    @property
+    def small(self) -> bool:
+        """Whether MPCC takes the problem."""
+        return not self.refusal
+
+    @property
+    def constrained(self) -> bool:
+        """Whether y is bound by more than f: by rows, a set or a prox."""
+        return bool(self.rows) or self.projected or self.nonsmooth
+
+
+def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
+    """What the choice rests on."""
+    rows, affine = 0, True
+    if problem.constraint is not None or problem.equality is not None:
+        coupled = Constraints(problem.draw_lower(0), x, y)
+        rows, affine = coupled.count, is_affine(coupled.raw, x, y)
+    prox = problem.prox_lower
+    facts = Facts(
+        simple=not jax.tree.leaves(x),
+        stochastic=problem.stochastic,
+        rows=rows,
+        affine=affine,
+        upper_rows=problem.upper_constraint is not None or problem.upper_equality is not None,
+        projected=problem.project_lower is not None,
+        nonsmooth=prox is not None,
+        coupled_prox=prox is not None and depends(lambda y, x: prox(y, x, 1.0), y, x, on=1),
+        refusal=_refusal(problem, x, y),
+        unknowns=optax.tree.size(y),
+        curvature="",
+    )
+    if facts.constrained or facts.stochastic or facts.simple or facts.unknowns > _DENSE:
+        return facts
+    low, high = (float(value) for value in _curvature(problem, x, y))
+    flat = 1e-9 * abs(high) if jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).eps < 1e-10 else 1e-5 * abs(high)
+    kind = "convex" if low > flat else "flat" if low >= -flat else "indefinite" if np.isfinite(low) else ""
+    return dataclasses.replace(facts, curvature=kind)
+
+
+@jax.jit
+def _curvature(problem: Problem, x: PyTree, y: PyTree) -> Any:
+    return extreme_eigenvalues(derivatives.linearised(problem.full_lower(), x, y).hvp, y, dense=_DENSE)
+
+
+def _refusal(problem: Problem, x: PyTree, y: PyTree) -> str:
+    from bilevel.solvers.small.stationarity import refusal
+
+    return refusal(problem, x, y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the choice.
+
+    Attributes:
+      problem: which problems, in words.
+      holds: whether a problem is one of them.
+      take: makes the solver.
+      solver: its name, with what is set in it.
+      why: the reason.
+    """
+
+    problem: str
+    holds: Callable[[Facts], bool]
+    take: Callable[[], Any]
+    solver: str
+    why: str
+
+
+def _take(name: str, *args: Any, **kwargs: Any) -> Any:
+    from bilevel import solvers  # imported where needed
+
+    return getattr(solvers, name)(*args, **kwargs)
+
+
+def _newton() -> Any:
+    from bilevel.lower import Newton
+
+    return _take("AID", Newton())
+
+
+ROWS = (
+    Row(
+        "at most 300 unknowns and constraint values, full batches; constraints at either level, a set that can be seen "
+        "(`bilevel.sets`) around y, or no upper variable",
+        lambda f: f.small and (f.upper_rows or bool(f.rows) or f.projected or f.simple),
+        functools.partial(_take, "MPCC"),
+        "MPCC",
+        "a small problem with constraints: the lower level's conditions as constraints, several starts, every end "
+        "verified",
+    ),
+    Row(
+        "the same size, no constraints, and f is not strongly convex at the start",
+        lambda f: f.small and f.curvature in ("flat", "indefinite"),
+        functools.partial(_take, "MPCC"),
+        "MPCC",
+        "a small problem whose lower level is flat or not convex at the start: several minimisers are possible, and "
+        "the best for F is looked for",
+    ),
+    Row(
+        "constraints of the upper level, larger",
+        lambda f: f.upper_rows,
+        lambda: None,
+        "none: name one",
+        "",
+    ),
+    Row(
+        "coupled affine constraints of the lower level",
+        lambda f: 0 < f.rows <= _MANY_ROWS and f.affine and not f.nonsmooth and not f.simple,
+        functools.partial(_take, "LVHBA"),
+        "LVHBA",
+        "the coupled constraints are affine, so that projecting on them is cheap and keeps the lower level feasible",
+    ),
+    Row(
+        "other coupled constraints of the lower level",
+        lambda f: f.rows > 0 and not f.nonsmooth and not f.simple,
+        functools.partial(_take, "BiCGAFFA"),
+        "BiCGAFFA",
+        "coupled constraints (nonlinear, or many rows) without a projection on the coupled set; LVHBA(project=...) if "
+        "you have one",
+    ),
+    Row(
+        "no upper variable, minibatches",
+        lambda f: f.simple and not f.rows and f.stochastic and not f.projected and not f.nonsmooth,
+        functools.partial(_take, "BOME"),
+        "BOME",
+        "a simple bilevel problem on minibatches: the dynamic barrier",
+    ),
+    Row(
+        "no upper variable",
+        lambda f: f.simple and not f.rows,
+        functools.partial(_take, "IterativeRegularization"),
+        "IterativeRegularization",
+        "a simple bilevel problem, both levels own y: a growing penalty",
+    ),
+    Row(
+        "a nonsmooth lower term that does not depend on x",
+        lambda f: f.nonsmooth and not f.coupled_prox and not f.rows,
+        functools.partial(_take, "MEHA"),
+        "MEHA",
+        "the Moreau envelope: the lower level has a nonsmooth term that does not depend on x",
+    ),
+    Row(
+        "full batches; a projected or proximal lower level",
+        lambda f: not f.rows and not f.simple and not f.stochastic and (f.projected or f.nonsmooth),
+        lambda: _take("AID", lower_solver=GradientDescent(0.1, 1000, tol=1e-6)),
+        "AID",
+        "implicit differentiation of the forward-backward map, with GMRES; lower steps of 0.1: full batches, a "
+        "projected or proximal lower level",
+    ),
+    Row(
+        "full batches, at most 100 lower unknowns, f strongly convex at the start",
+        lambda f: not f.rows and not f.simple and not f.stochastic and f.curvature == "convex",
+        _newton,
+        "AID",
+        "implicit differentiation with Newton steps and a direct linear solve, whatever the condition; no step sizes "
+        "to set: full batches, no coupled constraints, few lower unknowns",
+    ),
+    Row(
+        "full batches",
+        lambda f: not f.rows and not f.simple and not f.stochastic,
+        functools.partial(_take, "AID"),
+        "AID",
+        "implicit differentiation with warm-started CG; no step sizes to set: full batches, no coupled constraints",
+    ),
+    Row(
+        "minibatches",
+        lambda f: f.stochastic and not f.rows and not f.simple and not f.projected and not f.nonsmooth,
+        functools.partial(_take, "STFBO"),
+        "STFBO",
+        "a single loop with step sizes from accumulated gradient norms; none to set: minibatches, no coupled "
+        "constraints",
+    ),
+)
 
 
 def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
-    """A sensible solver for the problem, and the sentence that says which and why.
-
-    | the problem has | the solver |
-    |---|---|
-    | coupled constraints, x0=None, or a nonsmooth term that does not depend on x | a penalty method (`choose`) |
-    | full batches | `AID`: implicit differentiation with warm-started CG |
-    | full batches and a projected or proximal lower level | `AID` on the forward-backward map, with GMRES |
-    | minibatches | `STFBO`: a single loop whose steps come from accumulated gradient norms |
+    """A sensible solver for the problem, and the sentence that says which and why: the first of `ROWS` that fits.
 
     Raises:
       ProblemError: no solver of this package honours all parts of the problem.
     """
-    if problem.upper_constraint is not None or problem.upper_equality is not None:
+    facts = look(problem, x, y)
+    row = next((row for row in ROWS if row.holds(facts)), None)
+    solver = None if row is None else row.take()
+    if row is not None and solver is not None:
+        return solver, f"Chose {row.solver}: {row.why}."
+    if facts.upper_rows:
         raise ProblemError(
-            "No solver is chosen automatically for upper_constraint= and upper_equality=: name one of bilevel.solvers "
-            "that honours them."
+            "No solver is chosen automatically for upper_constraint= and upper_equality= here, since solvers.MPCC does "
+            f"not take the problem: {facts.refusal}"
         )
-    chosen = choose(problem, x, y)
-    if chosen is not None:
-        return chosen[0], f"Chose {chosen[1]}"
-    if problem.constraint is not None or problem.equality is not None or not jax.tree.leaves(x):
-        raise ProblemError(
-            "No solver is chosen automatically for this combination of constraints, prox and x0=None: name one of "
-            "bilevel.solvers."
-        )
-    nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
-    if not problem.stochastic:
-        if nonsmooth:
-            solver = AID(lower_solver=GradientDescent(0.1, 1000, tol=1e-6))
-            return solver, (
-                "Chose AID (implicit differentiation of the forward-backward map, with GMRES; lower steps of 0.1): "
-                "full batches, a projected or proximal lower level."
-            )
-        return (
-            AID(),
-            "Chose AID (implicit differentiation with warm-started CG; no step sizes to set): full batches, no "
-            "coupled constraints.",
-        )
-    if nonsmooth:
+    if facts.stochastic and facts.constrained:
         raise ProblemError(
             "No solver is chosen automatically for minibatches with a projected or proximal lower level: name one, "
             "such as solvers.VPBGD or solvers.MEHA, or give full batches."
         )
-    return (
-        STFBO(),
-        (
-            "Chose STFBO (a single loop with step sizes from accumulated gradient norms; none to set): minibatches, no "
-            "coupled constraints."
-        ),
+    raise ProblemError(
+        "No solver is chosen automatically for this combination of constraints, prox and x0=None: name one of "
+        "bilevel.solvers."
     )
 
 
-def choose(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str] | None:
-    """A penalty method for a constrained, simple or nonsmooth problem, and why; None: leave it to others."""
-    from bilevel.solvers import BOME, LVHBA, MEHA, BiCGAFFA, IterativeRegularization  # imported where needed
+def second_solver(problem: Problem, x: PyTree, y: PyTree, first: Any) -> tuple[Any, str] | None:
+    """What to try where the first choice ended at something that is no solution; None: nothing fits better."""
+    from bilevel.solvers import F2BA, MPCC
 
-    if problem.constraint is not None or problem.equality is not None:
-        if problem.prox_lower is not None or not jax.tree.leaves(x):
-            return None
-        rows = Constraints(problem.draw_lower(0), x, y)
-        if is_affine(rows.raw, x, y) and rows.count <= _MANY_ROWS:
-            return (
-                LVHBA(),
-                "LVHBA: the coupled constraints are affine, so that projecting on them is cheap "
-                "and keeps the lower level feasible.",
-            )
-        why = "nonlinear" if rows.count <= _MANY_ROWS else f"{rows.count} rows"
-        return (
-            BiCGAFFA(),
-            f"BiCGAFFA: coupled constraints ({why}) without a projection on the coupled set; "
-            "LVHBA(project=...) if you have one.",
-        )
-    if not jax.tree.leaves(x):
-        if problem.project_lower is None and problem.prox_lower is None and problem.stochastic:
-            return BOME(), "BOME (dynamic barrier): a simple bilevel problem on minibatches."
-        return (
-            IterativeRegularization(),
-            "IterativeRegularization (a growing penalty): a simple bilevel problem, both levels own y.",
-        )
-    prox = problem.prox_lower
-    if prox is not None and not depends(lambda y, x: prox(y, x, 1.0), y, x, on=1):
-        return MEHA(), "MEHA (Moreau envelope): the lower level has a nonsmooth term that does not depend on x."
-    return None
+    if isinstance(first, MPCC) or problem.stochastic:
+        return None
+    if not _refusal(problem, x, y):
+        return MPCC(), "MPCC, which looks for other minimisers and other solutions"
+    constrained = problem.constraint is not None or problem.equality is not None
+    if constrained or problem.project_lower is not None or problem.prox_lower is not None or not jax.tree.leaves(x):
+        return None
+    return F2BA(), "F2BA, which chooses among several minimisers"
+
+
+def as_markdown() -> str:
+    """The table of the choice, for the page that explains it."""
+    lines = ["| the problem | `solve` takes | why |", "|---|---|---|"]
+    lines += [f"| {row.problem} | {row.solver} | {row.why} |" for row in ROWS]
+    return "\n".join(lines)

@@ -19,13 +19,15 @@ def GALET(
     linear_step: float | None = None,
     upper_optimizer: Any = None,
 ) -> HypergradientDescent:
-    """Alternating descent for a lower level that satisfies the PL inequality: its Hessian may be singular.
+    """Alternating descent for a convex lower level that satisfies the PL inequality: its Hessian may be singular.
 
         y <- `lower_steps` steps y - f_y / L;    v <- `linear_steps` steps v - rho f_yy (f_yy v - F_y)
         x <- Proj_X(x + upper_optimizer(F_x - f_xy v))
 
     Steps that are None are 1 / L and 1 / L^2 with L = |f_yy|. `upper_optimizer`: None: `optimizers.spectral()`, which
-    needs full batches. See `hypergradients.LeastSquares` (Xiao, Lu, Chen, NeurIPS 2023).
+    needs full batches. The theory asks for a lower level that is convex in y besides PL: v's steps are descent on a
+    least-squares problem at any f_yy, but where it has negative eigenvalues y need not be a minimum. See
+    `hypergradients.LeastSquares` (Xiao, Lu, Chen, NeurIPS 2023).
     """
     rule = spectral() if upper_optimizer is None else upper_optimizer
     return HypergradientDescent(LeastSquares(linear_steps, linear_step), ScaledDescent(lower_steps, lower_step), rule)
@@ -35,6 +37,12 @@ def GAM(
     eps: float = 1e-4, upper_optimizer: Any = None, inner_steps: int = 100, rounds: int = 12
 ) -> HypergradientDescent:
     """Implicit differentiation through the lower level's KKT system: small lower levels, any convex constraints.
+
+    Where it is exact: f strongly convex in y, linearly independent gradients of the active constraints, and none weakly
+    active (multiplier and slack both zero) at the solution. The gradient then is that of x -> F(x, y*(x)) up to the
+    lower solve's accuracy, the multipliers are those of the lower level without a bias of any penalty, and a few steps
+    end the run. At a weakly active constraint h has a kink, and the shortest of two one-sided gradients is taken.
+    Bounds of y are to be stated as constraints.
 
     The lower level is solved to high accuracy (`lower.Accurate`) with `rounds` updates of the multipliers, each a
     minimisation of at most `inner_steps` steps. `upper_optimizer`: None: `optimizers.spectral()`, which needs full

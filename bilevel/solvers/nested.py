@@ -15,7 +15,7 @@ from bilevel.keys import StepKey
 from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
 from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
 from bilevel.problem import Problem, ProblemError
-from bilevel.solvers._base import refuse, within
+from bilevel.solvers._base import linear_settled, refuse, within
 from bilevel.typing import Metrics, PyTree, Scalar
 
 __all__ = ["AID", "IMAML", "ITD", "T1T2", "HypergradientDescent", "OneStep", "TruncatedITD"]
@@ -59,7 +59,8 @@ class HypergradientDescent:
 
     Metrics: `upper_loss`, `hypergradient_norm` (with a projection |x - project(x - gradient)|), and the estimator's
     (`lower_residual` = |f_y|, `linear_residual`, `linear_iterations`). With a tolerance a run has converged when both
-    `hypergradient_norm` and `lower_residual` are at most tol.
+    `hypergradient_norm` and `lower_residual` are at most tol, the linear system (where there is one) is solved to
+    tol or to a thousandth of F_y, and no negative curvature was met in it. What was in the way is said at the end.
     """
 
     hypergradient: Estimator = Implicit()
@@ -122,8 +123,9 @@ class HypergradientDescent:
 
     def status(self, state: NestedState, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED where the hypergradient and the lower level's residual are within the tolerance (and what else the
-        estimator says)."""
-        return within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
+        estimator says), the linear system is solved to it or to a thousandth of F_y, and met no negative curvature."""
+        met = within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
+        return jnp.where(linear_settled(tol, metrics), met, 0)
 
     def multipliers(self, problem: Problem, state: NestedState) -> dict[str, PyTree]:
         """The lower level's multipliers in the user's units, where the estimator knows them; else none."""
@@ -153,9 +155,10 @@ def AID(
 ) -> HypergradientDescent:
     """Approximate implicit differentiation: a lower solve, a warm-started linear solve, an upper step.
 
-    Defaults, for full batches, without a step size to choose: `lower.LBFGS(tol=1e-6)`, warm-started `linear.CG`
-    (`linear.GMRES` with a projection or prox on the lower level), `optimizers.quasi_newton()` (`optimizers.spectral()`
-    with a projection on the upper level).
+    Defaults, for full batches, without a step size to choose: `lower.LBFGS(tol=1e-6)`, `linear.Robust` (CG from a warm
+    start, or GMRES with a projection or prox on the lower level, and least squares where f_yy is singular; up
+    to 32 unknowns as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()` with a projection on the upper
+    level). `lower_solver=lower.Newton()` solves small or badly conditioned lower levels to the dtype's precision.
 
     References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation",
     ICML 2020.
@@ -219,7 +222,9 @@ def IMAML(
 ) -> HypergradientDescent:
     """Implicit MAML: each task starts at the meta-parameters x and is held near them.
 
-    The hypergradient by `cg_steps` of CG.
+    The hypergradient by `cg_steps` of CG on each task's system (`linear.TaskCG`): tasks share nothing, and one of
+    negative curvature, which is said at the end of the run, stops at its own first-order answer and leaves the others
+    alone.
 
     The lower loss is the sum over tasks of loss_i(y_i) + (lam/2) |y_i - x|^2, which the user states (with `vmap` over
     tasks, y stacked along a leading axis); each lower solve starts at y_i = x.
@@ -228,7 +233,7 @@ def IMAML(
     """
     solver = GradientDescent(lower_optimizer, lower_steps, start=_start_at_upper)
     return HypergradientDescent(
-        Implicit(linear.CG(tol=None, max_steps=cg_steps, warm_start=False)), solver, upper_optimizer
+        Implicit(linear.TaskCG(tol=None, max_steps=cg_steps, warm_start=False)), solver, upper_optimizer
     )
 
 

@@ -18,7 +18,7 @@ from bilevel.optimizers import Move, check_count, check_optimizer
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
 from bilevel.solvers._directions import Point, Series
-from bilevel.solvers._variance_reduction import full, period_of, refuse_endless
+from bilevel.solvers._variance_reduction import Recursion, full, period_of, recursive, refuse_endless
 from bilevel.solvers.nested import HypergradientDescent
 from bilevel.solvers.single_loop import measured
 from bilevel.typing import Metrics, PyTree
@@ -114,24 +114,30 @@ def SAMA(
 
 @state
 class VRBOState:
-    """The variables, the step rules' memories (upper, lower), and the directions with the point they belong to."""
+    """The variables, the step rules' memories (upper, lower), and the directions with the point they belong to: the
+    one before the last lower step."""
 
     x: PyTree
     y: PyTree
     steps: tuple[PyTree, PyTree]
     direction: Point
+    at: Point
 
 
 @hyperparameters
 class VRBO:
     """SPIDER in a double loop: full directions now and then, an upper step, N lower steps that carry both along.
 
-        every q steps   (d_x, d_y) = full directions at (x, y)
+        every q steps   (d_x, d_y) = full directions at (x, y);  else  (d_x, d_y) += D(x, y; B) - D(z_before; B)
         x' <- project_upper(x - b d_x)
         N times         (d_x, d_y) <- (d_x, d_y) + D(z; B) - D(z_before; B),   y <- y - a d_y
 
     with D the gradient in y and the hypergradient by a stochastic Neumann series, z the current (x', y) and z_before
-    the one before it, on the same batches.
+    the point that the directions belong to, on the same batches. With full batches all directions are exact.
+
+    The inner loop ends with a step of y, so that the directions belong to the point before it: the difference that
+    brings them to (x, y) is taken before the next upper step. Without it each outer step would lose one, and with N = 1
+    the iteration diverge.
 
     Attributes:
       upper_optimizer, lower_optimizer: optax rules or step sizes b and a.
@@ -140,8 +146,8 @@ class VRBO:
       period: q; None: `period_fraction` (n + m) / batch.
       period_fraction: see `period`; benchmark_bilevel's default is 128, its published best 0.01 to 0.5.
 
-    Metrics: as `SingleLoop`, of the directions after the inner loop. Per step N times two gradients of each level and
-    2 K HVPs: the dearest of the family.
+    Metrics: as `SingleLoop`, of the directions after the inner loop. Per step N + 1 times two gradients of each level
+    and 2 K HVPs: the dearest of the family.
 
     Reference: Yang, Ji, Liang, "Provably Faster Algorithms for Bilevel Optimization", NeurIPS 2021.
     """
@@ -163,20 +169,21 @@ class VRBO:
         refuse(self, problem, x, honours=("project_upper",), instead="solvers.AID or one of the Hessian-free solvers")
         refuse_endless("VRBO", problem)
         steps = Move(self.upper_optimizer).init(x), Move(self.lower_optimizer).init(y)
-        return VRBOState(x, y, steps, optax.tree.zeros_like(Point(x, y, None)))
+        start = Point(x, y, None)
+        return VRBOState(x, y, steps, optax.tree.zeros_like(start), start)
 
     def step(self, problem: Problem, state: VRBOState, key: StepKey) -> tuple[VRBOState, Metrics]:
         """One outer iteration."""
         move_x, move_y = Move(self.upper_optimizer, problem.project_upper), Move(self.lower_optimizer)
         start = Point(state.x, state.y, None)
+        upper, lower = problem.levels(key)
+        last = Recursion(state.at, state.direction)
         direction = jax.lax.cond(
             key.step % period_of(problem, self.period, self.period_fraction) == 0,
             lambda: full(problem, self.directions, start, key)[1],
-            lambda: state.direction,
+            lambda: recursive(problem, self.directions, start, last, key)[1],
         )
         x, upper_memory = move_x(direction.x, state.steps[0], start.x)
-
-        upper, lower = problem.levels(key)
 
         def inner(carry: Any, i: Any) -> Any:
             before, at, direction, memory, _ = carry
@@ -189,6 +196,6 @@ class VRBO:
 
         value = jnp.zeros_like(jax.eval_shape(upper, start.x, start.y))
         carry = start, Point(x, start.y, None), direction, state.steps[1], value
-        (_, at, direction, lower_memory, value), _ = jax.lax.scan(inner, carry, jnp.arange(self.lower_steps))
+        (before, at, direction, lower_memory, value), _ = jax.lax.scan(inner, carry, jnp.arange(self.lower_steps))
         metrics = {"upper_loss": value, **measured(problem, start.x, direction)}
-        return VRBOState(at.x, at.y, (upper_memory, lower_memory), direction), metrics
+        return VRBOState(at.x, at.y, (upper_memory, lower_memory), direction, before), metrics

@@ -30,7 +30,9 @@ def MADSBO(
 
     The combine-then-adapt forms have small stable steps on graphs with negative eigenvalues (`network.lazy()` helps),
     and the gossip of x and y leaves a bias of O(alpha) and O(beta) where agents differ: `GTDSBO` has neither. The
-    paper ties a to alpha; here it is a number of its own. Deviation: d persists from one outer step to the next.
+    paper ties a to alpha; here it is a number of its own. The recursion is reconstructed from the paper's description
+    and not compared with code of its authors: order and indices may differ from theirs. One known deviation: d persists
+    from one outer step to the next.
 
     Reference: Chen, Huang, Ma, Balasubramanian, "Decentralized Stochastic Bilevel Optimization with Improved
     per-Iteration Complexity", ICML 2023.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from bilevel import derivatives
 from bilevel.constraints import Constraints
@@ -45,6 +46,20 @@ def project_pair(problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree
     if problem.project_lower is not None:
         y = problem.project_lower(y)
     return x, y
+
+
+def kept_inside(problem: Problem, upper: Level, lower: Level, old: PyTree, new: PyTree) -> PyTree:
+    """`new`, or where a loss has no finite value or gradient there nine tenths of the way to it from `old`.
+
+    A projection puts a step onto the edge of a closed set, which a loss (1 / x, log x) may not be defined on; what is
+    between two points of a convex set is inside. Where no set is given nothing is evaluated.
+    """
+    constrained = problem.constraint is not None or problem.equality is not None
+    if problem.project_upper is None and problem.project_lower is None and not constrained:
+        return new
+    slopes = jax.value_and_grad(lambda u: jnp.stack([upper(*u), lower(*u)]).sum())(new)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(slopes)]))
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b + 0.9 * (a - b)), new, old)
 
 
 def proximal(lower: Level, x: PyTree, y: PyTree, size: Any) -> PyTree:
@@ -101,6 +116,49 @@ def share_at_cap(lam: jax.Array, cap: Any) -> Scalar:
     return jnp.mean((jnp.abs(lam) >= cap * (1 - 1e-6)).astype(lam.dtype))
 
 
+_REFINED = 500  # The most rows, and
+
+
+_UNKNOWNS = 5000  # the most lower unknowns whose multipliers are refined: a dense system of both.
+
+
+def refined(lower: Level, rows: Constraints, x: PyTree, y: PyTree, lam: jax.Array) -> jax.Array:
+    """The multipliers of (scaled) rows that fit the lower level's stationarity best at y, or those given if they do.
+
+        argmin over lam in the cone of |f_y + J' lam|^2 + sum over inequalities of (c_i lam_i)^2
+
+    in the unknowns that Y leaves free there; a slack inequality weighs its multiplier down to zero.
+    """
+    if rows.count > _REFINED or optax.tree.size(y) > _UNKNOWNS or lower.prox is not None:
+        return lam
+    return _refined(lower, rows, x, y, lam)
+
+
+def _refined(lower: Level, rows: Constraints, x: PyTree, y: PyTree, lam: jax.Array) -> jax.Array:
+    flat, unravel = ravel_pytree(y)
+    value, jacobian = rows(x, y), jax.jacobian(lambda u: rows(x, unravel(u)))(flat)
+    slope = ravel_pytree(lower.gradient(x, y))[0]
+
+    def left(lam: jax.Array) -> jax.Array:
+        """What the projected gradient step of the Lagrangian moves, for a step of one over the slope's size."""
+        force = slope + jacobian.T @ lam
+        if lower.project is None:
+            return force
+        size = 1e-3 * (1 + norm(flat)) / (1e-30 + norm(slope))
+        return (flat - ravel_pytree(lower.project(unravel(flat - size * force)))[0]) / size
+
+    force = slope + jacobian.T @ lam
+    free = jnp.ones(flat.shape, bool) if lower.project is None else left(lam) != 0
+    free = free | (force == 0)
+    weights = jnp.where(rows.inequality, jnp.abs(value), 0) / jnp.maximum(norm(flat), 1e-3)
+    system = jnp.concatenate([jnp.where(free, jacobian, 0).T, jnp.diag(weights * norm(jacobian))])
+    right = jnp.concatenate([jnp.where(free, -slope, 0), jnp.zeros_like(lam)])
+    found = rows.clip(jnp.linalg.lstsq(system, right, rcond=1e2 * float(jnp.finfo(rows.dtype).eps))[0])
+    slack = lambda lam: norm(jnp.where(rows.inequality, value * lam, 0))  # noqa: E731
+    better = norm(left(found)) + slack(found) < norm(left(lam)) + slack(lam)
+    return jnp.where(better, found, lam)
+
+
 class Diagnosed:
     """`status` and `multipliers`, the same for all members of the family.
 
@@ -135,6 +193,11 @@ class Diagnosed:
         return jnp.where(settled & unbiased, Result.CONVERGED.value, jnp.where(stuck, Result.PENALTY_LIMITED.value, 0))
 
     def multipliers(self, problem: Problem, state: Any) -> dict[str, PyTree]:
-        """The lower level's multipliers (f + lam . g + mu . h), in the user's units, like the constraints' outputs."""
-        rows = Constraints(problem.full_lower(), state.x, state.y, state.scale)
-        return rows.multipliers(state.lam) if rows.count else {}
+        """The lower level's multipliers (f + lam . g + mu . h), in the user's units, like the constraints' outputs.
+
+        Those of a penalty c have a bias of order 1 / c, which extrapolation in (x, y) does not take from them: they are
+        `refined` at the reported point.
+        """
+        lower = problem.full_lower()
+        rows = Constraints(lower, state.x, state.y, state.scale)
+        return rows.multipliers(refined(lower, rows, state.x, state.y, state.lam)) if rows.count else {}

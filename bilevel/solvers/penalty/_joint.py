@@ -27,11 +27,26 @@ S = TypeVar("S", bound="JointState")
 
 @state
 class Watch:
-    """What keeps the curvature of f up to date along a run."""
+    """What keeps the curvatures of f and F up to date along a run."""
 
     direction: PyTree  # the gap's last gradient in (x, y)
     moved: Scalar  # the length of the step since, in all variables
     probe: PyTree  # a direction of large curvature
+    loss: Scalar  # F before that step,
+    slope: Scalar  # its slope along it,
+    gone: Scalar  # and the step's length in (x, y) alone
+    upward: PyTree = None  # F's gradient, within a step
+
+    def along(self, loss: Scalar, estimate: Any) -> Scalar:
+        """The curvature of F along the last step, from its value there, or a relaxed estimate where that is larger.
+
+        2 |F(u + s) - F(u) - F' s| / |s|^2
+        """
+        left, square = 2 * jnp.abs(loss - self.loss - self.slope), self.gone**2
+        noise = 1e3 * jnp.finfo(square.dtype).eps * (jnp.abs(loss) + jnp.abs(self.loss))
+        resolved = (left > noise) & (square > 0) & jnp.isfinite(left)
+        observed = left / jnp.where(resolved, square, 1.0)
+        return jnp.where(resolved, jnp.maximum(0.99 * estimate, observed), estimate).astype(jnp.result_type(estimate))
 
 
 @state
@@ -62,21 +77,24 @@ class JointState(Reported):
         return self.duals["lam"]
 
     def followed(
-        self: S, key: StepKey, curved: Callable[..., Scalar], apart: PyTree, factor: Any = 2.0, also: Any = 0.0
+        self: S, key: StepKey, curved: Callable[..., Scalar], found: Slopes, factor: Any = 2.0, also: Any = 0.0
     ) -> S:
-        """The state with the curvature `f` brought up to date.
+        """The state with the curvatures `f` and `F` brought up to date.
 
-        `curved(x, y)` is what has the curvature; `apart` the gap's gradient, which varies with up to `factor` times
-        that over the last step (and a length `also` besides).
+        `curved(x, y)` is what has the curvature `f`; `found` the gradients, the gap's varying with up to `factor` times
+        that over the last step (and a length `also` besides). F's curvature at the start says little of that
+        elsewhere, and a step that is too long for it in F / c diverges where c is small.
         """
         if self.watch is None:
             return self
         L, watch = self.curvatures, self.watch
         floor, probe = curvature.probe_estimate(lambda u: curved(*u), self.point, key.step, L["f0"], watch.probe)
-        change, moved = optax.tree.sub(apart, watch.direction), factor * (watch.moved + also)
-        found = curvature.secant_estimate(L["f"], floor, change, moved, norm(self.point))
-        L = {**L, "f": jnp.maximum(found, floor), "f0": floor}
-        return dataclasses.replace(self, curvatures=L, watch=Watch(apart, watch.moved, probe))
+        change, moved = optax.tree.sub(found.apart, watch.direction), factor * (watch.moved + also)
+        size = norm(self.point)
+        steeper = jnp.maximum(curvature.secant_estimate(L["f"], floor, change, moved, size), floor)
+        L = {**L, "f": steeper, "f0": floor, "F": watch.along(found.loss, L["F"])}
+        watch = dataclasses.replace(watch, direction=found.apart, probe=probe, loss=found.loss, upward=found.upward)
+        return dataclasses.replace(self, curvatures=L, watch=watch)
 
     def stepped(
         self: S, point: PyTree, theta: PyTree = None, duals: dict[str, jax.Array] | None = None, **more: Any
@@ -86,8 +104,11 @@ class JointState(Reported):
         new = dataclasses.replace(self, point=point, theta=theta, duals=duals, **more)
         if self.watch is None:
             return new
-        gone = norm(optax.tree.sub((point, theta, duals), (self.point, self.theta, self.duals)))
-        return dataclasses.replace(new, watch=dataclasses.replace(self.watch, moved=gone))
+        moved = norm(optax.tree.sub((point, theta, duals), (self.point, self.theta, self.duals)))
+        step = optax.tree.sub(point, self.point)
+        slope = jnp.asarray(optax.tree.vdot(self.watch.upward, step), self.watch.slope.dtype)
+        watch = dataclasses.replace(self.watch, moved=moved, slope=slope, gone=norm(step), upward=None)
+        return dataclasses.replace(new, watch=watch)
 
 
 def begin(
@@ -122,7 +143,8 @@ def watching(problem: Problem, point: PyTree, follows: bool) -> Watch | None:
     if problem.stochastic or not follows:
         return None
     dtype = jnp.result_type(*jax.tree.leaves(point[1]))
-    return Watch(optax.tree.zeros_like(point), jnp.zeros((), dtype), curvature.unit_direction(point))
+    zero = jnp.zeros((), dtype)
+    return Watch(optax.tree.zeros_like(point), zero, curvature.unit_direction(point), zero, zero, zero)
 
 
 def lower_scale(curvatures: dict[str, jax.Array]) -> Scalar:

@@ -79,9 +79,14 @@ class Continuation:
         exceeds one). The unit is half the curvature of F over that of f at the start, so that a run does not depend on
         the scale of either loss (one where F has no curvature, and at least `least`).
       power, patience: the slowest growth allowed; the power is that of the published schedules.
-      settle: a stage has converged when the residual is below `settle` |grad F| / c (all in units of grad F).
+      settle: a stage has converged when the residual is below `settle` (c_0 / c)^shrink |grad F| / c (all in units of
+        grad F), c_0 the first stage's c.
       extrapolate: Richardson. Its weights (8/3, -2, 1/3) add up what the stages lack, so that the error is up to
-        5 settle |F_y| / c over the upper curvature: smaller in proportion to `settle`, for a few steps more a stage.
+        5 settle (c_0 / c)^shrink |F_y| / c over the upper curvature: smaller in proportion to `settle`, for a few steps
+        more a stage.
+      shrink: what Richardson gains grows as c^2, so that stages of a constant `settle` waste it beyond 1 / (5 settle).
+        1 or 2 keep it, where stages converge fast (accurate inner solves); no residual is asked to be below 10
+        sqrt(eps), which is what a line search can resolve.
     """
 
     start: float = 20.0
@@ -92,6 +97,7 @@ class Continuation:
     settle: float = 0.5
     extrapolate: bool = True
     least: float = 1e-3
+    shrink: float = 0.0
 
     def init(self, point: PyTree, unit: Any = 2.0) -> Path:
         """The path before the first step; `unit`: the upper loss's curvature over the lower one's."""
@@ -102,7 +108,9 @@ class Continuation:
         """The path after step k; `settled`: the residual relative to the upper gradient."""
         dtype, c = path.penalty.dtype, path.penalty
         k = jnp.asarray(k, dtype)
-        done = (settled <= self.settle * path.unit / c) & (k > path.begun + 5) & (c > path.penalties[0])
+        loose, resolved = self.settle * path.unit / c, 10 * float(jnp.finfo(dtype).eps) ** 0.5
+        asked = jnp.maximum(loose * (path.unit * self.start / c) ** self.shrink, jnp.minimum(loose, resolved))
+        done = (settled <= asked) & (k > path.begun + 5) & (c > path.penalties[0])
         overdue = path.unit * self.start * ((k + 1) / self.patience) ** self.power > self.factor * c
         penalties = jnp.where(done, jnp.concatenate([c[None], path.penalties[:-1]]), path.penalties)
         # An unconverged stage breaks the ladder.

@@ -46,7 +46,7 @@ class BLOCC(ValueMethod):
     Optimization with Coupled Constraints", NeurIPS 2024.
     """
 
-    penalty: Any = Continuation(settle=0.02)
+    penalty: Any = Continuation(settle=0.02, shrink=2.0)
     upper_optimizer: Any = None
     inner_steps: int = 60
     rounds: int = 8

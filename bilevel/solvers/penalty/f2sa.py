@@ -120,7 +120,7 @@ def F2BA(lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = N
 
     The upper step does not depend on c, because min over y of F + c (f - v) is as smooth in x as h itself.
     """
-    schedule = Continuation(settle=0.02) if penalty is None else penalty
+    schedule = Continuation(settle=0.02, shrink=2.0) if penalty is None else penalty
     return F2SA(False, lower_solver, lower_steps, upper_optimizer, schedule)
 
 

@@ -13,7 +13,7 @@ from bilevel.constraints import Constraints
 from bilevel.keys import StepKey
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import SMOOTH, project_pair, rate, share_at_cap
+from bilevel.solvers.penalty._base import SMOOTH, kept_inside, project_pair, rate, share_at_cap
 from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, lower_scale, slopes
 from bilevel.solvers.penalty._schedule import Continuation
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -86,12 +86,12 @@ class BiCGAFFA(Joint):
 
         found = slopes(upper, gap, x, y)
         alpha = 1 / (2 * L["f"] + gamma2 * wide + L["F"] / c) if self.alpha is None else self.alpha
-        point = descend(problem, (x, y), found.along(c), alpha)
+        point = kept_inside(problem, upper, lower, (x, y), descend(problem, (x, y), found.along(c), alpha))
         beta = jnp.minimum(gamma2, 1 / (gamma1 * wide)) / 2 if self.beta is None else self.beta
         new_z = rows.clip(z - beta * ((lam - z) / gamma2 - rows(x, theta)), self.cap)
 
         # Where the rows are curved so is lam . c.
-        new = state.followed(key, lambda x, y: lower(x, y) + jnp.vdot(lam, rows(x, y)), found.apart)
+        new = state.followed(key, lambda x, y: lower(x, y) + jnp.vdot(lam, rows(x, y)), found)
         new = new.stepped(point, theta, {"lam": lam, "z": new_z})
         joint, dual, inner = rate(point, (x, y), alpha), rate(new_z, z, beta), rate(theta, state.theta, eta)
         said = {"violation": rows.violation(*point), "multiplier_at_cap": share_at_cap(lam, self.cap)}

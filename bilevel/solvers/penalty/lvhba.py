@@ -135,12 +135,13 @@ class LVHBA(Joint):
             return lower(x, y) - v
 
         found = slopes(upper, gap, x, y)
-        state = state.followed(key, lambda x, y: lower(x, y) + jnp.vdot(lam, rows(x, y)), found.apart)
+        state = state.followed(key, lambda x, y: lower(x, y) + jnp.vdot(lam, rows(x, y)), found)
         L = state.curvatures | {"B": steepness}
         alpha = jnp.minimum(1 / (2 * L["f"] + L["F"] / c), 0.6 * eta) if self.alpha is None else self.alpha
         descent = _base.limited((x, y), optax.tree.scale(-alpha, found.along(c)))
         target = optax.tree.add((x, y), descent)
         point, projection = self._project(problem, rows, target, state.projection, state.factor, L["unit"])
+        point = _base.kept_inside(problem, upper, lower, (x, y), point)
 
         # 3. The multiplier variable.
         beta = 0.3 * gamma2 if self.beta is None else self.beta / L["unit"] ** 2

@@ -94,7 +94,7 @@ class MEHA(Joint):
         new_y = proximal(lower, new_x, new_y, alpha)
 
         found = Slopes(loss, (F_x, F_y), value, (gap_x, gap_y))
-        new = state.followed(key, lower, found.apart, also=norm(optax.tree.sub(new_x, x)))
+        new = state.followed(key, lower, found, also=norm(optax.tree.sub(new_x, x)))
         joint, inner = rate((new_x, new_y), (x, y), alpha), rate(theta, state.theta, eta)
         return self.close(new.stepped((new_x, new_y), theta), key, found, (joint, inner), inner)
 

@@ -15,7 +15,7 @@ from bilevel.keys import StepKey
 from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import project_pair, rate
+from bilevel.solvers.penalty._base import kept_inside, project_pair, rate
 from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, descended, slopes
 from bilevel.solvers.penalty._schedule import Continuation
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -61,10 +61,10 @@ class VPBGD(Joint):
 
         found = slopes(upper, lambda x, y: lower(x, y) - lower(x, w), x, y)
         alpha = 1 / (2 * L["f"] + L["F"] / c) if self.alpha is None else self.alpha
-        point = descend(problem, (x, y), found.along(c), alpha)
+        point = kept_inside(problem, upper, lower, (x, y), descend(problem, (x, y), found.along(c), alpha))
 
         joint, inner = rate(point, (x, y), alpha), rate(w, state.theta, size * self.lower_steps)
-        return self.close(state.followed(key, lower, found.apart).stepped(point, w), key, found, (joint, inner), inner)
+        return self.close(state.followed(key, lower, found).stepped(point, w), key, found, (joint, inner), inner)
 
 
 @hyperparameters
@@ -103,9 +103,9 @@ class GPBGD(Joint):
 
         found = slopes(upper, lambda x, y: _half_square(lower, x, y) / scale, x, y)
         alpha = 1 / (2 * L["f"] / scale + L["F"] / c) if self.alpha is None else self.alpha
-        point = descend(problem, (x, y), found.along(c), alpha)
+        point = kept_inside(problem, upper, lower, (x, y), descend(problem, (x, y), found.along(c), alpha))
 
-        new = state.followed(key, lambda x, y: _half_square(lower, x, y), found.apart, factor=1 / scale)
+        new = state.followed(key, lambda x, y: _half_square(lower, x, y), found, factor=1 / scale)
         slope = jnp.sqrt(2 * scale * found.gap)
         return self.close(new.stepped(point), key, found, (rate(point, (x, y), alpha),), slope)
 

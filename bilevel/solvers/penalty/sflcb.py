@@ -13,7 +13,7 @@ from bilevel.constraints import Constraints, is_affine
 from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import SMOOTH, project_pair, rate
+from bilevel.solvers.penalty._base import SMOOTH, kept_inside, project_pair, rate
 from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, lower_scale, slopes
 from bilevel.solvers.penalty._schedule import Continuation
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -44,7 +44,7 @@ class SFLCB(Joint):
     The publication keeps slack variables for the inequalities and steps in them; here they are eliminated exactly,
     which is the Proj above. It takes one step size for everything and a constant penalty (delta = 0.1).
 
-    Reference: Shen, Huang, Zhang, Shen, "Single-loop First-order Algorithm for Linearly Constrained Bilevel
+    Reference: Shen, Huang, Zhang, Shen, "A Single-Loop First-Order Algorithm for Linearly Constrained Bilevel
     Optimization", NeurIPS 2025.
     """
 
@@ -83,13 +83,13 @@ class SFLCB(Joint):
             return augmented(x, y, u) - augmented(x, new_theta, new_v)
 
         found = slopes(upper, gap, x, y)
-        point = descend(problem, (x, y), found.along(c), size)
+        point = kept_inside(problem, upper, lower, (x, y), descend(problem, (x, y), found.along(c), size))
         new_u = u + self.dual_step * (rows.clip(u + rho * rows(*point)) - u)
 
         dual_size = self.dual_step * rho
         joint, dual, inner = rate(point, (x, y), size), rate(new_u, u, dual_size), rate(new_theta, theta, size)
         inner = jnp.hypot(inner, rate(new_v, v, dual_size))
-        new = state.followed(key, lower, found.apart).stepped(point, new_theta, {"lam": new_u, "v": new_v})
+        new = state.followed(key, lower, found).stepped(point, new_theta, {"lam": new_u, "v": new_v})
         # u dominates v by F's share of the multiplier, so that the augmented gap is no bound: take the Lagrangian's.
         bias = c * jnp.abs(found.gap) + c * jnp.abs(jnp.vdot(new_u - new_v, rows(x, y)))
         return self.close(new, key, found, (joint, dual, inner), inner, violation=rows.violation(*point), bias=bias)

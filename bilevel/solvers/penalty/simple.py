@@ -60,7 +60,7 @@ class IterativeRegularization(Joint):
         for _ in range(self.lower_steps):
             theta = proximal(lower, x, optax.tree.add_scale(theta, -size, lower.gradient(x, theta)), size)
         found = Slopes(loss, (None, F_y), value - lower(x, theta), (None, f_y))
-        new = state.followed(key, lower, found.apart, factor=1.0).stepped((x, after), theta)
+        new = state.followed(key, lower, found, factor=1.0).stepped((x, after), theta)
         joint, inner = rate(after, y, size), rate(theta, state.theta, size)
         return self.close(new, key, found, (joint, inner), inner)
 
@@ -111,7 +111,7 @@ class BiGSAM(Joint):
 
         theta = proximal(lower, x, optax.tree.add_scale(state.theta, -tau, lower.gradient(x, state.theta)), tau)
         found = Slopes(loss, (None, F_y), value - lower(x, theta), (None, f_y))
-        new = state.followed(key, lower, found.apart, factor=1.0).stepped((x, after), theta)
+        new = state.followed(key, lower, found, factor=1.0).stepped((x, after), theta)
         joint, inner = rate(after, y, jnp.maximum(a * sigma, 1e-30)), rate(theta, state.theta, tau)
         c = tau * (1 - a) / (sigma * a)
         return self.close(new, key, found, (joint,), inner, penalty=c, bias=c * jnp.abs(found.gap))

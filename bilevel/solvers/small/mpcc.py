@@ -1,0 +1,398 @@
+"""`MPCC`: a small problem as a mathematical programme with complementarity constraints, by SciPy on the host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel._module import hyperparameters, state
+from bilevel.keys import StepKey
+from bilevel.optimizers import check_count
+from bilevel.problem import Problem, ProblemError
+from bilevel.result import Result
+from bilevel.solvers.small.nlp import METHODS
+from bilevel.solvers.small.program import Program, flatten
+from bilevel.solvers.small.search import LADDER, Point, Search, lower_starts, sample, solve_lower
+from bilevel.solvers.small.stationarity import unbounded
+from bilevel.typing import Metrics, PyTree
+
+__all__ = ["MPCC", "Local", "MPCCState"]
+
+logger = logging.getLogger("bilevel")
+
+_LARGE = 600
+"""Unknowns and rows, multipliers included, above which a dense method takes minutes a start."""
+_DIFFERENT = 1e-3
+
+
+class Local(NamedTuple):
+    """A point that a search ended at.
+
+    Attributes:
+      x, y: the variables.
+      upper_loss: F there.
+      verified: whether it is feasible and no lower point of the lower level was found.
+    """
+
+    x: PyTree
+    y: PyTree
+    upper_loss: float
+    verified: bool
+
+
+@state
+class MPCCState:
+    """The best point so far, and what each start ended at.
+
+    Attributes:
+      x, y: the best verified point, or where there is none the least violated one.
+      multipliers: at that point, in the user's units and of the constraints' shapes: `upper_constraint` and
+        `upper_equality` of the upper level, `constraint` and `equality` of f + lam . g + mu . h; with sets as objects
+        `project_upper` and `project_lower` hold those of the sets' inequalities, bounds and equalities.
+      upper_loss, violation, gap, verified: F; the largest violated row and f(x, y) less the lowest value found, in the
+        solver's own units; whether the point passed.
+      ends: x, y, upper_loss and verified of each start, stacked; `MPCC.others` reads them.
+      start: where the search began.
+      done, finished: the starts behind it, and whether there are no more.
+    """
+
+    x: PyTree
+    y: PyTree
+    multipliers: dict[str, PyTree]
+    upper_loss: Any
+    violation: Any
+    gap: Any
+    verified: Any
+    ends: dict[str, Any]
+    start: tuple[PyTree, PyTree]
+    done: Any
+    finished: Any
+
+
+@hyperparameters
+class MPCC:
+    """Small problems to high accuracy: SciPy's SLSQP on the relaxed KKT system, with value-function cuts, many starts.
+
+    The lower level is replaced by its first-order conditions,
+
+        min F(x, y)   s.t.   G <= 0,  H = 0,  g <= 0,  h = 0,  lam >= 0,
+                             grad_y (f + lam . g + mu . h) = 0,     t + lam_i g_i >= 0,      t = 1e-1, ..., 1e-8,
+
+    whose values and dense Jacobian are one compiled program, in double precision where the functions allow it. Each
+    start is solved with t going down, then on the branch of active rows that it ends on and on neighbours of it. Then
+    the lower level is solved from several y at the x found. Where it has a lower point y_k, the search goes on with the
+    cut f(x, y) <= f(x, y_k), from where it was and from (x, y_k), so that non-convex lower levels are treated, and
+    lower levels without a constraint qualification, for which the conditions are dropped and cuts alone used.
+
+    A point counts as verified where all rows hold, no lower solve from any of the starts came lower, and it has not run
+    away. The least verified F is returned; a better solution elsewhere is never excluded, and neither is a lower
+    minimum that no start found.
+
+    On full batches, for up to some hundreds of unknowns and rows. Not for nonsmooth terms. All of the problem's
+    constraints, equalities and sets that are objects of `bilevel.sets` are honoured, and x0=None. One step of `solve`
+    is one start, with all its rounds; a run ends by itself after `starts` of them (and up to a third more where none
+    was verified).
+
+    After Scholtes, SIAM J. Optim. 11 (2001), for the relaxation; Mitsos, Lemonidis and Barton, J. Glob. Optim. 42
+    (2008), for bounds by the lower level's value.
+
+    Attributes:
+      starts: the first is (x0, y0), the others are drawn in the boxes that sets and rows imply, and around the start,
+        at widths of all sizes.
+      method: "SLSQP" or "trust-constr", of `scipy.optimize.minimize`.
+      tol: the largest f(x, y) less the lowest value found, in units in which f has a unit gradient.
+      rounds: the most rounds of cuts of a start.
+      lower_starts: solves of the lower level at each verification; three times as many where a best point is found.
+      largest: the most unknowns and rows together.
+    """
+
+    starts: int = 10
+    method: str = "SLSQP"
+    tol: float = 1e-6
+    rounds: int = 5
+    lower_starts: int = 8
+    largest: int = _LARGE
+
+    def __post_init__(self) -> None:
+        check_count("MPCC", starts=self.starts, rounds=self.rounds, lower_starts=self.lower_starts)
+        if self.method not in METHODS:
+            raise ValueError(f"MPCC(method={self.method!r}): the methods are {', '.join(map(repr, METHODS))}.")
+        if not self.tol > 0:
+            raise ValueError(f"MPCC(tol={self.tol}): a tolerance is positive.")
+
+    @property
+    def most_steps(self) -> int:
+        """The most steps that a run can take."""
+        return self.starts + self._more
+
+    @property
+    def _more(self) -> int:
+        return -(-self.starts // 3)
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> MPCCState:
+        """The start, nothing known of it; a problem that this is not for is refused."""
+        program = Program(problem, x, y, type(self).__name__)
+        rows = sum(program.layout.rows)
+        if program.n + program.m + rows > self.largest:
+            raise ProblemError(
+                f"MPCC solves dense systems: {program.n + program.m} unknowns and {rows} rows are more than the "
+                f"{self.largest} that it takes in seconds. Take a first-order solver (solvers.AID, LVHBA, BiCGAFFA), "
+                f"or MPCC(largest={program.n + program.m + rows}) and time."
+            )
+        count = self.most_steps
+        stacked = lambda tree: jax.tree.map(lambda leaf: np.zeros((count, *leaf.shape), leaf.dtype), tree)  # noqa: E731
+        ends = {
+            "x": stacked(x),
+            "y": stacked(y),
+            "upper_loss": np.full(count, np.inf),
+            "verified": np.zeros(count, bool),
+        }
+        zeros = _in_shape(program, np.zeros(sum(program.layout.rows[:2])), np.zeros(program.p + program.q))
+        far = np.float64(np.inf)
+        return MPCCState(x, y, zeros, far, far, far, np.bool_(False), ends, (x, y), np.int64(0), np.bool_(False))
+
+    def search(self, problem: Problem, state: MPCCState, key: StepKey) -> Iterator[tuple[MPCCState, Metrics]]:
+        """Start after start from where the state stands: the state and the metrics after each.
+
+        Metrics: `upper_loss`, `violation`, `gap` of the best point so far, and `start_loss`, F where this start ended.
+        """
+        program = Program(problem, *state.start, type(self).__name__)
+        run = _Run(self, program, key)
+        if state.done:
+            run.resume(state)
+        with program.precision():
+            ends = run.all(int(state.done))
+        while True:
+            with program.precision():
+                end = next(ends, None)
+            if end is None:
+                return
+            step, point, finished = end
+            state = run.state(state, step, point, finished)
+            shown = {"upper_loss": state.upper_loss, "violation": state.violation, "gap": state.gap}
+            yield state, shown | {"start_loss": state.ends["upper_loss"][step]}
+
+    def status(self, state: MPCCState, metrics: Metrics, tol: float | None) -> int:
+        """0 while there are starts left; then CONVERGED, LOWER_LEVEL or INFEASIBLE."""
+        if not state.finished:
+            return 0
+        if state.verified:
+            return Result.CONVERGED.value
+        return (Result.LOWER_LEVEL if state.violation <= max(1e-6, self.tol) else Result.INFEASIBLE).value
+
+    def multipliers(self, problem: Problem, state: MPCCState) -> dict[str, PyTree]:
+        """The multipliers of both levels, as `state.multipliers` has them."""
+        return state.multipliers
+
+    def others(self, state: MPCCState) -> list[Local]:
+        """The other points that starts ended at, those that differ, the verified ones first, by their upper loss."""
+        found: list[Local] = []
+        size = lambda tree: flatten(tree)  # noqa: E731
+        order = np.lexsort((state.ends["upper_loss"], ~np.asarray(state.ends["verified"])))
+        seen = [np.concatenate([size(state.x), size(state.y)])]
+        for i in order:
+            if not np.isfinite(state.ends["upper_loss"][i]):
+                continue
+            x, y = (jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), state.ends[name]) for name in ("x", "y"))
+            point = np.concatenate([size(x), size(y)])
+            scale = max(float(np.abs(other).max(initial=0.0)) for other in [point, *seen[:1]]) or 1.0
+            if all(np.abs(point - other).max() > _DIFFERENT * scale for other in seen):
+                seen.append(point)
+                found.append(Local(x, y, float(state.ends["upper_loss"][i]), bool(state.ends["verified"][i])))
+        return found
+
+
+class _Run:
+    """A search of `MPCC` under way."""
+
+    def __init__(self, solver: MPCC, program: Program, key: StepKey) -> None:
+        self.solver, self.program = solver, program
+        self.search = Search(program, solver.method, solver.tol, solver.rounds, solver.lower_starts)
+        self.best: Point | None = None
+        self._seed = [int(part) for part in np.asarray(jax.random.key_data(key.base)).ravel()]
+        self._seed += [int(key.stream)]
+
+    def resume(self, state: MPCCState) -> None:
+        """The best point of an earlier run's state."""
+        with self.program.precision():
+            xy = self.program.scaled(state.x, state.y)
+            z = self.search.multipliers(xy)[0]
+            self.best = self.search.judge(z, np.random.default_rng(self._seed), count=1)
+        self.best.gap, self.best.violation = float(state.gap), float(state.violation)
+        self.best.loss = float(state.upper_loss) * self.program.rows[0]
+
+    def all(self, done: int) -> Iterator[tuple[int, Point, bool]]:
+        """(number, where it ended, whether it was the last) of each start."""
+        solver = self.solver
+        for step in range(done, solver.most_steps):
+            rng = np.random.default_rng([*self._seed, step])
+            point = self._better(self._from(step, rng), rng)
+            passed = self.best is not None and self.best.verified(solver.tol)
+            if not passed and step == 1 and self._falls(point):
+                yield step, point, True
+                return
+            finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
+            yield step, point, finished
+            if finished:
+                return
+
+    def _falls(self, point: Point) -> bool:
+        """Whether the lower level falls for ever at the start and at this point: there is nothing to search for."""
+        points = (self.program.start, point.xy)
+        return all(unbounded(self.program.problem, *self.program.trees(xy), self.program) for xy in points)
+
+    def _better(self, points: list[Point], rng: np.random.Generator) -> Point:
+        """The best of a start's points; one that would be the best of all is looked at more closely first."""
+        tol = self.solver.tol
+        points = sorted(points, key=lambda point: _rank(point, tol))
+        for i, point in enumerate(points):
+            if self.best is not None and _rank(point, tol) >= _rank(self.best, tol):
+                return points[0] if i == 0 else point
+            if point.verified(tol):
+                known = [other[self.program.n :] for p in points for other in p.lowest.points[:2]]
+                closer = self.search.judge(point.z, rng, known, 3 * self.solver.lower_starts)
+                if not closer.verified(tol):
+                    point.gap = closer.gap
+                    continue
+            self.best = point
+            return point
+        if self.best is None:
+            self.best = points[0]
+        return points[0]
+
+    def _from(self, step: int, rng: np.random.Generator) -> list[Point]:
+        """All points that one start gives."""
+        search, program, solver = self.search, self.program, self.solver
+        n, k = program.n, program.n + program.m
+        xy = program.start
+        if step:
+            wide = step % 2 == 0
+            xy = sample(program.lower[:k], program.upper[:k], xy, rng, wide)
+        points: list[Point] = []
+        stationary = step < solver.starts
+        if step % 2 or not stationary:
+            # From the lower level's solution at this x, on its own branch.
+            wished = step == 1 or step % 4 == 3
+            xy = search.high_point(xy) if wished else xy
+            starts = lower_starts(program, xy, 1 if wished else 3, rng)
+            lowest = solve_lower(program, xy, starts, method=solver.method)
+            if lowest.points:
+                xy = lowest.points[0]
+        z, left = search.multipliers(xy)
+        if not stationary:
+            z = search.local(z, None, stationary=False, iterations=100)
+            points += search.cut_rounds(z, rng, stationary=False)
+        else:
+            if step % 2 and left < 1e-4:
+                active = (z[k : k + program.p] > -program(z).g) & program.inequality
+                z = search.local(z, None, active)
+                z = search.ladder(z, LADDER[2:])
+            else:
+                z = search.ladder(z)
+            rounds = search.cut_rounds(z, rng)
+            points += rounds
+            for end in search.crossover(rounds[-1].z):
+                points.append(search.judge(end, rng, [p[n:] for p in rounds[-1].lowest.points[:2]]))
+        # The lower level's solutions at the x that were met are points of the problem themselves.
+        for point in list(points):
+            for other in point.lowest.points[:3]:
+                at = program(program.point(other))
+                gap = at.f - point.lowest.value
+                z = search.multipliers(other)[0]
+                points.append(Point(other, z, at.F, program.violation(at), gap, point.lowest))
+        return points
+
+    # ------------------------------------------------------------ states
+
+    def state(self, before: MPCCState, step: int, point: Point, finished: bool) -> MPCCState:
+        """The state after a start that ended at `point`."""
+        program, best, tol = self.program, self.best, self.solver.tol
+        assert best is not None
+        ends = jax.tree.map(np.copy, before.ends)
+        for name, tree in zip(("x", "y"), program.trees(point.xy), strict=True):
+            jax.tree.map(lambda store, leaf: store.__setitem__(step, leaf), ends[name], tree)
+        ends["upper_loss"][step] = point.loss * program.upper_scale
+        ends["verified"][step] = point.verified(tol)
+        x, y = program.trees(best.xy)
+        with program.precision():
+            upper, lower = _multipliers(self.search, best)
+        return MPCCState(
+            x,
+            y,
+            _in_shape(program, upper, lower),
+            np.float64(best.loss * program.upper_scale),
+            np.float64(best.violation),
+            np.float64(best.gap),
+            np.bool_(best.verified(tol)),
+            ends,
+            before.start,
+            np.int64(step + 1),
+            np.bool_(finished),
+        )
+
+
+def _rank(point: Point, tol: float) -> tuple[int, float]:
+    """Verified points by F, then feasible ones by their gap, then the others by what they break."""
+    if point.verified(tol):
+        return 0, point.loss
+    if point.violation <= 1e-6 and np.isfinite(point.gap):
+        return 1, point.gap
+    return 2, point.violation
+
+
+def _multipliers(search: Search, point: Point) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the upper level's rows, of F + a . G + b . H under the lower level's conditions, and the lower level's,
+    in the user's units."""
+    from scipy.optimize import lsq_linear
+
+    program, k = search.program, search.k
+    z, left = search.multipliers(point.xy)
+    if left > 1e-3:
+        z = point.z
+    at = program(z)
+    _, _, G, H, _, _, _ = program._slices
+    lam, mu = z[k : k + program.p].copy(), z[k + program.p :]
+    for i, j in program.pairs:
+        lam[i], lam[j] = max(lam[i], 0.0), max(-lam[i], 0.0)
+    lower = np.concatenate([lam * program.columns[k : k + program.p], mu * program.columns[k + program.p :]])
+    upper = np.zeros(G.stop - G.start + H.stop - H.start)
+    on = np.flatnonzero(at.G > -1e-5)
+    if on.size + at.H.size:
+        tight = (at.g > -1e-5) & ((lam > 1e-6) | ~program.inequality)
+        rows = [at.dG[on], at.dH, at.dg[tight], at.dh, at.dr]
+        matrix = np.concatenate(rows)[:, : k + program.p + program.q]
+        moving = np.ones(matrix.shape[1], bool)
+        moving[k : k + program.p] = lam > 1e-6
+        least = np.full(matrix.shape[0], -np.inf)
+        least[: on.size] = 0.0
+        found = lsq_linear(matrix[:, moving].T, -at.dF[moving], (least, np.full(least.size, np.inf))).x
+        upper[on] = found[: on.size]
+        upper[at.G.size :] = found[on.size : on.size + at.H.size]
+    scale = np.concatenate([program.rows[G], program.rows[H]]) / program.rows[0]
+    return upper * scale, lower
+
+
+def _in_shape(program: Program, upper: np.ndarray, lower: np.ndarray) -> dict[str, PyTree]:
+    """Multipliers by the names of a `Problem`'s fields, in the shapes of what those return."""
+    found: dict[str, PyTree] = {}
+    for prefix, values, level in (("upper_", upper, "upper"), ("", lower, "lower")):
+        first = 0
+        for kind in ("constraint", "equality"):
+            name = prefix + kind
+            shapes, extra = program.shapes[name]
+            leaves = []
+            for shape in jax.tree.leaves(shapes):
+                size = int(np.prod(shape.shape))
+                leaves.append(jnp.asarray(values[first : first + size].reshape(shape.shape), shape.dtype))
+                first += size
+            if leaves:
+                found[name] = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+            if extra:
+                found[f"project_{level}.{kind}"] = jnp.asarray(values[first : first + extra])
+                first += extra
+    return found

@@ -1,0 +1,516 @@
+"""All functions of a small problem and their dense Jacobian in one compiled program, and their scaling on the host.
+
+The unknowns are z = (x, y, lam, mu) in one vector, the rows [F, f, G, H, g, h, r] in another, with
+
+    r(z) = gradient in y of f + lam . g + mu . h,      shape (n_y,),
+
+so that one call gives all that a method of nonlinear programming asks for: first derivatives of the two losses and of
+all constraints, and the derivative of the lower level's stationarity. The derivative is taken forwards, in one batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import sets
+from bilevel.problem import Problem, ProblemError
+from bilevel.typing import PyTree
+
+__all__ = ["Evaluated", "Program", "precise", "size_of"]
+
+_TIGHT = 1e-9
+"""Relative: two numbers that are equal but for rounding."""
+
+
+def precise() -> Any:
+    """A block in which JAX computes in double precision, which the methods of the host do as well."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64  # type: ignore[attr-defined]  # before it was moved
+
+    return enable_x64(True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How x and y lie in a vector, and how many rows there are of each kind: hashable, static in the program.
+
+    Attributes:
+      x, y: the structures of the variables.
+      shapes: of all their leaves, those of x first.
+      rows: the numbers of rows of G, H, g, h, the bounds of x and y as rows included.
+    """
+
+    x: Any
+    y: Any
+    shapes: tuple[tuple[int, ...], ...]
+    rows: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """n_x and n_y."""
+        counts = [int(np.prod(shape)) for shape in self.shapes]
+        return sum(counts[: self.x.num_leaves]), sum(counts[self.x.num_leaves :])
+
+    def unflatten(self, vector: Any) -> tuple[PyTree, PyTree]:
+        """(x, y) of the first n_x + n_y entries."""
+        leaves, first = [], 0
+        for shape in self.shapes:
+            size = int(np.prod(shape))
+            leaves.append(vector[first : first + size].reshape(shape))
+            first += size
+        cut = self.x.num_leaves
+        return jax.tree.unflatten(self.x, leaves[:cut]), jax.tree.unflatten(self.y, leaves[cut:])
+
+
+def flatten(tree: PyTree) -> np.ndarray:
+    """The leaves in one vector of double precision, on the host."""
+    leaves = [np.asarray(leaf, float).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves) if leaves else np.zeros(0)
+
+
+class Bounds(NamedTuple):
+    """Finite bounds of one variable as rows: sign * (variable[index] - value) <= 0."""
+
+    index: Any
+    sign: Any
+    value: Any
+
+    @classmethod
+    def of(cls, lower: np.ndarray, upper: np.ndarray) -> Bounds:
+        """The finite ones of two vectors."""
+        low, high = np.flatnonzero(np.isfinite(lower)), np.flatnonzero(np.isfinite(upper))
+        sign = np.concatenate([-np.ones(low.size), np.ones(high.size)])
+        return cls(np.concatenate([low, high]), sign, np.concatenate([lower[low], upper[high]]))
+
+    def rows(self, leaves: list[jax.Array]) -> jax.Array:
+        """Their values."""
+        if not self.index.shape[0]:
+            return jnp.zeros((0,))
+        vector = jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+        return self.sign * (vector[self.index] - self.value)
+
+
+def _vector(*trees: PyTree) -> jax.Array:
+    leaves = [jnp.ravel(leaf) for tree in trees for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(leaves) if leaves else jnp.zeros((0,))
+
+
+def _rows(level: Any, bounds: Bounds, variable: Any, x: PyTree, y: PyTree) -> tuple[jax.Array, jax.Array]:
+    """A level's inequalities and equalities: its constraints, then its set's."""
+    project, own = level.project, variable
+    inequality = [level.constraint(x, y)] if level.constraint is not None else []
+    equality = [level.equality(x, y)] if level.equality is not None else []
+    if project is not None:
+        inequality += [project.inequality(own), bounds.rows(jax.tree.leaves(own))]
+        equality += [project.equality(own)]
+    return _vector(*inequality), _vector(*equality)
+
+
+def _all_rows(
+    problem: Problem, bounds: tuple[Bounds, Bounds], layout: Layout, vector: Any
+) -> tuple[Any, Any, Any, Any, Any, Any]:
+    upper, lower = problem.full_levels()
+    x, y = layout.unflatten(vector)
+    upper_rows, lower_rows = _rows(upper, bounds[0], x, x, y), _rows(lower, bounds[1], y, x, y)
+    return upper(x, y), lower(x, y), *upper_rows, *lower_rows
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _evaluate(problem: Problem, bounds: tuple[Bounds, Bounds], z: jax.Array, layout: Layout) -> tuple[Any, Any]:
+    (n, m), p = layout.sizes, layout.rows[2]
+
+    def values(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        xy, lam, mu = z[: n + m], z[n + m : n + m + p], z[n + m + p :]
+
+        def lagrangian(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+            parts = _all_rows(problem, bounds, layout, jnp.concatenate([xy[:n], y]))
+            return parts[1] + lam @ parts[4] + mu @ parts[5], _vector(*parts)
+
+        residual, rows = jax.grad(lagrangian, has_aux=True)(xy[n:])
+        found = jnp.concatenate([rows, residual])
+        return found, found
+
+    jacobian, found = jax.jacfwd(values, has_aux=True)(z)
+    return found, jacobian
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """The scaled values and Jacobians at a point; `F, f, G, H, g, h, r`, and each with a `d` before it.
+
+    A Jacobian has a column for each of the scaled unknowns (x, y, lam, mu).
+    """
+
+    F: float
+    f: float
+    G: np.ndarray
+    H: np.ndarray
+    g: np.ndarray
+    h: np.ndarray
+    r: np.ndarray
+    dF: np.ndarray
+    df: np.ndarray
+    dG: np.ndarray
+    dH: np.ndarray
+    dg: np.ndarray
+    dh: np.ndarray
+    dr: np.ndarray
+
+
+class Program:
+    """A problem's functions on the host, in units of their own.
+
+    Variables are divided by lengths on which the functions change, rows by their gradients: a problem whose F, f, x, y
+    or constraints are multiplied with a number is the same problem here. All vectors below are scaled.
+
+    Args:
+      problem: the problem, on full batches.
+      x, y: a point, for shapes and scales.
+      owner: who asks, for errors.
+
+    Attributes:
+      n, m, p, q: the numbers of x, y, lower inequalities and lower equalities.
+      start: the point (x, y).
+      lower, upper: bounds of the unknowns that sets or rows imply.
+      pairs, upper_pairs: (k, 2): inequalities i and j with g_i = -g_j (G_i = -G_j), which are one equality.
+      inequality, upper_inequality: bool, which rows of g and of G are of no such pair.
+      double: whether the functions are evaluated in double precision.
+
+    Raises:
+      ProblemError: a part of the problem is not made for this.
+    """
+
+    def __init__(self, problem: Problem, x: PyTree, y: PyTree, owner: str = "MPCC") -> None:
+        problem = visible(problem, x, y)
+        self.problem, self.owner = problem, owner
+        _refuse(problem, owner)
+        leaves = [*jax.tree.leaves(x), *jax.tree.leaves(y)]
+        self.dtypes = [np.asarray(leaf).dtype for leaf in leaves]
+        layout = Layout(jax.tree.structure(x), jax.tree.structure(y), tuple(np.shape(leaf) for leaf in leaves))
+        self.n, self.m = layout.sizes
+        x_low, x_high = _set_bounds(problem.project_upper, x)
+        y_low, y_high = _set_bounds(problem.project_lower, y)
+        self._bounds = Bounds.of(x_low, x_high), Bounds.of(y_low, y_high)
+        xy = np.concatenate([flatten(x), flatten(y)])
+        self.double = True
+        try:
+            with precise():
+                shapes = jax.eval_shape(lambda vector: _all_rows(problem, self._bounds, layout, vector), xy)
+        except TypeError:  # a function insists on single precision
+            self.double = False
+            single = xy.astype(np.float32)
+            shapes = jax.eval_shape(lambda vector: _all_rows(problem, self._bounds, layout, vector), single)
+        counts: tuple[Any, ...] = tuple(int(np.prod(shape.shape)) for shape in shapes)
+        self.shapes = self._user_shapes(problem, x, y, counts[2:])
+        self.layout = dataclasses.replace(layout, rows=counts[2:])
+        self.p, self.q = counts[4], counts[5]
+        self.size = self.n + self.m + self.p + self.q
+        edges = np.cumsum([0, 1, 1, *counts[2:], self.m])
+        self._slices = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        self._cache: dict[bytes, Evaluated] = {}
+        self.calls = 0
+        self.columns, self.rows = np.ones(self.size), np.ones(edges[-1])
+        self.lower, self.upper = np.full(self.size, -np.inf), np.full(self.size, np.inf)
+        low, high = np.concatenate([x_low, y_low]), np.concatenate([x_high, y_high])
+        xy = np.clip(xy, low, high)
+        with self.precision():
+            self._measure(xy, low, high)
+        self.start = xy / self.columns[: self.n + self.m]
+
+    @staticmethod
+    def _user_shapes(problem: Problem, x: PyTree, y: PyTree, counts: tuple[int, ...]) -> dict[str, tuple[PyTree, int]]:
+        """What each of the problem's constraints returns, in the user's precision, and the rows of a set beside it."""
+        found = {}
+        upper, lower = problem.full_levels()
+        functions = {
+            "upper_constraint": upper.constraint,
+            "upper_equality": upper.equality,
+            "constraint": lower.constraint,
+            "equality": lower.equality,
+        }
+        for (name, fn), count in zip(functions.items(), counts, strict=True):
+            shape = () if fn is None else jax.eval_shape(fn, x, y)
+            found[name] = shape, count - sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shape))
+        return found
+
+    def precision(self) -> Any:
+        """The block in which this program is evaluated."""
+        return precise() if self.double else contextlib.nullcontext()
+
+    # ------------------------------------------------------------ values
+
+    def raw(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and Jacobian in the user's units."""
+        self.calls += 1
+        if not self.double:
+            z = z.astype(np.float32)
+        with np.errstate(all="ignore"):
+            values, jacobian = _evaluate(self.problem, self._bounds, z, layout=self.layout)
+            return np.asarray(values, float), np.asarray(jacobian, float)
+
+    def __call__(self, z: np.ndarray) -> Evaluated:
+        """Values and Jacobian at scaled unknowns z."""
+        key = z.tobytes()
+        found = self._cache.get(key)
+        if found is None:
+            values, jacobian = self.raw(z * self.columns)
+            with np.errstate(all="ignore"):
+                values, jacobian = self.rows * values, self.rows[:, None] * jacobian * self.columns
+            if len(self._cache) > 64:
+                self._cache.clear()
+            v, d = [values[part] for part in self._slices], [jacobian[part] for part in self._slices]
+            parts: tuple[Any, ...] = (*v[2:], d[0][0], d[1][0], *d[2:])
+            found = Evaluated(float(v[0][0]), float(v[1][0]), *parts)
+            self._cache[key] = found
+        return found
+
+    def point(self, xy: np.ndarray, lam: np.ndarray | None = None, mu: np.ndarray | None = None) -> np.ndarray:
+        """The unknowns z of (x, y) and multipliers (None: zeros)."""
+        lam = np.zeros(self.p) if lam is None else lam
+        return np.concatenate([xy, lam, np.zeros(self.q) if mu is None else mu])
+
+    def split(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(x, y) in one vector, lam, mu."""
+        k = self.n + self.m
+        return z[:k], z[k : k + self.p], z[k + self.p :]
+
+    # ------------------------------------------------------------ between trees and vectors
+
+    def trees(self, xy: np.ndarray) -> tuple[PyTree, PyTree]:
+        """(x, y) in the user's units, structure and dtypes."""
+        raw, leaves, first = xy * self.columns[: self.n + self.m], [], 0
+        for shape, dtype in zip(self.layout.shapes, self.dtypes, strict=True):
+            size = int(np.prod(shape))
+            leaves.append(jnp.asarray(raw[first : first + size].reshape(shape), dtype))
+            first += size
+        cut = self.layout.x.num_leaves
+        return jax.tree.unflatten(self.layout.x, leaves[:cut]), jax.tree.unflatten(self.layout.y, leaves[cut:])
+
+    def scaled(self, x: PyTree, y: PyTree) -> np.ndarray:
+        """(x, y) of the user as one scaled vector."""
+        return np.concatenate([flatten(x), flatten(y)]) / self.columns[: self.n + self.m]
+
+    def losses(self, x: PyTree, y: PyTree) -> tuple[float, float]:
+        """F and f in the user's units."""
+        with self.precision():
+            at = self(self.point(self.scaled(x, y)))
+        return at.F * self.upper_scale, at.f * self.lower_scale
+
+    @property
+    def upper_scale(self) -> float:
+        """What a difference of scaled F is multiplied with to be one of F."""
+        return 1 / self.rows[0]
+
+    @property
+    def lower_scale(self) -> float:
+        """Likewise of f."""
+        return 1 / self.rows[1]
+
+    def violation(self, at: Evaluated, upper: bool = True) -> float:
+        """The largest violated row, about the distance in units of the variables; infinite where one is not finite."""
+        parts = [np.maximum(at.g, 0), np.abs(at.h)]
+        if upper:
+            parts += [np.maximum(at.G, 0), np.abs(at.H)]
+        worst = max((float(np.max(part)) for part in parts if part.size), default=0.0)
+        return worst if np.isfinite(worst) else np.inf
+
+    # ------------------------------------------------------------ scales
+
+    def _measure(self, xy: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        """The units of x and y, of the rows, and what rows are bounds or opposite pairs."""
+        lengths = self._lengths(xy, low, high)
+        k, n = self.n + self.m, self.n
+        self.columns[:n], self.columns[n:k] = lengths
+        rng = np.random.default_rng(0)
+        unit = self.columns[:k]
+        near = [xy] + [np.clip(xy + unit * rng.normal(size=k), low, high) for _ in range(4)]
+        samples = [self.raw(self.point(point)) for point in near]
+        jacobians = np.stack([jacobian for _, jacobian in samples])[:, :, :k] * unit
+        with np.errstate(all="ignore"):
+            norms = np.sqrt(np.sum(jacobians**2, axis=2))
+            # The lower loss counts by its part in y: a term in x alone is nothing to the lower level.
+            norms[:, 1] = np.sqrt(np.sum(jacobians[:, 1, n:] ** 2, axis=1))
+        norms[~np.isfinite(norms)] = np.nan
+        for row in range(norms.shape[1]):
+            column = norms[:, row]
+            column = column[np.isfinite(column) & (column > 0)]
+            # Losses by the median, constraints by the start, which are affine mostly.
+            self.rows[row] = 1 / float(np.median(column)) if column.size else 1.0
+        _, f, G, _, g, h, r = self._slices
+        self.rows[r] = self.rows[f] * self.columns[n:k]
+        self.columns[k : k + self.p] = self.rows[g] / self.rows[f]
+        self.columns[k + self.p :] = self.rows[h] / self.rows[f]
+        self._find_bounds(near, samples, low, high)
+        self.pairs = _opposite([self.rows[g] * values[g] for values, _ in samples])
+        self.upper_pairs = _opposite([self.rows[G] * values[G] for values, _ in samples])
+        self.inequality, self.upper_inequality = np.ones(self.p, bool), np.ones(G.stop - G.start, bool)
+        self.inequality[self.pairs.ravel()] = self.upper_inequality[self.upper_pairs.ravel()] = False
+        self.lower[k : k + self.p] = np.where(self.inequality, 0.0, -np.inf)
+        for _, j in self.pairs:  # the second of a pair has no multiplier of its own
+            self.lower[k + j] = self.upper[k + j] = 0.0
+
+    def _lengths(self, xy: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[float]:
+        """For x and for y: the median of the lengths on which something changes."""
+        n, k = self.n, self.n + self.m
+        values, jacobian = self.raw(self.point(xy))
+        rng = np.random.default_rng(1)
+        _, _, G, H, g, h, r = self._slices
+        constraints = np.r_[G, H, g, h]
+        found: list[float] = []
+        for block in (slice(n, k), slice(0, n)):
+            lengths: list[float] = []
+            width = (high - low)[block]
+            lengths += list(width[np.isfinite(width) & (width > 0)] / 2)
+            largest = np.max(np.abs(xy[block]), initial=0.0)
+            lengths += [float(largest)] if largest > 0 else []
+            with np.errstate(all="ignore"):
+                distance = np.abs(values[constraints]) / np.sqrt(np.sum(jacobian[constraints, block] ** 2, axis=1))
+            lengths += list(distance[np.isfinite(distance) & (distance > 0)])
+            direction = np.zeros(k)
+            direction[block] = rng.choice([-1.0, 1.0], block.stop - block.start)
+            lengths += self._curving(xy, direction, values, jacobian) if direction.any() else []
+            if found and direction.any():
+                # As far as x moves the lower solution by a unit of y.
+                along_y = np.zeros(k)
+                along_y[n:] = found[0] * rng.choice([-1.0, 1.0], k - n)
+                with np.errstate(all="ignore"):
+                    moved = np.linalg.norm(jacobian[r, :k] @ along_y) / np.linalg.norm(jacobian[r, :k] @ direction)
+                lengths += [float(moved)] if np.isfinite(moved) and moved > 0 else []
+            # At a solution some are zero but for rounding: no lengths.
+            least = 1e-4 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
+            lengths = [length for length in lengths if length >= least]
+            found.append(float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0)
+        return found[::-1]
+
+    def _curving(self, xy: np.ndarray, direction: np.ndarray, values: np.ndarray, jacobian: np.ndarray) -> list[float]:
+        """The lengths along a direction on which the gradients of F, of f in y and of the rows change by themselves."""
+        n, k = self.n, self.n + self.m
+        _, _, G, H, g, h, r = self._slices
+        rows = np.r_[0, G, H, g, h]
+
+        def gradients(values: np.ndarray, jacobian: np.ndarray) -> list[np.ndarray]:
+            # By x and by y apart: the two have units of their own.
+            return [values[r], *jacobian[rows, :n], *jacobian[rows, n:k]]
+
+        before, lengths = gradients(values, jacobian), {}
+        sizes = [float(np.linalg.norm(gradient)) for gradient in before]
+        for size in 10.0 ** np.arange(-10, 11, 1):
+            after = gradients(*self.raw(self.point(xy + size * direction)))
+            for i, (a, b, norm) in enumerate(zip(after, before, sizes, strict=True)):
+                change = float(np.linalg.norm(a - b))
+                if i not in lengths and np.isfinite(change) and norm > 0 and change > 1e-2 * norm:
+                    lengths[i] = size * norm / change
+            if len(lengths) == sum(size > 0 for size in sizes):
+                break
+        return list(lengths.values())
+
+    def _find_bounds(self, points: list[np.ndarray], samples: list[Any], low: np.ndarray, high: np.ndarray) -> None:
+        """Rows with one constant derivative are bounds of that variable."""
+        k = self.n + self.m
+        _, _, G, _, g, _, _ = self._slices
+        low, high = low.copy(), high.copy()
+        for row in np.r_[G, g]:
+            gradients = np.stack([jacobian[row, :k] for _, jacobian in samples])
+            if not np.isfinite(gradients).all() or np.count_nonzero(gradients[0]) != 1:
+                continue
+            j = int(np.flatnonzero(gradients[0])[0])
+            slope = gradients[0, j]
+            if np.any(np.abs(gradients - gradients[0]) > _TIGHT * abs(slope)):
+                continue
+            edges = [point[j] - values[row] / slope for point, (values, _) in zip(points, samples, strict=True)]
+            if np.ptp(edges) > 1e-6 * (self.columns[j] + abs(edges[0])):
+                continue
+            edge = float(np.median(edges))
+            if slope > 0:
+                high[j] = min(high[j], edge)
+            else:
+                low[j] = max(low[j], edge)
+        crossed = low > high
+        low[crossed], high[crossed] = -np.inf, np.inf  # no point meets them: the rows will say so
+        self.lower[:k], self.upper[:k] = low / self.columns[:k], high / self.columns[:k]
+
+
+def _opposite(samples: list[np.ndarray]) -> np.ndarray:
+    """The pairs (i, j) of rows of which one is the other's negative at all samples, shape (k, 2)."""
+    values = np.stack(samples)
+    pairs: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    size = np.max(np.abs(values), axis=0, initial=0.0)
+    for i in range(values.shape[1]):
+        total = np.max(np.abs(values[:, i : i + 1] + values), axis=0)
+        with np.errstate(invalid="ignore"):
+            opposite = (total <= _TIGHT * size[i]) & (size[i] > 0)
+        rest = [int(j) for j in np.flatnonzero(opposite) if j > i and j not in taken]
+        if rest and i not in taken:
+            pairs.append((i, rest[0]))
+            taken |= {i, rest[0]}
+    return np.asarray(pairs, int).reshape(-1, 2)
+
+
+def size_of(problem: Problem, x: PyTree, y: PyTree) -> tuple[int, int]:
+    """The numbers of unknowns and of rows, without a compile; a `ProblemError` where a `Program` is not made."""
+    problem = visible(problem, x, y)
+    _refuse(problem, "A check of a small problem")
+    sets = [_set_bounds(problem.project_upper, x), _set_bounds(problem.project_lower, y)]
+    bounds = [Bounds.of(*both) for both in sets]
+    leaves = [*jax.tree.leaves(x), *jax.tree.leaves(y)]
+    layout = Layout(jax.tree.structure(x), jax.tree.structure(y), tuple(np.shape(leaf) for leaf in leaves))
+    unknowns = sum(layout.sizes)
+    vector = np.zeros(unknowns, np.result_type(*(np.asarray(leaf).dtype for leaf in leaves)))
+    shapes = jax.eval_shape(lambda vector: _all_rows(problem, (bounds[0], bounds[1]), layout, vector), vector)
+    return unknowns, sum(int(np.prod(shape.shape)) for shape in shapes[2:])
+
+
+def visible(problem: Problem, x: PyTree, y: PyTree) -> Problem:
+    """The same problem, with a box in the place of a function that projects on one."""
+    found: dict[str, Any] = {}
+    for name, variable in (("project_upper", x), ("project_lower", y)):
+        project = getattr(problem, name)
+        if project is not None and not hasattr(project, "bounds") and jax.tree.leaves(variable):
+            box = sets.seen(project, variable)
+            if box is not None:
+                found[name] = box
+    return dataclasses.replace(problem, **found) if found else problem
+
+
+def _set_bounds(project: Any, variable: PyTree) -> tuple[np.ndarray, np.ndarray]:
+    size = flatten(variable).size
+    if project is None:
+        return np.full(size, -np.inf), np.full(size, np.inf)
+    lower, upper = project.bounds(variable)
+    return flatten(lower), flatten(upper)
+
+
+def _refuse(problem: Problem, owner: str) -> None:
+    if problem.stochastic or any(source.host for source in problem.sources):
+        raise ProblemError(
+            f"{owner} works on full batches, and the problem's data are drawn anew at every step: give both levels' "
+            "data as bare arrays, or take a stochastic solver."
+        )
+    if problem.prox_lower is not None:
+        raise ProblemError(
+            f"{owner} cannot honour the nonsmooth lower term prox_lower= of the problem, and would ignore it. Write "
+            "the term with variables of its own and constraint= (|y| <= u), or take solvers.MEHA."
+        )
+    for name in ("project_upper", "project_lower"):
+        project = getattr(problem, name)
+        if project is not None and not all(hasattr(project, part) for part in ("bounds", "inequality", "equality")):
+            raise ProblemError(
+                f"{owner} cannot see which set {name}= projects on: a function that projects has no rows. Give an "
+                "object of bilevel.sets (sets.Box, sets.Simplex, ...), or state the set by constraint= or "
+                "upper_constraint= rows."
+            )
+        if project is not None and not getattr(project, "smooth", True):
+            raise ProblemError(
+                f"{owner} needs smooth rows, and those of {project!r} ({name}=) are not. State the set by smooth rows "
+                "with more variables, or take a first-order solver, which needs its projection alone."
+            )

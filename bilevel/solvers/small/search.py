@@ -1,0 +1,394 @@
+"""The search of a small problem: relaxed KKT systems, cuts by the lower level's value, verification.
+
+All vectors are in the units of `Program`. A local method sees the rows
+
+    G <= 0,   H = 0,   g <= 0,   h = 0,   r = 0,   lam >= 0,   t + lam_i g_i >= 0,
+
+t going to zero; a cut says that f(x, y) is at most what a known lower point y_k attains at x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bilevel.solvers.small.nlp import Rows, minimise
+from bilevel.solvers.small.program import Evaluated, Program
+
+__all__ = ["Lowest", "Point", "Search", "lower_starts", "solve_lower"]
+
+LADDER = (1e-1, 1e-3, 1e-5, 1e-8)
+FEASIBLE = 1e-6
+"""The largest violation of a row that counts as none, in units of the variables."""
+RUNAWAY = 1e5
+"""A point beyond it, in units of the variables, is never verified."""
+_ACTIVE = 1e-5
+
+
+@dataclasses.dataclass
+class Lowest:
+    """What is known of the lower level at one x.
+
+    Attributes:
+      value: the least scaled f at a feasible point; infinite where none was found.
+      points: (x, y) of the local minima found, the lowest first.
+      values: their f.
+    """
+
+    value: float
+    points: list[np.ndarray]
+    values: list[float]
+
+
+@dataclasses.dataclass
+class Point:
+    """A candidate: (x, y) with what is known of it.
+
+    Attributes:
+      xy: the point; `z` with its multipliers.
+      loss: scaled F.
+      violation: of all rows.
+      gap: f(x, y) less the lowest value found; infinite where none was.
+      lowest: what was found of the lower level.
+    """
+
+    xy: np.ndarray
+    z: np.ndarray
+    loss: float
+    violation: float
+    gap: float
+    lowest: Lowest
+
+    def verified(self, tol: float) -> bool:
+        """Whether it is feasible, no lower point lies lower, and it is no runaway."""
+        return bool(
+            self.violation <= max(FEASIBLE, tol)
+            and np.isfinite(self.gap)
+            and self.gap <= tol
+            and np.isfinite(self.loss)
+            and np.abs(self.xy).max() < RUNAWAY
+        )
+
+
+# ---------------------------------------------------------------- the lower level
+
+
+def lower_rows(program: Program) -> Any:
+    """The lower level at the x of the point, as an NLP in y."""
+    n, k = program.n, program.n + program.m
+
+    def rows(xy: np.ndarray) -> Rows:
+        at = program(program.point(xy))
+        gradient = np.concatenate([np.zeros(n), at.df[n:k]])
+        first = program.pairs[:, 0]
+        return Rows(
+            at.f,
+            gradient,
+            -at.g[program.inequality],
+            -at.dg[program.inequality][:, :k],
+            np.concatenate([at.h, at.g[first]]),
+            np.concatenate([at.dh[:, :k], at.dg[first][:, :k]]),
+        )
+
+    return rows
+
+
+def solve_lower(
+    program: Program, xy: np.ndarray, starts: Iterable[np.ndarray], iterations: int = 100, method: str = "SLSQP"
+) -> Lowest:
+    """Local solves of the lower level at the x of `xy` from several y; a feasible start counts as a point itself."""
+    n, k = program.n, program.n + program.m
+    lower, upper = program.lower[:k].copy(), program.upper[:k].copy()
+    lower[:n] = upper[:n] = xy[:n]
+    rows, found = lower_rows(program), []
+    for y in starts:
+        start = np.concatenate([xy[:n], y])
+        end = minimise(rows, start, lower, upper, method=method, iterations=iterations, tol=1e-13)
+        for point in (start, end):
+            at = program(program.point(point))
+            broken = program.violation(at, upper=False)
+            if broken <= FEASIBLE and np.isfinite(at.f):
+                # A point that breaks its rows a little may be lower by that much times their multipliers.
+                found.append((at.f, broken, point))
+    found.sort(key=lambda entry: entry[0])
+    points: list[np.ndarray] = []
+    values: list[float] = []
+    for value, _, point in found:
+        if all(np.abs(point - other).max() > 1e-4 for other in points):
+            points.append(point)
+            values.append(value)
+    return Lowest(values[0] if values else np.inf, points, values)
+
+
+def lower_starts(program: Program, xy: np.ndarray, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """y itself, then points around it and in its box, at widths of all sizes."""
+    n, k = program.n, program.n + program.m
+    starts = [xy[n:]]
+    low, high = program.lower[n:k], program.upper[n:k]
+    for i in range(count - 1):
+        starts.append(sample(low, high, xy[n:], rng, wide=i % 2 == 0))
+    return starts
+
+
+def sample(low: np.ndarray, high: np.ndarray, center: np.ndarray, rng: np.random.Generator, wide: bool) -> np.ndarray:
+    """A point in a box: uniform where it is closed, log-uniform widths where it is open; or near the center."""
+    width = 10.0 ** rng.uniform(-1, 1.5)
+    around = center + width * rng.normal(size=center.size)
+    if not wide:
+        return np.clip(around, low, high)
+    closed = np.isfinite(low) & np.isfinite(high)
+    span = np.where(closed, high - low, 0.0)
+    inside = np.where(closed, low, 0.0) + span * rng.uniform(size=center.size)
+    above = np.where(np.isfinite(low), low, 0.0) + 10.0 ** rng.uniform(-1, 1.5, center.size)
+    below = np.where(np.isfinite(high), high, 0.0) - 10.0 ** rng.uniform(-1, 1.5, center.size)
+    half = np.where(np.isfinite(low), above, np.where(np.isfinite(high), below, around))
+    return np.where(closed, inside, half)
+
+
+# ---------------------------------------------------------------- the whole problem
+
+
+@dataclasses.dataclass
+class Cut:
+    """f(x, y) <= f(x, y_k) + M (what y_k breaks of the lower rows at x)."""
+
+    y: np.ndarray
+    weight: float
+
+
+class Search:
+    """The parts of a search, each on one start.
+
+    Args:
+      program: the problem.
+      method: of `nlp.METHODS`.
+      tol: the gap that counts as none, scaled.
+      rounds: the most rounds of cuts.
+      lower_count: starts of the lower level at a verification.
+    """
+
+    def __init__(
+        self, program: Program, method: str = "SLSQP", tol: float = 1e-6, rounds: int = 5, lower_count: int = 8
+    ) -> None:
+        self.program, self.method, self.tol, self.rounds, self.lower_count = program, method, tol, rounds, lower_count
+        self.n, self.k = program.n, program.n + program.m
+
+    # ------------------------------------------------------------ local solves
+
+    def rows(
+        self, t: float | None, active: np.ndarray | None = None, cuts: Sequence[Cut] = (), stationary: bool = True
+    ) -> Any:
+        """The NLP: relaxed by t; on the branch `active` (g_i = 0 there, lam_i = 0 elsewhere); or, not `stationary`,
+        without multipliers."""
+        program, k = self.program, self.k
+        pair, upper_pair = program.pairs[:, 0], program.upper_pairs[:, 0]
+
+        def rows(z: np.ndarray) -> Rows:
+            at = program(z)
+            lam = z[k : k + program.p]
+            keep = program.inequality
+            inequality = [-at.G[program.upper_inequality], -at.g[keep]]
+            inequality_jacobian = [-at.dG[program.upper_inequality], -at.dg[keep]]
+            equality = [at.H, at.h, at.G[upper_pair], at.g[pair]]
+            equality_jacobian = [at.dH, at.dh, at.dG[upper_pair], at.dg[pair]]
+            if stationary:
+                equality.append(at.r)
+                equality_jacobian.append(at.dr)
+            if active is not None:
+                inequality[1], inequality_jacobian[1] = -at.g[keep & ~active], -at.dg[keep & ~active]
+                equality.append(at.g[keep & active])
+                equality_jacobian.append(at.dg[keep & active])
+            elif stationary and program.p:
+                product = lam[:, None] * at.dg
+                product[:, k : k + program.p] += np.diag(at.g)
+                inequality.append((t + lam * at.g)[keep])
+                inequality_jacobian.append(product[keep])
+            for cut in cuts:
+                value, gradient = self._cut(at, z, cut)
+                inequality.append(np.array([value]))
+                inequality_jacobian.append(gradient[None])
+            return Rows(
+                at.F,
+                at.dF,
+                np.concatenate(inequality),
+                np.concatenate(inequality_jacobian),
+                np.concatenate(equality),
+                np.concatenate(equality_jacobian),
+            )
+
+        return rows
+
+    def _cut(self, at: Evaluated, z: np.ndarray, cut: Cut) -> tuple[float, np.ndarray]:
+        """What the cut leaves, and its gradient."""
+        n, program = self.n, self.program
+        there = program(program.point(np.concatenate([z[:n], cut.y])))
+        broken, side = there.g > 0, np.sign(there.h)
+        value = there.f + cut.weight * (there.g[broken].sum() + np.abs(there.h).sum()) - at.f
+        slope = there.df + cut.weight * (there.dg[broken].sum(0) + side @ there.dh)
+        gradient = -at.df.copy()
+        gradient[:n] += slope[:n]
+        return value, gradient
+
+    def local(
+        self,
+        z: np.ndarray,
+        t: float | None,
+        active: np.ndarray | None = None,
+        cuts: Sequence[Cut] = (),
+        stationary: bool = True,
+        fixed: bool = False,
+        iterations: int = 60,
+    ) -> np.ndarray:
+        """One local solve from z; `fixed`: x stays."""
+        program, k = self.program, self.k
+        lower, upper = program.lower.copy(), program.upper.copy()
+        if fixed:
+            lower[: self.n] = upper[: self.n] = z[: self.n]
+        if not stationary:
+            z = z.copy()
+            z[k:] = 0.0
+            lower[k:] = upper[k:] = 0.0
+        if active is not None:
+            off = np.flatnonzero(program.inequality & ~active)
+            z = z.copy()
+            z[k + off] = 0.0
+            lower[k + off] = upper[k + off] = 0.0
+        rows = self.rows(t, active, cuts, stationary)
+        return minimise(rows, z, lower, upper, method=self.method, iterations=iterations)
+
+    def ladder(
+        self, z: np.ndarray, ladder: Sequence[float] = LADDER, cuts: Sequence[Cut] = (), fixed: bool = False
+    ) -> np.ndarray:
+        """Local solves with t going down, each from the last one's end."""
+        if not self.program.inequality.any():
+            ladder = ladder[-1:]
+        for t in ladder:
+            z = self.local(z, t, cuts=cuts, fixed=fixed)
+        return z
+
+    def multipliers(self, xy: np.ndarray) -> tuple[np.ndarray, float]:
+        """z with multipliers by ridge least squares, rows far from active held down, and what is left of r."""
+        program, n, k = self.program, self.n, self.k
+        z = program.point(xy)
+        at = program(z)
+        if not (program.p + program.q) or not np.isfinite(at.r).all():
+            return z, float(np.abs(at.r).max(initial=0.0))
+        pair = np.zeros(program.p, bool)
+        pair[program.pairs[:, 0]] = True
+        use = program.inequality | pair
+        columns = np.concatenate([at.dg[use], at.dh])[:, n:k].T
+        weights = np.concatenate([np.where(pair, 0.0, at.g)[use], np.zeros(program.q)])
+        matrix = columns.T @ columns + np.diag(weights**2 + 1e-8)
+        sign = np.concatenate([program.inequality[use], np.zeros(program.q, bool)])
+        found = np.zeros(sign.size)
+        free = np.ones(sign.size, bool)
+        try:
+            for _ in range(sign.size + 1):  # multipliers that come out negative are dropped, the worst first
+                found[:] = 0.0
+                found[free] = np.linalg.solve(matrix[np.ix_(free, free)], -columns[:, free].T @ at.r)
+                worst = np.where(sign & free, found, 0.0)
+                if worst.min(initial=0.0) >= -1e-9:
+                    break
+                free[int(np.argmin(worst))] = False
+        except np.linalg.LinAlgError:
+            return z, np.inf
+        found = np.clip(found, np.where(sign, 0.0, -1e3), 1e3)
+        left = at.r + columns @ found
+        z[k : k + program.p][use] = found[: int(use.sum())]
+        z[k + program.p :] = found[int(use.sum()) :]
+        return z, float(np.abs(left).max())
+
+    def high_point(self, xy: np.ndarray) -> np.ndarray:
+        """Where the upper level would like (x, y) to be: a local solve that ignores the lower loss."""
+        return self.local(self.program.point(xy), None, np.zeros(self.program.p, bool), stationary=False)[: self.k]
+
+    def polish(self, xy: np.ndarray, steps: int = 40) -> np.ndarray:
+        """The lower solution next to y, by Newton's method on its conditions: as exact as the arithmetic allows.
+
+        A minimiser of f alone is known to the root of what f resolves, and where f is flat to less.
+        """
+        program, n, k = self.program, self.n, self.k
+        z, left = self.multipliers(xy)
+        if not np.isfinite(left) or left > 1e-2:
+            return xy
+        held = program.inequality & (z[k : k + program.p] > 1e-7) & (program(z).g > -1e-4)
+        z[k : k + program.p][program.inequality & ~held] = 0.0
+        held[program.pairs[:, 0]] = True
+        unknown = np.r_[n:k, k + np.flatnonzero(held), k + program.p : program.size]
+
+        def conditions(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            at = program(z)
+            return np.concatenate([at.r, at.g[held], at.h]), np.concatenate([at.dr, at.dg[held], at.dh])[:, unknown]
+
+        value, slope = conditions(z)
+        size = np.abs(value).max(initial=0.0)
+        for _ in range(steps):
+            if size < 1e-15 or not np.isfinite(slope).all():
+                break
+            after = z.copy()
+            after[unknown] -= np.linalg.lstsq(slope, value, rcond=None)[0]
+            new_value, new_slope = conditions(after)
+            new_size = np.abs(new_value).max(initial=0.0)
+            if not new_size < size:
+                break
+            z, value, slope, size = after, new_value, new_slope, new_size
+        lam = z[k : k + program.p][program.inequality]
+        at = program(program.point(z[:k]))
+        before = program(program.point(xy))
+        fine = lam.min(initial=0.0) > -1e-7 and program.violation(at, upper=False) <= FEASIBLE
+        near = np.abs(z[:k] - xy).max() <= 1e-1 and at.f <= before.f + 1e-9
+        return z[:k] if fine and near else xy
+
+    # ------------------------------------------------------------ points
+
+    def judge(self, z: np.ndarray, rng: np.random.Generator, known: Iterable[np.ndarray] = (), count: int = 0) -> Point:
+        """The point (x, y) of z, with the lower level solved from several starts."""
+        program, k = self.program, self.k
+        xy = np.clip(z[:k], program.lower[:k], program.upper[:k])
+        at = program(program.point(xy))
+        starts = lower_starts(program, xy, count or self.lower_count, rng) + [y for y in known]
+        lowest = solve_lower(program, xy, starts, method=self.method)
+        gap = at.f - lowest.value if lowest.points else np.inf
+        return Point(xy, np.concatenate([xy, z[k:]]), at.F, program.violation(at), gap, lowest)
+
+    def crossover(self, z: np.ndarray, cuts: Sequence[Cut] = (), most: int = 4) -> list[np.ndarray]:
+        """The plain NLPs of the branch that z lies on, and of neighbours where rows are biactive."""
+        program, k = self.program, self.k
+        keep = program.inequality
+        if not keep.any():
+            return [self.local(z, None, np.zeros(program.p, bool), cuts)]
+        lam, g = z[k : k + program.p], -program(z).g
+        active = (lam > g) & keep
+        biactive = np.flatnonzero(keep & (lam < 1e-3) & (g < 1e-3))
+        branches = [active]
+        for flips in itertools.islice(itertools.product((False, True), repeat=min(biactive.size, 6)), 2 * most):
+            branch = active.copy()
+            branch[biactive[: len(flips)]] = flips
+            if not any(np.array_equal(branch, other) for other in branches):
+                branches.append(branch)
+        return [self.local(z, None, branch, cuts) for branch in branches[: most + 1]]
+
+    def cut_rounds(self, z: np.ndarray, rng: np.random.Generator, stationary: bool = True) -> list[Point]:
+        """From an end of a local solve: cuts where the lower level has a lower point, until none has; all points."""
+        points, cuts = [self.judge(z, rng)], []
+        for _ in range(self.rounds):
+            point = points[-1]
+            if point.gap <= self.tol or not point.lowest.points:
+                break
+            lowest = point.lowest.points[0]
+            lam = np.abs(self.multipliers(lowest)[0][self.k :])
+            cuts.append(Cut(lowest[self.n :], 2 * float(lam.max(initial=0.0)) + 1))
+            ends = []
+            for start in (point.z, self.multipliers(lowest)[0]):
+                if stationary:
+                    end = self.ladder(start, LADDER[1:], cuts)
+                else:
+                    end = self.local(start, None, cuts=cuts, stationary=False, iterations=100)
+                ends.append(self.judge(end, rng, [cut.y for cut in cuts]))
+            points += sorted(ends, key=lambda point: (not point.verified(self.tol), point.loss), reverse=True)
+            # The best goes on: a verified one ends the loop.
+        return points

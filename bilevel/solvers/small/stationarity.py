@@ -1,0 +1,389 @@
+"""Is (x, y) stationary, and does y minimise the lower level? For small problems, whatever method found the point.
+
+Both are asked in units in which the functions' gradients and the lengths on which they change are one, so that a
+problem multiplied by a number gets the same answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from bilevel.problem import Problem, ProblemError
+from bilevel.solvers.small.program import Evaluated, Program, size_of
+from bilevel.solvers.small.search import FEASIBLE, Lowest, Search, lower_starts, solve_lower
+from bilevel.typing import PyTree
+
+__all__ = ["Lower", "Stationarity", "lower_verified", "refusal", "stationary", "unbounded"]
+
+_MOST = 256
+"""The most linear programmes, and the most supports that are looked at for vertices."""
+_RADIUS = 1e-3
+_VERTEX = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Stationarity:
+    """What `stationary` found.
+
+    Attributes:
+      slope: the least slope of F along feasible directions, at most 0, where a typical gradient of F is one.
+      direction: (x, y) of the step that attains it, in the user's units; None without one.
+      checked: whether all branches were looked at.
+      why: what was not, or what the answer rests on.
+    """
+
+    slope: float
+    direction: tuple[PyTree, PyTree] | None
+    checked: bool
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lower:
+    """What `lower_verified` found.
+
+    Attributes:
+      gap: f(x, y) less the lowest value found, where a typical gradient of f in y is one; infinite where no feasible
+        lower point was found.
+      violation: of the lower level's rows by y, about a distance in units of the variables.
+      minimisers: the y that are as low as the lowest, to 1e-6.
+      values: F at each.
+      optimistic_gain: F(x, y) less the least F of a lower minimiser that breaks no upper row, at least 0, where a
+        typical gradient of F is one.
+      upper_violation: of the upper level's rows by (x, y).
+      loss_gap: the gap in units of f.
+      loss_gain: the gain in units of F.
+    """
+
+    gap: float
+    violation: float
+    minimisers: list[PyTree]
+    values: list[float]
+    optimistic_gain: float
+    upper_violation: float = 0.0
+    loss_gap: float = 0.0
+    loss_gain: float = 0.0
+
+
+def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
+    """Why the two checks are not made for this problem; "" where they are."""
+    try:
+        unknowns, rows = size_of(problem, x, y)
+    except ProblemError as error:
+        return str(error)
+    if unknowns + rows > largest:
+        return f"{unknowns} unknowns and {rows} rows are more than {largest}, for which dense checks are made."
+    return ""
+
+
+def lower_verified(
+    problem: Problem, x: PyTree, y: PyTree, starts: int = 12, key: int = 0, program: Program | None = None
+) -> Lower:
+    """The lower level at x solved from `starts` points, y the first, and F compared among its minimisers.
+
+    Raises:
+      ProblemError: see `refusal`.
+    """
+    program = program or Program(problem, x, y, "The check of the lower level")
+    with program.precision():
+        xy, rng = program.scaled(x, y), np.random.default_rng(key)
+        search = Search(program)
+        at = program(program.point(xy))
+        lowest = solve_lower(program, xy, lower_starts(program, xy, starts, rng))
+        gap = at.f - lowest.value if lowest.points else np.inf
+        slack = max(1e-6, abs(gap) if np.isfinite(gap) and gap < 1e-3 else 0.0)
+        ties = [p for p, value in zip(lowest.points, lowest.values, strict=True) if value <= lowest.value + slack]
+        known = [search.polish(point) for point in ties]
+        for point in known[:4]:  # minimisers that are many: the one with the least F, on the conditions at this x
+            z, left = search.multipliers(point)
+            if left < 1e-4:
+                end = search.polish(search.ladder(z, (1e-5, 1e-9), fixed=True)[: search.k])
+                there = program(program.point(end))
+                if program.violation(there, upper=False) <= FEASIBLE and there.f <= lowest.value + 1e-8:
+                    known.append(end)
+        upper = lambda at: float(max(np.max(at.G, initial=0.0), np.max(np.abs(at.H), initial=0.0)))  # noqa: E731
+        evaluated = [program(program.point(point)) for point in known]
+        broken = upper(at)
+        fair = [other.F for other in evaluated if upper(other) <= max(FEASIBLE, broken)]
+        gain = max(0.0, at.F - min(fair, default=np.inf)) if np.isfinite(at.F) else np.inf
+        return Lower(
+            max(gap, 0.0),
+            program.violation(at, upper=False),
+            [program.trees(point)[1] for point in known],
+            [other.F * program.upper_scale for other in evaluated],
+            gain,
+            broken,
+            max(gap, 0.0) * program.lower_scale,
+            gain * program.upper_scale,
+        )
+
+
+def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = None) -> bool:
+    """Whether f(x, .) keeps falling, feasibly, along a ray from y: steepest descent or the most negative curvature."""
+    program = program or Program(problem, x, y, "The check of the lower level")
+    with program.precision():
+        xy = program.scaled(x, y)
+        at, n, k = program(program.point(xy)), program.n, program.n + program.m
+        if not np.isfinite(at.f) or not np.isfinite(at.dr).all():
+            return False
+        size = 1 + np.abs(xy).max(initial=0.0)
+        rays = [-at.df[n:k]]
+        if k - n:
+            curvature = at.dr[:, n:k]
+            values, basis = np.linalg.eigh((curvature + curvature.T) / 2)
+            if values[0] < -1e-6 * np.abs(values).max():
+                rays += [basis[:, 0], -basis[:, 0]]
+        for ray in rays:
+            length = np.linalg.norm(ray)
+            if not length > 0:
+                continue
+            values_along = []
+            for reach in (1e1, 1e2, 1e3, 1e4):
+                point = xy.copy()
+                point[n:] += reach * size * ray / length
+                there = program(program.point(point))
+                if not np.isfinite(there.f) or program.violation(there, upper=False) > FEASIBLE:
+                    break
+                values_along.append(there.f)
+            falls = np.diff([at.f, *values_along])
+            if len(values_along) == 4 and (falls < 0).all() and falls[-1] < falls[0]:
+                return True
+    return False
+
+
+def stationary(
+    problem: Problem, x: PyTree, y: PyTree, tol: float = 1e-4, program: Program | None = None
+) -> Stationarity:
+    """The least slope of F along directions that the problem allows at (x, y), one-sided.
+
+    On each vertex of the set of lower multipliers, and on each branch of rows that are active with multiplier zero, the
+    problem is linear to first order:
+
+        min F_x dx + F_y dy   s.t.   linearised G, H, g, h, stationarity and branch;   |dx|, |dy| <= radius,
+
+    with the rows' values in place, so that a kink nearer than the radius counts as reached. Where another lower
+    minimiser ties with y, its value bounds that of y: a row more. A descent that is found is tried, with lower solves
+    at the x that it leads to; what F does there decides. Where no multiplier exists, sampled directions alone are
+    tried.
+
+    Raises:
+      ProblemError: see `refusal`.
+    """
+    program = program or Program(problem, x, y, "The check of stationarity")
+    with program.precision():
+        return _Check(program, program.scaled(x, y), tol).run()
+
+
+class _Check:
+    def __init__(self, program: Program, xy: np.ndarray, tol: float) -> None:
+        self.program, self.tol, self.radius = program, tol, max(_RADIUS, 10 * tol)
+        self.search = Search(program)
+        self.n, self.k = program.n, program.n + program.m
+        rng = np.random.default_rng(0)
+        lowest = solve_lower(program, xy, lower_starts(program, xy, 8, rng))
+        near = solve_lower(program, xy, [xy[self.n :]])
+        # The lower solution that y stands for, more exactly than a method leaves it.
+        close = [point for point in near.points if np.abs(point - xy).max() <= 10 * self.radius]
+        self.xy = self.search.polish(close[0] if close else xy)
+        self.others = [
+            point
+            for point, value in zip(lowest.points, lowest.values, strict=True)
+            if np.abs(point - self.xy).max() > 10 * self.radius
+        ]
+        self.lowest: Lowest = lowest
+        self.loss = program(program.point(self.xy)).F
+
+    def run(self) -> Stationarity:
+        vertices, complete = self.vertices()
+        if not vertices:
+            return self.sampled("The lower level has no multiplier at this point")
+        found, count, whole = [], 0, complete
+        ties = self.ties()
+        for lam, mu in vertices:
+            at = self.program(self.program.point(self.xy, lam, mu))
+            for branch in self.branches(at, lam):
+                count += 1
+                if count > _MOST:
+                    whole = False
+                    break
+                value, direction = self.linear(at, lam, branch, ties)
+                if direction is not None and value < 0:
+                    found.append((value / self.radius, direction))
+        why = "" if whole else f"not all branches: {_MOST} linear programmes were solved."
+        threshold = -max(self.tol, 1e-6)
+        steep = [pair for pair in sorted(found, key=lambda pair: pair[0]) if pair[0] <= threshold]
+        for slope, direction in steep[:32]:
+            if self.descends(direction, slope):
+                return Stationarity(slope, self.in_units(direction), whole, why)
+        if steep:  # the conditions promise what F does not do: they say too little here (f is flat to second order)
+            return self.sampled("What the lower level's conditions promise to first order does not happen")
+        return Stationarity(max((s for s, _ in found if s > threshold), default=0.0), None, whole, why)
+
+    def in_units(self, direction: np.ndarray) -> tuple[PyTree, PyTree]:
+        return self.program.trees(direction)
+
+    # ------------------------------------------------------------ multipliers
+
+    def vertices(self) -> tuple[list[tuple[np.ndarray, np.ndarray]], bool]:
+        """The vertices of {lam >= 0, mu: r = 0} on active rows, and whether all supports were looked at."""
+        program, n, k = self.program, self.n, self.k
+        at = program(program.point(self.xy))
+        pair = program.pairs[:, 0]
+        active = np.flatnonzero(program.inequality & (at.g > -max(_VERTEX, self.tol)))
+        fixed = np.concatenate([at.dg[pair], at.dh])[:, n:k].T
+        rank = int(np.linalg.matrix_rank(fixed, tol=1e-9)) if fixed.size else 0
+        most = min(active.size, program.m - rank)
+        size = np.linalg.norm(at.r) + 1.0
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        count, complete = 0, True
+        for support in itertools.chain.from_iterable(
+            itertools.combinations(active, length) for length in range(most + 1)
+        ):
+            count += 1
+            if count > 8 * _MOST:
+                complete = False
+                break
+            chosen = np.asarray(support, int)
+            matrix = np.concatenate([at.dg[chosen][:, n:k].T, fixed], axis=1)
+            if matrix.shape[1]:
+                values, _, ranked, _ = np.linalg.lstsq(matrix, -at.r, rcond=1e-10)
+                if ranked < chosen.size + rank:
+                    continue
+            else:
+                values = np.zeros(0)
+            left = np.abs(at.r + matrix @ values).max(initial=0.0)
+            if left > max(1e-5, self.tol) * size or values[: chosen.size].min(initial=1.0) < -1e-7:
+                continue
+            lam, mu = np.zeros(program.p), values[chosen.size + pair.size :]
+            lam[chosen] = np.maximum(values[: chosen.size], 0.0)
+            lam[pair] = values[chosen.size : chosen.size + pair.size]
+            if not any(np.allclose(lam, other, atol=1e-7) for other, _ in found):
+                found.append((lam, mu))
+        return found, complete
+
+    def branches(self, at: Evaluated, lam: np.ndarray) -> Iterator[np.ndarray]:
+        """Which inequalities are held active: all choices where both the row and its multiplier are nearly zero."""
+        keep, near = self.program.inequality, 2 * self.radius
+        both = np.flatnonzero(keep & (at.g > -near) & (lam < near))
+        held = keep & (lam >= near)
+        for flips in itertools.product((False, True), repeat=min(both.size, 10)):
+            branch = held.copy()
+            branch[both[: len(flips)]] = flips
+            yield branch
+
+    # ------------------------------------------------------------ linear programmes
+
+    def ties(self) -> list[tuple[float, np.ndarray]]:
+        """f - f(x, y_k) and its gradient in (x, y) for other minimisers that y may not lie above."""
+        program, n, k = self.program, self.n, self.k
+        here = program(program.point(self.xy))
+        rows = []
+        for point in self.others:
+            z, left = self.search.multipliers(point)
+            there = program(z)
+            if left > 1e-3 or there.f - here.f > 10 * self.radius:
+                continue
+            lam, mu = z[k : k + program.p], z[k + program.p :]
+            gradient = here.df[:k].copy()
+            gradient[:n] -= (there.df + lam @ there.dg + mu @ there.dh)[:n]
+            rows.append((here.f - there.f, gradient))
+        return rows
+
+    def linear(
+        self, at: Evaluated, lam: np.ndarray, branch: np.ndarray, ties: list[tuple[float, np.ndarray]]
+    ) -> tuple[float, np.ndarray | None]:
+        """The linear programme of one branch: its value and (dx, dy)."""
+        from scipy.optimize import linprog
+
+        program, k, radius = self.program, self.k, self.radius
+        pair, upper_pair = program.pairs[:, 0], program.upper_pairs[:, 0]
+        off = program.inequality & ~branch
+        tie_rows = [np.concatenate([gradient, np.zeros(program.p + program.q)]) for _, gradient in ties]
+        above = np.concatenate(
+            [at.dG[program.upper_inequality], at.dg[off], *([np.stack(tie_rows)] if tie_rows else [])]
+        )
+        room = np.concatenate([-at.G[program.upper_inequality], -at.g[off], [max(-value, 0.0) for value, _ in ties]])
+        room = np.maximum(room, 0.0)  # what is broken a little may stay so
+        # The point stays where it is an end of its equations: their left-hand sides are not asked to be repaired.
+        equal = np.concatenate([at.dH, at.dG[upper_pair], at.dh, at.dg[pair], at.dg[branch], at.dr])
+        level = np.zeros(equal.shape[0])
+        first = at.dH.shape[0] + upper_pair.size + at.dh.shape[0] + pair.size
+        level[first : first + int(branch.sum())] = np.maximum(-at.g[branch], 0.0)
+        bounds: list[tuple[float | None, float | None]] = [(-radius, radius)] * k
+        far = 1e3 * radius
+        for i in range(program.p):
+            if program.inequality[i]:
+                bounds.append((max(-lam[i], -far), far) if branch[i] else (-lam[i], -lam[i]))
+            else:
+                bounds.append((-far, far) if i in pair else (0.0, 0.0))
+        bounds += [(-far, far)] * program.q
+        cost = at.dF.copy()
+        cost[k:] = 0.0
+        if not all(np.isfinite(part).all() for part in (cost, above, room, equal, level)):
+            return 0.0, None
+        # The solver's tolerances are absolute: everything is divided by the radius.
+        scaled = [(None if a is None else a / radius, None if b is None else b / radius) for a, b in bounds]
+        found = linprog(
+            cost,
+            above if above.shape[0] else None,
+            room / radius if above.shape[0] else None,
+            equal if equal.shape[0] else None,
+            level / radius if equal.shape[0] else None,
+            scaled,
+            method="highs",
+        )
+        if found.status != 0:
+            return 0.0, None
+        return float(found.fun) * radius, found.x[:k] * radius
+
+    # ------------------------------------------------------------ trials
+
+    def descends(self, direction: np.ndarray, slope: float) -> bool:
+        """Whether F falls by a good part of what the slope promises, with the lower level solved anew."""
+        size = np.abs(direction).max()
+        for factor in (1.0, 0.1):
+            step = factor * direction
+            gained = self.trial(self.xy + step, step)
+            if gained is not None and gained <= 0.2 * factor * slope * min(size, self.radius):
+                return True
+        return False
+
+    def trial(self, xy: np.ndarray, step: np.ndarray) -> float | None:
+        """F at the lowest lower solutions found at that x, the best of them for F, less F here; None: infeasible."""
+        program, n = self.program, self.n
+        xy = np.clip(xy, program.lower[: self.k], program.upper[: self.k])
+        starts = [xy[n:], self.xy[n:], *[point[n:] for point in self.others[:6]]]
+        found = solve_lower(program, xy, starts)
+        size = float(np.abs(step).max())
+        best = None
+        ties = [p for p, value in zip(found.points, found.values, strict=True) if value <= found.value + 1e-9]
+        ends = [program(program.point(self.search.polish(point))) for point in ties]
+        lowest = min((at.f for at in ends), default=np.inf)
+        for at in ends:
+            if at.f > lowest + 1e-13 * (1 + abs(lowest)):
+                continue
+            # A curved upper row is broken to second order by a step along its tangent.
+            if program.violation(at) <= FEASIBLE + 10 * size**2:
+                best = at.F - self.loss if best is None else min(best, at.F - self.loss)
+        return best
+
+    def sampled(self, why: str) -> Stationarity:
+        """Directions tried one by one."""
+        rng, n = np.random.default_rng(0), self.n
+        directions = [sign * unit for unit in np.eye(n)[:12] for sign in (1.0, -1.0)]
+        directions += [v / np.abs(v).max() for v in rng.normal(size=(8, n))] if n > 1 else []
+        best: tuple[float, Any] = (0.0, None)
+        for direction in directions:
+            step = np.concatenate([self.radius * direction, np.zeros(self.program.m)])
+            gained = self.trial(self.xy + step, step)
+            if gained is not None and gained / self.radius < best[0]:
+                best = gained / self.radius, step
+        if best[0] > -max(10 * self.tol, 1e-3):
+            best = 0.0, None
+        direction = None if best[1] is None else self.in_units(best[1])
+        return Stationarity(best[0], direction, False, f"{why}: {len(directions)} sampled directions were tried.")

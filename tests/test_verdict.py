@@ -1,0 +1,93 @@
+"""The verdict of the front door over problems with known solutions: never CONVERGED where it is wrong, in any units."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from known_problems import CASES, Case
+
+from bilevel import Solution, solve
+
+# In the quick lane; all of them are slow together.
+QUICK = (
+    "free_coordinate", "two_wells", "concave_lower", "empty_lower_set", "kink_to_pass", "start_outside",
+    "upper_row_in_y", "two_roads", "simple_line",
+)  # fmt: skip
+
+everywhere = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+
+
+def solved(case: Case) -> Solution:
+    return solve(case.problem, case.x0, case.y0, steps=5000, tol=1e-4, progress=False)
+
+
+def test_the_known_solutions_pass_their_own_check_and_other_points_do_not(x64):
+    kinds = set()
+    for name, make in CASES.items():
+        case = make()
+        kinds.add(case.kind)
+        if case.solution is None:
+            continue
+        x, y = (None if part is None else jnp.asarray(part, float) for part in case.solution)
+        assert case.wrong(x, y) == "", name
+        assert case.wrong(x, y + 0.5) != "", name
+        moved = case.scaled(upper=1e3, lower=1e-2, x=10.0, y=0.1)
+        assert moved.wrong(None if x is None else 10 * x, y / 10) == "", name
+    assert len(CASES) >= 40
+    assert len(kinds) >= 14
+
+
+@pytest.mark.parametrize("name", everywhere)
+def test_converged_is_never_said_where_it_is_wrong(x64, name):
+    case = CASES[name]()
+    found = solved(case)
+    wrong = case.wrong(found.x, found.y)
+    if found.result.name == "CONVERGED":
+        assert not wrong, wrong
+    else:
+        assert found.reason  # a word and a sentence
+    if case.value is None:
+        assert found.result.name in case.words, found
+
+
+@pytest.mark.slow
+def test_nearly_all_are_solved(x64):
+    cases = [(name, make()) for name, make in CASES.items()]
+    cases = [(name, case) for name, case in cases if case.value is not None]
+    missed = []
+    for name, case in cases:
+        found = solved(case)
+        if case.wrong(found.x, found.y) or found.result.name != "CONVERGED":
+            missed.append(f"{name}: {found.result.name}, {case.wrong(found.x, found.y) or 'right'}")
+    assert len(missed) <= len(cases) * 5 // 41, missed
+
+
+SCALES = {"upper": (1e-8, 1e8), "lower": (1e-8, 1e8), "x": (1e-8, 1e8), "y": (1e-8, 1e8)}
+quick_scales = {("kink_to_pass", "upper", 1e8), ("capacity", "y", 1e-8)}
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "by"),
+    [
+        pytest.param(name, what, by, marks=() if (name, what, by) in quick_scales else pytest.mark.slow)
+        for name in ("shrinkage", "free_and_coupled", "kink_to_pass", "concave_lower", "capacity", "upper_row_in_y")
+        for what, factors in SCALES.items()
+        for by in factors
+    ],
+)
+def test_units_change_no_verdict(x64, name, what, by):
+    case = CASES[name]()
+    moved = case.scaled(**{what: by})
+    here, there = solved(case), solved(moved)
+    assert here.result is there.result, there
+    assert bool(case.wrong(here.x, here.y)) == bool(moved.wrong(there.x, there.y)), there
+
+
+def test_float32_says_converged_only_where_it_is_right():
+    assert not jax.config.jax_enable_x64
+    case = CASES["capacity"]()
+    found = solved(case)
+    assert np.asarray(found.y).dtype == np.float32
+    assert found.result.name != "CONVERGED" or not case.wrong(found.x, found.y)
