@@ -1,11 +1,11 @@
 """A transformer over sentences over tokens and spectrograms, and what its answer rests on.
 
 The idea is that of Deng, Luz and de la Fuente Garcia, "Hierarchical attention interpretation: an interpretable
-speech-level transformer for bi-modal depression detection" (arXiv 2309.13476): classify a whole interview from its sentences
-instead of copying its label to each, and interpret it at both levels by gradient-weighted attention. Its full text was not at
-hand (nor are the recordings); an index of arXiv of September 2026 notes a withdrawal comment on it (seen second-hand,
-not confirmed), and its first version's abstract prints an F1 of .947 where precision and recall give the .897 of later
-ones.
+speech-level transformer for bi-modal depression detection" (arXiv 2309.13476): classify a whole interview from its
+sentences instead of copying its label to each, and interpret it at both levels by gradient-weighted attention. Its
+full text was not at hand (nor are the recordings); an index of arXiv of September 2026 notes a withdrawal comment on
+it (seen second-hand, not confirmed), and its first version's abstract prints an F1 of .947 where precision and recall
+give the .897 of later ones.
 What follows is therefore a specification of our own, and no reproduction:
 
 - text: embedding, learned positions, a leading CLS, two layers; speech: a log-Mel image cut into patches of 16 x 16,
