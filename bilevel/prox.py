@@ -13,14 +13,14 @@ they are: `prox.lasso(0.1)(y, None, 1.0)`.
 | operator | r(x, y) |
 |---|---|
 | `none()` | 0 |
-| `lasso(strength)` | strength \\|y\\|_1 |
+| `lasso(strength)` | strength times the 1-norm of y |
 | `group_lasso(strength, axis)` | strength times the sum of the groups' 2-norms |
-| `ridge(strength)` | strength \\|y\\|^2 / 2 |
-| `elastic_net(lasso, ridge)` | lasso \\|y\\|_1 + ridge \\|y\\|^2 / 2 |
+| `ridge(strength)` | strength times half the square of the 2-norm |
+| `elastic_net(lasso, ridge)` | both, each with its own strength |
 | `non_negative_lasso(strength)` | lasso, and y >= 0 |
 | `non_negative_ridge(strength)` | ridge, and y >= 0 |
-| `log_barrier(strength)` | - strength times the sum of log y |
-| `least_squares(A, b, strength)` | strength \\|A y - b\\|^2 / 2 |
+| `log_barrier(strength)` | minus strength times the sum of log y |
+| `least_squares(A, b, strength)` | strength times half the square of the 2-norm of A y - b |
 | `non_negative_least_squares(A, b, strength)` | the same, and y >= 0 |
 | `projection(set)` | 0 on the set, infinite elsewhere |
 | `chain(first, second, ...)` | one after the other: the sum, where that is exact |

@@ -903,7 +903,8 @@ def _numbers(name: str, value: Any, none: float | None = None, array: bool = Fal
         if isinstance(leaf, (bool, str)) or not isinstance(leaf, (int, float, np.ndarray, np.number, jax.Array)):
             raise ValueError(f"{name} holds a {type(leaf).__name__}; numbers and arrays are expected.")
         if not isinstance(leaf, jax.Array):
-            leaf = float(leaf) if np.ndim(leaf) == 0 else np.asarray(leaf, None if leaf.dtype.kind == "f" else float)  # type: ignore[union-attr]
+            kept = isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f"
+            leaf = float(leaf) if np.ndim(leaf) == 0 else np.asarray(leaf, None if kept else float)
         if np.isnan(_known(leaf)).any():  # type: ignore[arg-type]
             raise ValueError(f"{name} holds a NaN.")
         return leaf
@@ -1026,7 +1027,7 @@ def _ordered(owner: str, low: Any, high: Any) -> None:
 
 def _aligned(name: str, value: Any, z: PyTree) -> PyTree:
     """A tree of numbers spread over z: like z in structure, shapes and dtypes."""
-    if jax.tree.structure(z) == jax.tree.structure(0) and isinstance(value, (list, tuple)):  # type: ignore[operator]
+    if jax.tree_util.all_leaves([z]) and isinstance(value, (list, tuple)):
         value = _stacked(value)  # for an array z, a list is an array
 
     def spread(number: Any, part: PyTree) -> PyTree:
@@ -1199,15 +1200,14 @@ def _simplex(v: jax.Array, total: jax.Array, k: int) -> jax.Array:
 
 
 def _section_nonempty(lower: Any, upper: Any, a: Any, b: Any) -> None:
-    known = [_known(value) for value in (lower, upper, a, b)]
-    if any(value is None for value in known):
+    low, high, slope, level = (_known(value) for value in (lower, upper, a, b))
+    if low is None or high is None or slope is None or level is None:
         return
-    low, high, slope, level = known
     moving = slope != 0
-    low, high, slope = low[moving], high[moving], slope[moving]  # type: ignore[index]
+    low, high, slope = low[moving], high[moving], slope[moving]
     least = np.where(slope > 0, slope * low, slope * high).sum()
     most = np.where(slope > 0, slope * high, slope * low).sum()
-    slack = 1e-5 * (abs(level) + max((np.abs(v) for v in (least, most) if np.isfinite(v)), default=0.0))  # type: ignore[arg-type]
+    slack = 1e-5 * (abs(level) + max((np.abs(v) for v in (least, most) if np.isfinite(v)), default=0.0))
     if not least - slack <= level <= most + slack:
         raise ValueError(
             f"BoxSection is empty: a . z ranges over [{least:g}, {most:g}] in the box, and is asked to be {level:g}."

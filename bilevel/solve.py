@@ -188,15 +188,25 @@ def _settle(
         met = met or run.result is Result.CONVERGED
         ended = Result.CONVERGED if met and run.result is Result.MAX_STEPS else run.result
         numbers = {name: float(value) for name, value in run.history.last().items() if np.ndim(value) == 0}
-        found = certify(streams.peeked(), run.state.x, run.state.y, start, ended, numbers, tol)
+        x, y = (_pooled(tree, like) for tree, like in zip((run.state.x, run.state.y), start, strict=True))
+        found = certify(streams.peeked(), x, y, start, ended, numbers, tol)
         again = run.result is Result.CONVERGED and found.unsettled and run.done < run.schedule.steps
         if asked is None or not again or trial == _TIGHTER:
             break
         asked, run.result = asked / 30, Result.MAX_STEPS
-    run.note(found.measures)
-    along = "" if found.result is Result.CONVERGED else linear_remark(numbers)
+    run.note({name: value for name, value in found.measures.items() if name.startswith("polished")})
+    settled = (Result.CONVERGED, Result.INTERRUPTED, Result.STOPPED)
+    along = "" if found.result in settled else linear_remark(numbers)
     run.result, run.why = found.result, " ".join(part for part in (run.why, found.why, along) if part)
     return found
+
+
+def _pooled(tree: Any, like: Any) -> Any:
+    """A variable as the problem's losses take it: the mean over agents where each has its own."""
+    if jax.tree.structure(tree) != jax.tree.structure(like):  # type: ignore[operator]
+        return tree
+    mean = lambda leaf, one: jnp.mean(leaf, axis=0) if jnp.ndim(leaf) == jnp.ndim(one) + 1 else leaf  # noqa: E731
+    return jax.tree.map(mean, tree, like)
 
 
 def _multipliers(solver: Any, streams: Streams, state: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class HostSolver(Protocol):
     ends as one that was not. `status(state, metrics, tol)` is one of `Result`'s codes, asked after each step, with a
     tolerance or None; not 0 ends the run.
 
-    Optional: `most_steps`, the most steps that a run can have; `finish`, as a `Solver`'s.
+    Optional: `most_steps`, the most steps that a run can have.
     """
 
     def init(self, problem: Problem[Any, Any], x: PyTree, y: PyTree, key: StepKey) -> Any:

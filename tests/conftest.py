@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
+import jax
 import pytest
 from problems import float64
 
@@ -18,3 +21,16 @@ def x64() -> Iterator[None]:
     """Float64 for one test."""
     with float64():
         yield
+
+
+MAPS = Path("/proc/self/maps")  # Linux lets a process map 65,530 pieces of memory, a compiled programme takes some
+MOST_MAPS = 25_000
+
+
+@pytest.fixture(autouse=True)
+def _compiled_programmes_are_let_go() -> Iterator[None]:
+    """A thousand tests in one process compile more programmes than it may hold: they are dropped before that."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

@@ -545,7 +545,7 @@ def test_the_choice_follows_the_problem():
     flat = Problem(lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: (y[0] - x[0]) ** 2)
     assert isinstance(chosen(flat, jnp.zeros(1), jnp.zeros(2)), MPCC)
     above = dataclasses.replace(wide, constraint=None, upper_constraint=lambda x, y: y - x)
-    with pytest.raises(ProblemError, match="MPCC does not take the problem: .* are more than"):
+    with pytest.raises(ProblemError, match=r"MPCC does not take the problem: .* are more than"):
         chosen(above, many, many)
 
 

@@ -358,7 +358,7 @@ def run(
     x, y = (jax.tree.map(jnp.asarray, tree) for tree in (x0, y0))
     state = None
     values: dict[str, list[float]] = collections.defaultdict(list)
-    result, reason, done, tries = Result.MAX_STEPS, "", 0, 0
+    result, reason, done, tries = Result.COMPLETED, "", 0, 0
     while done < steps:
         server.step, server.rounds, server.floats, lost = done, 0, 0, len(server.missing)
         if tries == 0:

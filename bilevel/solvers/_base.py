@@ -53,10 +53,13 @@ def refuse(
 def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
     """Raise a `ProblemError` where x reaches neither level, so that every hypergradient would be zero.
 
-    Read off the traces of both losses and of all constraints. A lower solver that starts at x (MAML) reaches it.
+    Read off the traces of both losses and of all constraints. A lower solver that starts at x (MAML) reaches it, and
+    one of the user's may; so may a solver of the user's.
     """
-    begins = getattr(getattr(solver, "lower_solver", None), "start", None)
-    if not jax.tree.leaves(x) or begins is not None:
+    ours = lambda part: type(part).__module__.split(".")[0] == "bilevel"  # noqa: E731
+    below = getattr(solver, "lower_solver", None)
+    begins = getattr(below, "start", None) is not None or not (below is None or ours(below))
+    if not jax.tree.leaves(x) or begins or not ours(solver):
         return
     of_upper, of_lower = problem.sources
     parts = {

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +30,15 @@ from jax.flatten_util import ravel_pytree
 from bilevel import derivatives
 from bilevel.constraints import Constraints
 from bilevel.curvature import extreme_eigenvalues
+from bilevel.keys import as_step_key
+from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
 from bilevel.result import Result
 from bilevel.solvers._units import Units, natural_units, normalised, rms, times
+from bilevel.solvers.small.mpcc import MPCC
+from bilevel.solvers.small.program import Program
+from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
 from bilevel.typing import PyTree, Scalar
 
 __all__ = ["Certificate", "certify", "verdict"]
@@ -43,6 +49,8 @@ _FEW = 8
 """The most upper unknowns for which every coordinate is moved, and far moves are tried."""
 _CURVED = 2_000
 """The most lower unknowns for which a run without a tolerance has its curvature looked at."""
+_AROUND = 4
+"""Starts of the search for another solution of a small problem."""
 _NEAR, _FAR = (1e-2, 1e-1), (1.0, 4.0)
 """How far x is moved, in its own units."""
 
@@ -95,7 +103,7 @@ def verdict(
     feasible = max(asked, 1e-4)
     margin = 10 * asked
     get = lambda name: found.get(name, 0.0)  # noqa: E731
-    above = lambda name, least, noise: not get(name) <= max(least, get(noise))  # noqa: E731  a NaN is above
+    above = lambda name, least, noise="": not get(name) <= max(least, get(noise))  # noqa: E731  a NaN is above
     bias, capped = metrics.get("bias", 0.0), metrics.get("multiplier_at_cap", 0.0)
     change, penalised = get("polished_change"), "penalty" in metrics
     undecided = above("gain", margin, "noise_upper")
@@ -113,26 +121,26 @@ def verdict(
             "At the end a loss, a constraint or a gradient is not finite.",
         ),
         (
-            above("repaired", max(1e-3, asked), "none"),
+            above("repaired", max(1e-3, asked)),
             _ANY,
             Result.INFEASIBLE,
             f"At this x no feasible lower-level y was found: the best breaks a constraint by {get('repaired'):.2g} "
             "(scaled rows).",
         ),
         (
-            above("outside", feasible, "none"),
+            above("outside", feasible),
             _ANY,
             Result.INFEASIBLE,
             f"x or y lies outside its set, by {get('outside'):.2g} of its size.",
         ),
         (
-            above("upper_violation", feasible, "none"),
+            above("upper_violation", feasible),
             _ANY,
             Result.INFEASIBLE,
             f"A constraint of the upper level is broken by {get('upper_violation'):.2g} (scaled rows).",
         ),
         (
-            above("violation", 10 * feasible, "none"),
+            above("violation", 10 * feasible),
             _LIVE,
             Result.INFEASIBLE,
             f"y breaks a constraint of the lower level by {get('violation'):.2g} (scaled rows).",
@@ -232,49 +240,56 @@ def certify(
 ) -> Certificate:
     """Check the end (x, y) of a run from `start` that ended by `result`, with `metrics` of its last step.
 
-    With a tolerance everything in this module's table that size allows; without one, values, sets and rows, and up to
-    2,000 lower unknowns on full batches the lower level from y, where it is constrained, penalised or not convex.
+    With a tolerance everything in this module's table that size allows, up to 10,000 unknowns; without one, up to 2,000
+    on full batches, values, sets and rows, and the lower level from y where it is constrained, penalised or not convex.
     """
+    if jax.process_count() > 1:
+        return Certificate(result, unchecked=("The end was not looked at: the run is spread over several processes.",))
     if result in (Result.LOWER_LEVEL, Result.INFEASIBLE):  # a solver's own word: the search may find better or worse
         found = certify(problem, x, y, start, Result.MAX_STEPS, metrics, tol)
         return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
     if result not in _ANY:
         return Certificate(result)
-    if (tol is not None or result is Result.CONVERGED) and not _refusal(problem, x, y):
-        return _of_small(problem, x, y, start, result, metrics, tol)
+    if (tol is not None or result is Result.CONVERGED) and not refusal(problem, x, y):
+        with np.errstate(all="ignore"):  # a run may have ended at numbers of any size
+            return _of_small(problem, x, y, start, result, metrics, tol)
     unchecked = _obstacles(problem, x, y, tol)
     if unchecked is None:
         return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
+    if unchecked:  # nothing is evaluated on data or models of that size
+        why = " ".join(unchecked) if tol is not None and result is Result.CONVERGED else ""
+        return Certificate(result, why, unchecked=unchecked)
     nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
     rows = problem.constraint is not None or problem.equality is not None
     n = optax.tree.size(y)
-    curved = not unchecked and not nonsmooth and not rows and n <= _CURVED
+    curved = not nonsmooth and not rows and n <= _CURVED
     units, at, found = _examined(problem, x, y, *start, curved=curved)
     numbers = {name: float(value) for name, value in found.items()}
     better = None
     concave = numbers.get("curvature_least", 0.0) < -1e-6 * abs(numbers.get("curvature_greatest", 0.0))
-    if (
-        not unchecked
-        and numbers["finite"]
-        and (tol is not None or (n <= _CURVED and (rows or concave or "penalty" in metrics)))
-    ):
+    whole = tol is not None or result is Result.CONVERGED
+    if numbers["finite"] and (whole or rows or concave or "penalty" in metrics):
         search = _Search(problem, units, at, numbers)
-        search.minimise(starts=1 if tol is None and not concave else 8 if n <= 1000 else 3, choose=tol is not None)
-        if tol is not None and jax.tree.leaves(x) and np.isfinite(numbers["gap"]):
-            search.move(metrics)
+        search.minimise(starts=1 if not whole and not concave else 8 if n <= 1000 else 3, choose=whole)
+        if whole and jax.tree.leaves(x) and np.isfinite(numbers["gap"]):
+            search.move()
         better = search.better
-    result, why = verdict(numbers, result, metrics, tol)
-    if unchecked and tol is not None and result is Result.CONVERGED:
-        why = " ".join([why, *unchecked]).strip()
-    measures = {name: numbers[name] for name in _REPORTED if name in numbers}
-    unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and numbers.get("gap", 1.0) <= 0.1)
+    return _concluded(numbers, result, metrics, tol, unchecked, better)
+
+
+def _concluded(
+    found: dict[str, float],
+    result: Result,
+    metrics: dict[str, float],
+    tol: float | None,
+    unchecked: tuple[str, ...],
+    better: tuple[PyTree, PyTree] | None,
+) -> Certificate:
+    """The certificate that measures lead to, whichever search took them."""
+    result, why = verdict(found, result, metrics, tol)
+    measures = {name: found[name] for name in _REPORTED if name in found}
+    unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and found.get("gap", 1.0) <= 0.1)
     return Certificate(result, why, measures, unchecked, unsettled, better)
-
-
-def _refusal(problem: Problem, x: PyTree, y: PyTree) -> str:
-    from bilevel.solvers.small.stationarity import refusal
-
-    return refusal(problem, x, y)
 
 
 def _of_small(
@@ -287,9 +302,6 @@ def _of_small(
     tol: float | None,
 ) -> Certificate:
     """The same of a small problem, on the host: all vertices of the multipliers and all branches."""
-    from bilevel.solvers.small.program import Program
-    from bilevel.solvers.small.stationarity import lower_verified, stationary, unbounded
-
     program = Program(problem, x, y, "The certificate")
     before = Program(problem, *start, "The certificate")
     n, k = program.n, program.n + program.m
@@ -304,13 +316,13 @@ def _of_small(
         "repaired": 0.0 if np.isfinite(lower.gap) else lower.violation,
         "bounded": float(not unbounded(problem, x, y, program)),
         "gap": lower.gap,
-        "gain": lower.optimistic_gain,
+        "gain": max(lower.optimistic_gain, lower.loss_change / program.upper_scale),
         "noise_upper": 1e-12 * abs(upper_loss) / program.upper_scale,
         "noise_lower": 1e-12 * abs(lower_loss) / program.lower_scale,
         "lower_loss": lower_loss,
         "polished_gap": lower.loss_gap,
         "polished_violation": lower.violation,
-        "polished_change": -lower.loss_gain,
+        "polished_change": lower.loss_change if lower.loss_change > lower.loss_gain else -lower.loss_gain,
     }
     unchecked: tuple[str, ...] = ()
     better = None
@@ -319,12 +331,26 @@ def _of_small(
         found["near"] = max(0.0, -slope.slope)
         found["descent"] = found["near"] * program.upper_scale
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
+        if "start_loss" not in metrics and found["near"] <= 1e-2:  # the search of MPCC itself has looked around
+            better = _elsewhere(problem, x, y, upper_loss, found, program.upper_scale)
     elif not jax.tree.leaves(x):
         found["near"] = 0.0
-    result, why = verdict(found, result, metrics, tol)
-    measures = {name: found[name] for name in _REPORTED if name in found}
-    unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and found["gap"] <= 0.1)
-    return Certificate(result, why, measures, unchecked, unsettled, better)
+    return _concluded(found, result, metrics, tol, unchecked, better)
+
+
+def _elsewhere(
+    problem: Problem, x: PyTree, y: PyTree, upper_loss: float, found: dict[str, float], unit: float
+) -> tuple[PyTree, PyTree] | None:
+    """A verified point with a lower F, from a few starts of a search; `far` and `beaten` say by how much."""
+    solver, key = MPCC(starts=_AROUND), as_step_key(0)
+    ends = solver.search(problem, solver.init(problem, x, y, key), key)
+    state = [state for state, _ in itertools.islice(ends, _AROUND)][-1]
+    fall = 0.0
+    if bool(state.verified):  # to its tolerance: F is taken at the exact lower solution
+        there = lower_verified(problem, state.x, state.y)
+        fall = upper_loss - float(state.upper_loss) - max(there.loss_change, 0.0) if there.gap <= 1e-5 else 0.0
+    found["far"], found["beaten"] = max(fall, 0.0) / unit, max(fall, 0.0)
+    return (state.x, state.y) if fall > 0 else None
 
 
 _REPORTED = (
@@ -343,7 +369,7 @@ def _obstacles(problem: Problem, x: PyTree, y: PyTree, tol: float | None) -> tup
     if problem.stochastic and tol is None:
         return ("Not checked by an independent solve: minibatches, and no tolerance.",)
     for name, tree in (("x", x), ("y", y)):
-        if optax.tree.size(tree) > MANY:
+        if optax.tree.size(tree) > (MANY if tol is not None else _CURVED):
             size = f"{name} holds {optax.tree.size(tree):,} numbers"
             return (f"Not checked by an independent solve, because of size: {size}.",)
     return ()
@@ -489,7 +515,7 @@ class _Search:
     def _keep(self, u: PyTree, w: Any) -> None:
         self.better = (times(self.units.x, u), times(self.units.y, self._unravel_w(jnp.asarray(w))))
 
-    def move(self, metrics: dict[str, float]) -> None:
+    def move(self) -> None:
         """Move x, solve the lower level there, and see whether F is lower."""
         found, u = self.found, np.asarray(self.flat_u)
         solved, best = self._base
@@ -563,8 +589,8 @@ def _reached(
             return jax.lax.cond(weight > 0, tilted, lambda w: lower(u, w).astype(ws.dtype), w)
 
         if smooth:
-            flat = _newton(lambda flat: value(u, unravel_w(flat)), ws[j])
-            w, multipliers, broken = unravel_w(flat), jnp.zeros((0,), ws.dtype), jnp.zeros((), ws.dtype)
+            w = Newton(60)(lower.with_loss(value), u, LowerState(unravel_w(ws[j]), None)).y
+            multipliers, broken = jnp.zeros((0,), ws.dtype), jnp.zeros((), ws.dtype)
         else:
             tol = jnp.where(weight > 0, jnp.minimum(1e-3 * weight, 1e-9), 1e-9)
             solved = augmented_lagrangian(lower.with_loss(value), rows, u, unravel_w(ws[j]), tol=tol)
@@ -579,43 +605,6 @@ def _reached(
         jnp.zeros_like(ws), jnp.zeros((n, rows.count), ws.dtype), *(jnp.zeros((n,), ws.dtype) for _ in range(4))
     )  # fmt: skip
     return jax.lax.fori_loop(0, count, one, empty)
-
-
-def _newton(fn: Any, w: jax.Array, steps: int = 60) -> jax.Array:
-    """Newton steps with the moduli of the Hessian's eigenvalues, halved until the value falls."""
-    gradient, hessian = jax.grad(fn), jax.hessian(fn)
-    eps = jnp.finfo(w.dtype).eps
-
-    def body(carry: Any) -> Any:
-        k, w, value, _ = carry
-        g = gradient(w)
-        eigenvalues, basis = jnp.linalg.eigh(hessian(w))
-        size = jnp.abs(eigenvalues)
-        largest = jnp.max(size)
-        floor = jnp.where(largest > 0, 1e3 * eps * largest, 1.0)
-        direction = -basis @ ((basis.T @ g) / jnp.maximum(size, floor))
-        direction = jnp.where(jnp.isfinite(direction), direction, -g)
-        longest = 10 * (1 + jnp.linalg.norm(w))
-        length = jnp.linalg.norm(direction)
-        direction = direction * jnp.where(length > longest, longest / jnp.where(length > 0, length, 1.0), 1.0)
-
-        def worse(carry: Any) -> Any:
-            size, trial = carry
-            return ~(trial < value) & (size > 1e-10)
-
-        def halve(carry: Any) -> Any:
-            size = carry[0] / 2
-            return size, fn(w + size * direction)
-
-        one = jnp.ones((), w.dtype)
-        size_, trial = jax.lax.while_loop(worse, halve, (one, fn(w + direction)))
-        better = trial < value
-        return k + 1, jnp.where(better, w + size_ * direction, w), jnp.where(better, trial, value), ~better
-
-    def unfinished(carry: Any) -> Any:
-        return (carry[0] < steps) & ~carry[3] & (carry[2] > -1e7)
-
-    return jax.lax.while_loop(unfinished, body, (0, w, fn(w), jnp.asarray(False)))[1]
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from bilevel.constraints import Constraints, depends, is_affine
 from bilevel.curvature import extreme_eigenvalues
 from bilevel.lower import GradientDescent
 from bilevel.problem import Problem, ProblemError
+from bilevel.solvers.small.stationarity import refusal
 from bilevel.typing import PyTree
 
 __all__ = ["ROWS", "Facts", "Row", "as_markdown", "default_solver", "look", "second_solver"]
@@ -84,7 +85,7 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
         projected=problem.project_lower is not None,
         nonsmooth=prox is not None,
         coupled_prox=prox is not None and depends(lambda y, x: prox(y, x, 1.0), y, x, on=1),
-        refusal=_refusal(problem, x, y),
+        refusal=refusal(problem, x, y),
         unknowns=optax.tree.size(y),
         curvature="",
     )
@@ -99,12 +100,6 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
 @jax.jit
 def _curvature(problem: Problem, x: PyTree, y: PyTree) -> Any:
     return extreme_eigenvalues(derivatives.linearised(problem.full_lower(), x, y).hvp, y, dense=_DENSE)
-
-
-def _refusal(problem: Problem, x: PyTree, y: PyTree) -> str:
-    from bilevel.solvers.small.stationarity import refusal
-
-    return refusal(problem, x, y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +261,7 @@ def second_solver(problem: Problem, x: PyTree, y: PyTree, first: Any) -> tuple[A
 
     if isinstance(first, MPCC) or problem.stochastic:
         return None
-    if not _refusal(problem, x, y):
+    if not refusal(problem, x, y):
         return MPCC(), "MPCC, which looks for other minimisers and other solutions"
     constrained = problem.constraint is not None or problem.equality is not None
     if constrained or problem.project_lower is not None or problem.prox_lower is not None or not jax.tree.leaves(x):

@@ -177,4 +177,4 @@ def ShroFBO(
 ) -> FederatedSingleLoop:
     """ShroFBO: `SimFBO`, each client's sum divided by its own number of local steps. Reference: as `SimFBO`."""
     options |= {"local_steps": local_steps, "radius": radius, "normalise": True}
-    return FederatedSingleLoop(clients, upper_optimizer, lower_optimizer, linear_optimizer, **options)
+    return SimFBO(clients, upper_optimizer, lower_optimizer, linear_optimizer, **options)

@@ -39,15 +39,6 @@ def limited(u: PyTree, step: PyTree) -> PyTree:
     return optax.tree.scale(jnp.where(length > longest, longest / jnp.where(length > 0, length, 1.0), 1.0), step)
 
 
-def project_pair(problem: Problem, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
-    """(x, y) projected on X and on Y."""
-    if problem.project_upper is not None and jax.tree.leaves(x):
-        x = problem.project_upper(x)
-    if problem.project_lower is not None:
-        y = problem.project_lower(y)
-    return x, y
-
-
 def kept_inside(problem: Problem, upper: Level, lower: Level, old: PyTree, new: PyTree) -> PyTree:
     """`new`, or where a loss has no finite value or gradient there nine tenths of the way to it from `old`.
 

@@ -175,7 +175,7 @@ def slopes(upper: Level, gap: Callable[..., Scalar], x: PyTree, y: PyTree) -> Sl
 
 def descend(problem: Problem, u: PyTree, direction: PyTree, alpha: Any) -> PyTree:
     """u - alpha direction, limited in length, projected on X x Y."""
-    return _base.project_pair(problem, *optax.tree.add(u, _base.limited(u, optax.tree.scale(-alpha, direction))))
+    return problem.projected(*optax.tree.add(u, _base.limited(u, optax.tree.scale(-alpha, direction))))
 
 
 def descended(lower: Level, x: PyTree, y: PyTree, size: Any, steps: int) -> PyTree:

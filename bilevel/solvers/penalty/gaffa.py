@@ -13,7 +13,7 @@ from bilevel.constraints import Constraints
 from bilevel.keys import StepKey
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import SMOOTH, kept_inside, project_pair, rate, share_at_cap
+from bilevel.solvers.penalty._base import SMOOTH, kept_inside, rate, share_at_cap
 from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, lower_scale, slopes
 from bilevel.solvers.penalty._schedule import Continuation
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -62,7 +62,7 @@ class BiCGAFFA(Joint):
         """Scale the rows and estimate the curvatures."""
         refuse(self, problem, x, honours=SMOOTH, instead="solvers.MEHA")
         follows = self.alpha is None or self.eta is None
-        return begin(problem, *project_pair(problem, x, y), key, self.penalty, follows, ("lam", "z"))
+        return begin(problem, *problem.projected(x, y), key, self.penalty, follows, ("lam", "z"))
 
     def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
@@ -76,7 +76,7 @@ class BiCGAFFA(Joint):
         eta = 1 / (L["f"] + 1 / gamma1) if self.eta is None else self.eta
         slope = jax.grad(lambda t: lower(x, t) + jnp.vdot(z, rows(x, t)))(state.theta)
         slope = optax.tree.add_scale(slope, 1 / gamma1, optax.tree.sub(state.theta, y))
-        theta = project_pair(problem, None, optax.tree.add_scale(state.theta, -eta, slope))[1]
+        theta = problem.projected(None, optax.tree.add_scale(state.theta, -eta, slope))[1]
         lam = rows.clip(z + gamma2 * rows(x, y))
 
         def gap(x: PyTree, y: PyTree) -> Scalar:

@@ -17,7 +17,7 @@ from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
 from bilevel.solvers.penalty import _base
-from bilevel.solvers.penalty._base import SMOOTH, norm, project_pair, rate, share_at_cap
+from bilevel.solvers.penalty._base import SMOOTH, norm, rate, share_at_cap
 from bilevel.solvers.penalty._joint import Joint, JointState, lower_scale, slopes, watching
 from bilevel.solvers.penalty._schedule import Continuation, as_schedule
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -98,7 +98,7 @@ class LVHBA(Joint):
             rows = rows.times(1 / together)
         factor = jnp.zeros((0, 0), rows.dtype)
         if self._exact(problem, rows, x, y):
-            factor = projections.dual_factor(lambda u: rows(*u), lambda u: project_pair(problem, *u), (x, y))
+            factor = projections.dual_factor(lambda u: rows(*u), lambda u: problem.projected(*u), (x, y))
         (x, y), projection = self._project(problem, rows, (x, y), zeros, factor, 1.0)
         L = {
             "f": curvature.hessian_norm(lambda u: lower(*u), (x, y)),
@@ -161,7 +161,7 @@ class LVHBA(Joint):
 
         def forward(forces: PyTree) -> tuple[PyTree, jax.Array]:
             theta, lam = optax.tree.add_scale(start, -eta, forces)
-            return project_pair(problem, None, theta)[1], rows.clip(lam, self.cap)
+            return problem.projected(None, theta)[1], rows.clip(lam, self.cap)
 
         forces = saddle(*start)
         halfway = forward(forces)
@@ -186,7 +186,7 @@ class LVHBA(Joint):
     def _exact(self, problem: Problem, rows: Constraints, x: PyTree, y: PyTree) -> bool:
         if self.project is not None or not rows.count or bool(rows.inequality.any()) or rows.count > 2000:
             return False
-        return is_affine(rows.raw, x, y) and is_affine(lambda x, y: project_pair(problem, x, y), x, y)
+        return is_affine(rows.raw, x, y) and is_affine(lambda x, y: problem.projected(x, y), x, y)
 
     def _project(
         self, problem: Problem, rows: Constraints, u: PyTree, start: jax.Array, factor: jax.Array, unit: Any
@@ -194,7 +194,7 @@ class LVHBA(Joint):
         """The projection on C and the dual variable to start the next one from; `unit`: the rows' norm."""
         if self.project is not None:
             return self.project(*u), start
-        both = lambda u: project_pair(problem, *u)  # noqa: E731
+        both = lambda u: problem.projected(*u)  # noqa: E731
         c = lambda u: rows(*u)  # noqa: E731
         if not rows.count:
             return both(u), start

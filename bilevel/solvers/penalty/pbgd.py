@@ -15,7 +15,7 @@ from bilevel.keys import StepKey
 from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import kept_inside, project_pair, rate
+from bilevel.solvers.penalty._base import kept_inside, rate
 from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, descended, slopes
 from bilevel.solvers.penalty._schedule import Continuation
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -50,7 +50,7 @@ class VPBGD(Joint):
         """Estimate the curvatures."""
         honours = ("project_upper", "project_lower")
         refuse(self, problem, x, honours=honours, simple=True, instead="solvers.LVHBA or solvers.MEHA")
-        return begin(problem, *project_pair(problem, x, y), key, self.penalty, follows=self.alpha is None)
+        return begin(problem, *problem.projected(x, y), key, self.penalty, follows=self.alpha is None)
 
     def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
@@ -89,7 +89,7 @@ class GPBGD(Joint):
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> JointState:
         """Estimate the curvatures."""
         refuse(self, problem, x, honours=("project_upper",), simple=True, instead="solvers.LVHBA or solvers.MEHA")
-        start = begin(problem, *project_pair(problem, x, y), key, self.penalty, follows=self.alpha is None)
+        start = begin(problem, *problem.projected(x, y), key, self.penalty, follows=self.alpha is None)
         lower = problem.draw_lower(key)
         largest = curvature.hessian_norm(lambda u: _half_square(lower, *u), (x, y))
         curvatures = {**start.curvatures, "f": largest, "f0": largest, "scale": start.curvatures["f"]}

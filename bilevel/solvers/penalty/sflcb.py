@@ -13,7 +13,7 @@ from bilevel.constraints import Constraints, is_affine
 from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import refuse
-from bilevel.solvers.penalty._base import SMOOTH, kept_inside, project_pair, rate
+from bilevel.solvers.penalty._base import SMOOTH, kept_inside, rate
 from bilevel.solvers.penalty._joint import Joint, JointState, begin, descend, lower_scale, slopes
 from bilevel.solvers.penalty._schedule import Continuation
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -61,7 +61,7 @@ class SFLCB(Joint):
                 "SFLCB needs constraints that are affine in (x, y), and these are not (by their trace). "
                 "Take solvers.BiCGAFFA instead."
             )
-        return begin(problem, *project_pair(problem, x, y), key, self.penalty, self.step_size is None, ("lam", "v"))
+        return begin(problem, *problem.projected(x, y), key, self.penalty, self.step_size is None, ("lam", "v"))
 
     def step(self, problem: Problem, state: JointState, key: StepKey) -> tuple[JointState, Metrics]:
         """One iteration."""
@@ -76,7 +76,7 @@ class SFLCB(Joint):
             return lower(x, y) + (jnp.sum(rows.clip(u + rho * rows(x, y)) ** 2) - jnp.sum(u**2)) / (2 * rho)
 
         new_theta = optax.tree.add_scale(theta, -size, jax.grad(augmented, argnums=1)(x, theta, v))
-        new_theta = project_pair(problem, None, new_theta)[1]
+        new_theta = problem.projected(None, new_theta)[1]
         new_v = v + self.dual_step * (rows.clip(v + rho * rows(x, new_theta)) - v)
 
         def gap(x: PyTree, y: PyTree) -> Scalar:

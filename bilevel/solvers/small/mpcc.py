@@ -17,7 +17,7 @@ from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.solvers.small.nlp import METHODS
 from bilevel.solvers.small.program import Program, flatten
-from bilevel.solvers.small.search import LADDER, Point, Search, lower_starts, sample, solve_lower
+from bilevel.solvers.small.search import LADDER, Point, Search, lower_starts, sample, solve_lower, spread
 from bilevel.solvers.small.stationarity import unbounded
 from bilevel.typing import Metrics, PyTree
 
@@ -28,6 +28,8 @@ logger = logging.getLogger("bilevel")
 _LARGE = 600
 """Unknowns and rows, multipliers included, above which a dense method takes minutes a start."""
 _DIFFERENT = 1e-3
+_SCOUTS, _FEW = 30, 60
+"""Lower solves before the search, and the most unknowns for which so many are made."""
 
 
 class Local(NamedTuple):
@@ -114,7 +116,7 @@ class MPCC:
     starts: int = 10
     method: str = "SLSQP"
     tol: float = 1e-6
-    rounds: int = 5
+    rounds: int = 12
     lower_starts: int = 8
     largest: int = _LARGE
 
@@ -214,6 +216,8 @@ class _Run:
         self.solver, self.program = solver, program
         self.search = Search(program, solver.method, solver.tol, solver.rounds, solver.lower_starts)
         self.best: Point | None = None
+        self.known: list[np.ndarray] = []
+        self._scouts: list[np.ndarray] | None = None
         self._seed = [int(part) for part in np.asarray(jax.random.key_data(key.base)).ravel()]
         self._seed += [int(key.stream)]
 
@@ -225,26 +229,41 @@ class _Run:
             self.best = self.search.judge(z, np.random.default_rng(self._seed), count=1)
         self.best.gap, self.best.violation = float(state.gap), float(state.violation)
         self.best.loss = float(state.upper_loss) * self.program.rows[0]
+        self._learn(state.ends)
+
+    def _learn(self, ends: dict[str, Any]) -> None:
+        """The verified ends as a state holds them, so that a resumed run knows what the first one did."""
+        at = lambda i: (jax.tree.map(lambda leaf: leaf[i], ends[name]) for name in ("x", "y"))  # noqa: E731
+        self.known = [self.program.scaled(*at(i)) for i in np.flatnonzero(ends["verified"])]
 
     def all(self, done: int) -> Iterator[tuple[int, Point, bool]]:
         """(number, where it ended, whether it was the last) of each start."""
         solver = self.solver
+        if done == 0 and self._falls():
+            z = self.search.multipliers(self.program.start)[0]
+            self.best = self.search.judge(z, np.random.default_rng(self._seed), count=1)
+            self.best.gap = np.inf
+            yield 0, self.best, True
+            return
         for step in range(done, solver.most_steps):
             rng = np.random.default_rng([*self._seed, step])
-            point = self._better(self._from(step, rng), rng)
+            points = self._from(step, rng)
+            # Nothing new: the start came to where an earlier one had been.
+            point = self._better(points, rng) if points else self.best
+            assert point is not None
             passed = self.best is not None and self.best.verified(solver.tol)
-            if not passed and step == 1 and self._falls(point):
-                yield step, point, True
-                return
             finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
             yield step, point, finished
             if finished:
                 return
 
-    def _falls(self, point: Point) -> bool:
-        """Whether the lower level falls for ever at the start and at this point: there is nothing to search for."""
-        points = (self.program.start, point.xy)
-        return all(unbounded(self.program.problem, *self.program.trees(xy), self.program) for xy in points)
+    def _falls(self) -> bool:
+        """Whether the lower level falls for ever at the start and at points around it: there is nothing to search."""
+        program, rng = self.program, np.random.default_rng(self._seed)
+        k = program.n + program.m
+        points = [program.start]
+        points += [sample(program.lower[:k], program.upper[:k], program.start, rng, wide) for wide in (False, True)]
+        return all(unbounded(program.problem, *program.trees(xy), program) for xy in points)
 
     def _better(self, points: list[Point], rng: np.random.Generator) -> Point:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""
@@ -256,8 +275,9 @@ class _Run:
             if point.verified(tol):
                 known = [other[self.program.n :] for p in points for other in p.lowest.points[:2]]
                 closer = self.search.judge(point.z, rng, known, 3 * self.solver.lower_starts)
-                if not closer.verified(tol):
-                    point.gap = closer.gap
+                falls = unbounded(self.program.problem, *self.program.trees(point.xy), self.program)
+                if falls or not closer.verified(tol):
+                    point.gap = np.inf if falls else closer.gap
                     continue
             self.best = point
             return point
@@ -265,39 +285,74 @@ class _Run:
             self.best = points[0]
         return points[0]
 
+    def _is_known(self, xy: np.ndarray) -> bool:
+        """Whether a verified end of an earlier start is there."""
+        return any(np.abs(xy - other).max() < 1e-5 for other in self.known)
+
+    def scouts(self) -> list[np.ndarray]:
+        """Lower solutions at many x, of each set of active rows that is met the best for F, the best first.
+
+        The first is the one next to where the upper level would like y to be.
+        """
+        if self._scouts is None:
+            search, program = self.search, self.program
+            n, k = program.n, program.n + program.m
+            rng = np.random.default_rng([*self._seed, 1 << 20])
+            low, high, start = program.lower[:k], program.upper[:k], program.start
+            wished = search.high_point(start)
+            count = _SCOUTS if program.size <= _FEW else _SCOUTS // 3
+            tried = [(wished, [wished[n:]]), (start, lower_starts(program, start, 3, rng))]
+            for i in range(1, count):
+                xy = sample(low, high, start, rng, i % 3 > 0, spread(i, k))
+                tried.append((xy, [xy[n:]] if i % 2 else [start[n:], xy[n:]]))
+            best: dict[bytes, tuple[float, np.ndarray]] = {}
+            for xy, starts in tried:
+                for point in solve_lower(program, xy, starts, method=self.solver.method).points[:1]:
+                    at = program(program.point(point))
+                    cost = at.F + 1e2 * program.violation(at)
+                    active = (at.g > -1e-4).tobytes() + (at.G > -1e-4).tobytes()
+                    if np.isfinite(cost) and cost < best.get(active, (np.inf,))[0]:
+                        best[active] = cost, point
+            self._scouts = [point for _, point in sorted(best.values(), key=lambda pair: pair[0])]
+            first = solve_lower(program, wished, [wished[n:]], method=self.solver.method).points[:1]
+            self._scouts = first + self._scouts
+        return self._scouts
+
     def _from(self, step: int, rng: np.random.Generator) -> list[Point]:
         """All points that one start gives."""
         search, program, solver = self.search, self.program, self.solver
         n, k = program.n, program.n + program.m
         xy = program.start
         if step:
-            wide = step % 2 == 0
-            xy = sample(program.lower[:k], program.upper[:k], xy, rng, wide)
+            place = spread(step, k)
+            xy = sample(program.lower[:k], program.upper[:k], xy, rng, step % 4 != 0, place)
         points: list[Point] = []
         stationary = step < solver.starts
-        if step % 2 or not stationary:
-            # From the lower level's solution at this x, on its own branch.
-            wished = step == 1 or step % 4 == 3
-            xy = search.high_point(xy) if wished else xy
-            starts = lower_starts(program, xy, 1 if wished else 3, rng)
-            lowest = solve_lower(program, xy, starts, method=solver.method)
-            if lowest.points:
-                xy = lowest.points[0]
+        branching = bool(step % 2) or not stationary
+        if branching:
+            # From the lower level's solution at an x, on its own branch.
+            scouted = self.scouts()
+            xy = scouted[(step // 2) % len(scouted)] if scouted else xy
         z, left = search.multipliers(xy)
+        if branching and left > 1e-3 and program.p:
+            stationary = False  # there is no multiplier at a lower solution: no constraint qualification
         if not stationary:
             z = search.local(z, None, stationary=False, iterations=100)
             points += search.cut_rounds(z, rng, stationary=False)
         else:
-            if step % 2 and left < 1e-4:
+            if branching:
                 active = (z[k : k + program.p] > -program(z).g) & program.inequality
                 z = search.local(z, None, active)
                 z = search.ladder(z, LADDER[2:])
             else:
                 z = search.ladder(z)
+            if self._is_known(z[:k]):
+                return []
             rounds = search.cut_rounds(z, rng)
             points += rounds
-            for end in search.crossover(rounds[-1].z):
-                points.append(search.judge(end, rng, [p[n:] for p in rounds[-1].lowest.points[:2]]))
+            last = min(rounds, key=lambda point: _rank(point, solver.tol))
+            for end in search.crossover(last.z) if last.violation <= 1e-2 else []:
+                points.append(search.judge(end, rng, [p[n:] for p in last.lowest.points[:2]]))
         # The lower level's solutions at the x that were met are points of the problem themselves.
         for point in list(points):
             for other in point.lowest.points[:3]:
@@ -318,6 +373,7 @@ class _Run:
             jax.tree.map(lambda store, leaf: store.__setitem__(step, leaf), ends[name], tree)
         ends["upper_loss"][step] = point.loss * program.upper_scale
         ends["verified"][step] = point.verified(tol)
+        self._learn(ends)
         x, y = program.trees(best.xy)
         with program.precision():
             upper, lower = _multipliers(self.search, best)

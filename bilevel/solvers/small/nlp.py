@@ -42,10 +42,11 @@ def minimise(
     method: str = "SLSQP",
     iterations: int = 60,
     tol: float = 1e-10,
+    far: float = FAR,
 ) -> np.ndarray:
     """Where a local method ends, the start where it ends nowhere; whether it says that it failed is not asked.
 
-    Unknowns whose bounds are equal stay where they are.
+    Unknowns whose bounds are equal stay where they are. An end beyond `far` is none.
     """
     from scipy.optimize import Bounds, NonlinearConstraint
     from scipy.optimize import minimize as scipy_minimise
@@ -89,7 +90,7 @@ def minimise(
             ).x
     except (ValueError, np.linalg.LinAlgError):  # of a subproblem without a solution
         return whole
-    if not np.isfinite(found).all() or np.abs(found).max() > FAR:
+    if not np.isfinite(found).all() or np.abs(found).max() > far:
         return whole
     whole = whole.copy()
     whole[free] = np.clip(found, lower[free], upper[free])

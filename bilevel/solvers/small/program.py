@@ -181,8 +181,11 @@ class Program:
       n, m, p, q: the numbers of x, y, lower inequalities and lower equalities.
       start: the point (x, y).
       lower, upper: bounds of the unknowns that sets or rows imply.
+      own_lower, own_upper: those of (x, y) that the lower level's rows and the sets imply, without the upper's rows.
       pairs, upper_pairs: (k, 2): inequalities i and j with g_i = -g_j (G_i = -G_j), which are one equality.
       inequality, upper_inequality: bool, which rows of g and of G are of no such pair.
+      bounding, upper_bounding: bool, which rows of g and of G bound one unknown: `lower` and `upper` have them.
+      edges: of each bounding row of g, its unknown and the bound.
       double: whether the functions are evaluated in double precision.
 
     Raises:
@@ -192,7 +195,7 @@ class Program:
     def __init__(self, problem: Problem, x: PyTree, y: PyTree, owner: str = "MPCC") -> None:
         problem = visible(problem, x, y)
         self.problem, self.owner = problem, owner
-        _refuse(problem, owner)
+        _refuse(problem, x, y, owner)
         leaves = [*jax.tree.leaves(x), *jax.tree.leaves(y)]
         self.dtypes = [np.asarray(leaf).dtype for leaf in leaves]
         layout = Layout(jax.tree.structure(x), jax.tree.structure(y), tuple(np.shape(leaf) for leaf in leaves))
@@ -386,7 +389,7 @@ class Program:
                     moved = np.linalg.norm(jacobian[r, :k] @ along_y) / np.linalg.norm(jacobian[r, :k] @ direction)
                 lengths += [float(moved)] if np.isfinite(moved) and moved > 0 else []
             # At a solution some are zero but for rounding: no lengths.
-            least = 1e-4 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
+            least = 1e-2 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
             lengths = [length for length in lengths if length >= least]
             found.append(float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0)
         return found[::-1]
@@ -406,7 +409,8 @@ class Program:
         for size in 10.0 ** np.arange(-10, 11, 1):
             after = gradients(*self.raw(self.point(xy + size * direction)))
             for i, (a, b, norm) in enumerate(zip(after, before, sizes, strict=True)):
-                change = float(np.linalg.norm(a - b))
+                with np.errstate(all="ignore"):
+                    change = float(np.linalg.norm(a - b))
                 if i not in lengths and np.isfinite(change) and norm > 0 and change > 1e-2 * norm:
                     lengths[i] = size * norm / change
             if len(lengths) == sum(size > 0 for size in sizes):
@@ -418,6 +422,9 @@ class Program:
         k = self.n + self.m
         _, _, G, _, g, _, _ = self._slices
         low, high = low.copy(), high.copy()
+        # The lower level is bound by its own rows alone, whatever the upper level asks of y.
+        own_low, own_high = low.copy(), high.copy()
+        alone = np.zeros(self.rows.size, bool)
         for row in np.r_[G, g]:
             gradients = np.stack([jacobian[row, :k] for _, jacobian in samples])
             if not np.isfinite(gradients).all() or np.count_nonzero(gradients[0]) != 1:
@@ -430,13 +437,33 @@ class Program:
             if np.ptp(edges) > 1e-6 * (self.columns[j] + abs(edges[0])):
                 continue
             edge = float(np.median(edges))
-            if slope > 0:
-                high[j] = min(high[j], edge)
-            else:
-                low[j] = max(low[j], edge)
+            alone[row] = True
+            for is_own, lows, highs in ((False, low, high), (True, own_low, own_high)):
+                if is_own and not g.start <= row < g.stop:
+                    continue
+                if slope > 0:
+                    highs[j] = min(highs[j], edge)
+                else:
+                    lows[j] = max(lows[j], edge)
+        unit = self.columns[:k]
+        closed = np.isfinite(low) & np.isfinite(high)
+        with np.errstate(invalid="ignore"):
+            equal = closed & (np.abs(low - high) <= _TIGHT * (unit + np.abs(low)))  # but for rounding
+        low[equal] = high[equal] = 0.5 * (low[equal] + high[equal])
         crossed = low > high
         low[crossed], high[crossed] = -np.inf, np.inf  # no point meets them: the rows will say so
-        self.lower[:k], self.upper[:k] = low / self.columns[:k], high / self.columns[:k]
+        for row in np.flatnonzero(alone):
+            alone[row] = not crossed[np.flatnonzero(samples[0][1][row, :k])].any()
+        self.lower[:k], self.upper[:k] = low / unit, high / unit
+        own = own_low <= own_high
+        self.own_lower, self.own_upper = np.where(own, own_low, -np.inf) / unit, np.where(own, own_high, np.inf) / unit
+        self.bounding, self.upper_bounding = alone[g], alone[G]
+        first = samples[0]
+        self.edges = {}
+        for i in np.flatnonzero(self.bounding):
+            j = int(np.flatnonzero(first[1][g, :k][i])[0])
+            edge = points[0][j] - first[0][g][i] / first[1][g, :k][i, j]
+            self.edges[int(i)] = j, float(edge / unit[j])
 
 
 def _opposite(samples: list[np.ndarray]) -> np.ndarray:
@@ -459,7 +486,7 @@ def _opposite(samples: list[np.ndarray]) -> np.ndarray:
 def size_of(problem: Problem, x: PyTree, y: PyTree) -> tuple[int, int]:
     """The numbers of unknowns and of rows, without a compile; a `ProblemError` where a `Program` is not made."""
     problem = visible(problem, x, y)
-    _refuse(problem, "A check of a small problem")
+    _refuse(problem, x, y, "A check of a small problem")
     sets = [_set_bounds(problem.project_upper, x), _set_bounds(problem.project_lower, y)]
     bounds = [Bounds.of(*both) for both in sets]
     leaves = [*jax.tree.leaves(x), *jax.tree.leaves(y)]
@@ -490,7 +517,13 @@ def _set_bounds(project: Any, variable: PyTree) -> tuple[np.ndarray, np.ndarray]
     return flatten(lower), flatten(upper)
 
 
-def _refuse(problem: Problem, owner: str) -> None:
+def _smooth(project: Any, variable: PyTree) -> bool:
+    by_size = getattr(project, "smooth_for", None)
+    return bool(getattr(project, "smooth", True) if by_size is None else by_size(variable))
+
+
+def _refuse(problem: Problem, x: PyTree, y: PyTree, owner: str) -> None:
+    variables = {"project_upper": x, "project_lower": y}
     if problem.stochastic or any(source.host for source in problem.sources):
         raise ProblemError(
             f"{owner} works on full batches, and the problem's data are drawn anew at every step: give both levels' "
@@ -509,7 +542,7 @@ def _refuse(problem: Problem, owner: str) -> None:
                 "object of bilevel.sets (sets.Box, sets.Simplex, ...), or state the set by constraint= or "
                 "upper_constraint= rows."
             )
-        if project is not None and not getattr(project, "smooth", True):
+        if project is not None and not _smooth(project, variables[name]):
             raise ProblemError(
                 f"{owner} needs smooth rows, and those of {project!r} ({name}=) are not. State the set by smooth rows "
                 "with more variables, or take a first-order solver, which needs its projection alone."

@@ -22,11 +22,15 @@ from bilevel.solvers.small.program import Evaluated, Program
 __all__ = ["Lowest", "Point", "Search", "lower_starts", "solve_lower"]
 
 LADDER = (1e-1, 1e-3, 1e-5, 1e-8)
+_SHORT = (1e-4, 1e-8)
 FEASIBLE = 1e-6
 """The largest violation of a row that counts as none, in units of the variables."""
 RUNAWAY = 1e5
 """A point beyond it, in units of the variables, is never verified."""
-_ACTIVE = 1e-5
+_HOPELESS = 1e-2
+"""A violation at which a point is not looked at any further."""
+_BOTH = 3
+"""Rounds of cuts in which the search goes on from the lower solution, too."""
 
 
 @dataclasses.dataclass
@@ -80,16 +84,18 @@ class Point:
 def lower_rows(program: Program) -> Any:
     """The lower level at the x of the point, as an NLP in y."""
     n, k = program.n, program.n + program.m
+    rest = program.inequality & ~program.bounding
+    first = program.pairs[:, 0]
+    first = first[~program.bounding[first]]
 
     def rows(xy: np.ndarray) -> Rows:
         at = program(program.point(xy))
         gradient = np.concatenate([np.zeros(n), at.df[n:k]])
-        first = program.pairs[:, 0]
         return Rows(
             at.f,
             gradient,
-            -at.g[program.inequality],
-            -at.dg[program.inequality][:, :k],
+            -at.g[rest],
+            -at.dg[rest][:, :k],
             np.concatenate([at.h, at.g[first]]),
             np.concatenate([at.dh[:, :k], at.dg[first][:, :k]]),
         )
@@ -101,13 +107,13 @@ def solve_lower(
     program: Program, xy: np.ndarray, starts: Iterable[np.ndarray], iterations: int = 100, method: str = "SLSQP"
 ) -> Lowest:
     """Local solves of the lower level at the x of `xy` from several y; a feasible start counts as a point itself."""
-    n, k = program.n, program.n + program.m
-    lower, upper = program.lower[:k].copy(), program.upper[:k].copy()
+    n = program.n
+    lower, upper = program.own_lower.copy(), program.own_upper.copy()
     lower[:n] = upper[:n] = xy[:n]
     rows, found = lower_rows(program), []
     for y in starts:
         start = np.concatenate([xy[:n], y])
-        end = minimise(rows, start, lower, upper, method=method, iterations=iterations, tol=1e-13)
+        end = minimise(rows, start, lower, upper, method=method, iterations=iterations, tol=1e-13, far=1e30)
         for point in (start, end):
             at = program(program.point(point))
             broken = program.violation(at, upper=False)
@@ -125,28 +131,46 @@ def solve_lower(
 
 
 def lower_starts(program: Program, xy: np.ndarray, count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """y itself, then points around it and in its box, at widths of all sizes."""
+    """y itself and -y, then points around it and in its box, at widths of all sizes."""
     n, k = program.n, program.n + program.m
-    starts = [xy[n:]]
-    low, high = program.lower[n:k], program.upper[n:k]
-    for i in range(count - 1):
+    low, high = program.own_lower[n:k], program.own_upper[n:k]
+    starts = [xy[n:], np.clip(-xy[n:], low, high)]
+    for i in range(count - 2):
         starts.append(sample(low, high, xy[n:], rng, wide=i % 2 == 0))
-    return starts
+    return starts[:count]
 
 
-def sample(low: np.ndarray, high: np.ndarray, center: np.ndarray, rng: np.random.Generator, wide: bool) -> np.ndarray:
-    """A point in a box: uniform where it is closed, log-uniform widths where it is open; or near the center."""
+def sample(
+    low: np.ndarray,
+    high: np.ndarray,
+    center: np.ndarray,
+    rng: np.random.Generator,
+    wide: bool,
+    place: np.ndarray | None = None,
+) -> np.ndarray:
+    """A point in a box: uniform where it is closed, log-uniform widths where it is open; or near the center.
+
+    `place`: where in the closed ones, in [0, 1].
+    """
     width = 10.0 ** rng.uniform(-1, 1.5)
     around = center + width * rng.normal(size=center.size)
     if not wide:
         return np.clip(around, low, high)
     closed = np.isfinite(low) & np.isfinite(high)
     span = np.where(closed, high - low, 0.0)
-    inside = np.where(closed, low, 0.0) + span * rng.uniform(size=center.size)
+    inside = np.where(closed, low, 0.0) + span * (rng.uniform(size=center.size) if place is None else place)
     above = np.where(np.isfinite(low), low, 0.0) + 10.0 ** rng.uniform(-1, 1.5, center.size)
     below = np.where(np.isfinite(high), high, 0.0) - 10.0 ** rng.uniform(-1, 1.5, center.size)
     half = np.where(np.isfinite(low), above, np.where(np.isfinite(high), below, around))
     return np.where(closed, inside, half)
+
+
+def spread(number: int, size: int) -> np.ndarray:
+    """Point number 1, 2, ... of an additive recurrence that fills [0, 1]^size evenly."""
+    root = 2.0
+    for _ in range(30):  # of r^(size + 1) = r + 1: the golden ratio and its relatives
+        root = (1 + root) ** (1 / (size + 1))
+    return (0.5 + number * root ** -np.arange(1.0, size + 1)) % 1.0
 
 
 # ---------------------------------------------------------------- the whole problem
@@ -185,23 +209,26 @@ class Search:
         """The NLP: relaxed by t; on the branch `active` (g_i = 0 there, lam_i = 0 elsewhere); or, not `stationary`,
         without multipliers."""
         program, k = self.program, self.k
+        # Bounds of one unknown are the method's own, exactly; as rows besides they would be rows twice.
         pair, upper_pair = program.pairs[:, 0], program.upper_pairs[:, 0]
+        pair, upper_pair = pair[~program.bounding[pair]], upper_pair[~program.upper_bounding[upper_pair]]
+        keep = program.inequality
+        rest, upper_rest = keep & ~program.bounding, program.upper_inequality & ~program.upper_bounding
+        off = rest if active is None else rest & ~active
 
         def rows(z: np.ndarray) -> Rows:
             at = program(z)
             lam = z[k : k + program.p]
-            keep = program.inequality
-            inequality = [-at.G[program.upper_inequality], -at.g[keep]]
-            inequality_jacobian = [-at.dG[program.upper_inequality], -at.dg[keep]]
+            inequality = [-at.G[upper_rest], -at.g[off]]
+            inequality_jacobian = [-at.dG[upper_rest], -at.dg[off]]
             equality = [at.H, at.h, at.G[upper_pair], at.g[pair]]
             equality_jacobian = [at.dH, at.dh, at.dG[upper_pair], at.dg[pair]]
             if stationary:
                 equality.append(at.r)
                 equality_jacobian.append(at.dr)
             if active is not None:
-                inequality[1], inequality_jacobian[1] = -at.g[keep & ~active], -at.dg[keep & ~active]
-                equality.append(at.g[keep & active])
-                equality_jacobian.append(at.dg[keep & active])
+                equality.append(at.g[rest & active])
+                equality_jacobian.append(at.dg[rest & active])
             elif stationary and program.p:
                 product = lam[:, None] * at.dg
                 product[:, k : k + program.p] += np.diag(at.g)
@@ -257,6 +284,10 @@ class Search:
             z = z.copy()
             z[k + off] = 0.0
             lower[k + off] = upper[k + off] = 0.0
+            for i in np.flatnonzero(program.bounding & program.inequality & active):
+                j, edge = program.edges[int(i)]
+                if not (fixed and j < self.n):
+                    z[j] = lower[j] = upper[j] = edge
         rows = self.rows(t, active, cuts, stationary)
         return minimise(rows, z, lower, upper, method=self.method, iterations=iterations)
 
@@ -340,7 +371,7 @@ class Search:
         at = program(program.point(z[:k]))
         before = program(program.point(xy))
         fine = lam.min(initial=0.0) > -1e-7 and program.violation(at, upper=False) <= FEASIBLE
-        near = np.abs(z[:k] - xy).max() <= 1e-1 and at.f <= before.f + 1e-9
+        near = (np.abs(z[:k] - xy).max() <= 1e-1 and at.f <= before.f + 1e-9) or at.f < before.f - 1e-9
         return z[:k] if fine and near else xy
 
     # ------------------------------------------------------------ points
@@ -350,6 +381,8 @@ class Search:
         program, k = self.program, self.k
         xy = np.clip(z[:k], program.lower[:k], program.upper[:k])
         at = program(program.point(xy))
+        if program.violation(at) > _HOPELESS:
+            return Point(xy, np.concatenate([xy, z[k:]]), at.F, program.violation(at), np.inf, Lowest(np.inf, [], []))
         starts = lower_starts(program, xy, count or self.lower_count, rng) + [y for y in known]
         lowest = solve_lower(program, xy, starts, method=self.method)
         gap = at.f - lowest.value if lowest.points else np.inf
@@ -374,21 +407,36 @@ class Search:
 
     def cut_rounds(self, z: np.ndarray, rng: np.random.Generator, stationary: bool = True) -> list[Point]:
         """From an end of a local solve: cuts where the lower level has a lower point, until none has; all points."""
-        points, cuts = [self.judge(z, rng)], []
-        for _ in range(self.rounds):
-            point = points[-1]
+        points = [self.judge(z, rng)]
+        cuts: list[Cut] = []
+        point = points[0]
+        gaps: list[float] = []
+        for i in range(self.rounds):
             if point.gap <= self.tol or not point.lowest.points:
                 break
             lowest = point.lowest.points[0]
             lam = np.abs(self.multipliers(lowest)[0][self.k :])
             cuts.append(Cut(lowest[self.n :], 2 * float(lam.max(initial=0.0)) + 1))
+            # Both restarts; later on the second ends where it did before.
+            starts = [point.z, self.multipliers(lowest)[0]] if i < _BOTH else [point.z]
             ends = []
-            for start in (point.z, self.multipliers(lowest)[0]):
+            for start in starts:
                 if stationary:
-                    end = self.ladder(start, LADDER[1:], cuts)
+                    end = self.ladder(start, _SHORT, cuts)
                 else:
                     end = self.local(start, None, cuts=cuts, stationary=False, iterations=100)
                 ends.append(self.judge(end, rng, [cut.y for cut in cuts]))
-            points += sorted(ends, key=lambda point: (not point.verified(self.tol), point.loss), reverse=True)
-            # The best goes on: a verified one ends the loop.
+            points += ends
+            # What is still too low goes on while it is lower than what is verified: the optimum may be where two
+            # lower minimisers tie, which cuts come to from below.
+            reached = min((p.loss for p in points if p.verified(self.tol)), default=np.inf)
+            open_ends = [p for p in ends if not p.verified(self.tol) and p.loss < reached and p.lowest.points]
+            if not open_ends:
+                break
+            after = min(open_ends, key=lambda p: p.loss)
+            gaps.append(after.gap)
+            stuck = len(gaps) > 3 and gaps[-1] > 0.8 * gaps[-4]
+            if stuck or np.abs(after.xy - point.xy).max() < 1e-9:
+                break
+            point = after
         return points

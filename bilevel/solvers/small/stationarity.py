@@ -58,6 +58,7 @@ class Lower:
       upper_violation: of the upper level's rows by (x, y).
       loss_gap: the gap in units of f.
       loss_gain: the gain in units of F.
+      loss_change: F at the best of the minimisers less F(x, y), in units of F; positive where y is not exact.
     """
 
     gap: float
@@ -68,6 +69,7 @@ class Lower:
     upper_violation: float = 0.0
     loss_gap: float = 0.0
     loss_gain: float = 0.0
+    loss_change: float = 0.0
 
 
 def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
@@ -104,8 +106,17 @@ def lower_verified(
             if left < 1e-4:
                 end = search.polish(search.ladder(z, (1e-5, 1e-9), fixed=True)[: search.k])
                 there = program(program.point(end))
-                if program.violation(there, upper=False) <= FEASIBLE and there.f <= lowest.value + 1e-8:
+                # Along a direction in which f is nearly flat its value says little, and its gradient more.
+                exact = search.multipliers(end)[1] <= 1e-10
+                if exact and program.violation(there, upper=False) <= FEASIBLE and there.f <= lowest.value + 1e-8:
                     known.append(end)
+        for point in known:  # a first-order method stops early where f is ill-conditioned; Newton's does not
+            there = program(program.point(point))
+            if program.violation(there, upper=False) <= FEASIBLE and there.f < lowest.value:
+                lowest.value = there.f
+                gap = at.f - there.f
+        stationary_ones = [point for point in known if search.multipliers(point)[1] <= 1e-10]
+        known = stationary_ones or known  # where there are no multipliers none is
         upper = lambda at: float(max(np.max(at.G, initial=0.0), np.max(np.abs(at.H), initial=0.0)))  # noqa: E731
         evaluated = [program(program.point(point)) for point in known]
         broken = upper(at)
@@ -120,6 +131,7 @@ def lower_verified(
             broken,
             max(gap, 0.0) * program.lower_scale,
             gain * program.upper_scale,
+            float(min(fair) - at.F) * program.upper_scale if fair and np.isfinite(at.F) else 0.0,
         )
 
 
@@ -139,8 +151,9 @@ def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = 
             if values[0] < -1e-6 * np.abs(values).max():
                 rays += [basis[:, 0], -basis[:, 0]]
         for ray in rays:
-            length = np.linalg.norm(ray)
-            if not length > 0:
+            with np.errstate(over="ignore"):
+                length = np.linalg.norm(ray)
+            if not 0 < length < np.inf:
                 continue
             values_along = []
             for reach in (1e1, 1e2, 1e3, 1e4):

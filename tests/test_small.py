@@ -1,0 +1,347 @@
+"""The search, the program and the checks of small problems, on problems with closed-form solutions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel import Problem, data, sets, solvers
+from bilevel.data import ProblemError
+from bilevel.keys import as_step_key
+from bilevel.result import Result
+from bilevel.solvers.small.program import Program
+from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary
+
+
+def ended(problem, x, y, solver=None):
+    """The last state of a search, without the certificate of `solve`."""
+    solver = solvers.MPCC() if solver is None else solver
+    x, y = (None if v is None else jnp.asarray(v, float) for v in (x, y))
+    key = as_step_key(0)
+    *_, (state, metrics) = solver.search(problem, solver.init(problem, x, y, key), key)
+    assert np.isfinite(metrics["upper_loss"])
+    assert solver.status(state, metrics, None) == Result.CONVERGED
+    return state
+
+
+def coupled():
+    """min (x - 5)^2 + (2y + 1)^2, the lower level on an interval that x moves; global at (1, 0), local at (5, 2)."""
+    return Problem(
+        upper=lambda x, y: (x[0] - 5) ** 2 + (2 * y[0] + 1) ** 2,
+        lower=lambda x, y: (y[0] - 1) ** 2 - 1.5 * x[0] * y[0],
+        constraint=lambda x, y: jnp.array([-3 * x[0] + y[0] + 3, x[0] - y[0] / 2 - 4, x[0] + y[0] - 7, -y[0]]),
+        upper_constraint=lambda x, y: -x,
+    )
+
+
+def kink(F=1.0, f=1.0, x_unit=1.0, y_unit=1.0):
+    """y = max(x, 3x - 2) in the lower level, F = -y, x in [0, 2]: the solution is (2, 4), and (1, 1) is a kink."""
+
+    def unscaled(x, y):
+        return x / x_unit, y / y_unit
+
+    def rows(x, y):
+        x, y = unscaled(x, y)
+        return jnp.array([x[0] - y[0], 3 * x[0] - 2 - y[0]])
+
+    return Problem(
+        upper=lambda x, y: -F * unscaled(x, y)[1][0],
+        lower=lambda x, y: f * unscaled(x, y)[1][0],
+        constraint=rows,
+        upper_constraint=lambda x, y: jnp.concatenate([-unscaled(x, y)[0], unscaled(x, y)[0] - 2]),
+    )
+
+
+# ---------------------------------------------------------------- MPCC
+
+
+def test_finds_the_global_solution_and_lists_the_local_one():
+    state = ended(coupled(), [4.0], [2.0])
+    np.testing.assert_allclose(state.x, [1.0], atol=1e-5)
+    np.testing.assert_allclose(state.y, [0.0], atol=1e-5)
+    assert float(state.upper_loss) == pytest.approx(17, abs=1e-4)
+    others = solvers.MPCC().others(state)
+    assert any(o.verified and abs(o.upper_loss - 25) < 1e-3 and abs(float(o.x[0]) - 5) < 1e-3 for o in others)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0, 1.5])
+def test_a_kink_is_passed(start):
+    state = ended(kink(), [start], [start])
+    np.testing.assert_allclose(state.x, [2.0], atol=1e-5)
+    np.testing.assert_allclose(state.y, [4.0], atol=1e-5)
+
+
+def test_multipliers_of_both_levels_in_the_users_units():
+    # Lower: y = a - x on 7 (y + x - a) = 0 with f = y^2: mu = -2 y / 7. Upper: -y + x^2 with x >= 1, rows of norm 5.
+    problem = Problem(
+        upper=lambda x, y: x[0] ** 2 + y["v"],
+        lower=lambda x, y: y["v"] ** 2 / 2,
+        equality=lambda x, y: {"row": 7 * (y["v"] + x[0] - 3)},
+        upper_constraint=lambda x, y: 5 * (1 - x),
+    )
+    key, solver = as_step_key(0), solvers.MPCC(starts=2)
+    begun = solver.init(problem, jnp.array([2.0]), {"v": jnp.array(0.0)}, key)
+    *_, (state, _) = solver.search(problem, begun, key)
+    # F(x) = x^2 + 3 - x: the free minimum 1/2 is below the bound; 2x - 1 = 5 nu at x = 1.
+    assert float(state.x[0]) == pytest.approx(1, abs=1e-5)
+    assert float(state.y["v"]) == pytest.approx(2, abs=1e-5)
+    assert set(state.multipliers) == {"equality", "upper_constraint"}
+    assert float(state.multipliers["equality"]["row"]) == pytest.approx(-2 / 7, abs=1e-4)
+    np.testing.assert_allclose(state.multipliers["upper_constraint"], [1 / 5], atol=1e-4)
+
+
+def test_upper_rows_that_couple_bind_the_choice_of_x():
+    # y = x; F = (x - 3)^2 with G = x + y <= 2 and H = x_1 - x_2 = 0: x = 1.
+    problem = Problem(
+        upper=lambda x, y: jnp.sum((x - 3) ** 2),
+        lower=lambda x, y: jnp.sum((y - x) ** 2),
+        upper_constraint=lambda x, y: x[0] + y[0] - 2,
+        upper_equality=lambda x, y: x[0] - x[1],
+    )
+    state = ended(problem, [0.0, 0.5], [0.0, 0.0])
+    np.testing.assert_allclose(state.x, [1.0, 1.0], atol=1e-5)
+    np.testing.assert_allclose(state.y, [1.0, 1.0], atol=1e-5)
+
+
+def test_a_lower_level_without_a_multiplier_is_reached_by_cuts():
+    # y^2 <= 0 has no constraint qualification: y = 0 for all x, and F = (x - 1)^2 + y^2 ends at x = 1.
+    problem = Problem(
+        upper=lambda x, y: (x[0] - 1) ** 2 + y[0] ** 2,
+        lower=lambda x, y: (1 + x[0] ** 2) * y[0],
+        constraint=lambda x, y: y**2,
+    )
+    state = ended(problem, [-1.0], [0.5])
+    np.testing.assert_allclose(state.x, [1.0], atol=1e-2)
+    assert abs(float(state.y[0])) < 2e-3
+
+
+def test_non_convex_lower_levels_take_the_global_minimiser():
+    # f = (y^2 - 1)^2 - x y / 10: for x > 0 the minimiser is near 1, for x < 0 near -1; F wants y = -1 and x = 1.
+    problem = Problem(
+        upper=lambda x, y: (x[0] - 1) ** 2 + 3 * (y[0] + 1) ** 2,
+        lower=lambda x, y: (y[0] ** 2 - 1) ** 2 - x[0] * y[0] / 10,
+    )
+    state = ended(problem, [1.0], [-1.0])
+    # At x = 0 the two tie and F = 1; any x > 0 has F near 12.
+    assert float(state.x[0]) == pytest.approx(0, abs=1e-3)
+    assert float(state.y[0]) == pytest.approx(-1, abs=1e-3)
+
+
+def test_of_many_lower_minimisers_the_best_for_F():
+    # f = sin(x + y - 2): y = -pi/2 + 2 k pi + 2 - x. The closed form: d = 3 pi / 2 - 4, x = 2 + d / 2, F = d^2 / 2.
+    problem = Problem(upper=lambda x, y: (x[0] - 2) ** 2 + (y[0] - 4) ** 2, lower=lambda x, y: jnp.sin(x[0] + y[0] - 2))
+    state, d = ended(problem, [0.0], [0.0]), 3 * np.pi / 2 - 4
+    assert float(state.upper_loss) == pytest.approx(d**2 / 2, abs=1e-4)
+    assert float(state.x[0]) == pytest.approx(2 + d / 2, abs=1e-3)
+
+
+def test_no_upper_variable():
+    # Among the y with y_0 + y_1 = 1 the one next to (1, 1).
+    problem = Problem(upper=lambda x, y: jnp.sum((y - 1) ** 2), lower=lambda x, y: (y[0] + y[1] - 1) ** 2)
+    state = ended(problem, None, [3.0, -1.0])
+    assert state.x is None
+    np.testing.assert_allclose(state.y, [0.5, 0.5], atol=1e-3)
+
+
+def test_sets_are_bounds_and_rows():
+    # The lower level projects x on the simplex; F pulls y to (1, 1, 0) / 2 + 1 and x into a box.
+    target = jnp.array([0.5, 0.5, 0.0])
+    problem = Problem(
+        upper=lambda x, y: jnp.sum((y - target) ** 2) + 0.1 * jnp.sum((x - target) ** 2),
+        lower=lambda x, y: jnp.sum((y - x) ** 2),
+        project_upper=sets.Box(-0.25, 0.75),
+        project_lower=sets.Simplex(),
+    )
+    state = ended(problem, [0.0, 0.0, 0.0], [1 / 3] * 3)
+    np.testing.assert_allclose(state.y, target, atol=1e-3)
+    assert float(state.y.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_opposite_inequalities_are_one_equality():
+    problem = Problem(
+        upper=lambda x, y: (x[0] - 1) ** 2 + (y[0] - 1) ** 2,
+        lower=lambda x, y: (y[0] + y[1]) ** 2,
+        constraint=lambda x, y: jnp.array([y[1] - x[0] * 2, x[0] * 2 - y[1]]),
+    )
+    program = Program(problem, jnp.zeros(1), jnp.zeros(2))
+    assert program.pairs.tolist() == [[0, 1]]
+    assert program.inequality.tolist() == [False, False]
+    # y_1 = 2x, y_0 = -2x: (x - 1)^2 + (2x + 1)^2 has its minimum at x = -1/5.
+    state = ended(problem, [0.5], [0.0, 0.0])
+    assert float(state.x[0]) == pytest.approx(-0.2, abs=1e-4)
+
+
+@pytest.mark.parametrize("F", [1e-8, 1e8])
+@pytest.mark.parametrize("f", [1e-8, 1e8])
+def test_units_change_nothing(F, f, x64):
+    state = ended(kink(F, f, 1e4, 1e-4), [1e4], [1e-4], solvers.MPCC(starts=3))
+    np.testing.assert_allclose(state.x, [2e4], rtol=1e-5)
+    np.testing.assert_allclose(state.y, [4e-4], rtol=1e-5)
+
+
+def test_trust_constr_is_a_method_too():
+    problem = Problem(
+        upper=lambda x, y: (x[0] - 2) ** 2 + y[0] ** 2,
+        lower=lambda x, y: (y[0] - x[0]) ** 2,
+        constraint=lambda x, y: y - 0.5,
+    )
+    # y = min(x, 1/2): the best x is 2 with y = 1/2.
+    state = ended(problem, [1.0], [0.0], solvers.MPCC(starts=1, method="trust-constr", lower_starts=1, rounds=1))
+    assert float(state.x[0]) == pytest.approx(2, abs=1e-2)
+    assert float(state.y[0]) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_bounds_of_the_upper_level_do_not_bind_the_lower_one():
+    # f falls for ever in y; the upper level's y <= 1 is none of its rows, so that no point is a solution.
+    problem = Problem(
+        upper=lambda x, y: x[0] ** 2 - y[0], lower=lambda x, y: -y[0], upper_constraint=lambda x, y: y - 1
+    )
+    solver, key = solvers.MPCC(starts=3), as_step_key(0)
+    *_, (state, metrics) = solver.search(problem, solver.init(problem, jnp.ones(1), jnp.ones(1), key), key)
+    assert not state.verified
+    assert solver.status(state, metrics, None) != Result.CONVERGED
+
+
+def test_a_point_without_a_lower_solution_is_never_verified():
+    # The lower level has no feasible point at all.
+    problem = Problem(
+        upper=lambda x, y: x[0] ** 2 + y[0] ** 2,
+        lower=lambda x, y: y[0] ** 2,
+        constraint=lambda x, y: y**2 + 1 + x**2,
+    )
+    solver, key = solvers.MPCC(starts=2, rounds=1), as_step_key(0)
+    *_, (state, metrics) = solver.search(problem, solver.init(problem, jnp.ones(1), jnp.ones(1), key), key)
+    assert not state.verified
+    assert solver.status(state, metrics, None) == Result.INFEASIBLE
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"project_lower": lambda y: jnp.tanh(y)}, "Give an object of bilevel.sets"),
+        ({"prox_lower": lambda y, x, s: y}, "cannot honour the nonsmooth lower term prox_lower="),
+    ],
+)
+def test_refuses_by_name(changes, words):
+    problem = Problem(upper=lambda x, y: jnp.sum(x + y), lower=lambda x, y: jnp.sum((y - x) ** 2), **changes)
+    with pytest.raises(ProblemError, match=words):
+        solvers.MPCC().init(problem, jnp.zeros(1), jnp.zeros(1), as_step_key(0))
+
+
+def test_refuses_minibatches_and_what_is_large():
+    batches = data.Minibatches(jnp.ones((8, 1)), size=2)
+    problem = Problem(upper=lambda x, y: jnp.sum(x), lower=lambda x, y, b: jnp.sum((y - x) ** 2), lower_data=batches)
+    with pytest.raises(ProblemError, match="works on full batches"):
+        solvers.MPCC().init(problem, jnp.zeros(1), jnp.zeros(1), as_step_key(0))
+    problem = Problem(upper=lambda x, y: jnp.sum(x), lower=lambda x, y: jnp.sum((y - x) ** 2))
+    with pytest.raises(ProblemError, match=r"or MPCC\(largest=40\) and time"):
+        solvers.MPCC(largest=20).init(problem, jnp.zeros(20), jnp.zeros(20), as_step_key(0))
+
+
+def test_hyperparameters_are_checked():
+    with pytest.raises(ValueError, match="the methods are 'SLSQP', 'trust-constr'"):
+        solvers.MPCC(method="simplex")
+    with pytest.raises(ValueError, match="a tolerance is positive"):
+        solvers.MPCC(tol=0.0)
+
+
+# ---------------------------------------------------------------- the program
+
+
+def test_jacobian_is_that_of_central_differences(x64):
+    problem = Problem(
+        upper=lambda x, y: jnp.sum(jnp.sin(x) * y[0]) + y[1] ** 3,
+        lower=lambda x, y: jnp.exp(y[0] * x[1]) + jnp.cos(y[1]) * x[0],
+        constraint=lambda x, y: {"a": x * y, "b": jnp.sum(y**2)},
+        equality=lambda x, y: y[0] * y[1] - x[0],
+        upper_constraint=lambda x, y: jnp.tanh(x + y),
+    )
+    program = Program(problem, jnp.array([0.3, -0.7]), jnp.array([0.5, 1.1]))
+    z = np.random.default_rng(0).normal(size=program.size)
+    values, jacobian = program.raw(z)
+    assert values.shape == (2 + 2 + 0 + 3 + 1 + 2,)
+    for j in range(program.size):
+        step = np.eye(program.size)[j] * 1e-6
+        slope = (program.raw(z + step)[0] - program.raw(z - step)[0]) / 2e-6
+        np.testing.assert_allclose(jacobian[:, j], slope, rtol=1e-6, atol=1e-8)
+    # The last rows are the gradient of the Lagrangian in y.
+    x, y, lam, mu = z[:2], z[2:4], z[4:7], z[7]
+    lagrangian = lambda y: (
+        problem.lower(x, y)
+        + lam[:2] @ problem.constraint(x, y)["a"]
+        + lam[2] * problem.constraint(x, y)["b"]
+        + mu * problem.equality(x, y)
+    )
+    np.testing.assert_allclose(values[-2:], jax.grad(lagrangian)(jnp.asarray(y)), rtol=1e-10)
+
+
+def test_double_precision_inside_and_the_users_dtypes_outside():
+    program = Program(coupled(), jnp.array([4.0], jnp.float32), jnp.array([2.0], jnp.float32))
+    assert program.double
+    x, y = program.trees(program.start)
+    assert x.dtype == jnp.float32
+    assert y.dtype == jnp.float32
+    assert not jax.config.jax_enable_x64
+
+
+# ---------------------------------------------------------------- stationarity
+
+
+@pytest.mark.parametrize(
+    "scale", [{}, {"F": 1e-8}, {"F": 1e8}, {"f": 1e-8}, {"f": 1e8}, {"x_unit": 1e8, "y_unit": 1e-8}]
+)
+def test_a_kink_is_not_stationary_and_the_solution_is(scale, x64):
+    problem = kink(**scale)
+    x_unit, y_unit = scale.get("x_unit", 1.0), scale.get("y_unit", 1.0)
+    at_kink = stationary(problem, jnp.array([x_unit]), jnp.array([y_unit]))
+    assert at_kink.checked
+    assert at_kink.slope < -0.3
+    dx, dy = at_kink.direction
+    assert float(dx[0]) > 0
+    assert float(dy[0] / y_unit) == pytest.approx(3 * float(dx[0] / x_unit), rel=1e-4)
+    at_solution = stationary(problem, jnp.array([2 * x_unit]), jnp.array([4 * y_unit]))
+    assert at_solution.checked
+    assert at_solution.slope == 0
+    assert at_solution.direction is None
+
+
+def test_a_tie_of_two_minimisers_is_no_false_alarm():
+    problem = Problem(
+        upper=lambda x, y: (x[0] - 1) ** 2 + 3 * (y[0] + 1) ** 2,
+        lower=lambda x, y: (y[0] ** 2 - 1) ** 2 - x[0] * y[0] / 10,
+    )
+    found = stationary(problem, jnp.array([0.0]), jnp.array([-1.0]))
+    assert found.slope == 0
+    lower = lower_verified(problem, jnp.array([0.0]), jnp.array([-1.0]))
+    assert lower.gap < 1e-6
+    assert {round(float(y[0])) for y in lower.minimisers} == {-1, 1}
+    assert lower.optimistic_gain < 1e-6
+    wrong = lower_verified(problem, jnp.array([0.0]), jnp.array([1.0]))
+    assert wrong.optimistic_gain > 0.05
+    assert wrong.loss_gain == pytest.approx(12, rel=1e-3)
+
+
+def test_a_smooth_point_that_is_not_stationary():
+    problem = Problem(
+        upper=lambda x, y: jnp.sum((y - 1) ** 2) / 2 + jnp.sum(x**2) / 2, lower=lambda x, y: jnp.sum((y - x) ** 2) / 2
+    )
+    assert stationary(problem, jnp.array([0.5]), jnp.array([0.5])).slope == 0
+    off = stationary(problem, jnp.array([0.6]), jnp.array([0.6]))
+    assert off.slope < -0.05
+    assert float(off.direction[0][0]) < 0
+
+
+def test_the_lower_level_is_checked_from_several_starts():
+    # y = -1 is a local minimiser of (y^2 - 1)^2 - y / 10 and not the global one.
+    problem = Problem(upper=lambda x, y: jnp.sum(x**2), lower=lambda x, y: (y[0] ** 2 - 1) ** 2 - y[0] / 10)
+    found = lower_verified(problem, jnp.zeros(1), jnp.array([-0.9871]))
+    assert found.loss_gap == pytest.approx(0.2, abs=0.01)
+    assert found.gap > 1e-3
+
+
+def test_what_is_not_checked_says_why():
+    problem = Problem(upper=lambda x, y: jnp.sum(x), lower=lambda x, y: jnp.sum((y - x) ** 2))
+    assert refusal(problem, jnp.zeros(2), jnp.zeros(2)) == ""
+    assert "more than 300" in refusal(problem, jnp.zeros(200), jnp.zeros(200))
