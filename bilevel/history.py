@@ -16,11 +16,21 @@ class History(Mapping[str, np.ndarray]):
     `history["upper_loss"]` is an array with one entry per recorded step, `history.steps["upper_loss"]` those steps.
     Step k's metrics are those of the iterate *before* its update; the user's metrics are taken after the named number
     of steps.
+
+    Attributes:
+      metrics: the names of the user's own metrics.
     """
 
     def __init__(self, values: dict[str, np.ndarray] | None = None, steps: dict[str, np.ndarray] | None = None) -> None:
         self._values = {name: [np.asarray(v)] for name, v in (values or {}).items()}
         self._steps = {name: [np.asarray(s)] for name, s in (steps or {}).items()}
+        self.metrics: tuple[str, ...] = ()
+
+    def copy(self) -> History:
+        """Another history with the same entries, to be gone on with."""
+        new = History({name: self[name] for name in self}, self.steps)
+        new.metrics = self.metrics
+        return new
 
     def extend(self, name: str, steps: np.ndarray, values: np.ndarray) -> None:
         """Append entries."""

@@ -64,12 +64,22 @@ class StepKey:
 
 
 def as_step_key(key: Any, step: Any = 0) -> StepKey:
-    """A `StepKey` from an integer seed, a PRNG key or a `StepKey` (returned as it is)."""
+    """A `StepKey` from an integer seed, a PRNG key or a `StepKey` (returned as it is).
+
+    Raises:
+      TypeError: it is none of these.
+    """
     if isinstance(key, StepKey):
         return key
-    if isinstance(key, (int, np.integer)):
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         key = jax.random.key(int(key))
-    elif not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    kind, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
+    raw = kind == jnp.uint32 and shape in ((2,), (4,))
+    if not (typed and shape == ()) and not raw:
+        what = f"{kind}{list(shape)}" if kind is not None and shape is not None else repr(key)
+        raise TypeError(f"key={what}: one key is needed, a seed such as 0 or jax.random.key(0).")
+    if not typed:
         key = jax.random.wrap_key_data(key)
     return StepKey(key, jnp.asarray(step, jnp.uint32), jnp.uint32(0))
 

@@ -32,7 +32,7 @@ class Level:
       key: the `StepKey` that the batch was drawn with.
       batch: the batch.
       project: the level's projection, or None.
-      prox: the level's proximal operator `prox(y, x, scaling)`, or None (lower level only).
+      prox: the level's proximal operator `prox(x, y, scaling)`, or None (lower level only).
       inequality, equation: the level's constraints as the problem has them; see `constraint` and `equality`.
       who: None: one level on pooled data; "all": every agent or client; an array: those of these numbers.
       weights: of the terms of a stacked level's sum; None: ones.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._settings import settings
+from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
+from bilevel.precision import named, working
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.streaming import Portion, on_device
@@ -38,17 +42,24 @@ def run(
 
     Returns:
       `(state, metrics)`: the final state (`state.x`, `state.y`) and each metric stacked along a leading axis of
-      `steps`.
+      `steps`. Half-precision variables, and variables of several dtypes, have master copies in one dtype during the
+      run (`bilevel.precision`); `state.x` and `state.y` are in the dtypes that were given, `state.master` is the rest.
+
+    Raises:
+      ProblemError: a level's data are a host's stream; inside `shard_map` a loss differs from device to device.
     """
     if any(source.host for source in problem.sources):
         raise ProblemError("run is pure and cannot read a Stream from the host: use solve, or arrays.")
     base = as_step_key(key)
+    found = working(problem, x0, y0)
 
     def body(state: Any, k: jax.Array) -> tuple[Any, Metrics]:
-        return solver.step(problem, state, at_step(base, k))
+        return solver.step(found.problem, state, at_step(base, k))
 
-    state = solver.init(problem, *problem.projected(x0, y0), at_step(base, 0))
-    return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))
+    with settings(), named(solver, problem, x0, y0):
+        state = solver.init(found.problem, *found.problem.projected(found.x, found.y), at_step(base, 0))
+        state, metrics = jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))
+    return found.shown(state), metrics
 
 
 def at_step(base: StepKey, k: Any) -> StepKey:
@@ -93,6 +104,7 @@ class Loop:
             _advance,
             problem,
             _as_argument(solver),
+            captured=form(solver),
             tol=0.0 if tol is None else tol,
             use_tol=tol is not None,
             capacity=capacity,
@@ -116,7 +128,7 @@ class Loop:
         return Chunk(new, behind, steps, recorded, result, why)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "use_tol", "careful"))
+@functools.partial(jax.jit, static_argnames=("captured", "capacity", "use_tol", "careful"))
 def _advance(
     problem: Problem,
     solver: Any,
@@ -125,6 +137,7 @@ def _advance(
     start: Any,
     stop: Any,
     *,
+    captured: Hashable,
     tol: Any,
     portions: dict[str, Portion],
     capacity: int,
@@ -135,6 +148,8 @@ def _advance(
 
     The iterates themselves are looked at after the last step, or with `careful` after each: a NaN in them shows in the
     metrics one step later, and a small step has few operations besides.
+
+    `captured` is what the solver's functions capture, so that code is not that of other values.
 
     Returns the state, the steps taken, the status, and the metrics in buffers of `capacity` rows (or as many as a
     portion has room for).
@@ -218,13 +233,17 @@ def _blame(state: Any, metrics: dict[str, np.ndarray], step: int) -> str:
     """Which quantity broke first at this step, and what to try."""
     broken = [name for name, values in metrics.items() if not np.isfinite(values[-1]).all()]
     broken += [name for name in ("y", "x") if not bool(_finite(getattr(state, name)))]
-    first = broken[0] if broken else "x"
+    losses = [name for name in broken if name in ("lower_loss", "upper_loss")]
+    first = [*losses, *broken, "x"][0]
     cure = {
         "x": "lower the upper step size or clip its gradient (optax.clip_by_global_norm)",
         "y": "lower the lower level's step size",
         "lower_loss": "the lower loss is undefined or unbounded there: bound y (project_lower), or mend the loss",
         "upper_loss": "the upper loss is unbounded or undefined there: bound the variables (project_upper, "
         "project_lower), or mend the loss",
+        "hypergradient_norm": "the losses have values there and the derivative has none, as a root or a norm at zero "
+        "in a loss (put a small constant under it) or in a step rule that is differentiated (give Adam an eps_root); "
+        "or lower the step sizes, the lower level's first",
     }.get(first, "lower the step sizes, the lower level's first")
     return (
         f"Step {step} made {', '.join(broken)} non-finite ({first} first): {cure}; diagnostics.check shows the "

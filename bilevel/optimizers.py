@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -12,13 +13,17 @@ import numpy as np
 import optax
 
 from bilevel import derivatives
+from bilevel._forward import forward_only
 from bilevel._module import state
 from bilevel.typing import Project, PyTree, Scalar
 
 __all__ = [
-    "Move", "Withdrawing", "accepted", "as_optimizer", "check_count", "check_optimizer", "coupled_adam", "quasi_newton",
-    "residual", "spectral", "withdraws",
+    "Move", "Withdrawing", "accepted", "as_optimizer", "check_count", "check_optimizer", "coupled_adam",
+    "looks_at_values", "quasi_newton", "residual", "searches", "spectral", "value_and_gradient", "withdraws",
 ]  # fmt: skip
+
+# A missing argument by its name, in what Python, optax and the rules here say of it.
+_WORDS = re.compile(r"(?<![\w.])(value|value_fn|grad)(?=['\"=])")
 
 
 def as_optimizer(optimizer: Any) -> optax.GradientTransformationExtraArgs:
@@ -41,6 +46,14 @@ def check_optimizer(owner: str, name: str, value: Any) -> None:
         if not value > 0:
             raise ValueError(f"{owner}({name}={value!r}): a step size is positive.")
         return
+    if callable(value) and getattr(value, "__module__", "").split(".")[0] in ("optax", "bilevel"):
+        rule = f"{value.__module__.split('.')[0]}.{value.__name__}"
+        raise TypeError(f"{owner}({name}={rule}): the rule is made by a call: {name}={rule}(1e-2).")
+    if hasattr(value, "gradient_transformation"):
+        raise TypeError(
+            f"{owner}({name}={type(value).__name__}(...)): write {name}=optax.{type(value).__name__}"
+            "(...).gradient_transformation()."
+        )
     raise TypeError(
         f"{owner}({name}={value!r}): give a step size or an optax GradientTransformation such as optax.adam(1e-2)."
     )
@@ -51,6 +64,68 @@ def check_count(owner: str, what: str = "a positive integer is needed", **counts
     for name, count in counts.items():
         if count is not None and (isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1):
             raise ValueError(f"{owner}({name}={count!r}): {what}.")
+
+
+_NO_REVERSE = (
+    "No derivative goes back through a step rule that withdraws steps (optimizers.quasi_newton, optimizers.spectral, "
+    "the defaults of solvers without a step size): its choices have none. To differentiate a whole run give it a plain "
+    "rule, such as upper_optimizer=0.1 or optax.adam(1e-2)."
+)
+
+# ---------------------------------------------------------------- rules that look at values
+
+
+def looks_at_values(rule: Any, memory: PyTree, variable: PyTree) -> bool:
+    """Whether a rule looks at values of the loss (value, grad, value_fn), and not at its gradient alone.
+
+    Read off the rule itself, by a trace of its update: what names the leaves of the variable, or of a memory, have says
+    nothing. So `optax.polyak_sgd`, line searches and `reduce_on_plateau` are known wherever in a chain they stand.
+    """
+    if not is_rule(rule):
+        return False
+    if withdraws(memory):
+        return True
+    asked = []
+
+    def value_fn(variable: PyTree) -> jax.Array:
+        asked.append(True)
+        return sum((jnp.sum(leaf).astype(float) for leaf in jax.tree.leaves(variable)), jnp.zeros(()))
+
+    def update(value: jax.Array, apart: PyTree, gradient: PyTree, memory: PyTree, variable: PyTree) -> Any:
+        extra = {"value": value, "grad": apart, "value_fn": value_fn}
+        return as_optimizer(rule).update(gradient, memory, variable, **extra)
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variable)
+    dtype = jnp.result_type(*jax.tree.leaves(variable))
+    value = jax.ShapeDtypeStruct((), dtype)
+    jaxpr = jax.make_jaxpr(update)(value, shapes, variable, memory, variable).jaxpr
+    given = set(jaxpr.invars[: 1 + len(jax.tree.leaves(shapes))])
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    return bool(asked) or any(id(v) in used for v in given)
+
+
+_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
+
+
+def searches(memory: PyTree) -> bool:
+    """Whether the rule with this memory has a line search of optax's in it."""
+    is_one = lambda node: isinstance(node, _SEARCHES)  # noqa: E731
+    return any(is_one(node) for node in jax.tree.leaves(memory, is_leaf=is_one))
+
+
+def value_and_gradient(loss: Any, variable: PyTree, memory: PyTree) -> tuple[jax.Array, PyTree]:
+    """The loss and its gradient at the variable, as a line search has left them there, where the chain ends in one.
+
+    `optax.value_and_grad_from_state` looks for leaves of these names, and finds the user's parameters.
+    """
+    evaluate = jax.value_and_grad(loss)
+    last = jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, (*_SEARCHES, optax.EmptyState)))[-1:]
+    known = last[0] if last and isinstance(last[0], _SEARCHES) else None
+    if known is None or jax.tree.structure(known.grad) != jax.tree.structure(variable):  # type: ignore[operator]
+        return evaluate(variable)
+    shapes = jax.eval_shape(evaluate, variable)
+    known = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), (known.value, known.grad), shapes)
+    return jax.lax.cond(jnp.isfinite(known[0]), lambda _: known, evaluate, variable)
 
 
 # ---------------------------------------------------------------- moving a variable
@@ -78,7 +153,17 @@ class Move:
     def updates(self, direction: PyTree, memory: PyTree, variable: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
         """What the rule would add to the variable, and its memory."""
         update = as_optimizer(self.rule).update
-        return (jax.vmap(update) if self.many else update)(direction, memory, variable, **extra)
+        try:
+            return (jax.vmap(update) if self.many else update)(direction, memory, variable, **extra)
+        except (TypeError, ValueError) as error:
+            if not set(_WORDS.findall(str(error))) & ({"value", "value_fn", "grad"} - set(extra)):
+                raise
+            raise TypeError(
+                "This step rule looks at values of the loss (as optax.polyak_sgd, line searches, reduce_on_plateau and "
+                "optimizers.quasi_newton do), and the method does not evaluate the loss at its steps. Give it a rule "
+                "of gradients alone, such as optax.adam(1e-2), or take solvers.AID, which gives values to both levels' "
+                f"rules. ({error})"
+            ) from error
 
     def __call__(
         self, direction: PyTree, memory: PyTree, variable: PyTree, scale: Any = None, **extra: Any
@@ -170,6 +255,7 @@ class SpectralState(Withdrawing):
     step: jax.Array
     values: jax.Array
     count: jax.Array
+    unit: jax.Array
     accepted: jax.Array
 
 
@@ -181,9 +267,10 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
 
         x_k - t g_k,    t = <s, s> / <s, z>   (twice the last step where <s, z> <= 0),
 
-    with t at most as large as moves x by `largest` (1 + rms(x)) in root mean square. A trial whose value exceeds the
-    largest of the last `memory` accepted ones less 1e-4 <g, s>, or is not finite, is withdrawn: the next trial starts
-    at x_k again with a quarter of t. The first t moves x by a tenth of `largest`.
+    with t at most as large as moves x by `largest` times the larger of rms(x), rms(x_0) and 4 rms(s), in root mean
+    square. A trial whose value exceeds the largest of the last `memory` accepted ones less 1e-4 <g, s>, or is not
+    finite, is withdrawn: the next trial starts at x_k again with a quarter of t. The first t moves x by a tenth of
+    `largest` rms(x_0); where x_0 = 0 tells no unit, by a tenth of the least of 1 and |F| / |g|.
 
     For deterministic objectives: `update` needs `value=`, which `HypergradientDescent` and the lower solvers give. With
     a projection applied after the step it is the spectral projected gradient method, with the line search taken over
@@ -195,14 +282,15 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
 
     def init(params: PyTree) -> SpectralState:
         dtype = jnp.result_type(float, *jax.tree.leaves(params))
-        infinite = jnp.full((memory,), jnp.inf, dtype)
+        none = jnp.full((memory,), jnp.finfo(dtype).max, dtype)  # no infinity, for jax_debug_infs to stumble on
         zero = optax.tree.zeros_like(params)
         return SpectralState(
             jax.tree.map(jnp.asarray, params),
             zero,
             jnp.zeros((), dtype),
-            infinite,
+            none,
             jnp.zeros((), jnp.int32),
+            jnp.zeros((), dtype),
             jnp.asarray(True),
         )
 
@@ -216,7 +304,7 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         value = jnp.asarray(value, dtype)
         first = s.count == 0
         moved = optax.tree.sub(params, s.x)
-        worst = jnp.max(jnp.where(jnp.isfinite(s.values), s.values, -jnp.inf))
+        worst = jnp.max(jnp.where(jnp.abs(s.values) < jnp.finfo(dtype).max, s.values, -jnp.inf))
         slack = 8 * jnp.finfo(dtype).eps * jnp.abs(worst)
         decrease = 1e-4 * jnp.asarray(optax.tree.vdot(s.gradient, moved), dtype)
         finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
@@ -228,13 +316,34 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         x = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), params, s.x)
         g = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), gradient, s.gradient)
         rms = functools.partial(_root_mean_square, dtype=dtype)
-        limit = largest * (1 + rms(x)) / jnp.maximum(rms(g), jnp.finfo(dtype).tiny ** 0.5)
+        unit = jnp.where(first, _first_unit(rms(x), rms(g), value), s.unit)
+        limit = largest * _farthest(rms(x), rms(moved), unit, accepted)
+        limit = limit / jnp.maximum(rms(g), _least_norm(dtype))
         step = jnp.where(first, 0.1 * limit, jnp.where(accepted, jnp.minimum(bb, limit), 0.25 * s.step))
         values = jnp.where(accepted, jnp.roll(s.values, 1).at[0].set(value), s.values)
         updates = jax.tree.map(lambda old, now, g: (old - now) - step.astype(g.dtype) * g, x, params, g)
-        return updates, SpectralState(x, g, step, values, s.count + 1, accepted)
+        updates = forward_only(updates, _NO_REVERSE)
+        return updates, SpectralState(x, g, step, values, s.count + 1, unit, accepted)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _least_norm(dtype: Any) -> jax.Array:
+    """Below it a norm is taken for zero: its square is no number of this dtype."""
+    return jnp.asarray(jnp.finfo(dtype).tiny, dtype) ** 0.5
+
+
+def _first_unit(size: jax.Array, slope: jax.Array, value: jax.Array) -> jax.Array:
+    """The unit of a variable whose rms is `size` at its start: that; at zero the least of 1 and |value| / slope."""
+    least = _least_norm(size.dtype)
+    told = jnp.abs(value) / jnp.maximum(slope, least)
+    told = jnp.where(jnp.isfinite(told) & (told > 0), jnp.minimum(told, 1), 1)
+    return jnp.where(size > least, size, told)
+
+
+def _farthest(size: jax.Array, moved: jax.Array, unit: jax.Array, accepted: jax.Array) -> jax.Array:
+    """How far the next move may go, in root mean square."""
+    return jnp.maximum(jnp.maximum(size, unit), jnp.where(accepted & jnp.isfinite(moved), 4 * moved, 0))
 
 
 def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
@@ -257,6 +366,7 @@ class QuasiNewtonState(Withdrawing):
     z: PyTree
     rho: jax.Array
     count: jax.Array
+    unit: jax.Array
     accepted: jax.Array
 
 
@@ -265,9 +375,10 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
     """L-BFGS with its backtracking spread over outer iterations: one evaluation per step, and no step size to choose.
 
     At an accepted point x_k the direction d = -H g_k is that of L-BFGS with the last `memory` pairs of positive
-    curvature, and the trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` (1 + rms(x))
-    in root mean square. A trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is
-    withdrawn, and the next one has a quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two
+    curvature, and the trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` times the
+    larger of rms(x), rms(x_0) and 4 rms(last move), in root mean square (the first: a tenth of it, and at x_0 = 0 as
+    `spectral`). A trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is withdrawn,
+    and the next one has a quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two
     values agree to half the digits of the dtype (a lower solution is only so exact) the slopes decide: a trial is kept
     if its slope is at most 0.9998 of the one at x_k.
 
@@ -286,7 +397,9 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         nothing = jnp.zeros((), dtype)
         here, rho = jax.tree.map(jnp.asarray, params), jnp.zeros((memory,), dtype)
         count = jnp.zeros((), jnp.int32)
-        return QuasiNewtonState(here, zero, nothing, zero, nothing, pairs, pairs, rho, count, jnp.asarray(True))
+        return QuasiNewtonState(
+            here, zero, nothing, zero, nothing, pairs, pairs, rho, count, nothing, jnp.asarray(True)
+        )
 
     def update(gradient: PyTree, old: QuasiNewtonState, params: PyTree = None, *, value: Any = None, **_: Any) -> Any:
         if params is None or value is None:
@@ -321,18 +434,20 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         rho = jnp.where(stuck, 0, rho)
 
         rms = functools.partial(_root_mean_square, dtype=dtype)
-        limit = largest * (1 + rms(x))
-        fallback = 0.1 * limit / jnp.maximum(rms(g), jnp.finfo(dtype).tiny ** 0.5)
+        unit = jnp.where(first, _first_unit(rms(x), rms(g), value), old.unit)
+        limit = largest * _farthest(rms(x), rms(moved), unit, accepted)
+        fallback = 0.1 * limit / jnp.maximum(rms(g), _least_norm(dtype))
         d = _two_loop(g, s_all, z_all, rho, fallback, dot)
         downhill = dot(g, d) < 0
         d = jax.tree.map(lambda d, g: jnp.where(downhill, d, -fallback.astype(g.dtype) * g), d, g)
         fresh = accepted | stuck
         d = jax.tree.map(lambda new, kept: jnp.where(fresh, new, kept), d, old.direction)
-        longest = jnp.minimum(1.0, limit / jnp.maximum(rms(d), jnp.finfo(dtype).tiny ** 0.5))
+        longest = jnp.minimum(1.0, limit / jnp.maximum(rms(d), _least_norm(dtype)))
         step = jnp.where(fresh, longest, 0.25 * old.step)
         updates = jax.tree.map(lambda new, now, d: (new - now) + step.astype(d.dtype) * d, x, params, d)
+        updates = forward_only(updates, _NO_REVERSE)
         return updates, QuasiNewtonState(
-            x, g, jnp.where(accepted, value, old.value), d, step, s_all, z_all, rho, old.count + 1, accepted
+            x, g, jnp.where(accepted, value, old.value), d, step, s_all, z_all, rho, old.count + 1, unit, accepted
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Generic, Literal
 
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import ProblemError, Source, as_source
+from bilevel._pickling import storable
+from bilevel.captures import Functions, taken
+from bilevel.data import ProblemError, Source, as_arrays, as_source
 from bilevel.keys import Draw, as_step_key
 from bilevel.level import Level, Levels, takes_batch
 from bilevel.typing import PyTree, Scalar, X, Y
@@ -19,10 +22,11 @@ from bilevel.typing import PyTree, Scalar, X, Y
 __all__ = ["Problem"]
 
 _ROWS = ("constraint", "equality", "upper_constraint", "upper_equality")
+_DATA = ("upper_data", "lower_data")
 _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", *_ROWS)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("upper_data", "lower_data"), meta_fields=_FUNCTIONS)
+@storable
 @dataclasses.dataclass(frozen=True)
 class Problem(Generic[X, Y]):
     """The bilevel problem
@@ -32,7 +36,9 @@ class Problem(Generic[X, Y]):
                      y*(x) in argmin over y in Y of f(x, y)   subject to   g(x, y) <= 0,  h(x, y) = 0.
 
     A `Problem` is a pytree: its functions are static, its data are leaves. Data are thus arguments of a compiled step
-    and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems.
+    and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems. What its
+    functions capture (numbers and arrays from closures, globals and attributes) are leaves too in `solve`, by
+    `captured`: changed between two calls, they have their new values in the second one.
 
     Args:
       upper: the upper loss F, `F(x, y)`, or `F(x, y, batch)` where `upper_data` is given; returns a scalar.
@@ -41,7 +47,7 @@ class Problem(Generic[X, Y]):
         `data.Minibatches`, `data.Sampler`, `data.Stream`, `data.Clients`, `data.Agents`, or a class of your own.
       project_upper: `x -> x`, the projection on X.
       project_lower: `y -> y`, the projection on Y.
-      prox_lower: `(y, x, scaling) -> y`, the proximal operator of a nonsmooth term r(x, y) that is added to f:
+      prox_lower: `(x, y, scaling) -> y`, the proximal operator of a nonsmooth term r(x, y) that is added to f:
         argmin over u of |u - y|^2 / 2 + scaling r(x, u).
       constraint: the coupled inequality g of the lower level, `g(x, y)`, a pytree of arrays asked to be <= 0. Where
         `lower_data` is given it may take the lower level's batch too: `g(x, y, batch)`.
@@ -74,6 +80,10 @@ class Problem(Generic[X, Y]):
                 continue
             if not callable(fn):
                 raise ProblemError(f"Problem({name}=...) takes a function, not {type(fn).__name__}.")
+            if isinstance(fn, type):
+                ours = fn.__module__.split(".")[:2]
+                made = f"{'.'.join(ours[1:] if ours[0] == 'bilevel' else ours)}.{fn.__name__}(...)"
+                raise ProblemError(f"Problem({name}=...) was given the class {fn.__name__}: make one of it, {made}.")
             try:
                 hash(fn)
             except TypeError:
@@ -81,6 +91,33 @@ class Problem(Generic[X, Y]):
                     f"Problem({name}=...): the function is not hashable, so compiled code could not be reused. "
                     "Wrap it in a plain function (def or lambda)."
                 ) from None
+
+        for name in ("upper_data", "lower_data"):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, Source):
+                object.__setattr__(self, name, as_arrays(given, name))
+
+    def captured(self, x: X, y: Y) -> Problem[X, Y]:
+        """The same problem with what its functions capture as it is now; see `bilevel.captures`.
+
+        Numbers and arrays from closures, globals and attributes become leaves of the problem beside its data where the
+        functions can be traced so, and compiled code that takes the problem is never that of other values.
+        """
+        upper, lower = self.sources
+        found: dict[str, Any] = {}
+        for name in _FUNCTIONS:
+            fn, source = getattr(self, name), upper if name.startswith("upper") else lower
+            batch = (source,) if source.given and (name in ("upper", "lower") or takes_batch(fn)) else ()
+            args: Any = {"project_upper": (x,), "project_lower": (y,), "prox_lower": (x, y, 1.0)}.get(name, (x, y))
+            try:
+                args += jax.eval_shape(lambda *sources: tuple(s.example() for s in sources), *batch)
+            except Exception:  # `validate` says what is wrong with it
+                args = None
+            found[name] = taken(fn, args)
+        for name, source in zip(_DATA, (upper, lower), strict=True):
+            if getattr(self, name) is not None:
+                found[name] = source.captured()
+        return dataclasses.replace(self, **found)
 
     @property
     def sources(self) -> tuple[Source, Source]:
@@ -146,6 +183,24 @@ class Problem(Generic[X, Y]):
         """Whether a level's samples differ from step to step."""
         return any(source.random for source in self.sources)
 
+    def whole(self) -> Problem[X, Y] | None:
+        """The same problem on full batches; None where samples have no end or batches carry more than samples."""
+        upper, lower = (source.whole() for source in self.sources)
+        if upper is None or lower is None:
+            return None
+        return dataclasses.replace(self, upper_data=upper, lower_data=lower)
+
+    def pass_bytes(self, x: X, y: Y) -> float:
+        """About what one evaluation of both losses on all samples reads and writes, from their traces: the samples, and
+        all that is computed on the way. Infinite where there is no end of samples, or a loss takes no full batch."""
+        if any(source.host or (source.count is None and source.random) for source in self.sources):
+            return math.inf
+        samples = sum(leaf.size * leaf.dtype.itemsize for s in self.sources for leaf in jax.tree.leaves(s.arrays))
+        try:
+            return samples + sum(_traffic(jax.make_jaxpr(level)(x, y).jaxpr) for level in self.full_levels())
+        except (TypeError, ValueError, IndexError):  # batches of one size alone
+            return math.inf
+
     def projected(self, x: X, y: Y) -> tuple[X, Y]:
         """x projected on X and y on Y: where a run from (x, y) begins, whoever solves it.
 
@@ -180,7 +235,8 @@ class Problem(Generic[X, Y]):
             _check_same("project_lower", "y0", self.project_lower, y)
         if self.prox_lower is not None:
             prox = self.prox_lower
-            _check_same("prox_lower", "y0", lambda y: prox(y, x, 1.0), y)
+            _check_prox_order(prox, x, y)
+            _check_same("prox_lower", "y0", lambda y: prox(x, y, 1.0), y)
         for name in _ROWS:
             fn, source = getattr(self, name), upper if name.startswith("upper") else lower
             if fn is not None:
@@ -190,6 +246,42 @@ class Problem(Generic[X, Y]):
                         f"{name}(x, y) returned no arrays; return the constraint's values as an array or a pytree of "
                         "arrays."
                     )
+                if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(out)):
+                    raise ProblemError(
+                        f"{name}(x, y) returned {jax.tree.leaves(out)[0].dtype}, not floating-point values: return "
+                        "what is to be compared with 0, such as y - 1 for y <= 1, and not the comparison."
+                    )
+
+
+def _flatten(problem: Problem) -> tuple[Any, Any]:
+    """Leaves: the data, and what functions that were taken apart capture."""
+    children = [(name, getattr(problem, name)) for name in _DATA]
+    apart, others = Functions({name: getattr(problem, name) for name in _FUNCTIONS}).split()
+    children += apart.items()
+    return tuple((jax.tree_util.GetAttrKey(name), child) for name, child in children), (tuple(apart), others)
+
+
+def _unflatten(aux: Any, children: Any) -> Problem:
+    apart, others = aux
+    problem = object.__new__(Problem)
+    vars(problem).update(zip((*_DATA, *apart), children, strict=True), **dict(others))
+    return problem
+
+
+jax.tree_util.register_pytree_with_keys(Problem, _flatten, _unflatten)
+
+
+def _traffic(jaxpr: Any) -> int:
+    """Bytes of all that a traced function computes on its way; the body of a loop as often as it is known to run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        parts = [part for value in equation.params.values() for part in (value if type(value) is tuple else (value,))]
+        bodies = [getattr(part, "jaxpr", part) for part in parts if hasattr(getattr(part, "jaxpr", part), "eqns")]
+        if bodies:
+            total += sum(map(_traffic, bodies)) * int(equation.params.get("length", 1))
+        else:
+            total += sum(int(np.prod(out.aval.shape)) * out.aval.dtype.itemsize for out in equation.outvars)
+    return total
 
 
 def _shapes_on(name: str, fn: Callable[..., PyTree], source: Source, x: PyTree, y: PyTree) -> PyTree:
@@ -202,6 +294,11 @@ def _shapes_on(name: str, fn: Callable[..., PyTree], source: Source, x: PyTree, 
 def _check_loss(name: str, fn: Callable[..., Scalar], source: Source, x: PyTree, y: PyTree) -> None:
     leaves = jax.tree.leaves(_shapes_on(name, fn, source, x, y))
     if len(leaves) != 1 or leaves[0].shape != ():
+        if len(leaves) > 1 and leaves[0].shape == ():
+            raise ProblemError(
+                f"{name} returned {len(leaves)} values; a loss is one scalar, without aux: return it alone, and give "
+                "what else you want to see as metrics={'name': function of (x, y)}."
+            )
         got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves) or "nothing"
         raise ProblemError(
             f"{name}(x, y{', batch' if source.given else ''}) returned {got}; a loss is one scalar. Take a mean or a "
@@ -220,11 +317,30 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
         ):
             where = f"{name}{jax.tree_util.keystr(path)}"
             kind = type(leaf).__name__
+            if type(leaf).__module__.split(".")[0] == "bilevel":
+                raise ProblemError(f"{where} is a {kind}: the order is solve(problem, x0, y0, solver).")
             raise ProblemError(
                 f"{where} is of type {kind}; variables are floating-point arrays: write jnp.asarray({leaf!r}, float)."
             )
+        if getattr(getattr(leaf, "dtype", None), "kind", "") in "OUS" and hasattr(leaf, "dtype"):
+            raise ProblemError(
+                f"{name}{jax.tree_util.keystr(path)} has dtype {leaf.dtype} (an array of Python objects or text): "
+                "variables are floating-point arrays; give one leaf an array of numbers each."
+            )
         return jnp.array(leaf, copy=True)
 
+    def of_numbers(node: Any) -> bool:
+        return isinstance(node, list) and bool(node) and all(isinstance(a, (int, float)) or of_numbers(a) for a in node)
+
+    if getattr(type(tree), "__bilevel_hyperparameters__", False):
+        raise ProblemError(f"{name} is a {type(tree).__name__}: the order is solve(problem, x0, y0, solver).")
+    lists = jax.tree_util.tree_leaves_with_path(tree, is_leaf=of_numbers)
+    for path, node in lists:
+        if of_numbers(node):
+            raise ProblemError(
+                f"{name}{jax.tree_util.keystr(path)} is a list of numbers, which JAX takes for as many arrays as it "
+                "has numbers: write jnp.asarray([...], float) for one array, or a dict of arrays (one leaf each)."
+            )
     return jax.tree_util.tree_map_with_path(convert, tree)
 
 
@@ -250,7 +366,7 @@ def _check_data(name: str, source: Source) -> None:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if dtype is None:
             raise ProblemError(f"{where} is of type {type(leaf).__name__}, not an array: wrap it with numpy.asarray.")
-        if dtype.kind in "OUS":
+        if getattr(dtype, "kind", "") in "OUS" and not jnp.issubdtype(dtype, jax.dtypes.extended):
             raise ProblemError(f"{where} has dtype {dtype}: encode it as numbers.")
         if jnp.issubdtype(dtype, jnp.floating):
             finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else bool(jnp.isfinite(leaf).all())
@@ -277,8 +393,61 @@ def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> Py
             for label, arg in zip(("x", "y", "batch"), args, strict=False)
         )
         raise ProblemError(
-            f"{name}{signature} fails on the given variables and data ({shapes}): {type(error).__name__}: {error}"
+            f"{name}{signature} fails on the given variables and data ({shapes}): {type(error).__name__}: "
+            f"{str(error).split(_DETAILS)[0].strip()[:400]}{_cure(name, signature, fn, error)}"
         ) from error
+
+
+def _check_prox_order(prox: Callable[..., PyTree], x: PyTree, y: PyTree) -> None:
+    """Raise where an operator is written for (y, x, scaling), the order that it had before the one of all else.
+
+    At scaling zero the operator of any finite term is the identity in y: one that gives back its first argument takes
+    y first. Variables of different shapes show it in what it returns; parameters named y and x say it themselves.
+    """
+    cure = (
+        "prox_lower takes (x, y, scaling), the order of everything else, and this one takes (y, x, scaling), as it was "
+        "up to version 0.1.0: swap its first two parameters."
+    )
+    try:
+        names = list(inspect.signature(prox).parameters)[:2]
+    except (TypeError, ValueError):  # a builtin
+        names = []
+    if names == ["y", "x"]:
+        raise ProblemError(cure)
+    leaves = jax.tree.leaves((x, y))
+    if not jax.tree.leaves(x) or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return
+    # Two points that differ in every entry, whatever the start is, and positive, where barriers are defined.
+    one, two = jax.tree.map(lambda a: jnp.full_like(a, 1.2347), x), jax.tree.map(lambda a: jnp.full_like(a, 1.7653), y)
+
+    def gives_back(first: PyTree, second: PyTree, given: PyTree) -> bool:
+        try:
+            out = prox(first, second, 0.0)
+        except Exception:  # the strength of one variable read off the other
+            return False
+        same = lambda a, b: jnp.shape(a) == jnp.shape(b) and bool(jnp.allclose(a, b, rtol=1e-2))  # noqa: E731
+        alike = jax.tree.structure(out) == jax.tree.structure(given)  # type: ignore[operator]
+        return alike and all(map(same, jax.tree.leaves(out), jax.tree.leaves(given)))
+
+    if not gives_back(one, two, two) and (gives_back(one, two, one) or gives_back(two, one, two)):
+        raise ProblemError(cure)
+
+
+_DETAILS = "The error occurred while tracing"  # From here JAX repeats itself.
+_CONCRETE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError, jax.errors.JAXTypeError)
+_CALLED = {"project_upper": "(x)", "project_lower": "(y)", "prox_lower": "(x, y, scaling)"}
+
+
+def _cure(name: str, signature: str, fn: Callable[..., Any], error: Exception) -> str:
+    """What to do about a function that could not be traced, as the end of the sentence; "" where nobody knows."""
+    if isinstance(error, _CONCRETE):
+        return " (a loss is traced: jnp.where for an `if`, jnp in the place of numpy, math and float())."
+    if isinstance(error, TypeError) and "positional argument" in str(error):
+        called = _CALLED.get(name, signature)
+        data = f"{'upper' if name.startswith('upper') else 'lower'}_data"
+        batch = f"; with {data}= it takes a batch besides, and without none" if name not in _CALLED else ""
+        return f" ({name} is called as {name}{called}{batch})."
+    return ""
 
 
 def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree) -> None:

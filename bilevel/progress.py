@@ -1,8 +1,10 @@
-"""The progress bar: on a terminal, on stderr, through rich; anywhere else nothing."""
+"""The progress bar: on a terminal, on stderr, through rich; in a notebook as the cell's output; else nothing."""
 
 from __future__ import annotations
 
 import contextlib
+import html
+import importlib
 import importlib.util
 import logging
 import sys
@@ -60,12 +62,57 @@ def _telling(history: History) -> str:
     return "  ".join(shown[:_METRICS_SHOWN])
 
 
+class NotebookReporter(Reporter):
+    """The bar in a notebook: one output of the cell, rewritten in place; no widgets are needed."""
+
+    def __init__(self, total: int, done: int) -> None:
+        super().__init__()
+        self._total, self._first, self._began = total, done, time.monotonic()
+        self._handle: Any = None
+
+    def show(self) -> None:
+        """Draw what the last update said."""
+        if self._last is None:
+            return
+        display = importlib.import_module("IPython.display").display  # of the kernel that this runs in
+        done, history = self._last
+        speed = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
+        left = (self._total - done) / speed if speed > 0 else 0.0
+        filled = round(24 * done / self._total)
+        pace = f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
+        words = f"{done}/{self._total}", f"{pace} steps/s", f"{left:.0f} s left" if done < self._total else ""
+        text = "  ".join(part for part in (*words, _telling(history)) if part)
+        bar = f'<progress value="{done}" max="{self._total}" style="width:12em"></progress>'
+        content = {
+            "text/plain": f"{'#' * filled}{'.' * (24 - filled)} {text}",
+            "text/html": f"{bar} <code>{html.escape(text)}</code>",
+        }
+        if self._handle is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
+
+
+def in_notebook() -> bool:
+    """Whether this is a cell of a notebook: a kernel of IPython that is no terminal."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
 @contextlib.contextmanager
 def reporter(total: int, done: int, show: bool | None) -> Iterator[Reporter]:
     """A bar for a run of `total` steps of which `done` are taken; the terminal is clean again however the block ends.
 
-    `show=None`: where stderr is a terminal. Without rich there is no bar, and the log says so.
+    `show=None`: in a notebook, and where stderr is a terminal. Without rich there is none on a terminal, and the log
+    says so.
     """
+    if show is not False and in_notebook():
+        bar: Reporter = NotebookReporter(total, done)
+        try:
+            yield bar
+        finally:
+            bar.show()
+        return
     if show is None:
         show = sys.stderr is not None and sys.stderr.isatty()
     if show and importlib.util.find_spec("rich") is None:
@@ -93,7 +140,6 @@ def reporter(total: int, done: int, show: bool | None) -> Iterator[Reporter]:
         Speed(Column(no_wrap=True)),
         TimeRemainingColumn(),
         TextColumn("{task.fields[metrics]}", markup=False, table_column=rest),
-        # In a notebook stderr is no terminal; a bar that was asked for is plain text there, which needs no widgets.
         console=Console(file=sys.stderr, force_jupyter=False),
         refresh_per_second=4,
         expand=True,

@@ -4,11 +4,11 @@
 
 Each function here builds an operator with the arguments of `Problem.prox_lower`,
 
-    prox(y, x, scaling) = argmin over u of  |u - y|^2 / 2 + scaling r(x, u),
+    prox(x, y, scaling) = argmin over u of  |u - y|^2 / 2 + scaling r(x, u),
 
 from the strength of its term: a number, a tree that is spread over y (one strength for a whole part, or one for each
 entry), or a function of x that returns either. Strengths are not negative. Without a Problem the operators serve as
-they are: `prox.lasso(0.1)(y, None, 1.0)`.
+they are: `prox.lasso(0.1)(None, y, 1.0)`.
 
 | operator | r(x, y) |
 |---|---|
@@ -52,7 +52,7 @@ Prox = Callable[[PyTree, PyTree, Any], PyTree]
 
 def none() -> Prox:
     """The operator of r = 0: y itself."""
-    return lambda y, x, scaling: y
+    return lambda x, y, scaling: y
 
 
 def lasso(strength: Strength) -> Prox:
@@ -113,7 +113,7 @@ def group_lasso(strength: Strength, axis: int | tuple[int, ...] | None = None) -
     """
     _check("group_lasso", strength)
 
-    def prox(y: PyTree, x: PyTree, scaling: Any) -> PyTree:
+    def prox(x: PyTree, y: PyTree, scaling: Any) -> PyTree:
         value = strength(x) if callable(strength) else strength
         if axis is None:
             flat, back = _flat(y)
@@ -151,7 +151,7 @@ def least_squares(A: Any, b: Any, strength: Strength = 1.0) -> Prox:
     """
     _check("least_squares", strength)
 
-    def prox(y: PyTree, x: PyTree, scaling: Any) -> PyTree:
+    def prox(x: PyTree, y: PyTree, scaling: Any) -> PyTree:
         flat, back = _flat(y)
         matrix, vector, size = _system("least_squares", A, b, strength, x, flat)
         left = jnp.eye(flat.shape[0], dtype=flat.dtype) + scaling * size * matrix.T @ matrix
@@ -164,7 +164,7 @@ def non_negative_least_squares(A: Any, b: Any, strength: Strength = 1.0) -> Prox
     """r = strength |A y - b|^2 / 2 on y >= 0, by `implicit.qp`; the arguments are those of `least_squares`."""
     _check("non_negative_least_squares", strength)
 
-    def prox(y: PyTree, x: PyTree, scaling: Any) -> PyTree:
+    def prox(x: PyTree, y: PyTree, scaling: Any) -> PyTree:
         flat, back = _flat(y)
         matrix, vector, size = _system("non_negative_least_squares", A, b, strength, x, flat)
         identity = jnp.eye(flat.shape[0], dtype=flat.dtype)
@@ -183,7 +183,7 @@ def projection(project: Project) -> Prox:
     """
     if not callable(project):
         raise TypeError(f"prox.projection takes a set or a projection y -> y, not {project!r}.")
-    return lambda y, x, scaling: project(y)
+    return lambda x, y, scaling: project(y)
 
 
 def chain(*operators: Prox) -> Prox:
@@ -195,9 +195,9 @@ def chain(*operators: Prox) -> Prox:
     if not operators or not all(callable(operator) for operator in operators):
         raise TypeError("prox.chain takes operators: prox.chain(prox.lasso(0.1), prox.group_lasso(0.2, axis=1)).")
 
-    def prox(y: PyTree, x: PyTree, scaling: Any) -> PyTree:
+    def prox(x: PyTree, y: PyTree, scaling: Any) -> PyTree:
         for operator in operators:
-            y = operator(y, x, scaling)
+            y = operator(x, y, scaling)
         return y
 
     return prox
@@ -225,7 +225,7 @@ def _entrywise(name: str, formula: Callable[..., jax.Array], *strengths: Strengt
     for strength in strengths:
         _check(name, strength)
 
-    def prox(y: PyTree, x: PyTree, scaling: Any) -> PyTree:
+    def prox(x: PyTree, y: PyTree, scaling: Any) -> PyTree:
         values = [strength(x) if callable(strength) else strength for strength in strengths]
         spread = [_aligned(f"prox.{name}'s strength", value, y) for value in values]
 

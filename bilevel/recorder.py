@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
+import math
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.captures import Functions, taken
 from bilevel.history import History
 from bilevel.loop import Chunk
 from bilevel.progress import Reporter, reporter
 from bilevel.result import Result
+from bilevel.solution import Best, Solution
 from bilevel.typing import Metrics, PyTree, X, Y
 
 if TYPE_CHECKING:
@@ -68,6 +71,72 @@ class Schedule:
         return min([self.steps, *(done - done % every + every for every in wanted)])
 
 
+class Keeper:
+    """Looks at one of the user's metrics whenever it is taken: the best point so far, and when to stop waiting.
+
+    Args:
+      keep: the metric's name, or `(name, min)` or `(name, max)`: which is better.
+      patience: how many evaluations in a row may bring nothing better; None: any number.
+      names: the metrics that there are.
+
+    Raises:
+      ValueError: the metric is not among them, or its name does not say which direction is better.
+    """
+
+    def __init__(self, keep: Any, patience: int | None, names: Sequence[str]) -> None:
+        name, *direction = keep if isinstance(keep, (tuple, list)) else (keep,)
+        known = ", ".join(map(repr, names)) or "no metrics"
+        if not isinstance(name, str) or name not in names:
+            raise ValueError(
+                f"solve(keep_best={keep!r}): name one of the metrics that are given to solve ({known}): "
+                'metrics={"valid acc": accuracy}, keep_best=("valid acc", max).'
+            )
+        ways = {min: -1, max: 1, "min": -1, "max": 1}
+        if len(direction) > 1 or (direction and direction[0] not in ways):
+            raise ValueError(
+                f"solve(keep_best={keep!r}): the direction is min or max, as in keep_best=({name!r}, max)."
+            )
+        self.name, self.patience = name, patience
+        self._sign = ways[direction[0]] if direction else _direction(name)
+
+    def begin(self, x: Any, y: Any) -> Best:
+        """Before anything was seen."""
+        return Best(self.name, -self._sign * math.inf, -1, x, y)
+
+    def look(self, run: Recorder) -> None:
+        """Keep the point where the run stands if it is the best so far."""
+        value = run.history.last()[self.name]
+        if np.ndim(value) != 0:
+            raise ValueError(
+                f"solve(keep_best={self.name!r}): the metric has the shape {list(np.shape(value))}, and what is best "
+                "is told by a number. Return a scalar, such as a mean."
+            )
+        if self._sign * float(value) > self._sign * run.best.value:  # type: ignore[union-attr]
+            run.best = Best(self.name, float(value), run.done, run.state.x, run.state.y)
+        if self.patience is not None and run.result is Result.MAX_STEPS:
+            steps = run.history.steps[self.name]
+            waited = int((steps > run.best.step).sum())  # type: ignore[union-attr]
+            if waited >= self.patience:
+                run.result = Result.STOPPED
+                run.why = (
+                    f"Stopped at step {run.done}: {self.name!r} was not better than {run.best.value:.6g} "  # type: ignore[union-attr]
+                    f"(step {run.best.step}) in {waited} evaluations."  # type: ignore[union-attr]
+                )
+
+
+def _direction(name: str) -> int:
+    """1 where more of a quantity of this name is better, -1 where less is; an error where the name does not say."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    more = {"acc", "accuracy", "auc", "auroc", "f1", "score", "r2", "precision", "recall", "likelihood", "reward"}
+    less = {"loss", "error", "err", "mse", "rmse", "mae", "nll", "perplexity", "regret", "distance", "cost", "gap"}
+    if bool(words & more) == bool(words & less):
+        raise ValueError(
+            f"solve(keep_best={name!r}): say which is better, more of it or less: keep_best=({name!r}, max) or "
+            f"keep_best=({name!r}, min)."
+        )
+    return 1 if words & more else -1
+
+
 class Recorder:
     """A run as it stands, and all that is written down of it.
 
@@ -77,11 +146,15 @@ class Recorder:
       callback: called with an `Event`; something true ends the run.
       saver: where checkpoints go; None: nowhere.
       state: the solver's state before the first step.
+      keeper: looks for the best point; None: nobody does.
+      before: the run that this one goes on from: its steps and history; None: a new one.
+      given: (x, y) of a state as the user gave them, in their dtypes.
 
     Attributes:
       state, done, history: where the run stands; they always belong together.
       result: how it stands: MAX_STEPS while it may go on.
       why: what went wrong, where something did.
+      best: the best point so far, where there is a keeper.
     """
 
     def __init__(
@@ -91,18 +164,31 @@ class Recorder:
         callback: Callable[[Event], Any] | None,
         saver: Checkpoints | None,
         state: Any,
+        keeper: Keeper | None = None,
+        before: Solution | None = None,
+        given: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda x, y: (x, y),
     ) -> None:
+        self._given = given
         self.schedule, self._measures, self._callback, self._saver = schedule, measures, callback, saver
         self.state, self.done, self.history = state, 0, History()
+        if before is not None:
+            self.done, self.history = before.steps, before.history.copy()
+        self._keeper = keeper
+        self.best: Best | None = None if keeper is None else keeper.begin(state.x, state.y)
+        if before is not None and before.best is not None and keeper is not None and before.best.metric == keeper.name:
+            self.best = before.best
         self.result, self.why = Result.MAX_STEPS, ""
         self._bar = Reporter()
         self._saved, self._saved_at = -1, time.perf_counter()
 
     def resume(self) -> bool:
         """Go to the newest checkpoint; False where there is none. At step 0 the user's metrics are taken."""
-        restored = None if self._saver is None else self._saver.restore(self.state)
+        restored = None if self._saver is None else self._saver.restore(self._kept())
         if restored is not None:
             self.done, self.state, self.history = restored
+            if self._keeper is not None:
+                self.state, value, step, x, y = self.state
+                self.best = Best(self._keeper.name, float(value), int(step), x, y)
             logger.info("resumed from step %d", self.done)
             if self.done > self.schedule.steps:
                 raise ValueError(
@@ -110,9 +196,15 @@ class Recorder:
                     "steps, or for another directory."
                 )
             self._saved = self.done
+        self.history.metrics = self._measures.names
         if self.done == 0:
-            self._measures(self)
+            self._look()
         return restored is not None
+
+    @property
+    def point(self) -> tuple[PyTree, PyTree]:
+        """(x, y) where the run stands, in the user's dtypes."""
+        return self._given(self.state.x, self.state.y)
 
     @property
     def ended(self) -> bool:
@@ -131,15 +223,26 @@ class Recorder:
             self.history.extend(name, chunk.steps, values)
         self.state, self.done, self.result, self.why = chunk.state, chunk.done, chunk.result, chunk.why
         if self._due(self.schedule.metrics) or self.ended:
-            self._measures(self)
+            self._look()
         self._bar.update(self.done, self.history)
         if self._callback is not None and self._due(self.schedule.callback):
-            answer = self._callback(Event(self.done, self.state.x, self.state.y, self.state, self.history))
+            answer = self._callback(Event(self.done, *self.point, self.state, self.history))
             if answer is not None and bool(answer) and self.result is Result.MAX_STEPS:
                 self.result = Result.STOPPED
         rested = time.perf_counter() - self._saved_at >= self.schedule.rest
         if self.result is not Result.DIVERGED and (self.ended or (rested and self._due(self.schedule.checkpoint))):
             self.save()
+
+    def _look(self) -> None:
+        """Take the user's metrics, unless that was done, and keep what is best by one of them."""
+        if self._measures(self) and self._keeper is not None:
+            self._keeper.look(self)
+
+    def _kept(self) -> Any:
+        """What a checkpoint holds: the state, and the best point where one is looked for."""
+        if self.best is None:
+            return self.state
+        return self.state, np.float64(self.best.value), np.int64(self.best.step), self.best.x, self.best.y
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.done % every == 0
@@ -147,7 +250,7 @@ class Recorder:
     def save(self) -> None:
         """Leave a checkpoint of where the run stands."""
         if self._saver is not None:
-            self._saver.save(self.done, self.state, self.history)
+            self._saver.save(self.done, self._kept(), self.history)
             self._saved, self._saved_at = self.done, time.perf_counter()
 
     def interrupted(self) -> None:
@@ -174,6 +277,14 @@ class Measures:
 
     def __init__(self, metrics: Mapping[str, Any]) -> None:
         functions, self._data = [], {}
+        if not isinstance(metrics, Mapping):
+            raise TypeError(
+                f"metrics is a {type(metrics).__name__}: give a dictionary of functions of (x, y) by name, such as "
+                "metrics={'accuracy': accuracy}."
+            )
+        for name in metrics:
+            if not isinstance(name, str):
+                raise TypeError(f"metrics has {name!r} for a name: names are strings.")
         for name, entry in metrics.items():
             if isinstance(entry, tuple):
                 if len(entry) != 2 or not callable(entry[0]):
@@ -188,19 +299,45 @@ class Measures:
                     "(function, data)."
                 )
             functions.append((name, entry))
-        self._functions = tuple(functions)
+        self._functions = dict(functions)
+        self._taken: dict[str, Any] | None = None  # with what they capture when they are first evaluated
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self._functions)
+
+    def check(self, x: PyTree, y: PyTree) -> None:
+        """Raise a sentence where a metric does not take (x, y) or (x, y, data), or returns no array (by shapes)."""
+        for name, fn in self._functions.items():
+            data = (self._data[name],) if name in self._data else ()
+            called = "(x, y, data)" if data else "(x, y)"
+            try:
+                out = jax.eval_shape(fn, x, y, *data)
+            except Exception as error:
+                more = "" if data else "; a third argument comes with a pair: (function, data)"
+                raise TypeError(
+                    f"metrics[{name!r}] fails as a function of {called}{more}. {type(error).__name__}: "
+                    f"{str(error)[:400]}"
+                ) from error
+            if not jax.tree_util.all_leaves([out]):
+                raise TypeError(f"metrics[{name!r}] returned {out!r}: a metric is one array, mostly a scalar.")
 
     def __bool__(self) -> bool:
         return bool(self._functions)
 
-    def __call__(self, run: Recorder) -> None:
-        """Take them where the run stands, unless that was done."""
-        if self._functions and run.history.last_step(self._functions[0][0]) != run.done:
-            run.note(_measure(self._functions, run.state.x, run.state.y, self._data))
+    def __call__(self, run: Recorder) -> bool:
+        """Take them where the run stands, unless that was done; whether they were."""
+        due = bool(self._functions) and run.history.last_step(next(iter(self._functions))) != run.done
+        if due:
+            (x, y), data = run.point, self._data
+            if self._taken is None:
+                args = {name: (x, y, data[name]) if name in data else (x, y) for name in self._functions}
+                self._taken = {name: taken(fn, args[name]) for name, fn in self._functions.items()}
+            run.note(_measure(Functions(self._taken), x, y, data))
+        return due
 
 
-@functools.partial(jax.jit, static_argnames="functions")
-def _measure(
-    functions: tuple[tuple[str, Callable[..., Any]], ...], x: PyTree, y: PyTree, data: dict[str, Any]
-) -> Metrics:
-    return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions}
+@jax.jit
+def _measure(functions: Functions, x: PyTree, y: PyTree, data: dict[str, Any]) -> Metrics:
+    return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions.by_name.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import numbers
 import os
 import signal
 import threading
@@ -15,16 +16,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bilevel import host
+from bilevel._module import name_of
+from bilevel._settings import settings, users_settings
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import CAPACITY, Loop, at_step
 from bilevel.optimizers import check_count
-from bilevel.problem import Problem, as_variable
-from bilevel.recorder import Event, Measures, Recorder, Schedule
+from bilevel.precision import Working, named, undefined_at, working
+from bilevel.problem import Problem, ProblemError, as_variable
+from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers._base import linear_remark, refuse_unreached
+from bilevel.solvers._base import refuse_unreached, remark
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
@@ -49,14 +54,18 @@ _MENDABLE = (
     Result.INFEASIBLE,
 )
 
+# A run on full batches where minibatches were given: its steps are dear, few are needed, and it ends by itself.
+_WHOLE_STEPS, _WHOLE_TOL = 1000, 1e-5
+
 # How often a run goes on after the certificate did not let its end stand.
 _TIGHTER = 4
 
 
+@settings()
 def solve(
     problem: Problem[X, Y],
-    x0: X,
-    y0: Y,
+    x0: X | None = None,
+    y0: Y | None = None,
     solver: Solver | HostSolver | None = None,
     *,
     steps: int = 1000,
@@ -64,11 +73,14 @@ def solve(
     tol: float | None = None,
     metrics: Mapping[str, Any] | None = None,
     metrics_every: int | None = None,
+    keep_best: str | tuple[str, Any] | None = None,
+    patience: int | None = None,
     callback: Callable[[Event[X, Y]], Any] | None = None,
     callback_every: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     checkpoint_keep: int = 3,
+    state: Any = None,
     progress: bool | None = None,
     chunk: int | None = None,
 ) -> Solution[X, Y]:
@@ -83,18 +95,27 @@ def solve(
       steps: outer steps, those before a resume included.
       key: a seed or a PRNG key. What step k draws is a function of the key and of k (`data.StepKey`): the same key
         gives the same run, whatever the chunk size.
-      tol: stop as soon as the solver's own measure of stationarity (see its docstring) is at most this.
+      tol: stop as soon as the solver's own measure of stationarity (see its docstring) is at most this. None: take
+        all steps; but where no solver is given and minibatches are passed over whole instead (the log and the
+        solution's reason say so), at most 1,000, and 1e-5.
       metrics: functions of (x, y) by name, or pairs `(function, data)` called as `function(x, y, data)` (data of any
         size then stay out of the compiled program). Evaluated before the first step, every `metrics_every` steps, and
         at the end.
       metrics_every: default: a hundred times in the run.
+      keep_best: one of the metrics, by which the best point of the run is kept in `solution.best`: `("valid acc", max)`
+        or `("valid loss", min)`; a bare name will do where it holds a word such as accuracy, loss or error. The start
+        counts. `solution.x` stays the last point.
+      patience: end the run once so many evaluations in a row have not bettered the best.
       callback: called with an `Event` every `callback_every` steps (default: as `metrics_every`); returning something
         true ends the run.
       checkpoint: a directory. The run is saved there every `checkpoint_every` steps (default: twenty times in the run,
         but not twice within five seconds) and at its end, and goes on from the newest good checkpoint that it finds
         there, bit for bit as if it had not been interrupted.
       checkpoint_keep: how many of the newest checkpoints stay in the directory.
-      progress: show a progress bar (rich); None: on a terminal only.
+      state: go on from another run: a `Solution`, whose steps and history are counted on, so that two runs of 500 steps
+        (`steps=500`, then `steps=1000, state=solution`) are one of 1000; or `solution.state`, with which the count of
+        steps, and the draws of a key, begin anew. The solver is that of the run; x0 and y0 may be left out.
+      progress: show a progress bar; None: on a terminal (by rich) and in a notebook.
       chunk: the most steps to compile into one call; default: as many as fit a quarter of a second.
 
     Returns:
@@ -108,10 +129,27 @@ def solve(
     began = time.perf_counter()
     check_count("solve", steps=steps, metrics_every=metrics_every, callback_every=callback_every)
     check_count("solve", checkpoint_every=checkpoint_every, checkpoint_keep=checkpoint_keep, chunk=chunk)
+    check_count("solve", patience=patience)
+    before = state if isinstance(state, Solution) else None
+    if before is not None:
+        state, solver = before.state, before.solver if solver is None else solver
+    x0, y0, solver = _from_state(state, x0, y0, solver)
     asked_for = solver
-    problem, x, y, solver, reason = _checked(problem, x0, y0, solver, tol)
+    found, solver, reason = _checked(problem, x0, y0, solver, tol)
+    given, (problem, x, y, _) = problem, found
+    quiet = tol
+    whole = asked_for is None and given.stochastic and not problem.stochastic
+    if whole:  # full batches in place of minibatches
+        steps, quiet = min(steps, _WHOLE_STEPS), _WHOLE_TOL if tol is None else tol
     steps = host.most_steps(solver, steps)
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
+    with users_settings():
+        measures.check(*found.given(x, y))
+    if callback is not None and not callable(callback):
+        raise TypeError(f"solve(callback={callback!r}): give a function of one argument, an Event.")
+    keeper = None if keep_best is None else Keeper(keep_best, patience, measures.names)
+    if patience is not None and keeper is None:
+        raise ValueError(f'solve(patience={patience}): say of what, with keep_best=("valid loss", min).')
     metrics_every = metrics_every or math.ceil(steps / 100)
     schedule = Schedule(
         steps,
@@ -126,20 +164,32 @@ def solve(
 
         saver = Checkpoints(checkpoint, fingerprint(problem, solver, x, y, base), checkpoint_keep)
 
-    run = Recorder(schedule, measures, callback, saver, _first_state(streams.peeked(), solver, x, y, base))
-    if run.resume() and tol is not None:
+    first = _first_state(streams.peeked(), solver, x, y, base)
+    if state is not None:
+        first = _fitting(state, first, solver)
+    if before is not None and before.steps > steps:
+        raise ValueError(
+            f"solve(steps={steps}, state=solution): the solution is already at step {before.steps}; steps counts those "
+            "before. Ask for more."
+        )
+    run = Recorder(schedule, measures, callback, saver, first, keeper, before, found.given)
+    if run.resume() and quiet is not None:
         newest = run.history.last().items()
         last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
-        run.result = Result(int(solver.status(run.state, last, tol)))  # type: ignore[attr-defined]
+        run.result = Result(int(solver.status(run.state, last, quiet)))  # type: ignore[attr-defined]
     pace = _Pace(chunk)
-    certificate = _settle(run, streams, solver, base, (x, y), tol, pace, progress)
+    with named(solver, problem, x, y):
+        certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress)
+    if run.result is Result.DIVERGED and not run.done and (undefined := undefined_at(problem, x, y)):
+        run.why = undefined
     if run.why:
         logger.warning("%s", run.why)
     reason = " ".join(part for part in (reason, run.why) if part)
     seconds = time.perf_counter() - began
+    x_end, y_end = run.point
     solution = Solution(
-        x=run.state.x,
-        y=run.state.y,
+        x=x_end,
+        y=y_end,
         result=run.result,
         history=run.history,
         state=run.state,
@@ -149,13 +199,18 @@ def solve(
         reason=reason,
         certificate=certificate,
         multipliers=_multipliers(solver, streams, run.state),
+        best=None if run.best is None or run.best.step < 0 else run.best,
     )
     chosen = asked_for is None and tol is not None and checkpoint is None and callback is None
     if chosen and run.result in _MENDABLE and (other := second_solver(problem, x, y, solver)) is not None:
-        again, why = other
+        again, why, problem = other
         logger.info("%s", f"Went on with {why}.")
         options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every)
-        second = solve(problem, x, y, again, steps=steps, progress=progress, chunk=chunk, **options)
+        options |= dict(keep_best=keep_best, patience=patience)
+        start: tuple[Any, Any, Any] = (problem, x, y)
+        if found.lifted:  # the user's dtypes, which metrics are given
+            start = (given.whole() if whole else given, x0, y0)
+        second = solve(*start, again, steps=steps, progress=progress, chunk=chunk, **options)
         if second.result is Result.CONVERGED:
             reason = f"{reason} Went on with {why}. {second.reason}".strip()
             return dataclasses.replace(second, reason=reason, seconds=time.perf_counter() - began)
@@ -169,34 +224,40 @@ def _settle(
     base: StepKey,
     start: tuple[Any, Any],
     tol: float | None,
+    quiet: float | None,
     pace: _Pace,
     progress: bool | None,
 ) -> Certificate:
     """Drive the run to an end that the certificate lets stand, or to its last step.
 
     The tolerance is a solver's own measure, in units that the problem need not share: where the certificate says that
-    x, or y, is not there yet, the run goes on with a smaller one.
+    x, or y, is not there yet, the run goes on with a smaller one, and from a lower point that the certificate found if
+    the solver can go there. `quiet` is where a run without a tolerance (`tol` is None) ends, all the same.
     """
-    asked, met = tol, False
+    asked, met = quiet, False
     for trial in range(_TIGHTER + 1):
         if isinstance(solver, HostSolver):
             host.drive(run, streams.rest, solver, base, asked, progress)
         else:
             _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
-        if tol is None and run.result is Result.MAX_STEPS:
+        if tol is None and (run.result is Result.MAX_STEPS or (quiet and run.result is Result.CONVERGED)):
             run.result = Result.COMPLETED
         met = met or run.result is Result.CONVERGED
         ended = Result.CONVERGED if met and run.result is Result.MAX_STEPS else run.result
         numbers = {name: float(value) for name, value in run.history.last().items() if np.ndim(value) == 0}
         x, y = (_pooled(tree, like) for tree, like in zip((run.state.x, run.state.y), start, strict=True))
         found = certify(streams.peeked(), x, y, start, ended, numbers, tol)
-        again = run.result is Result.CONVERGED and found.unsettled and run.done < run.schedule.steps
-        if asked is None or not again or trial == _TIGHTER:
+        towards = getattr(solver, "towards", None)
+        onward = found.better is not None and towards is not None and found.result in _MENDABLE
+        again = run.result is Result.CONVERGED and (found.unsettled or onward) and run.done < run.schedule.steps
+        if tol is None or asked is None or not again or trial == _TIGHTER:
             break
         asked, run.result = asked / 30, Result.MAX_STEPS
+        if towards is not None and found.better is not None:
+            run.state = towards(run.state, *found.better)
     run.note({name: value for name, value in found.measures.items() if name.startswith("polished")})
     settled = (Result.CONVERGED, Result.INTERRUPTED, Result.STOPPED)
-    along = "" if found.result in settled else linear_remark(numbers)
+    along = "" if found.result in settled else remark(numbers)
     run.result, run.why = found.result, " ".join(part for part in (run.why, found.why, along) if part)
     return found
 
@@ -217,36 +278,110 @@ def _multipliers(solver: Any, streams: Streams, state: Any) -> dict[str, Any]:
     return solver.multipliers(streams.peeked(), state) if hasattr(solver, "multipliers") else {}
 
 
-def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | None) -> tuple[Problem, X, Y, Solver, str]:
-    """The problem on the device, the start as arrays of its own, the solver, and why that one if it was not given."""
+def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | None) -> tuple[Working, Solver, str]:
+    """The problem on the device and the start in the run's dtype, the solver, and why that one if it was not given."""
+    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (numbers.Real, jax.Array))):
+        raise TypeError(f"solve(tol={tol!r}): the tolerance is a positive number, or None to take all steps.")
     if tol is not None and not tol > 0:
         raise ValueError(f"solve(tol={tol!r}): the tolerance is positive, or None to take all steps.")
     if not isinstance(problem, Problem):
         raise TypeError(f"solve takes a Problem first, not {type(problem).__name__}: Problem(upper=F, lower=f, ...).")
     x, y = as_variable("x0", x0), as_variable("y0", y0)
-    problem.validate(x, y)
-    problem = jax.tree.map(jnp.asarray, problem)
-    x, y = problem.projected(x, y)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, y, problem, solver))):
+        raise ProblemError(
+            "solve is the host of a compiled run (it looks at values, writes down history) and cannot itself stand "
+            "under jit, vmap or grad. Call it outside; under a transformation take bilevel.run(problem, solver, x0, "
+            "y0, steps), the same loop as a pure function, or hypergradients.value_and_hypergradient for one step."
+        )
+    with users_settings():
+        problem.validate(x, y)
+        problem = jax.tree.map(jnp.asarray, problem.captured(x, y))
+        found = working(problem, x, y)
+    problem, (x, y) = found.problem, found.problem.projected(found.x, found.y)
     reason = ""
     if solver is None:
-        solver, reason = default_solver(problem, x, y)
+        with named(None, problem, x, y):
+            solver, reason, problem = default_solver(problem, x, y)
         logger.info("%s", reason)
-    if not (hasattr(solver, "init") and hasattr(solver, "step")) and not isinstance(solver, HostSolver):
-        raise TypeError(
-            f"solve's solver is {solver!r}; it needs methods init(problem, x, y, key) and step(problem, state, key), "
-            "such as solvers.AID(), or init, search and status, such as solvers.MPCC()."
-        )
+    _check_solver(solver)
     refuse_unreached(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(
             f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, "
             "metrics, tol)."
         )
-    return problem, x, y, solver, reason
+    return found._replace(problem=problem, x=x, y=y), solver, reason
+
+
+def _check_solver(solver: Any) -> None:
+    """Raise a sentence where this is no solver: a class, a constructor, a name, or another part of the package."""
+    module = getattr(type(solver), "__module__", "")
+    if isinstance(solver, type) or (callable(solver) and hasattr(solver, "__name__")):
+        cure = f"{solver.__name__} was not called: write {solver.__name__}()"
+    elif isinstance(solver, str):
+        cure = f"solvers are objects: write solvers.{solver}()"
+    elif isinstance(solver, optax.GradientTransformation):
+        cure = "an optax rule moves one variable: write solvers.AID(upper_optimizer=rule)"
+    elif module.startswith("bilevel.lower"):
+        cure = "it solves the lower level alone: write solvers.AID(lower_solver=...)"
+    elif module.startswith("bilevel.linear"):
+        cure = "it solves a linear system: write solvers.AID(linear_solver=...)"
+    elif module.startswith("bilevel.hypergradients"):
+        cure = "it is an estimator: write solvers.HypergradientDescent(...) around it"
+    elif (hasattr(solver, "init") and hasattr(solver, "step")) or isinstance(solver, HostSolver):
+        return
+    else:
+        cure = "take one of bilevel.solvers, such as solvers.AID()"
+    what = "an optax rule" if isinstance(solver, optax.GradientTransformation) else repr(solver)[:200]
+    raise TypeError(
+        f"solve's solver is {what}; it needs methods init(problem, x, y, key) and step(problem, state, key), or init, "
+        f"search and status: {cure}."
+    )
+
+
+def _from_state(state: Any, x0: Any, y0: Any, solver: Any) -> tuple[Any, Any, Any]:
+    """Where a run begins that goes on from a state: there, unless a start is given for its shapes."""
+    if state is None:
+        if y0 is None:
+            raise ProblemError(
+                "solve needs a start: solve(problem, x0, y0), or another run's state to go on from: "
+                "solve(problem, state=solution)."
+            )
+        return x0, y0, solver
+    if not (hasattr(state, "x") and hasattr(state, "y")):
+        raise TypeError(
+            f"solve(state=...) takes a Solution or its state, not a {type(state).__name__}: "
+            "solve(problem, state=solution)."
+        )
+    if solver is None:
+        raise ProblemError(
+            "solve(state=solution.state) needs the solver that the state belongs to: give it, or go on with "
+            "state=solution, which knows its own."
+        )
+    given = y0 is not None
+    return (x0, y0, solver) if given else (state.x, state.y, solver)
+
+
+def _fitting(state: Any, first: Any, solver: Any) -> Any:
+    """The state that was given; an error where it is not of the form of this run's."""
+    form = lambda tree: {  # noqa: E731
+        jax.tree_util.keystr(path): (jnp.shape(leaf), jnp.result_type(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    then, now = form(state), form(first)
+    if type(state) is type(first) and then == now:
+        return state
+    names = [name for name in dict.fromkeys((*now, *then)) if then.get(name) != now.get(name)]
+    what = f": state{names[0]} is {then.get(names[0], 'absent')}, wanted {now.get(names[0], 'absent')}" if names else ""
+    raise ProblemError(
+        f"solve(state=...) is a {type(state).__name__} that does not fit {name_of(solver)} on this problem{what}. "
+        "Give the solver and the problem of the run that it comes from, or start anew from x0=state.x, y0=state.y."
+    )
 
 
 def _first_state(problem: Problem, solver: Solver, x: Any, y: Any, base: StepKey) -> Any:
-    state = solver.init(problem, x, y, at_step(base, 0))
+    with named(solver, problem, x, y):
+        state = solver.init(problem, x, y, at_step(base, 0))
     for name in ("x", "y"):
         if not hasattr(state, name):
             raise TypeError(

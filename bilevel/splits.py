@@ -10,17 +10,19 @@ A split is seeded, and prints its sizes and how far the clients' labels are from
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import Clients
+from bilevel.data import Clients, as_arrays, sample_count
+from bilevel.problem import Problem
 
 PyTree = Any
 
-__all__ = ["Split", "SplitError", "dirichlet", "feature_shift", "iid", "imbalanced", "shards"]
+__all__ = ["Split", "SplitError", "cross_validation", "dirichlet", "feature_shift", "iid", "imbalanced", "shards"]
 
 
 class SplitError(ValueError):
@@ -228,3 +230,99 @@ def _check(count: int, clients: int, minimum: int = 1) -> None:
         raise SplitError(f"clients={clients!r}: a positive integer is needed.")
     if clients * minimum > count:
         raise SplitError(f"{count} samples are too few for {clients} clients with at least {minimum} each.")
+
+
+def cross_validation(
+    loss: Callable[[PyTree, PyTree], jax.Array],
+    penalty: Callable[[PyTree, PyTree], jax.Array] | None,
+    samples: PyTree,
+    y0: PyTree,
+    folds: int | Sequence[tuple[Any, Any]] = 5,
+    *,
+    seed: int | None = None,
+    score: Callable[[PyTree, PyTree], jax.Array] | None = None,
+    prox: Callable[[PyTree, PyTree, Any], PyTree] | None = None,
+) -> tuple[Problem, PyTree]:
+    """Cross-validation as a problem: the models of all folds are one lower level, stacked along a leading axis.
+
+        problem, y0 = splits.cross_validation(squared_error, ridge, (X, t), jnp.zeros(10), folds=5)
+        x = solve(problem, x0, y0).x
+
+        upper:  mean over folds k of  the mean of score(y_k, .) over the samples held out in k
+        lower:  sum over folds k of   the mean of loss(y_k, .) over the others, + penalty(x, y_k) (+ r(x, y_k))
+
+    The folds share no unknown, so the sum's minimiser is each fold's own. A fold's samples are told by weights, so that
+    folds of unequal sizes are exact.
+
+    Args:
+      loss: `(y, samples) -> (n,)`, the training loss of each sample.
+      penalty: `(x, y) -> scalar`, of one fold's model; None: none.
+      samples: a pytree of arrays with n samples each (tables will do).
+      y0: where one fold's model starts.
+      folds: how many, of consecutive samples as in scikit-learn's `KFold`; or pairs (training, held-out) of indices,
+        such as `KFold(5).split(X)` gives.
+      seed: shuffle the samples before they are cut; None: as they stand.
+      score: `(y, samples) -> (n,)`, what is measured on the samples held out; None: the loss.
+      prox: the operator of a nonsmooth penalty r of one fold's model, `(x, y, scaling) -> y`, as `prox.lasso(...)`.
+
+    Returns:
+      The problem, and y0 with the leading axis of folds.
+
+    Raises:
+      SplitError: the folds cannot be made.
+    """
+    samples = as_arrays(samples, "samples")
+    n = sample_count(samples, "samples")
+    held_out, trained = _fold_weights(folds, n, seed)
+    count, score = len(held_out), loss if score is None else score
+
+    def upper(x: PyTree, y: PyTree, batch: PyTree) -> jax.Array:
+        rows, weights = batch
+        one = lambda y, w: w @ _each(score, "score", y, rows, n)  # noqa: E731
+        return jax.vmap(one)(y, weights.T).mean()
+
+    def lower(x: PyTree, y: PyTree, batch: PyTree) -> jax.Array:
+        rows, weights = batch
+
+        def one(y: PyTree, w: jax.Array) -> jax.Array:
+            value = w @ _each(loss, "loss", y, rows, n)
+            return value if penalty is None else value + penalty(x, y)
+
+        return jax.vmap(one)(y, weights.T).sum()
+
+    stacked_prox = None
+    if prox is not None:
+        stacked_prox = lambda x, y, scaling: jax.vmap(lambda y: prox(x, y, scaling))(y)  # noqa: E731
+    problem: Problem = Problem(upper, lower, (samples, held_out.T), (samples, trained.T), prox_lower=stacked_prox)
+    return problem, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *jnp.shape(leaf))), y0)
+
+
+def _fold_weights(folds: Any, n: int, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of the held-out and of the training samples, (folds, n): each row sums to one."""
+    if isinstance(folds, (int, np.integer)):
+        if not 2 <= folds <= n:
+            raise SplitError(f"cross_validation(folds={folds}): at least 2 folds, and at most the {n} samples.")
+        order = np.arange(n) if seed is None else np.random.default_rng(seed).permutation(n)
+        pairs: list[Any] = [(np.setdiff1d(order, part), part) for part in np.array_split(order, folds)]
+    else:
+        pairs = list(folds)
+    rows = np.zeros((2, len(pairs), n))
+    for k, (train, valid) in enumerate(pairs):
+        for row, which, name in ((rows[0, k], valid, "held-out"), (rows[1, k], train, "training")):
+            row[np.asarray(which, int)] = 1
+            if not row.any():
+                raise SplitError(f"cross_validation: fold {k} has no {name} samples.")
+            row /= row.sum()
+        if np.any((rows[0, k] > 0) & (rows[1, k] > 0)):
+            raise SplitError(f"cross_validation: fold {k} trains on samples that it holds out.")
+    return rows[0], rows[1]
+
+
+def _each(fn: Callable[..., jax.Array], name: str, y: PyTree, rows: PyTree, n: int) -> jax.Array:
+    values = fn(y, rows)
+    if jnp.shape(values) != (n,):
+        raise SplitError(
+            f"cross_validation: {name}(y, samples) returned the shape {list(jnp.shape(values))}; it returns the loss "
+            f"of each sample, ({n},), without a mean."
+        )
+    return values

@@ -78,7 +78,8 @@ class HostSolver(Protocol):
     ends as one that was not. `status(state, metrics, tol)` is one of `Result`'s codes, asked after each step, with a
     tolerance or None; not 0 ends the run.
 
-    Optional: `most_steps`, the most steps that a run can have.
+    Optional: `most_steps`, the most steps that a run can have. `towards(state, x, y)`, a state that goes on from a
+    point lower than the best, which the certificate found: a run of `solve` with a tolerance is not over there.
     """
 
     def init(self, problem: Problem[Any, Any], x: PyTree, y: PyTree, key: StepKey) -> Any:

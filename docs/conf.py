@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import urllib.request
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -12,10 +13,38 @@ author = "the bilevel authors"
 copyright = "the bilevel authors"
 release = version = installed_version("bilevel")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "docstrings"]
+extensions = [
+    "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.intersphinx",
+    "sphinx.ext.viewcode", "sphinx_copybutton", "sphinx-mathjax-offline", "docstrings",
+]  # fmt: skip
 exclude_patterns = ["_build", "jupyter_execute"]
 html_theme = "furo"
-html_title = "bilevel"
+html_title = f"bilevel {version}"
+html_last_updated_fmt = "%Y-%m-%d"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+autosummary_generate = False
+
+
+def _reachable(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url + "objects.inv", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+# Names of other packages are links where their inventories can be read: a build without a network has none of them.
+intersphinx_mapping = {
+    name: (url, None)
+    for name, url in {
+        "python": "https://docs.python.org/3/",
+        "jax": "https://docs.jax.dev/en/latest/",
+        "optax": "https://optax.readthedocs.io/en/latest/",
+        "flax": "https://flax.readthedocs.io/en/latest/",
+    }.items()
+    if _reachable(url)
+}
 
 # Pages that are notebooks run at every build, so that what they print is what the code does today.
 nb_execution_mode = "force"

@@ -45,15 +45,15 @@ def scaled_penalty(x, y):
     return penalty(SCALE * x, y)
 
 
-def scaled_prox(y, x, scaling):
-    return prox(y, SCALE * x, scaling)
+def scaled_prox(x, y, scaling):
+    return prox(SCALE * x, y, scaling)
 
 
 def scaled_bounded(x):
     return bounded(SCALE * x) / SCALE
 
 
-def prox(y, x, scaling):
+def prox(x, y, scaling):
     """Soft thresholding of the entries, then of the groups: exact for the sum of the two terms."""
     y = jnp.sign(y) * jnp.maximum(jnp.abs(y) - scaling * jnp.exp(x[0]), 0)
     length = jnp.sqrt(jnp.sum(y**2, axis=1, keepdims=True) + 1e-30)

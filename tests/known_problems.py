@@ -103,7 +103,7 @@ class Case:
                 more[name] = lambda z, c=c, project=project: over(1 / c)(project(over(c)(z)))
         prox = problem.prox_lower
         if prox is not None:
-            more["prox_lower"] = lambda w, u, s: over(1 / y)(prox(over(y)(w), over(x)(u), s * lower / y**2))
+            more["prox_lower"] = lambda u, w, s: over(1 / y)(prox(over(x)(u), over(y)(w), s * lower / y**2))
         for name in ("constraint", "equality", "upper_constraint", "upper_equality"):
             more[name] = of(getattr(problem, name))
         moved = Problem(of(problem.upper, upper), of(problem.lower, lower), **more)
@@ -481,6 +481,62 @@ def concave_between_rows() -> Case:
     )  # fmt: skip
 
 
+@case
+def tie_at_a_moving_end() -> Case:
+    """f = -(y - 1)^2 between x - 3 <= y <= 2: y = x - 3 for x <= 3, where V = -(x - 4)^2, and y = 2 for x >= 3, V = -1.
+
+    F = (x - 1)^2 + (y - 2)^2 on x in [0, 4]. Left of x = 3 it is (x - 1)^2 + (x - 5)^2 >= 8, so the tie is the
+    solution: x = 3, y = 2, F = 4. The other lower minimum moves with x, and its value with twice the slope of f.
+    """
+    return Case(
+        "concave in a box",
+        Problem(
+            lambda x, y: (x[0] - 1) ** 2 + (y[0] - 2) ** 2,
+            lambda x, y: -((y[0] - 1) ** 2),
+            project_upper=sets.Box(0, 4),
+            constraint=lambda x, y: jnp.stack([x[0] - 3 - y[0], y[0] - 2]),
+        ),
+        _v(0), _v(0), 4.0, lambda x: min(-((float(x[0]) - 4) ** 2), -1.0), ([3.0], [2.0]),
+    )  # fmt: skip
+
+
+@case
+def free_at_one_x() -> Case:
+    """f = (x - 1) y on [-1, 1]: y = 1 for x < 1, -1 for x > 1, any at x = 1. V = -|x - 1|.
+
+    F = (x - 4/5)^2 + (y - 1/5)^2 is .64 at best where y is an end, and 1/25 at x = 1, y = 1/5.
+    """
+    return Case(
+        "several minimisers",
+        Problem(
+            lambda x, y: (x[0] - 0.8) ** 2 + (y[0] - 0.2) ** 2,
+            lambda x, y: (x[0] - 1) * y[0],
+            project_lower=sets.Box(-1, 1),
+        ),
+        _v(0), _v(0), 0.04, lambda x: -abs(float(x[0]) - 1), ([1.0], [0.2]),
+    )  # fmt: skip
+
+
+@case
+def face_of_a_programme() -> Case:
+    """f = y1 + y2 on y1 + y2 >= x, y in [0, 2]^2: V = x, attained on a segment, for x in [0, 4].
+
+    F = (y1 - 1/4)^2 + (y2 - 1/2)^2 + (x - 1)^2: y = (1/4 + d, 1/2 + d), x = 3/4 + 2d, 2 d^2 + (2d - 1/4)^2, d = 1/12:
+    x = 11/12, y = (1/3, 7/12), F = 1/48.
+    """
+    return Case(
+        "several minimisers",
+        Problem(
+            lambda x, y: (y[0] - 0.25) ** 2 + (y[1] - 0.5) ** 2 + (x[0] - 1) ** 2,
+            lambda x, y: y[0] + y[1],
+            project_upper=sets.Box(0, 4),
+            project_lower=sets.Box(0, 2),
+            constraint=lambda x, y: x[0] - y[0] - y[1],
+        ),
+        _v(3), _v(2, 2), 1 / 48, lambda x: float(x[0]), ([11 / 12], [1 / 3, 7 / 12]),
+    )  # fmt: skip
+
+
 # No solution ---------------------------------------------------------------------------------------------------------
 
 _UNBOUNDED = frozenset({"UNBOUNDED", "DIVERGED"})
@@ -527,6 +583,20 @@ def cubic_lower() -> Case:
         "unbounded",
         Problem(lambda x, y: x[0] ** 2 + (y[0] - 1) ** 2, lambda x, y: y[0] ** 3 - 3 * y[0] + x[0] * y[0]),
         _v(0.5), _v(1), None, words=_UNBOUNDED,
+    )  # fmt: skip
+
+
+@case
+def falls_along_a_curve() -> Case:
+    """f = -y2 under y2 <= x + y1^2 falls for ever along the parabola, and along no ray from a point below it."""
+    return Case(
+        "unbounded",
+        Problem(
+            lambda x, y: (x[0] - 1) ** 2 + y[0] ** 2 + y[1] ** 2,
+            lambda x, y: -y[1],
+            constraint=lambda x, y: y[1] - x[0] - y[0] ** 2,
+        ),
+        _v(0), _v(0, 0), None, words=_UNBOUNDED,
     )  # fmt: skip
 
 
@@ -660,7 +730,7 @@ def lasso() -> Case:
             lambda x, y: jnp.sum((y - c) ** 2) / 2,
             lambda x, y: jnp.sum((y - b) ** 2) / 2,
             project_upper=sets.Box(-5, 2),
-            prox_lower=lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x[0]), 0),
+            prox_lower=lambda x, y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x[0]), 0),
         ),
         _v(0.2), jnp.zeros(3), 0.01, floor, ([math.log(0.4)], soft(0.4)),
     )  # fmt: skip
@@ -968,6 +1038,42 @@ def lower_entropy() -> Case:
         ),
         _v(0), _v(0.1), (u - 2) ** 2 / 2 + (math.log(u) - math.log(2)) / 4, lambda x: -float(np.exp(x[0])),
         ([math.log(u)], [u]),
+    )  # fmt: skip
+
+
+@case
+def two_poles() -> Case:
+    """y = x in the unit ball of R^4, F = -(a.y)^2 - a.y/10 with |a| = 1: -11/10 at y = a, and -9/10 at y = -a, a local
+    solution. The start is next to -a.
+    """
+    a = np.array([0.5, -0.5, 0.7, 0.1])
+    a = a / np.linalg.norm(a)
+    return Case(
+        "local solutions",
+        Problem(
+            lambda x, y: -((a @ y) ** 2) - a @ y / 10,
+            lambda x, y: jnp.sum((y - x) ** 2) / 2,
+            upper_constraint=lambda x, y: jnp.sum(x**2) - 1,
+        ),
+        jnp.asarray(-0.9 * a), jnp.asarray(-0.9 * a), -1.1, _zero, (a, a),
+    )  # fmt: skip
+
+
+@case
+def two_kinks_to_pass() -> Case:
+    """f = y over y >= x, 3x - 2, 7x - 10 on x in [0, 3]: kinks at x = 1 and x = 2, V their largest.
+
+    F = x/2 - y has the slopes -1/2, -5/2 and -13/2 between them: x = 3, y = 11, F = -19/2.
+    """
+    return Case(
+        "kink",
+        Problem(
+            lambda x, y: x[0] / 2 - y[0],
+            lambda x, y: y[0],
+            project_upper=sets.Box(0, 3),
+            constraint=lambda x, y: jnp.stack([x[0], 3 * x[0] - 2, 7 * x[0] - 10]) - y[0],
+        ),
+        _v(0.5), _v(0.5), -9.5, lambda x: max(float(x[0]), 3 * float(x[0]) - 2, 7 * float(x[0]) - 10), ([3.0], [11.0]),
     )  # fmt: skip
 
 

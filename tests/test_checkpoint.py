@@ -156,10 +156,10 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(tmp_path, unint
     child = start_child(tmp_path, checkpoint_every=1)
     wait_for_step(child, second[-1] + 2)
     until = time.monotonic() + 20
-    while not any(p.name.startswith("writing_") for p in tmp_path.iterdir()):
+    while not any(p.name.startswith(".bilevel_writing_") for p in tmp_path.iterdir()):
         assert time.monotonic() < until and child.poll() is None
     kill(child)
-    assert any(p.name.startswith("writing_") for p in tmp_path.iterdir())  # it was killed within a save
+    assert any(p.name.startswith(".bilevel_writing_") for p in tmp_path.iterdir())  # it was killed within a save
 
     solution = the_run(tmp_path)
     assert_same_run(solution, uninterrupted)

@@ -136,3 +136,54 @@ def test_a_model_trained_through_the_layer_regrets_less(tmp_path, capsys):
     assert 0 < layer < 0.95 * two_stages
     assert f"{layer:.4f}" in capsys.readouterr().out
     assert out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_contrast_of_attention_is_judged_by_the_head_that_it_serves(tmp_path, capsys):
+    example = load("attention_contrast")
+    out = tmp_path / "contrast.png"
+    rows = example.main(["--out", str(out)])
+    plain, full = rows["A_Q (lambda = 1e4 A_G)"], rows["A_Q / A_G (lambda = 1e-4 A_G)"]
+    learnt = min((rows[name] for name in rows if "learnt" in name), key=lambda r: r["validation"])
+    assert learnt["validation"] < min(plain["validation"], full["validation"]) + 0.02 < rows["no mask"]["validation"]
+    assert "Contrast does not help here" in capsys.readouterr().out
+
+
+def test_a_constitutive_law_is_found_and_without_its_logarithm_not_claimed(x64, tmp_path, capsys):
+    example, out = load("constitutive_law"), tmp_path / "law.png"
+    small = ["--particles", "8", "--evaluations", "2048", "--seed", "1", "--out", str(out)]
+    rows, _ = example.main(small)
+    assert rows[0][3].holds
+    assert "the law holds" in capsys.readouterr().out
+    rows, _ = example.main([*small, "--without", "log", "--evaluations", "256"])
+    assert not rows[0][3].holds
+    printed = capsys.readouterr().out
+    assert "NOT the law" in printed
+    assert "the law holds" not in printed
+    assert out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_molecules_come_near_their_target(x64, tmp_path):
+    example, out = load("molecule_design"), tmp_path / "molecules.png"
+    options = ["--evaluations", "96", "--seeds", "1", "--atoms", "8", "--quantities", "gap", "--out", str(out)]
+    runs = example.main(options)
+    best = runs["gap", "guided evolution"][0].best
+    assert best.loss < 0.02**2
+    assert example.fresh(best.proposal, "gap") == pytest.approx(example.TARGETS["gap"], abs=0.02)
+    assert out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_decays_below_optuna_lower_the_validation_loss(tmp_path):
+    pytest.importorskip("optuna")
+    example, out = load("mixed_hyperparameters"), tmp_path / "mixed.png"
+    options = ["--seeds", "1", "--evaluations", "2", "--seconds", "600", "--widths", "16", "--depth", "1"]
+    rows = example.main([*options, "--out", str(out)])
+    assert all(count == 2 for side in rows.values() for *_, count in side)
+    assert all(accuracy > 0.8 for side in rows.values() for _, accuracy, _ in side)
+    images, labels = example.datasets.digits()
+    train, valid, _ = example.datasets.split((images / 16, labels), sizes=(160, 500, -1), seed=0)
+    untuned = example.evaluate({"depth": 1, "width": 16}, train, valid, 0)[0]
+    assert rows["hypergradients below Optuna"][0][0] < untuned
+    assert out.stat().st_size > 10_000

@@ -180,6 +180,38 @@ def test_mpcc_through_the_front_door():
     assert solution.multipliers == {}
 
 
+@dataclasses.dataclass(frozen=True)
+class Staying:
+    """Every step is content with where it is; it goes where it is sent."""
+
+    def init(self, problem, x, y, key):
+        return State(x, y, np.int64(0))
+
+    def search(self, problem, state, key):
+        yield State(state.x, state.y, state.done + 1), {"upper_loss": problem.upper(state.x, state.y)}
+
+    def status(self, state, metrics, tol):
+        return Result.CONVERGED.value
+
+    def towards(self, state, x, y):
+        return State(x, y, state.done)
+
+
+def test_a_run_goes_on_from_a_lower_point_of_its_certificate():
+    # y = max(x, 3x - 2), F = -y: at the kink, x = 1, one multiplier alone sees no descent.
+    kink = Problem(
+        lambda x, y: -y[0],
+        lambda x, y: y[0],
+        constraint=lambda x, y: jnp.stack([x[0], 3 * x[0] - 2]) - y[0],
+        upper_constraint=lambda x, y: jnp.stack([-x[0], x[0] - 2]),
+    )
+    solution = solve(kink, jnp.ones(1), jnp.ones(1), Staying(), tol=1e-4, steps=20)
+    assert solution.steps == 5  # the first and four more
+    assert float(solution.x[0]) > 1 and solution.result is Result.NOT_STATIONARY
+    np.testing.assert_allclose(solution.y, 3 * solution.x - 2, rtol=1e-4)
+    assert solve(kink, jnp.ones(1), jnp.ones(1), Staying(), tol=1e-4, steps=1).x == 1.0
+
+
 def test_neither_kind_of_solver():
     with pytest.raises(TypeError, match=r"or init, search and status, such as solvers\.MPCC"):
         solve(PROBLEM, *start(), object())

@@ -211,7 +211,7 @@ def test_proximal_lower_level_lasso(x64):
     problem = Problem(
         upper=lambda x, y: jnp.sum(y**2),
         lower=lambda x, y: jnp.sum((y - x["c"]) ** 2) / 2,
-        prox_lower=lambda y, x, scaling: jnp.sign(y) * jnp.maximum(jnp.abs(y) - scaling * jnp.exp(x["l"]), 0),
+        prox_lower=lambda x, y, scaling: jnp.sign(y) * jnp.maximum(jnp.abs(y) - scaling * jnp.exp(x["l"]), 0),
     )
     x = {"c": np.array([2.0, -1.5, 0.1]), "l": np.asarray(-0.5)}
     estimate = value_and_hypergradient(problem, Implicit(step=0.5), lower.GradientDescent(0.5, 200, tol=1e-13))(

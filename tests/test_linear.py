@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from bilevel.applications.attention_contrast import oracle
+from bilevel.hypergradients import Implicit, value_and_hypergradient
 from bilevel.linear import (
     CG,
     GMRES,
@@ -29,7 +31,9 @@ from bilevel.linear import (
     Nystrom,
     NystromPreconditioner,
     Richardson,
+    Robust,
     StaleCholesky,
+    TaskCG,
 )
 
 # What takes the time here is compiling, so XLA is told to do little of it.
@@ -782,3 +786,55 @@ def test_a_carry_of_another_system_is_refused():
     for solver in (CG(), Richardson(0.1)):
         with pytest.raises(ValueError, match=r"carry whose v has shapes .* solver.init\(b\)"):
             solver(lambda v: v, jnp.ones(3), solver.init(jnp.ones(4)))
+
+
+# An ill-conditioned oracle: the contrast of attention maps, whose hypergradient is known in closed form.
+
+
+def contrast_of_maps():
+    """Two pairs of maps of 36 tokens; the Hessian is diagonal, with a condition number of 1e8."""
+    rng = np.random.default_rng(0)
+    general = np.stack([rng.permutation(np.geomspace(1, 1e4, 36)) for _ in range(2)])
+    general *= 0.8 / general.sum(-1, keepdims=True)
+    question, mask = 0.8 * rng.dirichlet(np.ones(36), 2), rng.dirichlet(np.full(36, 0.3), 2)
+    return oracle(question, general, mask, 1e-10)
+
+
+# A relative residual of 1e-14 is asked for; the error that it leaves is up to the condition number times larger.
+EXACT_AT_1E8 = {
+    "CG": CG(tol=1e-14, max_steps=2000),
+    "CG, Jacobi": CG(tol=1e-14, preconditioner=Jacobi()),
+    "CG, Nystrom": CG(tol=1e-14, max_steps=2000, preconditioner=NystromPreconditioner(rank=10)),
+    "CG, stale Cholesky": CG(tol=1e-14, preconditioner=StaleCholesky()),
+    "MINRES": MINRES(tol=1e-14, max_steps=2000),
+    "GMRES": GMRES(tol=1e-14, restart=72, max_steps=720),
+    "NormalCG": NormalCG(tol=1e-14, max_steps=4000),
+    "Robust": Robust(tol=1e-14, max_steps=2000),
+    "TaskCG": TaskCG(tol=1e-14, max_steps=2000),
+    "Dense": Dense(),
+}
+SHORT_AT_1E8 = {
+    "CG, 100 steps": CG(),
+    "BiCGStab": BiCGStab(tol=1e-14, max_steps=2000),
+    "Neumann": Neumann(0.5, 2000),
+    "Richardson": Richardson(0.5, 2000),
+    "Nystrom": Nystrom(rank=36, rho=1e-10),
+    "Identity": Identity(1.0),
+}
+
+
+@pytest.mark.parametrize("which", [*EXACT_AT_1E8, *SHORT_AT_1E8])
+def test_at_a_condition_number_of_1e8_the_hypergradient_is_right_or_the_residual_says_not(which, x64):
+    app = contrast_of_maps()
+    assert 0.9e8 < float(app.condition(app.x0)) < 1.1e8
+    solver = {**EXACT_AT_1E8, **SHORT_AT_1E8}[which]
+    closed = lambda level, x, y: app.solution(x)
+    found = value_and_hypergradient(app.problem, Implicit(solver), closed)(app.x0, app.y0)
+    exact = app.hypergradient(app.x0)
+    error = abs(float(found.gradient - exact)) / abs(float(exact))
+    b = jax.grad(app.problem.full_upper(), 1)(app.x0, app.solution(app.x0))
+    residual = float(found.metrics["linear_residual"] / jnp.linalg.norm(b))
+    if which in EXACT_AT_1E8:
+        assert error < 1e-6 and residual < 1e-6
+    else:
+        assert error > 1e-6 and residual > 1e-3

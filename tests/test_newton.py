@@ -150,7 +150,7 @@ def test_a_batch_of_problems_is_each_of_them(x64):
     ("options", "words"),
     [
         ({"project_lower": lambda y: y}, r"sees a box by its bounds.*sets.Box"),
-        ({"prox_lower": lambda y, x, s: y}, r"has a prox or coupled constraints.*GradientDescent"),
+        ({"prox_lower": lambda x, y, s: y}, r"has a prox or coupled constraints.*GradientDescent"),
         ({"constraint": lambda x, y: y}, r"has a prox or coupled constraints.*Accurate"),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bilevel import Problem, ProblemError, Result, data, run, solve
+from bilevel._module import name_of
 from bilevel.constraints import Constraints
 from bilevel.runs import multistart
 from bilevel.solvers import (
@@ -308,7 +309,7 @@ def test_meha_honours_a_proximal_term():
         lambda x, y: 0.5 * jnp.sum((y - c) ** 2),
         lambda x, y: 0.5 * jnp.sum((y - b) ** 2),
         project_upper=lambda x: jnp.clip(x, -5, 2),
-        prox_lower=lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x), 0),
+        prox_lower=lambda x, y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x), 0),
     )
     with pytest.raises(ProblemError, match=r"depends on x.*nonsmooth=r"):
         solve(problem, jnp.zeros(()), jnp.zeros(4), MEHA())
@@ -389,11 +390,11 @@ def test_simple_bilevel(solver, atol):
 
 def test_solve_picks_a_solver_for_a_simple_problem():
     problem, _ = minimum_norm()
-    solver, reason = default_solver(problem, None, jnp.ones(4))
+    solver, reason, _ = default_solver(problem, None, jnp.ones(4))
     assert isinstance(solver, MPCC)
     assert "several starts" in reason
     many = Problem(lambda x, y: jnp.sum(y**2), lambda x, y: (jnp.sum(y) - 1) ** 2)
-    solver, reason = default_solver(many, None, jnp.ones(400))
+    solver, reason, _ = default_solver(many, None, jnp.ones(400))
     assert isinstance(solver, IterativeRegularization)
     assert "both levels own y" in reason
 
@@ -507,14 +508,14 @@ def test_ill_conditioning_of_a_million():
 def test_solvers_refuse_what_they_cannot_honour():
     problem, _, _, x0, y0 = active()
     for solver in (MEHA(), VPBGD(), GPBGD(), BOME(), F2SA(), GALET(), AiPOD()):
-        with pytest.raises(ProblemError, match=f"{type(solver).__name__} cannot honour the coupled inequality"):
+        with pytest.raises(ProblemError, match=f"{name_of(solver)} cannot honour the coupled inequality"):
             solve(problem, x0, y0, solver)
     above = dataclasses.replace(quadratic()[0], upper_constraint=lambda x, y: y)
     for solver in (MEHA(), VPBGD(), F2SA(), LVHBA(), BLOCC(), GALET(), SOBA(), STFBO()):
-        with pytest.raises(ProblemError, match=f"{type(solver).__name__} cannot honour the upper level's inequality"):
+        with pytest.raises(ProblemError, match=f"{name_of(solver)} cannot honour the upper level's inequality"):
             solve(above, *quadratic()[3:], solver)
     level = dataclasses.replace(quadratic()[0], upper_equality=lambda x, y: x)
-    with pytest.raises(ProblemError, match=r"SingleLoop cannot honour the upper level's equality .* solvers.MPCC"):
+    with pytest.raises(ProblemError, match=r"SOBA cannot honour the upper level's equality .* solvers.MPCC"):
         solve(level, *quadratic()[3:], SOBA())
     with pytest.raises(ProblemError, match="affine"):
         solve(dataclasses.replace(problem, constraint=lambda x, y: y**2 - x), x0, y0, SFLCB())
@@ -538,7 +539,7 @@ def test_the_choice_follows_the_problem():
     many = jnp.zeros(400)
     assert isinstance(chosen(wide, many, many), LVHBA)
     assert isinstance(chosen(dataclasses.replace(wide, constraint=lambda x, y: y**2 - x), many, many), BiCGAFFA)
-    soft = lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
+    soft = lambda x, y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
     assert isinstance(chosen(dataclasses.replace(quadratic()[0], prox_lower=soft), *quadratic()[3:]), MEHA)
     assert look(*quadratic()[:1], *quadratic()[3:]).curvature == "convex"
     assert chosen(quadratic()[0], *quadratic()[3:]).hypergradient is not None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from bilevel import Problem, lower, prox, sets, solve, solvers
+from bilevel import Problem, ProblemError, lower, prox, sets, solve, solvers
 
 RANDOM = np.random.default_rng(5)
 Y = RANDOM.normal(size=5) * 2
@@ -48,7 +48,7 @@ def test_an_operator_minimises_what_its_formula_says(x64, name):
     """Against SciPy's bounded minimiser from the found point and others: none is lower, and the point is feasible."""
     operator, r, least = CASES[name]
     x, scaling = -0.3, 0.7
-    found = operator(jnp.asarray(Y), x, scaling)
+    found = operator(x, jnp.asarray(Y), scaling)
     objective = jax.jit(lambda u: 0.5 * jnp.sum((u - Y) ** 2) + scaling * r(x, u))
     value = float(objective(found))
     assert least is None or float(found.min()) >= 0
@@ -64,7 +64,7 @@ def test_an_operator_minimises_what_its_formula_says(x64, name):
 @each
 def test_both_modes_equal_differences_by_y_x_and_the_scaling(x64, name):
     operator = CASES[name][0]
-    f = jax.jit(lambda v: operator(v[:5], v[5], v[6]))
+    f = jax.jit(lambda v: operator(v[5], v[:5], v[6]))
     at, eps = np.append(Y, [-0.3, 0.7]), 1e-6
     expected = np.stack([(f(at + eps * e) - f(at - eps * e)) / (2 * eps) for e in np.eye(7)], -1)
     np.testing.assert_allclose(jax.jacfwd(f)(at), expected, atol=1e-6)
@@ -75,28 +75,28 @@ def test_both_modes_equal_differences_by_y_x_and_the_scaling(x64, name):
 def test_kinks_zeros_and_small_dtypes_are_safe(name):
     operator = CASES[name][0]
     for y in (jnp.zeros(5), jnp.ones(5), jnp.array([1e30, -1e30, 0.0, 1.0, 1.0])):
-        jacobian = jax.jit(jax.jacrev(lambda y: operator(y, 0.0, 1.0)))(y)
+        jacobian = jax.jit(jax.jacrev(lambda y: operator(0.0, y, 1.0)))(y)
         assert bool(jnp.all(jnp.isfinite(jacobian))), name
-    assert operator(jnp.ones(5, jnp.bfloat16), 0.0, 1.0).dtype == jnp.bfloat16
-    assert operator(jnp.ones(5), np.float32(0), 0.5).dtype == jnp.float32
-    batched = jax.vmap(operator, in_axes=(0, 0, None))(jnp.asarray(Y)[None] * jnp.ones((2, 1)), jnp.zeros(2), 0.5)
-    np.testing.assert_allclose(batched[1], operator(jnp.asarray(Y), 0.0, 0.5), atol=1e-5)
+    assert operator(0.0, jnp.ones(5, jnp.bfloat16), 1.0).dtype == jnp.bfloat16
+    assert operator(np.float32(0), jnp.ones(5), 0.5).dtype == jnp.float32
+    batched = jax.vmap(operator, in_axes=(0, 0, None))(jnp.zeros(2), jnp.asarray(Y)[None] * jnp.ones((2, 1)), 0.5)
+    np.testing.assert_allclose(batched[1], operator(0.0, jnp.asarray(Y), 0.5), atol=1e-5)
 
 
 def test_zero_strength_is_the_identity_with_its_derivative():
     for operator in (prox.lasso(0.0), prox.group_lasso(0.0), prox.ridge(0), prox.elastic_net(0, 0)):
-        np.testing.assert_allclose(jax.jacfwd(lambda y: operator(y, None, 1.0))(jnp.zeros(3)), np.eye(3))
+        np.testing.assert_allclose(jax.jacfwd(lambda y: operator(None, y, 1.0))(jnp.zeros(3)), np.eye(3))
 
 
 def test_strengths_are_spread_over_trees_and_groups():
     y = {"w": jnp.array([[3.0, 4.0], [0.3, 0.4]]), "b": jnp.array([1.0, -1.0])}
-    found = prox.lasso({"w": 0.5, "b": np.array([0.0, 2.0])})(y, None, 1.0)
+    found = prox.lasso({"w": 0.5, "b": np.array([0.0, 2.0])})(None, y, 1.0)
     np.testing.assert_allclose(found["w"], [[2.5, 3.5], [0, 0]])
     np.testing.assert_allclose(found["b"], [1, 0])
     groups = prox.group_lasso(lambda x: x["groups"], axis=1)
-    found = groups(y["w"], {"groups": jnp.array([2.5, 1.0])}, 1.0)
+    found = groups({"groups": jnp.array([2.5, 1.0])}, y["w"], 1.0)
     np.testing.assert_allclose(found, [[1.5, 2.0], [0, 0]])
-    whole = prox.group_lasso(1.0)(y, None, 1.0)  # one group of all leaves
+    whole = prox.group_lasso(1.0)(None, y, 1.0)  # one group of all leaves
     length = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in y.values()))
     np.testing.assert_allclose(whole["b"], y["b"] * (1 - 1 / length), rtol=1e-6)
 
@@ -105,7 +105,7 @@ def test_the_sparse_group_lasso_is_a_chain(x64):
     """Zero is in the subdifferential: y - u = lasso part + group part, entry by entry of a kept group."""
     one, two = 0.3, 0.5
     y = jnp.asarray([[2.0, -1.0, 0.1], [0.4, 0.3, 0.2]])
-    u = prox.chain(prox.lasso(one), prox.group_lasso(two, axis=1))(y, None, 1.0)
+    u = prox.chain(prox.lasso(one), prox.group_lasso(two, axis=1))(None, y, 1.0)
     assert bool(jnp.all(u[1] == 0)) and u[0, 2] == 0
     kept = u[0, :2]
     np.testing.assert_allclose(y[0, :2] - kept, one * jnp.sign(kept) + two * kept / jnp.linalg.norm(u[0]), rtol=1e-12)
@@ -113,7 +113,7 @@ def test_the_sparse_group_lasso_is_a_chain(x64):
 
 def test_a_projection_is_an_operator():
     operator = prox.projection(sets.Box(0, 1))
-    np.testing.assert_array_equal(operator(jnp.array([-1.0, 2.0]), None, 3.0), [0, 1])
+    np.testing.assert_array_equal(operator(None, jnp.array([-1.0, 2.0]), 3.0), [0, 1])
 
 
 def test_a_problem_takes_them(x64):
@@ -139,17 +139,17 @@ def test_a_problem_takes_them(x64):
         ),
         (lambda: prox.lasso(None), TypeError, "takes its strength as a number, a tree or a function of x, not None"),
         (
-            lambda: prox.lasso(np.ones(2))(jnp.ones(3), None, 1.0),
+            lambda: prox.lasso(np.ones(2))(None, jnp.ones(3), 1.0),
             ValueError,
             r"prox.lasso's strength has the shape \(2,\)",
         ),
-        (lambda: prox.group_lasso(1.0, axis=1)(jnp.ones(3), None, 1.0), ValueError, "was given a leaf of shape"),
+        (lambda: prox.group_lasso(1.0, axis=1)(None, jnp.ones(3), 1.0), ValueError, "was given a leaf of shape"),
         (
-            lambda: prox.group_lasso(np.ones(3), axis=1)(jnp.ones((2, 3)), None, 1.0),
+            lambda: prox.group_lasso(np.ones(3), axis=1)(None, jnp.ones((2, 3)), 1.0),
             ValueError,
             r"the strength has the shape \(3,\) and the groups have \(2,\)",
         ),
-        (lambda: prox.least_squares(A, B)(jnp.ones(4), None, 1.0), ValueError, r"takes A \(rows, 4\)"),
+        (lambda: prox.least_squares(A, B)(None, jnp.ones(4), 1.0), ValueError, r"takes A \(rows, 4\)"),
         (lambda: prox.projection(3), TypeError, "takes a set or a projection"),
         (lambda: prox.chain(), TypeError, "takes operators"),
     ],
@@ -157,3 +157,25 @@ def test_a_problem_takes_them(x64):
 def test_bad_arguments_are_errors_by_name(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("swapped", "x0", "y0"),
+    [
+        (lambda y, x, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s * jnp.exp(x), 0), jnp.array(0.0), jnp.zeros(3)),
+        (lambda a, b, s: jnp.sign(a) * jnp.maximum(jnp.abs(a) - s * jnp.exp(b), 0), jnp.zeros(3), jnp.zeros(3)),
+        (lambda a, b, s: jnp.sign(a) * jnp.maximum(jnp.abs(a) - s * jnp.exp(b), 0), jnp.array(0.0), jnp.zeros(3)),
+        (lambda a, b, s: a / (1 + s * b["strength"]), {"strength": jnp.array(1.0)}, jnp.zeros(3)),
+    ],
+)
+def test_an_operator_in_the_old_order_is_refused(swapped, x0, y0):
+    problem = Problem(lambda x, y: jnp.sum(y), lambda x, y: jnp.sum((y - 1) ** 2), prox_lower=swapped)
+    with pytest.raises(ProblemError, match=r"prox_lower takes \(x, y, scaling\).*swap its first two parameters"):
+        problem.validate(x0, y0)
+
+
+@each
+def test_no_operator_of_the_package_is_taken_for_a_swapped_one(name):
+    upper, below = (lambda x, y: jnp.sum(y)), (lambda x, y: jnp.sum((y - 1) ** 2))
+    Problem(upper, below, prox_lower=CASES[name][0]).validate(jnp.array(0.3), jnp.ones(5))
+    Problem(upper, below, prox_lower=prox.projection(sets.Box(0, 1))).validate(jnp.ones(5), jnp.ones(5))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/how_to/moving_from_pytorch.md"]
+PEERS = [f"docs/how_to/moving_from_{peer}.md" for peer in ("higher", "betty", "torchopt", "learn2learn")]
+PAGES = ["README.md", "docs/how_to/moving_from_pytorch.md", *PEERS]
 
 
 def python_blocks(page: str) -> str:
@@ -36,3 +38,14 @@ def test_commands_of_the_readme_are_the_ones_that_ci_runs():
         (line,) = [line for line in lines if f"'.[{extra}]'" in line]
         install = f"python3 -m venv .venv && .venv/bin/pip install -e '.[{extra}]'"
         assert line == f"{install} && .venv/bin/python {last}"
+
+
+@pytest.mark.parametrize("page", PEERS)
+def test_lines_are_counted_as_the_page_says(page):
+    """The second block of each side is the programme, the first its data; the peer's is at least valid Python."""
+    text = (ROOT / page).read_text()
+    said = re.search(r": (\d+) lines; here: (\d+) lines", text)
+    for fence, count in (("py", said[1]), ("python", said[2])):
+        programme = re.findall(rf"^```{fence}\n(.*?)^```", text, re.M | re.S)[1]
+        compile(programme, page, "exec")
+        assert sum(bool(line.strip()) for line in programme.splitlines()) == int(count)

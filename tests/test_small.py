@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,10 @@ from bilevel import Problem, data, sets, solvers
 from bilevel.data import ProblemError
 from bilevel.keys import as_step_key
 from bilevel.result import Result
+from bilevel.solvers.small.nlp import Rows, minimise
 from bilevel.solvers.small.program import Program
-from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary
+from bilevel.solvers.small.search import Search, solve_lower
+from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
 
 
 def ended(problem, x, y, solver=None):
@@ -221,7 +225,7 @@ def test_a_point_without_a_lower_solution_is_never_verified():
     ("changes", "words"),
     [
         ({"project_lower": lambda y: jnp.tanh(y)}, "Give an object of bilevel.sets"),
-        ({"prox_lower": lambda y, x, s: y}, "cannot honour the nonsmooth lower term prox_lower="),
+        ({"prox_lower": lambda x, y, s: y}, "cannot honour the nonsmooth lower term prox_lower="),
     ],
 )
 def test_refuses_by_name(changes, words):
@@ -345,3 +349,75 @@ def test_what_is_not_checked_says_why():
     problem = Problem(upper=lambda x, y: jnp.sum(x), lower=lambda x, y: jnp.sum((y - x) ** 2))
     assert refusal(problem, jnp.zeros(2), jnp.zeros(2)) == ""
     assert "more than 300" in refusal(problem, jnp.zeros(200), jnp.zeros(200))
+
+
+# ---------------------------------------------------------------- parts of the search
+
+
+def test_a_linear_lower_level_is_seen_and_solved_at_once(x64):
+    box = sets.Box(0.0, 2.0)
+    linear = Problem(
+        lambda x, y: (y[0] - 0.5) ** 2, lambda x, y: x[0] * (y[0] + y[1]), project_lower=box,
+        constraint=lambda x, y: 1 - y[0] - y[1],
+    )  # fmt: skip
+    program = Program(linear, jnp.ones(1), jnp.ones(2))
+    assert program.linear
+    lowest = solve_lower(program, program.start, [program.start[1:]])
+    np.testing.assert_allclose(lowest.value * program.lower_scale, 1.0, rtol=1e-9)
+    for lower in (lambda x, y: y[0] * y[1], lambda x, y: jnp.abs(y[0]), lambda x, y: y[0] ** 2 + x[0]):
+        assert not Program(dataclasses.replace(linear, lower=lower), jnp.ones(1), jnp.ones(2)).linear
+    free = Problem(lambda x, y: y[0] ** 2, lambda x, y: -y[0], constraint=lambda x, y: x[0] - y[0])
+    assert unbounded(free, jnp.ones(1), jnp.ones(1))
+
+
+def test_a_cut_bounds_the_lower_value_to_second_order(x64):
+    """f = y^3 - 3y over y >= x - 3: the minimum at the row has the value (x - 3)^3 - 3 (x - 3)."""
+    problem = Problem(lambda x, y: x[0] + y[0], lambda x, y: y[0] ** 3 - 3 * y[0], constraint=lambda x, y: x - 3 - y)
+    program = Program(problem, jnp.array([0.8]), jnp.array([1.0]))
+    search = Search(program)
+    at_row = program.scaled(jnp.array([0.8]), jnp.array([-2.2]))
+    cut = search.cut(at_row)
+    value = lambda x: (x - 3) ** 3 - 3 * (x - 3)
+    for d in (0.0, 0.1, 0.01):
+        z = program.point(program.scaled(jnp.array([0.8 + d]), jnp.array([1.0])))
+        left, gradient = search._cut(program(z), z, cut)
+        allowed = left * program.lower_scale + (1 - 3)  # left is the bound less f(x, y), and f is -2 at y = 1
+        np.testing.assert_allclose(allowed, value(0.8 + d), atol=1e-9)
+        steps = [sign * 1e-6 * np.eye(z.size)[0] for sign in (1, -1)]
+        ahead, behind = (search._cut(program(z + step), z + step, cut)[0] for step in steps)
+        np.testing.assert_allclose(gradient[0], (ahead - behind) / 2e-6, rtol=1e-5)
+
+
+def test_equations_that_follow_from_others_do_not_stop_a_search():
+    rows = lambda z: Rows(
+        float((z - 2) @ (z - 2)), 2 * (z - 2), np.zeros(0), np.zeros((0, 2)),
+        np.array([z.sum() - 2, 2 * z.sum() - 4]), np.array([[1.0, 1.0], [2.0, 2.0]]),
+    )  # fmt: skip
+    far = np.full(2, np.inf)
+    found = minimise(rows, np.array([5.0, -1.0]), -far, far)
+    np.testing.assert_allclose(found, [1.0, 1.0], atol=1e-5)  # the root of the tolerance, 1e-10, in the value
+
+
+def test_coordinates_of_unequal_effects_have_units_of_their_own(x64):
+    lower = lambda x, y: (1e3 * y[0] - x[0]) ** 2 / 2 + (1e-3 * y[1] - x[0]) ** 2 / 2
+    program = Program(Problem(lambda x, y: x[0] ** 2 + y[1], lower), jnp.zeros(1), jnp.zeros(2))
+    np.testing.assert_allclose(program.columns[2] / program.columns[1], 1e6, rtol=1e-6)
+    # A curvature that is zero here by chance is no unit.
+    by_chance = lambda x, y: x[0] * y[0] ** 2 + (x[0] - x[1]) * y[1] ** 2
+    program = Program(Problem(lambda x, y: y[0], by_chance), jnp.array([1.0, 1.0 + 1e-14]), jnp.ones(2))
+    assert program.columns[2] == program.columns[3]
+
+
+def test_a_search_goes_where_it_is_sent(x64):
+    """F = -y^2 - y/10 with y = x in [-1, 1]: -9/10 at -1, next to the start, and -11/10 at 1."""
+    problem = Problem(
+        lambda x, y: -(y[0] ** 2) - y[0] / 10, lambda x, y: (y[0] - x[0]) ** 2, project_upper=sets.Box(-1.0, 1.0)
+    )
+    solver, key = solvers.MPCC(starts=1), as_step_key(0)
+    state = solver.init(problem, jnp.array([-0.9]), jnp.array([-0.9]), key)
+    state, _ = next(solver.search(problem, state, key))
+    np.testing.assert_allclose(state.upper_loss, -0.9, atol=1e-6)
+    state = solver.towards(state, jnp.array([0.5]), jnp.array([0.5]))
+    state, _ = next(solver.search(problem, state, key))
+    np.testing.assert_allclose(state.upper_loss, -1.1, atol=1e-6)
+    assert not state.led

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel import splits
+from bilevel import ProblemError, hypergradients, lower, splits
 
 LABELS = np.random.default_rng(0).integers(0, 10, size=2000)
 
@@ -84,3 +85,47 @@ def test_feature_shift_moves_by_its_strength() -> None:
 def test_errors_by_name(make, words: str) -> None:
     with pytest.raises(splits.SplitError, match=words):
         make()
+
+
+def test_cross_validation_of_a_ridge_is_the_closed_form(x64):
+    rng = np.random.default_rng(0)
+    X, y0 = rng.normal(size=(23, 4)), jnp.zeros(4)  # 23 samples: folds of unequal sizes
+    t = X @ np.array([1.0, -1, 0, 0]) + rng.normal(size=23)
+    squared = lambda y, samples: (samples[0] @ y - samples[1]) ** 2
+    ridge = lambda x, y: jnp.exp(x) * jnp.sum(y**2)
+    problem, start = splits.cross_validation(squared, ridge, (X, t), y0, folds=5)
+    assert start.shape == (5, 4)
+
+    def cross_validated(x):
+        errors = []
+        for part in np.array_split(np.arange(23), 5):
+            rest = np.setdiff1d(np.arange(23), part)
+            gram = X[rest].T @ X[rest] / len(rest) + np.exp(x) * np.eye(4)
+            y = np.linalg.solve(gram, X[rest].T @ t[rest] / len(rest))
+            errors.append(np.mean((X[part] @ y - t[part]) ** 2))
+        return np.mean(errors)
+
+    at = hypergradients.value_and_hypergradient(problem, lower_solver=lower.Newton())
+    found = at(jnp.array(-1.0), start)
+    assert float(found.value) == pytest.approx(cross_validated(-1.0), rel=1e-8)
+    slope = (cross_validated(-1 + 1e-5) - cross_validated(-1 - 1e-5)) / 2e-5
+    assert float(found.gradient) == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(folds=1), "at least 2 folds"),
+        (dict(folds=[([0, 1], [1, 2])]), "fold 0 trains on samples that it holds out"),
+        (dict(folds=[([0, 1], [])]), "fold 0 has no held-out samples"),
+    ],
+)
+def test_folds_that_cannot_be_made_are_named(options, text):
+    with pytest.raises(splits.SplitError, match=text):
+        splits.cross_validation(lambda y, s: s * y, None, np.ones(5), jnp.zeros(()), **options)
+
+
+def test_a_loss_with_a_mean_is_named():
+    problem, start = splits.cross_validation(lambda y, s: jnp.mean(s * y), None, np.ones(5), jnp.zeros(()))
+    with pytest.raises(ProblemError, match=r"\(y, samples\) returned the shape \[\].*without a mean"):
+        problem.validate(jnp.zeros(()), start)

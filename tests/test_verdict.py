@@ -13,7 +13,7 @@ from bilevel import Solution, solve
 # In the quick lane; all of them are slow together.
 QUICK = (
     "free_coordinate", "two_wells", "concave_lower", "empty_lower_set", "kink_to_pass", "start_outside",
-    "upper_row_in_y", "two_roads", "simple_line",
+    "upper_row_in_y", "two_roads", "simple_line", "tie_at_a_moving_end", "free_at_one_x", "empty_upper_set",
 )  # fmt: skip
 
 everywhere = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]

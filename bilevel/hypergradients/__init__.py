@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergradients._base import Estimate, Estimator
+from bilevel._settings import settings
+from bilevel.hypergradients._base import Estimate, Estimator, check_estimator, first_carry
 from bilevel.hypergradients.finite_difference import FiniteDifference, FirstOrder
+from bilevel.hypergradients.forward import Forward, Tangents
 from bilevel.hypergradients.implicit import Implicit, JacobianFree
 from bilevel.hypergradients.kkt import ActiveSet, NullSpace
 from bilevel.hypergradients.least_squares import LeastSquares
@@ -17,13 +20,15 @@ from bilevel.hypergradients.stochastic import SAMA, StochasticImplicit
 from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
 from bilevel.keys import as_step_key
-from bilevel.lower import LBFGS, as_lower_solver
+from bilevel.lower import LBFGS, LowerState, as_lower_solver
+from bilevel.precision import named, working
 from bilevel.problem import Problem
-from bilevel.typing import X, Y
+from bilevel.typing import LowerSolver, X, Y
 
 __all__ = [
-    "HOZOG", "PZOBO", "SAMA", "ActiveSet", "Estimate", "Estimator", "FiniteDifference", "FirstOrder", "Implicit",
-    "JacobianFree", "LeastSquares", "NullSpace", "OneStep", "StochasticImplicit", "Unrolled", "value_and_hypergradient",
+    "HOZOG", "PZOBO", "SAMA", "ActiveSet", "Estimate", "Estimator", "FiniteDifference", "FirstOrder", "Forward",
+    "Implicit", "JacobianFree", "LeastSquares", "NullSpace", "OneStep", "StochasticImplicit", "Tangents", "Unrolled",
+    "value_and_hypergradient",
 ]  # fmt: skip
 
 
@@ -40,20 +45,57 @@ def value_and_hypergradient(
 
     Returns:
       `f(x, y, carry=None, key=0) -> Estimate`, pure and jittable. Its `value` is F at the y found, `gradient` the
-      hypergradient, `lower.y` the y to start from next time, `carry` what to hand back then (warm starts). To keep data
-      out of the compiled program, jit a function that takes the problem as an argument:
+      hypergradient, `lower.y` the y found, `carry` what the estimator keeps (warm starts). Hand `estimate.lower` back
+      as y, and `estimate.carry`: the lower solver goes on with its memory, such as Adam's moments; a plain y begins
+      with a fresh one. To keep data out of the compiled program, jit a function that takes the problem as an argument:
 
           @jax.jit
-          def step(problem, x, y, carry): return value_and_hypergradient(problem)(x, y, carry)
+          def step(problem, x, lower, carry): return value_and_hypergradient(problem)(x, lower, carry)
+
+      Where a training loop of your own moves y, `lower_solver=lower.Identity()` leaves it where it is.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"value_and_hypergradient takes a Problem first, not a {type(problem).__name__}: Problem(upper=F, lower=f, "
+            "...)."
+        )
     estimator = Implicit() if estimator is None else estimator
+    check_estimator("value_and_hypergradient", estimator)
     default = 0.1 if problem.stochastic else LBFGS()
     solver = as_lower_solver(default if lower_solver is None else lower_solver)
 
-    def evaluate(x: X, y: Y, carry: Any = None, key: Any = 0) -> Estimate[X]:
+    def evaluate(x: X, y: Y | LowerState, carry: Any = None, key: Any = 0) -> Estimate[X]:
         x, y = jax.tree.map(jnp.asarray, (x, y))
-        upper, lower = problem.levels(as_step_key(key))
-        carry = estimator.init(lower, x, y) if carry is None else carry
-        return estimator(upper, lower, solver, x, solver.init(y), carry)
+        goes_on = isinstance(y, LowerState)
+        if carry is not None and getattr(estimator, "continues", False) and not goes_on:
+            raise ValueError(
+                f"{type(estimator).__name__} goes on with the derivative of the whole lower run, the optimiser's "
+                "memory included: give the last estimate's `lower` as y, and not its `lower.y`."
+            )
+        at = y.y if isinstance(y, LowerState) else y
+        found = working(problem, x, at)
+        with settings(), named(estimator, problem, x, at):
+            if isinstance(y, LowerState):
+                start = _begun(solver, LowerState(found.y, y.memory))
+            else:
+                start = solver.init(found.y)
+            upper, lower = found.problem.levels(as_step_key(key))
+            carry = first_carry(estimator, lower, found.x, start) if carry is None else carry
+            estimate = estimator(upper, lower, solver, found.x, start, carry)
+        gradient, at = found.given(estimate.gradient, estimate.lower.y)
+        return dataclasses.replace(estimate, gradient=gradient, lower=LowerState(at, estimate.lower.memory))
 
     return evaluate
+
+
+def _begun(solver: LowerSolver, state: LowerState) -> LowerState:
+    """The state that a call has left; an error where it is that of another lower solver."""
+    fresh = jax.eval_shape(solver.init, state.y)
+    form = lambda tree: (jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    if form(fresh.memory) != form(state.memory):
+        raise ValueError(
+            "value_and_hypergradient was handed an estimate.lower whose memory is not that of "
+            f"{type(solver).__name__}: hand back that of the same lower solver, or estimate.lower.y to begin with a "
+            "fresh memory."
+        )
+    return state

@@ -11,7 +11,7 @@ import optax
 from bilevel import derivatives
 from bilevel._module import state
 from bilevel.level import Level
-from bilevel.lower import LowerState
+from bilevel.lower import LowerState, repeat
 from bilevel.typing import LowerSolver, Metrics, PyTree, Scalar, X
 
 
@@ -47,6 +47,60 @@ class Estimator(Protocol):
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
     ) -> Estimate[Any]:
         """The estimate at x, the lower solver beginning at `start`."""
+
+
+def first_carry(estimator: Estimator, lower: Level, x: PyTree, start: LowerState) -> PyTree:
+    """The carry before the first call, in the form that calls return.
+
+    An estimator that carries derivatives of the lower solver's whole state has `begin(lower, x, start)` for it.
+    """
+    begin = getattr(estimator, "begin", None)
+    return estimator.init(lower, x, start.y) if begin is None else begin(lower, x, start)
+
+
+def last_steps(
+    owner: str, last: int, solver: Any, level: Level, x: PyTree, start: LowerState
+) -> tuple[Any, LowerState]:
+    """(the last steps of the lower solver's run as a solver, where they begin): the others are not differentiated.
+
+    Args:
+      owner: the estimator, for its errors.
+      last: how many steps.
+      solver, level, x, start: of the run.
+    """
+    if not hasattr(solver, "advance"):
+        raise ValueError(
+            f"{owner}(last={last}) differentiates the last steps of the lower solver and needs one made of "
+            f"steps: lower.GradientDescent(...) or lower.MomentumSGD(...), not {type(solver).__name__}."
+        )
+    if last > solver.steps:
+        raise ValueError(
+            f"{owner}(last={last}) differentiates {last} steps but the lower solver takes "
+            f"{solver.steps}: raise steps or lower last."
+        )
+    first = solver.steps - last
+    middle = repeat(solver, level, x, solver.begin(x, start), 0, first)
+    return (lambda level, x, state: solver.end(repeat(solver, level, x, state, first))), middle
+
+
+def check_estimator(owner: str, estimator: Any) -> None:
+    """Raise a sentence where this is no estimator: a class, a constructor, a linear or a lower solver, a rule."""
+    if isinstance(estimator, type) or (callable(estimator) and hasattr(estimator, "__name__")):
+        name = getattr(estimator, "__name__", "")
+        raise TypeError(f"{owner} was given {name} itself as its estimator: make one, hypergradients.{name}().")
+    if hasattr(estimator, "init") and callable(estimator) and not type(estimator).__module__.startswith(_OTHERS):
+        return
+    name = type(estimator).__name__
+    kind = "linear solver" if type(estimator).__module__.startswith("bilevel.linear") else "other thing"
+    raise TypeError(
+        f"{owner} takes an estimator of bilevel.hypergradients, and {name} is a{'n' if kind[0] == 'o' else ''} {kind}: "
+        f"write hypergradients.Implicit(linear_solver=linear.{name}(...))."
+        if kind == "linear solver"
+        else f"{owner} takes an estimator of bilevel.hypergradients, such as hypergradients.Implicit(), not a {name}."
+    )
+
+
+_OTHERS = ("bilevel.linear", "bilevel.lower", "bilevel.solvers", "optax")
 
 
 def lower_metrics(lower: Level, x: PyTree, y: PyTree) -> Metrics:

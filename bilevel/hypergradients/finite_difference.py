@@ -94,7 +94,7 @@ class FiniteDifference(Ahead):
                 f"{owner} differentiates a lower solver that takes one step along the gradient; this one evaluates the "
                 "loss itself. Take GradientDescent with an optax rule and steps=1, or give a virtual_step."
             )
-        step = solver.virtual()
+        step = solver.virtual().differentiable()
         moved, pullback = jax.vjp(lambda g: step.move(lower, x, start, g).y, lower_y)
         return moved, lambda w: pullback(w)[0]
 

@@ -54,6 +54,18 @@ class Implicit:
     linear_solver: Any = None
     step: float = 1.0
 
+    def __post_init__(self) -> None:
+        given = self.linear_solver
+        if isinstance(given, type):
+            raise TypeError(
+                f"Implicit(linear_solver={given.__name__}) was given the class: write linear.{given.__name__}()."
+            )
+        if given is not None and not (hasattr(given, "init") and callable(given) and not _is_estimator(given)):
+            raise TypeError(
+                f"Implicit(linear_solver=...) takes a solver of bilevel.linear, such as linear.CG(), not a "
+                f"{type(given).__name__}."
+            )
+
     def _solver(self, nonsmooth: bool, x: PyTree, y: PyTree) -> Any:
         if isinstance(self.linear_solver, linear.TaskCG) and not _stacked(x, y):
             return linear.CG(**{name: getattr(self.linear_solver, name) for name in _KRYLOV})
@@ -105,6 +117,10 @@ class Implicit:
 _KRYLOV = ("tol", "max_steps", "warm_start", "damping")
 
 
+def _is_estimator(given: Any) -> bool:
+    return type(given).__module__.startswith(("bilevel.hypergradients", "bilevel.lower", "bilevel.solvers"))
+
+
 def _stacked(x: PyTree, y: PyTree) -> bool:
     """Whether every leaf of y is some copies of that of x, as many in all of them."""
     pairs = list(zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=False))
@@ -130,4 +146,4 @@ def _forward_backward(lower: Level, x: PyTree, y: PyTree, step: Any) -> PyTree:
     moved = optax.tree.add_scale(y, -step, lower.gradient(x, y))
     if lower.project is not None:
         moved = lower.project(moved)
-    return moved if lower.prox is None else lower.prox(moved, x, step)
+    return moved if lower.prox is None else lower.prox(x, moved, step)

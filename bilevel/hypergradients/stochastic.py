@@ -10,6 +10,7 @@ import optax
 
 from bilevel import derivatives
 from bilevel._module import hyperparameters
+from bilevel._roots import with_roots
 from bilevel.hypergradients._base import Estimate, central_difference, check_radius
 from bilevel.keys import Draw
 from bilevel.level import Level
@@ -115,7 +116,7 @@ class StochasticImplicit:
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
     ) -> Estimate[Any]:
         """The estimate at x."""
-        found = jax.lax.stop_gradient(solver(lower, x, start))
+        found = solver(lower, x, start)
         y = found.y
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         w = self.solve(lower, x, y, upper_y, carry)
@@ -160,11 +161,11 @@ class SAMA:
                 "SAMA adapts to the lower optimiser and needs GradientDescent(...) or MomentumSGD(...), not "
                 f"{type(solver).__name__}."
             )
-        found = jax.lax.stop_gradient(solver(lower, x, start))
+        found = solver(lower, x, start)
         y, rule = found.y, solver.rule()
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         lower_y = lower.gradient(x, y)
-        adapted = jax.jvp(lambda g: rule.update(g, found.memory, y)[0], (lower_y,), (upper_y,))[1]
+        adapted = jax.jvp(lambda g: with_roots(rule.update)(g, found.memory, y)[0], (lower_y,), (upper_y,))[1]
         # Adam's update has no derivative where a gradient has been zero all along (the root of a zero second moment).
         v = jax.tree.map(lambda a, g: jnp.where((g == 0) & ~jnp.isfinite(a), 0, -a), adapted, lower_y)
         cross = central_difference(lower, x, y, v, self.radius)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from bilevel._module import hyperparameters
-from bilevel.hypergradients._base import Estimate, lower_metrics
+from bilevel.hypergradients._base import Estimate, last_steps, lower_metrics
+from bilevel.hypergradients.forward import Forward
 from bilevel.level import Level
-from bilevel.lower import LowerState, repeat
+from bilevel.lower import Identity, LowerState
 from bilevel.optimizers import check_count
 from bilevel.typing import LowerSolver, PyTree
 
@@ -26,14 +26,15 @@ class Unrolled:
     Attributes:
       last: differentiate only the last K steps (truncated); None: all of them. With a strongly convex lower level the
         bias is O((1 - mu eta)^K). K = 1 is one-step differentiation.
-      mode: "reverse" or "forward". Forward carries p = dim x tangents through the run: for few upper variables, at a
-        memory that does not grow with T.
+      mode: "reverse", or "forward", which is `Forward(last)`: for few upper variables, at a memory that does not grow
+        with T.
       checkpoint: keep only (y_t, moments) of each step in reverse mode and recompute within it, with the gradient's own
         second derivative taken in mixed mode (`derivatives.mixed_mode_gradient`). False: plain reverse mode.
 
     Cost per call: reverse, T gradients and T (HVP + cross product), memory T copies of y and the optimiser's moments;
-    forward, p T HVPs. Works through any differentiable optimiser. With Adam-like optimisers give `eps_root > 0`: the
-    derivative of the square root at zero is infinite.
+    forward, p T HVPs. Works through any differentiable optimiser. Where a parameter's
+    gradient is zero, rules that divide by its root (Adam, clipping by a norm) are differentiated as if the root had the
+    derivative zero there; with `eps_root > 0` Adam's is what it is.
 
     References: Franceschi et al., "Forward and Reverse Gradient-Based Hyperparameter Optimization", ICML 2017; Shaban
     et al., "Truncated Back-propagation for Bilevel Optimization", AISTATS 2019; Kemaev et al., ICML 2025 (mixed mode).
@@ -57,40 +58,31 @@ class Unrolled:
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
     ) -> Estimate:
         """The estimate at x."""
-        reverse = self.mode == "reverse"
-        if reverse and getattr(solver, "tol", None) is not None:
+        if isinstance(solver, Identity):
+            raise ValueError(
+                "Unrolled differentiates through the steps of the lower solver, and lower.Identity takes none: its "
+                "hypergradient would be F_x alone. Take an implicit estimator, hypergradients.Implicit()."
+            )
+        if self.mode == "forward":
+            forward = Forward(self.last)
+            estimate = forward(upper, lower, solver, x, start, forward.init(lower, x, start.y))
+            return dataclasses.replace(estimate, carry=carry)
+        if getattr(solver, "tol", None) is not None:
             raise ValueError(
                 "Unrolled differentiates through the lower solver's loop, whose length must be fixed: set its tol=None "
                 "(a number of steps), or take an implicit estimator."
             )
-        level = lower.mixed_mode() if reverse and self.checkpoint else lower
-        run = solver if self.last is None else self._truncated(solver, level, x, start)
+        solver = solver.differentiable() if hasattr(solver, "differentiable") else solver
+        level, run = lower.mixed_mode() if self.checkpoint else lower, solver
+        if self.last is not None:
+            run, start = last_steps("Unrolled", self.last, solver, level, x, start)
 
         def objective(x: PyTree) -> tuple[jax.Array, LowerState]:
             found = run(level, x, start)
             return upper(x, found.y), found
 
-        if reverse:
-            (value, found), gradient = jax.value_and_grad(objective, has_aux=True)(x)
-        else:
-            (value, found), gradient = _forward_gradient(objective, x)
+        (value, found), gradient = jax.value_and_grad(objective, has_aux=True)(x)
         return Estimate(value, gradient, found, carry, lower_metrics(lower, x, found.y))
-
-    def _truncated(self, solver: Any, level: Level, x: PyTree, start: LowerState) -> Any:
-        """The last steps of the run alone, which begin where the others, not differentiated, have ended."""
-        if not hasattr(solver, "advance"):
-            raise ValueError(
-                f"Unrolled(last={self.last}) differentiates the last steps of the lower solver and needs one made of "
-                f"steps: lower.GradientDescent(...) or lower.MomentumSGD(...), not {type(solver).__name__}."
-            )
-        if self.last > solver.steps:
-            raise ValueError(
-                f"Unrolled(last={self.last}) differentiates {self.last} steps but the lower solver takes "
-                f"{solver.steps}: raise steps or lower last."
-            )
-        first = solver.steps - self.last
-        middle = repeat(solver, level, x, solver.begin(x, start), 0, first)
-        return lambda level, x, _: solver.end(repeat(solver, level, x, middle, first))
 
 
 def OneStep() -> Unrolled:
@@ -102,14 +94,3 @@ def OneStep() -> Unrolled:
     Reference: Bolte, Pauwels, Vaiter, "One-step differentiation of iterative algorithms", NeurIPS 2023.
     """
     return Unrolled(last=1)
-
-
-def _forward_gradient(objective: Any, x: PyTree) -> Any:
-    """Gradient by one tangent per coordinate of x, all of them carried through one run."""
-    flat, unravel = jax.flatten_util.ravel_pytree(x)
-
-    def directional(direction: jax.Array) -> tuple[jax.Array, jax.Array, PyTree]:
-        return jax.jvp(lambda flat: objective(unravel(flat)), (flat,), (direction,), has_aux=True)
-
-    values, slopes, found = jax.vmap(directional, out_axes=(None, 0, None))(jnp.eye(flat.size, dtype=flat.dtype))
-    return (values, found), unravel(slopes)

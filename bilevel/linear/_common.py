@@ -12,6 +12,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel._module import state
+from bilevel._settings import settings
 from bilevel.typing import PyTree
 
 Matvec = Callable[[PyTree], PyTree]
@@ -91,6 +92,7 @@ class Solver:
         v = optax.tree.zeros_like(b) if self.warm_start else None
         return LinearCarry(v, self._memory(b) if size(b) else None)
 
+    @settings()
     def __call__(
         self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
     ) -> tuple[PyTree, LinearCarry, LinearInfo]:

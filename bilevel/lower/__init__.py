@@ -8,13 +8,15 @@ a closed form, or a solver of another library, is one line.
 """
 
 from bilevel.lower.accurate import Accurate
-from bilevel.lower.foreign import Function, as_lower_solver, jaxopt, optimistix
+from bilevel.lower.foreign import Function, Identity, as_lower_solver, jaxopt, optimistix
+from bilevel.lower.levenberg_marquardt import LeastSquares, LevenbergMarquardt
 from bilevel.lower.loops import LowerState, repeat, until
 from bilevel.lower.newton import Newton
 from bilevel.lower.scaled import EqualityDescent, ScaledDescent
-from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Steps
+from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Relative, Steps
 
 __all__ = [
-    "LBFGS", "Accurate", "EqualityDescent", "Function", "GradientDescent", "LowerState", "MomentumSGD", "Newton",
-    "ScaledDescent", "Steps", "as_lower_solver", "jaxopt", "optimistix", "repeat", "until",
+    "LBFGS", "Accurate", "EqualityDescent", "Function", "GradientDescent", "Identity", "LeastSquares",
+    "LevenbergMarquardt", "LowerState", "MomentumSGD", "Newton", "Relative", "ScaledDescent", "Steps",
+    "as_lower_solver", "jaxopt", "optimistix", "repeat", "until",
 ]  # fmt: skip

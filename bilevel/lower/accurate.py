@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
+from bilevel._forward import forward_only
 from bilevel._module import hyperparameters
 from bilevel.constraints import Constraints
 from bilevel.level import Level
-from bilevel.lower.loops import LowerState
-from bilevel.optimizers import check_count
+from bilevel.lower.loops import NO_REVERSE, LowerState
+from bilevel.optimizers import check_count, value_and_gradient
 from bilevel.typing import PyTree
 
 __all__ = ["Accurate", "Solved", "augmented_lagrangian", "minimise"]
@@ -44,18 +45,16 @@ def minimise(
     L-BFGS with a line search where there is neither; else accelerated proximal gradient with backtracking and restarts.
     At most `steps` steps, until the norm of the (proximal) gradient is at most `tol`.
     """
-    if project is None and prox is None:
-        return _lbfgs(fn, y, steps, tol)
-    return _fista(fn, y, project, prox, steps, tol)
+    found = _lbfgs(fn, y, steps, tol) if project is None and prox is None else _fista(fn, y, project, prox, steps, tol)
+    return forward_only(found, NO_REVERSE)
 
 
 def _lbfgs(fn: Objective, y: PyTree, steps: int, tol: Any) -> PyTree:
     rule = optax.lbfgs()
-    evaluate = optax.value_and_grad_from_state(fn)
 
     def body(carry: Any) -> Any:
         i, y, memory, best, lowest, _ = carry
-        value, gradient = evaluate(y, state=memory)
+        value, gradient = value_and_gradient(fn, y, memory)
         better = value < lowest
         best = jax.tree.map(lambda a, b: jnp.where(better, a, b), y, best)
         updates, memory = rule.update(gradient, memory, y, value=value, grad=gradient, value_fn=fn)
@@ -119,7 +118,7 @@ def augmented_lagrangian(
     value. `steps` and `tol` are those of each minimisation, `rounds` the most updates of the multipliers.
     """
     operator = lower.prox
-    prox = None if operator is None else (lambda u, size: operator(u, x, size))
+    prox = None if operator is None else (lambda u, size: operator(x, u, size))
     if not rows.count:
         y = minimise(lambda y: lower(x, y), y, lower.project, prox, steps, tol)
         return Solved(y, jnp.zeros((0,), rows.dtype), lower(x, y), jnp.zeros((), rows.dtype))

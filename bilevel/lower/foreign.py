@@ -14,7 +14,7 @@ from bilevel.lower.steps import GradientDescent
 from bilevel.optimizers import is_rule
 from bilevel.typing import LowerSolver, PyTree
 
-__all__ = ["Function", "as_lower_solver", "jaxopt", "optimistix"]
+__all__ = ["Function", "Identity", "as_lower_solver", "jaxopt", "optimistix"]
 
 
 @hyperparameters
@@ -32,8 +32,31 @@ class Function:
         return LowerState(self.fn(level, x, state.y), None)
 
 
+@hyperparameters
+class Identity:
+    """y stays where it is: for a training loop of one's own, which moves it between two hypergradients.
+
+    Only estimators that take derivatives of the lower *loss* go with it (`hypergradients.Implicit` and its relatives);
+    those that differentiate the lower solver's steps have none to differentiate here, and refuse it.
+    """
+
+    def init(self, y: PyTree) -> LowerState:
+        """y with nothing to remember."""
+        return LowerState(y, None)
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        """The state itself."""
+        return state
+
+
 def as_lower_solver(solver: Any) -> LowerSolver:
     """A lower solver from itself, an optax rule (10 steps), a step size, or a function `(level, x, y) -> y`."""
+    if isinstance(solver, type):
+        raise TypeError(f"A lower solver was given as the class {solver.__name__}: write {solver.__name__}().")
+    if callable(solver) and getattr(solver, "__module__", "").split(".")[0] in ("optax", "bilevel", "jaxopt"):
+        given = getattr(solver, "__name__", None)
+        if given is not None:  # a function that makes a rule or a solver, and not one
+            raise TypeError(f"A lower solver was given as the constructor {given}: call it, {given}(...).")
     if hasattr(solver, "init") and callable(solver) and not is_rule(solver):
         return solver
     if is_rule(solver) or (isinstance(solver, (float, int, jax.Array)) and not isinstance(solver, bool)):

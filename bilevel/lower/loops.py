@@ -8,13 +8,22 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from bilevel._forward import forward_only
 from bilevel._module import state
 from bilevel.level import Level
 from bilevel.typing import PyTree, Scalar
 
-__all__ = ["Kernel", "LowerState", "repeat", "until"]
+__all__ = ["Kernel", "LowerState", "repeat", "until", "until_share"]
 
-_PATIENCE = 25
+_PATIENCE = 40
+
+NO_REVERSE = (
+    "No derivative goes back through a lower solver that runs until a tolerance (lower.LBFGS, lower.Accurate, "
+    "GradientDescent(tol=...)): its loop has no length that is known beforehand. The derivative of the lower level's "
+    "solution itself is hypergradients.value_and_hypergradient's, or bilevel.implicit's (custom_root); to differentiate"
+    " a whole run take lower.Newton(), which is differentiated implicitly, or a number of steps (tol=None), and a "
+    "plain upper_optimizer; forward mode (jax.jacfwd) goes through it."
+)
 
 
 @state
@@ -54,30 +63,45 @@ def repeat(
 
 
 def until(kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any) -> LowerState:
-    """Steps until the residual is at most `tol`, or 25 have not made it smaller (the precision of the dtype).
+    """Steps until the residual is at most `tol`, or 40 have not made it smaller (the precision of the dtype).
 
     At most `kernel.steps`. Not differentiable in reverse. The residual is that of the point before the step: a step
     more than needed is taken, and none wasted on a test. The point that meets the tolerance is what is returned.
     """
 
-    def unfinished(carry: Any) -> jax.Array:
-        i, _, residual, _, since = carry
-        return (i < kernel.steps) & (residual > tol) & (since < _PATIENCE)
+    return until_share(kernel, level, x, state, tol, None)[0]
 
-    def step(state: LowerState, i: Any) -> tuple[LowerState, Scalar]:
-        new, residual_of = kernel.advance(level.redraw(i, kernel.steps), x, state)
-        residual = residual_of()
-        y = jax.tree.map(lambda new, y: jnp.where(residual <= tol, y, new), new.y, state.y)
-        return LowerState(y, new.memory), residual
+
+def until_share(
+    kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any, reach: Any
+) -> tuple[LowerState, Any]:
+    """As `until`, where the tolerance is `tol` times the larger of `reach` and this run's first residual.
+
+    That larger one is returned beside the state. With `reach` None the tolerance is `tol` itself, and None is returned.
+    """
+
+    def unfinished(carry: Any) -> jax.Array:
+        i, _, residual, _, since, least = carry
+        return (i < kernel.steps) & (residual > least) & (since < _PATIENCE)
+
+    def step(state: LowerState, i: Any) -> tuple[LowerState, Callable[[], Scalar]]:
+        return kernel.advance(level.redraw(i, kernel.steps), x, state)
 
     def body(carry: Any) -> Any:
-        i, state, _, best, since = carry
-        state, residual = step(state, i)
-        return i + 1, state, residual, jnp.minimum(residual, best), jnp.where(residual < best, 0, since + 1)
+        i, state, _, best, since, least = carry
+        new, residual_of = step(state, i)
+        residual = residual_of()
+        if reach is not None:
+            least = jnp.where(i == 0, tol * jnp.maximum(reach, residual), least)
+        y = jax.tree.map(lambda new, y: jnp.where(residual <= least, y, new), new.y, state.y)
+        state = LowerState(y, new.memory)
+        return i + 1, state, residual, jnp.minimum(residual, best), jnp.where(residual < best, 0, since + 1), least
 
     zero = jnp.zeros((), jnp.int32)
-    infinite = jnp.full_like(jax.eval_shape(step, state, 0)[1], jnp.inf)
-    _, state, residual, *_ = jax.lax.while_loop(unfinished, body, (zero, state, infinite, infinite, zero))
+    infinite = jnp.full_like(jax.eval_shape(lambda state: step(state, 0)[1](), state), jnp.inf)
+    least = jnp.asarray(0 if reach is not None else tol, infinite.dtype)
+    start = zero, state, infinite, infinite, zero, least
+    _, state, residual, *_, least = jax.lax.while_loop(unfinished, body, start)
     end = kernel.end(state)
-    y = jax.tree.map(lambda met, stood: jnp.where(residual <= tol, met, stood), state.y, end.y)
-    return LowerState(y, end.memory)
+    y = jax.tree.map(lambda met, stood: jnp.where(residual <= least, met, stood), state.y, end.y)
+    return forward_only(LowerState(y, end.memory), NO_REVERSE), None if reach is None else least / tol

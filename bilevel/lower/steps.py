@@ -7,16 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives, optimizers
-from bilevel._module import hyperparameters
+from bilevel._module import hyperparameters, state
+from bilevel._roots import with_roots
 from bilevel.level import Level
-from bilevel.lower.loops import LowerState, repeat, until
+from bilevel.lower.loops import LowerState, repeat, until, until_share
 from bilevel.optimizers import Move, accepted, as_optimizer, check_count, is_rule, residual, withdraws
 from bilevel.typing import PyTree, Scalar
 
-__all__ = ["LBFGS", "GradientDescent", "MomentumSGD", "Steps"]
+__all__ = ["LBFGS", "GradientDescent", "MomentumSGD", "Relative", "Steps"]
 
 
 class Steps:
@@ -43,9 +45,17 @@ class Steps:
         """The solver whose one step is differentiated in place of this one's (DARTS's virtual step)."""
         return self
 
+    def differentiable(self) -> Any:
+        """The solver to differentiate through: the same steps, by a rule that has derivatives at a gradient of zero.
+
+        Raises:
+          ValueError: its rule withdraws steps, or searches along a line.
+        """
+        return _Differentiable(self) if type(self).advance is Steps.advance else self
+
     def looks(self, state: LowerState) -> bool:
         """Whether the rule looks at values of the loss, and not at gradients alone."""
-        return withdraws(state.memory) or _searches(state.memory)
+        return optimizers.looks_at_values(self.rule(), state.memory, state.y)
 
     def init(self, y: PyTree) -> LowerState:
         """The start of a run: y with fresh optimiser moments."""
@@ -58,12 +68,11 @@ class Steps:
     def advance(self, level: Level, x: PyTree, state: LowerState) -> tuple[LowerState, Callable[[], Scalar]]:
         """One step on the batch that the level holds, and the residual before it."""
         y, extra, loss = state.y, {}, lambda y: level(x, y)
-        if _searches(state.memory):
-            value, gradient = optax.value_and_grad_from_state(loss)(y, state=state.memory)
+        if self.looks(state):
+            # What a line search has left at y holds for this batch, and where no projection moved y since.
+            left = () if level.random or level.nonsmooth else state.memory
+            value, gradient = optimizers.value_and_gradient(loss, y, left)
             extra = {"value": value, "grad": gradient, "value_fn": loss}
-        elif withdraws(state.memory):
-            value, gradient = jax.value_and_grad(loss)(y)
-            extra = {"value": value}
         else:
             gradient = level.gradient(x, y)
         new = self.move(level, x, state, gradient, **extra)
@@ -79,7 +88,7 @@ class Steps:
         """The step along a given gradient: a function of it that can be differentiated."""
         new, memory = Move(self.rule(), level.project)(gradient, state.memory, state.y, **extra)
         if level.prox is not None:
-            new = level.prox(new, x, self.step_size())
+            new = level.prox(x, new, self.step_size())
         return LowerState(new, memory)
 
     def end(self, state: LowerState) -> LowerState:
@@ -96,19 +105,53 @@ class Steps:
         return self.end(repeat(self, level, x, state))
 
 
+class _Differentiable(Steps):
+    """A solver whose rule is `_roots.with_roots`, and otherwise the same."""
+
+    def __init__(self, solver: Steps) -> None:
+        self.solver, self.steps, self.tol = solver, solver.steps, solver.tol
+
+    def rule(self) -> optax.GradientTransformationExtraArgs:
+        """The solver's."""
+        rule = self.solver.rule()
+
+        def update(gradient: PyTree, memory: PyTree, variable: PyTree = None, **extra: Any) -> Any:
+            value_fn = {name: extra.pop(name) for name in ("value_fn",) if name in extra}
+            guarded = with_roots(lambda g, m, v, extra: rule.update(g, m, v, **extra, **value_fn))
+            return guarded(gradient, memory, variable, extra)
+
+        return optax.GradientTransformationExtraArgs(rule.init, update)
+
+    def step_size(self) -> Any:
+        """The solver's."""
+        return self.solver.step_size()
+
+    def begin(self, x: PyTree, state: LowerState) -> LowerState:
+        """Where a run begins."""
+        state = self.solver.begin(x, state)
+        if withdraws(state.memory) or optimizers.searches(state.memory):
+            raise ValueError(
+                "An unrolled estimator differentiates the lower level's step rule, and this one withdraws steps or "
+                "searches along a line (optimizers.quasi_newton, optimizers.spectral, lower.LBFGS, optax.lbfgs): its "
+                "choices have no derivative. Take hypergradients.Implicit (solvers.AID), or a plain rule such as 0.1 "
+                "or optax.adam(1e-2) for the lower level."
+            )
+        return state
+
+
 @hyperparameters
 class GradientDescent(Steps):
     """`steps` steps of an optax rule on f(x, .), each on a fresh batch where the level's data are drawn.
 
         y <- project(y + update(f_y(x, y)))            with plain numbers: y <- project(y - optimizer f_y(x, y))
 
-    With a `prox_lower` the rule must be a plain step size eta, and a step is y <- prox(y - eta f_y(x, y), x, eta).
+    With a `prox_lower` the rule must be a plain step size eta, and a step is y <- prox(x, y - eta f_y(x, y), eta).
 
     Attributes:
       optimizer: an optax rule (momentum, Adam, schedules, L-BFGS with its line search, ...) or a step size (SGD).
       steps: the number of steps; the maximum where `tol` is given.
       tol: stop once |f_y| <= tol (with a projection |y - project(y - f_y)|, with a prox the step's length over eta);
-        the loop then cannot be differentiated in reverse, so unrolled estimators refuse it. It also ends after 25 steps
+        the loop then cannot be differentiated in reverse, so unrolled estimators refuse it. It also ends after 40 steps
         without a smaller residual (the precision of the dtype is reached). None: exactly `steps`.
       start: `(x, y) -> y`, where each solve begins; None: at the incoming y (warm start). MAML starts at x.
 
@@ -188,6 +231,53 @@ def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> 
     return GradientDescent(optimizers.quasi_newton(memory_size), steps, tol)
 
 
-def _searches(memory: PyTree) -> bool:
-    """Whether the rule has a line search of its own."""
-    return optax.tree.get(memory, "value", None) is not None and not withdraws(memory)
+@state
+class Reach:
+    """What `Relative` remembers: its solver's memory, and the |f_y| that its tolerance is a share of."""
+
+    memory: PyTree
+    largest: jax.Array
+
+
+@hyperparameters
+class Relative:
+    """A lower solver of steps with a tolerance that has no unit: |f_y| <= tol r.
+
+    r is the |f_y| that a solve begins with, or a tenth of the last solve's r where that is larger. Far from the
+    solution of the upper level lower solves are thus as exact as the way ahead is long, near it as exact as the dtype
+    allows, and other units of f or y change nothing.
+
+    Attributes:
+      solver: with `steps` and a `tol`, such as `LBFGS()` or `GradientDescent(0.1, 1000, tol=1e-6)`.
+    """
+
+    solver: Steps
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Steps) or self.solver.tol is None:
+            raise ValueError(
+                f"Relative({self.solver!r}): give a solver of steps with a tolerance, such as lower.LBFGS(tol=1e-6)."
+            )
+
+    @property
+    def tol(self) -> Any:
+        """The solver's."""
+        return self.solver.tol
+
+    @property
+    def steps(self) -> int:
+        """The solver's."""
+        return self.solver.steps
+
+    def init(self, y: PyTree) -> LowerState:
+        """The start of a run."""
+        return LowerState(y, Reach(self.solver.init(y).memory, jnp.zeros((), jnp.result_type(*jax.tree.leaves(y)))))
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        """Run from `state`."""
+        if level.prox is not None:
+            self.solver.step_size()
+        largest = state.memory.largest
+        begun = self.solver.begin(x, LowerState(state.y, state.memory.memory))
+        end, reach = until_share(self.solver, level, x, begun, self.solver.tol, largest / 10)
+        return LowerState(end.y, Reach(end.memory, jnp.asarray(reach, largest.dtype)))

@@ -27,6 +27,7 @@ from bilevel.solvers.kkt import AiPOD as AiPOD
 from bilevel.solvers.nested import AID as AID
 from bilevel.solvers.nested import IMAML as IMAML
 from bilevel.solvers.nested import ITD as ITD
+from bilevel.solvers.nested import MAML as MAML
 from bilevel.solvers.nested import T1T2 as T1T2
 from bilevel.solvers.nested import HypergradientDescent as HypergradientDescent
 from bilevel.solvers.nested import OneStep as OneStep
@@ -49,6 +50,7 @@ from bilevel.solvers.penalty.pbgd import VPBGD as VPBGD
 from bilevel.solvers.penalty.sflcb import SFLCB as SFLCB
 from bilevel.solvers.penalty.simple import BiGSAM as BiGSAM
 from bilevel.solvers.penalty.simple import IterativeRegularization as IterativeRegularization
+from bilevel.solvers.probed import ProbedSingleLoop as ProbedSingleLoop
 from bilevel.solvers.single_loop import FSLA as FSLA
 from bilevel.solvers.single_loop import MASOBA as MASOBA
 from bilevel.solvers.single_loop import MRBO as MRBO

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel._module import name_of
 from bilevel.constraints import depends
 from bilevel.level import takes_batch
 from bilevel.problem import Problem, ProblemError
@@ -38,7 +39,7 @@ def refuse(
       simple: whether it takes x0=None.
       instead: what to take instead, a sentence's end such as "solvers.LVHBA".
     """
-    name = type(solver).__name__
+    name = name_of(solver)
     cure = f" Take {instead} instead." if instead else ""
     for part, what in _PARTS.items():
         if getattr(problem, part) is not None and part not in honours:
@@ -73,13 +74,12 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
         if fn is not None and depends(bound, x, y):
             return
     prox = problem.prox_lower
-    if prox is not None and depends(lambda x, y: prox(y, x, 1.0), x, y):
+    if prox is not None and depends(lambda x, y: prox(x, y, 1.0), x, y):
         return
     raise ProblemError(
         "x0 reaches neither the upper nor the lower loss (nor a constraint): the objective does not depend on x, and "
-        "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, give it "
-        "a start: solvers.HypergradientDescent(hypergradients.Unrolled(), lower.GradientDescent(0.1, 5, start=lambda "
-        "x, y: x))."
+        "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, take "
+        "solvers.MAML, or give the lower solver a start: solvers.ITD(start=lambda x, y: x)."
     )
 
 
@@ -102,8 +102,18 @@ def linear_settled(tol: Any, metrics: Metrics) -> Any:
     return settled & (metrics.get("negative_curvature", 0) == 0)
 
 
-def linear_remark(metrics: dict[str, float]) -> str:
-    """What the linear systems of the last step say about the lower level, in a sentence; nothing where all is well."""
+def remark(metrics: dict[str, float]) -> str:
+    """What the last step's metrics say against the run, in a sentence; nothing where all is well."""
+    if metrics.get("returns", 0) > 0:
+        return (
+            f"x ran away and was put back {metrics['returns']:.0f} times: the lower level looks ill-conditioned, and "
+            "single loops follow it too slowly. Take solvers.AID() on all samples, or rescale y."
+        )
+    if metrics.get("upper_curvature", 1) == 0:
+        return (
+            "No curvature of x -> F(x, y*(x)) was seen along x's directions, so that no step of x could be chosen: it "
+            "is flat or linear there. Take solvers.SOBA with a step size of yours."
+        )
     if metrics.get("negative_curvature", 0) > 0:
         return (
             "The linear solver met negative curvature of the lower loss: y is no minimum, but a saddle point or a "

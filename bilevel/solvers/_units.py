@@ -113,9 +113,9 @@ def normalised(problem: Problem, units: Units) -> tuple[Level, Level]:
 
         project = level.project and (lambda z: times(1 / size, level.project(times(size, z))))  # type: ignore[misc]
         prox = level.prox and (
-            lambda w, u, step: times(
+            lambda u, w, step: times(
                 1 / units.y,
-                level.prox(times(units.y, w), times(units.x, u), step * units.y**2 / unit),  # type: ignore[misc]
+                level.prox(times(units.x, u), times(units.y, w), step * units.y**2 / unit),  # type: ignore[misc]
             )
         )
         return dataclasses.replace(

@@ -5,7 +5,7 @@
 
     finite         F, f and their gradients are numbers;
     feasible       x in X, y in Y, G, H, g, h hold;
-    bounded        f(x, .) does not fall for ever;
+    bounded        f(x, .) does not fall for ever, and x did not run away;
     minimised      no start reaches a lower f(x, .);
     optimistic     no other minimiser of f(x, .) has a lower F;
     stationary     no small feasible move of x, y following by a lower solve of its own, lowers F;
@@ -51,6 +51,8 @@ _CURVED = 2_000
 """The most lower unknowns for which a run without a tolerance has its curvature looked at."""
 _AROUND = 4
 """Starts of the search for another solution of a small problem."""
+_RUNAWAY = 1e10
+"""How far x is from zero at most, in units that it had at the start."""
 _NEAR, _FAR = (1e-2, 1e-1), (1.0, 4.0)
 """How far x is moved, in its own units."""
 
@@ -151,6 +153,21 @@ def verdict(
             Result.UNBOUNDED,
             "The lower loss falls without bound (or without a minimiser) from y at this x: the lower level has no "
             "solution there. Bound y (project_lower=), or regularise f.",
+        ),
+        (
+            above("runaway", _RUNAWAY),
+            _ANY,
+            Result.UNBOUNDED,
+            f"x ran away to {get('runaway'):.1g} times its unit: the upper loss seems to fall for ever. Bound x "
+            "(project_upper=), or regularise F.",
+        ),
+        (
+            above("gap", margin, "noise_lower") and above("unanswered", 1e-3),
+            _ANY,
+            Result.INFEASIBLE,
+            f"y lies {get('polished_gap'):.3g} above the lower level's minimum, whose minimisers break a constraint of "
+            f"the upper level by {get('unanswered'):.2g} (scaled rows) at this x, and no other x was found where one "
+            "does not.",
         ),
         (
             settled,
@@ -305,6 +322,8 @@ def _of_small(
     program = Program(problem, x, y, "The certificate")
     before = Program(problem, *start, "The certificate")
     n, k = program.n, program.n + program.m
+    with np.errstate(all="ignore"):
+        sizes = np.abs(program.start[:n] * program.columns[:n]) / before.columns[:n]
     if any((program.columns[part] < 1e-3 * before.columns[part]).any() for part in (slice(0, n), slice(n, k))):
         program = before  # at the end a variable is zero but for rounding, which is no unit
     lower = lower_verified(problem, x, y, program=program)
@@ -314,7 +333,9 @@ def _of_small(
         "upper_violation": lower.upper_violation,
         "violation": lower.violation,
         "repaired": 0.0 if np.isfinite(lower.gap) else lower.violation,
-        "bounded": float(not unbounded(problem, x, y, program)),
+        "bounded": float(not unbounded(problem, x, y, program, curved=lower.gap > 1e-3)),
+        "runaway": float(sizes.max(initial=0.0)),
+        "unanswered": lower.answer_violation if "start_loss" in metrics else 0.0,
         "gap": lower.gap,
         "gain": max(lower.optimistic_gain, lower.loss_change / program.upper_scale),
         "noise_upper": 1e-12 * abs(upper_loss) / program.upper_scale,
@@ -325,14 +346,15 @@ def _of_small(
         "polished_change": lower.loss_change if lower.loss_change > lower.loss_gain else -lower.loss_gain,
     }
     unchecked: tuple[str, ...] = ()
-    better = None
+    better = None if lower.better is None else (x, lower.better)
     if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
         slope = stationary(problem, x, y, 1e-3 if tol is None else tol, program)
         found["near"] = max(0.0, -slope.slope)
         found["descent"] = found["near"] * program.upper_scale
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
+        better = slope.reached or better
         if "start_loss" not in metrics and found["near"] <= 1e-2:  # the search of MPCC itself has looked around
-            better = _elsewhere(problem, x, y, upper_loss, found, program.upper_scale)
+            better = _elsewhere(problem, x, y, upper_loss, found, program.upper_scale) or better
     elif not jax.tree.leaves(x):
         found["near"] = 0.0
     return _concluded(found, result, metrics, tol, unchecked, better)
@@ -619,7 +641,7 @@ def _owed(problem: Problem, units: Units, u: PyTree, w: PyTree, multipliers: jax
 def _proximal_gap(problem: Problem, units: Units, u: PyTree, w: PyTree) -> Scalar:
     """Half the squared proximal gradient, in place of the gap: a nonsmooth term's value is not known, only its prox."""
     lower = normalised(problem, units)[1]
-    moved = lower.prox(optax.tree.sub(w, lower.gradient(u, w)), u, 1.0)  # type: ignore[misc]
+    moved = lower.prox(u, optax.tree.sub(w, lower.gradient(u, w)), 1.0)  # type: ignore[misc]
     moved = moved if lower.project is None else lower.project(moved)
     return optax.tree.norm(optax.tree.sub(w, moved), squared=True) / 2
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from bilevel._module import hyperparameters, state
+from bilevel._module import constructor, hyperparameters, state
 from bilevel.hypergradients.finite_difference import Ahead, FiniteDifference, FirstOrder
 from bilevel.keys import StepKey
 from bilevel.lower import GradientDescent, LowerState, MomentumSGD, as_lower_solver
@@ -97,6 +97,7 @@ class UpperFirst:
         return within(tol, metrics, "hypergradient_norm", "lower_residual")
 
 
+@constructor
 def DARTS(
     order: int | str = 2,
     lower_optimizer: Any = None,

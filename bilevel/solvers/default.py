@@ -1,6 +1,7 @@
 """Which solver `solve` takes when it is given none: it looks at the problem, then takes the first row that fits.
 
-`ROWS` is the one table of that choice; the page "Which method when" prints it (`as_markdown`).
+`ROWS` is the one table of that choice; the page "Which method when" prints it (`as_markdown`). Minibatches of samples
+that are few enough to be passed over whole are passed over whole: the choice is then that for full batches.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 
 from bilevel import derivatives
+from bilevel._module import name_of
 from bilevel.constraints import Constraints, depends, is_affine
 from bilevel.curvature import extreme_eigenvalues
 from bilevel.lower import GradientDescent
@@ -23,12 +25,16 @@ from bilevel.problem import Problem, ProblemError
 from bilevel.solvers.small.stationarity import refusal
 from bilevel.typing import PyTree
 
-__all__ = ["ROWS", "Facts", "Row", "as_markdown", "default_solver", "look", "second_solver"]
+__all__ = ["ROWS", "Choice", "Facts", "Row", "as_markdown", "default_solver", "look", "second_solver"]
 
 # Above this many constraint values LV-HBA's projection on the coupled set is dearer than its step.
 _MANY_ROWS = 2000
 # The most lower unknowns whose curvature is looked at before the choice, and whose Hessian is written down.
 _DENSE = 100
+# What a pass over all samples may read and write, so that minibatches are passed over whole.
+_PASS_BYTES = 2**26
+# The same where minibatches did not get there.
+_MOST_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,7 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
         upper_rows=problem.upper_constraint is not None or problem.upper_equality is not None,
         projected=problem.project_lower is not None,
         nonsmooth=prox is not None,
-        coupled_prox=prox is not None and depends(lambda y, x: prox(y, x, 1.0), y, x, on=1),
+        coupled_prox=prox is not None and depends(lambda y, x: prox(x, y, 1.0), y, x, on=1),
         refusal=refusal(problem, x, y),
         unknowns=optax.tree.size(y),
         curvature="",
@@ -100,6 +106,20 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
 @jax.jit
 def _curvature(problem: Problem, x: PyTree, y: PyTree) -> Any:
     return extreme_eigenvalues(derivatives.linearised(problem.full_lower(), x, y).hvp, y, dense=_DENSE)
+
+
+class Choice(NamedTuple):
+    """What `solve` takes.
+
+    Attributes:
+      solver: the solver.
+      why: the sentence that says which and why.
+      problem: the problem that it is run on: the one given, or that on full batches in place of minibatches.
+    """
+
+    solver: Any
+    why: str
+    problem: Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,25 +240,28 @@ ROWS = (
     Row(
         "minibatches",
         lambda f: f.stochastic and not f.rows and not f.simple and not f.projected and not f.nonsmooth,
-        functools.partial(_take, "STFBO"),
-        "STFBO",
-        "a single loop with step sizes from accumulated gradient norms; none to set: minibatches, no coupled "
-        "constraints",
+        functools.partial(_take, "ProbedSingleLoop"),
+        "ProbedSingleLoop",
+        "a single loop with step sizes from probed curvatures; none to set: minibatches, no coupled constraints",
     ),
 )
 
 
-def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
+def default_solver(problem: Problem, x: PyTree, y: PyTree) -> Choice:
     """A sensible solver for the problem, and the sentence that says which and why: the first of `ROWS` that fits.
 
     Raises:
       ProblemError: no solver of this package honours all parts of the problem.
     """
-    facts = look(problem, x, y)
+    whole = _passed_over_whole(problem, x, y, _PASS_BYTES)
+    facts = look(problem if whole is None else whole, x, y)
     row = next((row for row in ROWS if row.holds(facts)), None)
     solver = None if row is None else row.take()
     if row is not None and solver is not None:
-        return solver, f"Chose {row.solver}: {row.why}."
+        if whole is None:
+            return Choice(solver, f"Chose {row.solver}: {row.why}.", problem)
+        why = f"Chose {row.solver} on all samples in place of minibatches (a pass over them is cheap): {row.why}."
+        return Choice(solver, why, whole)
     if facts.upper_rows:
         raise ProblemError(
             "No solver is chosen automatically for upper_constraint= and upper_equality= here, since solvers.MPCC does "
@@ -255,18 +278,31 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> tuple[Any, str]:
     )
 
 
-def second_solver(problem: Problem, x: PyTree, y: PyTree, first: Any) -> tuple[Any, str] | None:
+def _passed_over_whole(problem: Problem, x: PyTree, y: PyTree, most: int) -> Problem | None:
+    """The problem on full batches, where samples are drawn and a pass over all of them reads and writes at most `most`
+    bytes; None otherwise."""
+    whole = problem.whole() if problem.stochastic else None
+    return None if whole is None or whole.pass_bytes(x, y) > most else whole
+
+
+def second_solver(problem: Problem, x: PyTree, y: PyTree, first: Any) -> Choice | None:
     """What to try where the first choice ended at something that is no solution; None: nothing fits better."""
     from bilevel.solvers import F2BA, MPCC
 
-    if isinstance(first, MPCC) or problem.stochastic:
+    if isinstance(first, MPCC):
         return None
+    if problem.stochastic:
+        whole = _passed_over_whole(problem, x, y, _MOST_BYTES) if jax.tree.leaves(x) else None
+        if whole is None:
+            return None
+        chosen = default_solver(whole, x, y)
+        return chosen._replace(why=f"{name_of(chosen.solver)} on all samples in place of minibatches")
     if not refusal(problem, x, y):
-        return MPCC(), "MPCC, which looks for other minimisers and other solutions"
+        return Choice(MPCC(), "MPCC, which looks for other minimisers and other solutions", problem)
     constrained = problem.constraint is not None or problem.equality is not None
     if constrained or problem.project_lower is not None or problem.prox_lower is not None or not jax.tree.leaves(x):
         return None
-    return F2BA(), "F2BA, which chooses among several minimisers"
+    return Choice(F2BA(), "F2BA, which chooses among several minimisers", problem)
 
 
 def as_markdown() -> str:

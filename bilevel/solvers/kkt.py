@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bilevel._module import constructor
 from bilevel.hypergradients import ActiveSet, LeastSquares, NullSpace
 from bilevel.lower import Accurate, EqualityDescent, ScaledDescent
 from bilevel.optimizers import spectral
@@ -12,6 +13,7 @@ from bilevel.solvers.nested import HypergradientDescent
 __all__ = ["GALET", "GAM", "AiPOD"]
 
 
+@constructor
 def GALET(
     lower_steps: int = 20,
     lower_step: float | None = None,
@@ -33,6 +35,7 @@ def GALET(
     return HypergradientDescent(LeastSquares(linear_steps, linear_step), ScaledDescent(lower_steps, lower_step), rule)
 
 
+@constructor
 def GAM(
     eps: float = 1e-4, upper_optimizer: Any = None, inner_steps: int = 100, rounds: int = 12
 ) -> HypergradientDescent:
@@ -52,6 +55,7 @@ def GAM(
     return HypergradientDescent(ActiveSet(eps), Accurate(inner_steps, rounds), rule)
 
 
+@constructor
 def AiPOD(
     lower_steps: int = 5,
     lower_step: float | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,16 +10,17 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import hypergradients, linear
-from bilevel._module import hyperparameters, state
+from bilevel._module import constructor, hyperparameters, name_of, state
 from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
+from bilevel.hypergradients._base import check_estimator, first_carry
 from bilevel.keys import StepKey
-from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
+from bilevel.lower import LBFGS, GradientDescent, LowerState, Relative, as_lower_solver
 from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import linear_settled, refuse, within
 from bilevel.typing import Metrics, PyTree, Scalar
 
-__all__ = ["AID", "IMAML", "ITD", "T1T2", "HypergradientDescent", "OneStep", "TruncatedITD"]
+__all__ = ["AID", "IMAML", "ITD", "MAML", "T1T2", "HypergradientDescent", "OneStep", "TruncatedITD"]
 
 
 @state
@@ -72,20 +74,31 @@ class HypergradientDescent:
         if self.upper_optimizer is not None:
             check_optimizer("HypergradientDescent", "upper_optimizer", self.upper_optimizer)
         as_lower_solver(self.lower_solver)
+        check_estimator("HypergradientDescent", self.hypergradient)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> NestedState:
         """The state before the first step."""
         honours = getattr(self.hypergradient, "honours", ("project_lower", "prox_lower"))
         refuse(self, problem, x, honours=("project_upper", *honours), instead="solvers.LVHBA or solvers.MEHA")
-        memory = as_lower_solver(self.lower_solver).init(y).memory
-        carry = self.hypergradient.init(problem.draw_lower(key), x, y)
+        start = as_lower_solver(self.lower_solver).init(y)
+        carry = first_carry(self.hypergradient, problem.draw_lower(key), x, start)
         upper = self._move(problem).init(x)
+        if getattr(self.hypergradient, "continues", False) and (withdraws(upper) or not self.warm_start):
+            cure = (
+                "warm_start=True" if not self.warm_start else "upper_optimizer a step size or an optax rule, such as "
+                "optax.adam(1e-2), that withdraws no steps"
+            )  # fmt: skip
+            raise ProblemError(
+                f"{type(self.hypergradient).__name__}(restart=...) carries the derivative of the lower run from one "
+                f"outer step to the next, so that run must go on and not be taken back: give "
+                f"HypergradientDescent {cure}."
+            )
         if problem.stochastic and withdraws(upper):
             raise ProblemError(
-                "HypergradientDescent's upper step rule compares values and needs full batches; this problem draws "
+                f"{name_of(self)}'s upper step rule compares values and needs full batches; this problem draws "
                 "minibatches. Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
             )
-        return NestedState(x, y, x, memory, carry, upper, None if self.warm_start else y)
+        return NestedState(x, y, x, start.memory, carry, upper, None if self.warm_start else y)
 
     def _move(self, problem: Problem) -> Move:
         """How x moves."""
@@ -123,7 +136,10 @@ class HypergradientDescent:
 
     def status(self, state: NestedState, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED where the hypergradient and the lower level's residual are within the tolerance (and what else the
-        estimator says), the linear system is solved to it or to a thousandth of F_y, and met no negative curvature."""
+        estimator says), the linear system is solved to it or to a thousandth of F_y, and met no negative
+        curvature; never by an estimate that is small by chance."""
+        if not getattr(self.hypergradient, "conclusive", True):
+            return jnp.zeros((), jnp.int32)
         met = within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
         return jnp.where(linear_settled(tol, metrics), met, 0)
 
@@ -148,6 +164,7 @@ def _with_gradient(estimate: Any, x: PyTree) -> Scalar:
     return value(x)
 
 
+@constructor
 def AID(
     lower_solver: Any = None,
     upper_optimizer: Any = None,
@@ -155,31 +172,67 @@ def AID(
 ) -> HypergradientDescent:
     """Approximate implicit differentiation: a lower solve, a warm-started linear solve, an upper step.
 
-    Defaults, for full batches, without a step size to choose: `lower.LBFGS(tol=1e-6)`, `linear.Robust` (CG from a warm
-    start, or GMRES with a projection or prox on the lower level, and least squares where f_yy is singular; up
-    to 32 unknowns as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()` with a projection on the upper
-    level). `lower_solver=lower.Newton()` solves small or badly conditioned lower levels to the dtype's precision.
+    Defaults, for full batches, without a step size or a unit to choose: `lower.Relative(lower.LBFGS(tol=1e-6))`,
+    `linear.Robust` (CG from a warm start, or GMRES with a projection or prox on the lower level, and least squares
+    where f_yy is singular; up to 32 unknowns as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()` with a
+    projection on the upper level). `lower_solver=lower.Newton()` solves small or badly conditioned lower levels to the
+    dtype's precision.
 
     References: Pedregosa, ICML 2016 (HOAG); Grazzi et al., "On the Iteration Complexity of Hypergradient Computation",
     ICML 2020.
     """
     return HypergradientDescent(
         Implicit(linear_solver),
-        LBFGS() if lower_solver is None else lower_solver,
+        Relative(LBFGS()) if lower_solver is None else lower_solver,
         upper_optimizer,
     )
 
 
+@constructor
 def ITD(
-    lower_steps: int = 100, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, warm_start: bool = False
+    lower_steps: int = 100,
+    lower_optimizer: Any = 0.1,
+    upper_optimizer: Any = 0.01,
+    warm_start: bool = False,
+    start: Callable[[PyTree, PyTree], PyTree] | None = None,
 ) -> HypergradientDescent:
     """Iterative differentiation: backpropagation through all `lower_steps` steps from y0.
 
+    `start`: `(x, y) -> y`, where each run of the lower level begins, differentiated as the steps are; None: at y0, or
+    with `warm_start` at the last y.
+
     Reference: Franceschi et al., ICML 2017.
     """
-    return HypergradientDescent(Unrolled(), GradientDescent(lower_optimizer, lower_steps), upper_optimizer, warm_start)
+    solver = GradientDescent(lower_optimizer, lower_steps, start=start)
+    return HypergradientDescent(Unrolled(), solver, upper_optimizer, warm_start)
 
 
+@constructor
+def MAML(
+    lower_steps: int = 5,
+    lower_optimizer: Any = 0.1,
+    upper_optimizer: Any = 0.001,
+    start: Callable[[PyTree, PyTree], PyTree] | None = None,
+) -> HypergradientDescent:
+    """Model-agnostic meta-learning: `lower_steps` steps on each task from the meta-parameters x, differentiated.
+
+        y_i = x, then lower_steps times  y_i <- y_i - lower_optimizer d loss_i(y_i);   x <- x - upper d/dx mean F_i(y_i)
+
+    y is stacked along a leading axis of tasks (y0 says only how many there are), the lower loss is the *sum* over tasks
+    (`vmap`), and x need not be in either loss.
+
+    Attributes:
+      start: `(x, y) -> ` the part of x that the tasks adapt, shaped like one task's y (or like y). None: all of x. With
+        `start=lambda x, y: x["head"]` and losses that read x["body"] the tasks adapt the head alone: ANIL.
+
+    References: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017; Raghu et al., "Rapid Learning or
+    Feature Reuse? Towards Understanding the Effectiveness of MAML", ICLR 2020 (ANIL).
+    """
+    begin = _start_at_upper if start is None else lambda x, y: _start_at_upper(start(x, y), y)
+    return ITD(lower_steps, lower_optimizer, upper_optimizer, start=begin)
+
+
+@constructor
 def TruncatedITD(
     lower_steps: int = 100,
     last: int = 10,
@@ -196,6 +249,7 @@ def TruncatedITD(
     )
 
 
+@constructor
 def OneStep(lower_steps: int = 10, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01) -> HypergradientDescent:
     """Descent along the one-step hypergradient: `lower_steps` steps, of which the last is differentiated.
 
@@ -206,6 +260,7 @@ def OneStep(lower_steps: int = 10, lower_optimizer: Any = 0.1, upper_optimizer: 
     )
 
 
+@constructor
 def T1T2(lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, scale: float = 1.0) -> HypergradientDescent:
     """One lower step and one upper step in turn, the inverse Hessian replaced by `scale` times the identity.
 
@@ -217,6 +272,7 @@ def T1T2(lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.01, scale: float =
     return HypergradientDescent(Implicit(linear.Identity(scale)), GradientDescent(lower_optimizer, 1), upper_optimizer)
 
 
+@constructor
 def IMAML(
     lower_steps: int = 16, lower_optimizer: Any = 0.1, upper_optimizer: Any = 0.001, cg_steps: int = 5
 ) -> HypergradientDescent:
@@ -238,4 +294,21 @@ def IMAML(
 
 
 def _start_at_upper(x: PyTree, y: PyTree) -> PyTree:
+    """Each task's copy of x, shaped like y."""
+
+    def shapes(tree: PyTree) -> str:
+        return str(jax.tree.map(lambda leaf: list(jnp.shape(leaf)), tree))
+
+    fits = (
+        jax.tree.structure(x) == jax.tree.structure(y)  # type: ignore[operator]
+        and all(
+            jnp.shape(own)[jnp.ndim(own) - jnp.ndim(meta) :] == jnp.shape(meta)
+            for meta, own in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+        )
+    )
+    if not fits:
+        raise ProblemError(
+            f"Each task starts at a copy of x, and x {shapes(x)} does not fit y {shapes(y)}: y is x with a leading "
+            'axis of tasks. Where tasks adapt a part of x, name it: solvers.MAML(start=lambda x, y: x["head"]).'
+        )
     return jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape).astype(y.dtype), x, y)

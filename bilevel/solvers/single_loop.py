@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
-from bilevel._module import hyperparameters, state
+from bilevel._module import constructor, hyperparameters, state
 from bilevel.derivatives import norm
 from bilevel.keys import StepKey
 from bilevel.optimizers import Move, check_optimizer, residual
@@ -137,6 +137,7 @@ def measured(problem: Problem, x: PyTree, direction: Point) -> Metrics:
     return metrics if direction.v is None else metrics | {"linear_residual": norm(direction.v)}
 
 
+@constructor
 def SOBA(
     upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, decay: float | None = 0.5
 ) -> SingleLoop:
@@ -151,6 +152,7 @@ def SOBA(
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, lower_decay=decay, upper_decay=decay)
 
 
+@constructor
 def MASOBA(
     upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, theta: float = 0.1
 ) -> SingleLoop:
@@ -166,6 +168,7 @@ def MASOBA(
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, Momentum(theta))
 
 
+@constructor
 def SABA(
     upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, linear_optimizer: Any = None, max_table_bytes: int = 2**32
 ) -> SingleLoop:
@@ -179,6 +182,7 @@ def SABA(
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, SAGA(max_table_bytes))
 
 
+@constructor
 def SRBA(
     upper_optimizer: Any = 0.1,
     lower_optimizer: Any = 0.1,
@@ -196,6 +200,7 @@ def SRBA(
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, SARAH(period, period_fraction))
 
 
+@constructor
 def SPABA(
     upper_optimizer: Any = 0.1,
     lower_optimizer: Any = 0.1,
@@ -212,6 +217,7 @@ def SPABA(
     return SingleLoop(lower_optimizer, upper_optimizer, linear_optimizer, PAGE(probability=probability))
 
 
+@constructor
 def AdamSOBA(upper_rate: float = 1e-2, lower_rate: float = 1e-2, linear_rate: float | None = None) -> SingleLoop:
     """SOBA's directions, each preconditioned by Adam (optax's defaults but for the rates).
 
@@ -222,6 +228,7 @@ def AdamSOBA(upper_rate: float = 1e-2, lower_rate: float = 1e-2, linear_rate: fl
     return SingleLoop(rule(lower_rate), rule(upper_rate), rule(linear))
 
 
+@constructor
 def SUSTAIN(
     upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, hvp_step: float = 0.1, hvp_steps: int = 10, eta: float = 0.5
 ) -> SingleLoop:
@@ -237,6 +244,7 @@ def SUSTAIN(
     )
 
 
+@constructor
 def MRBO(
     upper_optimizer: Any = 0.1, lower_optimizer: Any = 0.1, hvp_step: float = 0.1, hvp_steps: int = 10, eta: float = 0.5
 ) -> SingleLoop:

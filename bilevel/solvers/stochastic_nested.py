@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel._module import hyperparameters, state
+from bilevel._module import constructor, hyperparameters, state
 from bilevel.hypergradients.stochastic import SAMA as AdaptiveIdentity
 from bilevel.hypergradients.stochastic import StochasticImplicit
 from bilevel.keys import StepKey
@@ -26,6 +26,7 @@ from bilevel.typing import Metrics, PyTree
 __all__ = ["BSA", "SAMA", "TTSA", "VRBO", "AmIGO", "StocBiO"]
 
 
+@constructor
 def StocBiO(
     upper_optimizer: Any = 0.1,
     lower_optimizer: Any = 0.1,
@@ -45,6 +46,7 @@ def StocBiO(
     )
 
 
+@constructor
 def AmIGO(
     upper_optimizer: Any = 0.1,
     lower_optimizer: Any = 0.1,
@@ -70,6 +72,7 @@ def _decaying(size: float, exponent: float, inner: int = 1) -> optax.GradientTra
     return optax.sgd(lambda count: size / (count // inner + 1.0) ** exponent)
 
 
+@constructor
 def BSA(
     upper_step: float = 0.1, lower_step: float = 0.1, lower_steps: int = 10, hvp_step: float = 0.1, hvp_steps: int = 10
 ) -> HypergradientDescent:
@@ -85,6 +88,7 @@ def BSA(
     return HypergradientDescent(estimator, lower, _decaying(upper_step, 0.5))
 
 
+@constructor
 def TTSA(
     upper_step: float = 0.1, lower_step: float = 0.1, hvp_step: float = 0.1, hvp_steps: int = 10
 ) -> HypergradientDescent:
@@ -97,6 +101,7 @@ def TTSA(
     return HypergradientDescent(estimator, GradientDescent(_decaying(lower_step, 0.4), 1), _decaying(upper_step, 0.6))
 
 
+@constructor
 def SAMA(
     upper_optimizer: Any = 1e-3, lower_optimizer: Any = 1e-3, lower_steps: int = 1, radius: float | None = 1.0
 ) -> HypergradientDescent:

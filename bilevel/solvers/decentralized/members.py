@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from bilevel._module import constructor
 from bilevel.network import Network
 from bilevel.solvers.decentralized.solver import Decentralized
 
 __all__ = ["DSOBA", "GTDSBO", "MADSBO", "SLDBO", "SPARKLE"]
 
 
+@constructor
 def MADSBO(
     network: Network,
     upper_optimizer: Any = 0.01,
@@ -42,6 +44,7 @@ def MADSBO(
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **options)
 
 
+@constructor
 def GTDSBO(
     network: Network,
     upper_optimizer: Any = 0.01,
@@ -61,6 +64,7 @@ def GTDSBO(
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **options)
 
 
+@constructor
 def DSOBA(
     network: Network,
     upper_optimizer: Any = 0.01,
@@ -81,6 +85,7 @@ def DSOBA(
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, **options)
 
 
+@constructor
 def SPARKLE(
     network: Network,
     upper_optimizer: Any = 0.01,
@@ -104,6 +109,7 @@ def SPARKLE(
     return Decentralized(network, upper_optimizer, lower_optimizer, linear_optimizer, x, y, v, **options)
 
 
+@constructor
 def SLDBO(
     network: Network,
     upper_optimizer: Any = 0.01,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel._module import hyperparameters, state
+from bilevel._module import constructor, hyperparameters, state
 from bilevel.keys import Draw
 from bilevel.optimizers import check_count
 from bilevel.solvers import _agents
@@ -19,6 +19,7 @@ from bilevel.solvers.federated.simfbo import FederatedSingleLoop
 from bilevel.typing import Metrics, PyTree
 
 
+@constructor
 def FedBiO(
     clients: int | None = None,
     upper_step: float = 0.01,

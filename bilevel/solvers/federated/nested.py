@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel._module import hyperparameters, state
+from bilevel._module import constructor, hyperparameters, state
 from bilevel.keys import Draw
 from bilevel.optimizers import Move, check_optimizer, is_rule
 from bilevel.solvers import _agents
@@ -137,6 +137,7 @@ class FederatedNested(Federated):
         return FederatedState(x, y, upper, memory, state.curvature), metrics
 
 
+@constructor
 def FedMBO(
     clients: int | None = 10,
     upper_optimizer: Any = 0.01,
@@ -170,6 +171,7 @@ def FedMBO(
     return FederatedNested(clients, upper_optimizer, lower_optimizer, chains, **options)
 
 
+@constructor
 def FedNest(
     clients: int | None = 10,
     upper_optimizer: Any = 0.01,
@@ -195,6 +197,7 @@ def FedNest(
     return FederatedNested(clients, upper_optimizer, lower_optimizer, shared, "svrg", *steps, **options)
 
 
+@constructor
 def LFedNest(
     clients: int | None = 10,
     upper_optimizer: Any = 0.01,

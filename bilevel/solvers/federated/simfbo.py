@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from bilevel._module import hyperparameters, state
+from bilevel._module import constructor, hyperparameters, state
 from bilevel.keys import Draw
 from bilevel.optimizers import Move, check_count, check_optimizer, is_rule
 from bilevel.solvers import _agents
@@ -139,6 +139,7 @@ class FederatedSingleLoop(Federated):
         return {"counts": counts, "most": max(self.local_steps), "steps": steps, "divisor": divisor}
 
 
+@constructor
 def SimFBO(
     clients: int | None = 10,
     upper_optimizer: Any = 0.005,
@@ -165,6 +166,7 @@ def SimFBO(
     return FederatedSingleLoop(clients, upper_optimizer, lower_optimizer, linear_optimizer, **options)
 
 
+@constructor
 def ShroFBO(
     clients: int | None = 10,
     upper_optimizer: Any = 0.005,

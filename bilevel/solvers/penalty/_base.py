@@ -55,7 +55,7 @@ def kept_inside(problem: Problem, upper: Level, lower: Level, old: PyTree, new: 
 
 def proximal(lower: Level, x: PyTree, y: PyTree, size: Any) -> PyTree:
     """The lower level's prox at y, as far as it has one, and its projection."""
-    y = y if lower.prox is None else lower.prox(y, x, size)
+    y = y if lower.prox is None else lower.prox(x, y, size)
     return y if lower.project is None else lower.project(y)
 
 
@@ -95,7 +95,7 @@ def report(
     extrapolation.
     """
     bias = jnp.abs(penalty * gap) if bias is None else bias
-    bias = jnp.where(jnp.isfinite(path.change), jnp.minimum(slope * path.change, bias), bias)
+    bias = jnp.where(path.change >= 0, jnp.minimum(slope * path.change, bias), bias)
     violation = jnp.asarray(violation, more["upper_loss"].dtype)
     return {"gap": gap, "violation": violation, "penalty": penalty, "bias": bias, **more}
 

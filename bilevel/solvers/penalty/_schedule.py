@@ -16,6 +16,9 @@ from bilevel.typing import PyTree
 # Below this F has no curvature to speak of.
 _FLAT = 1e-5
 
+# No length: a state that holds no infinity passes JAX's jax_debug_infs.
+UNKNOWN = -1.0
+
 
 @state
 class Path:
@@ -28,7 +31,8 @@ class Path:
       begun: the step at which this c was taken.
       unit: what c is measured in, see `Continuation`.
       penalties: c at the last three stages that converged, shape (3,), newest first; zero where there is none yet.
-      change: |the newest extrapolated point - the one before|, an estimate of its error; infinite before there are two.
+      change: |the newest extrapolated point - the one before|, an estimate of its error; `UNKNOWN`
+        before there are two.
       ends: the points at the ends of those stages, (x, y), stacked along a leading axis.
       reported: the point to report.
     """
@@ -129,7 +133,7 @@ class Continuation:
         held = derivatives.norm(optax.tree.sub(found, path.reported))
         choose = lambda f, p, old: jnp.where(regular, jnp.where(done, f, old), p)  # noqa: E731
         reported = jax.tree.map(choose, found, point, path.reported)
-        change = jnp.where(regular, jnp.where(done, held, path.change), jnp.inf).astype(path.change.dtype)
+        change = jnp.where(regular, jnp.where(done, held, path.change), UNKNOWN).astype(path.change.dtype)
         return dataclasses.replace(path, ends=ends, reported=reported, change=change)
 
     def grows(self, path: Path) -> jax.Array:
@@ -144,7 +148,7 @@ def as_schedule(value: Any) -> Any:
 
 def _begin(point: PyTree, start: Any, unit: Any, extrapolated: bool) -> Path:
     dtype = jnp.result_type(*jax.tree.leaves(point))
-    c, begun, unit, change = (jnp.asarray(v, dtype) for v in (unit * start, 0, unit, jnp.inf))
+    c, begun, unit, change = (jnp.asarray(v, dtype) for v in (unit * start, 0, unit, UNKNOWN))
     ends, reported = (jax.tree.map(lambda p: jnp.stack([p] * 3), point), point) if extrapolated else (None, None)
     return Path(c, begun, unit, jnp.zeros((3,), dtype), change, ends, reported)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
-from bilevel._module import hyperparameters
+from bilevel._module import constructor, hyperparameters
 from bilevel.keys import StepKey
 from bilevel.lower import LBFGS, GradientDescent, LowerState, as_lower_solver
 from bilevel.optimizers import residual, spectral
@@ -115,6 +115,7 @@ class F2SA(ValueMethod):
         return solver, {name: solver.init(start) for name, start in inner.items()}
 
 
+@constructor
 def F2BA(lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = None, lower_steps: int = 10) -> F2SA:
     """F2BA: accurate lower solves and a constant penalty; by default one that doubles by stages, with extrapolation.
 
@@ -124,6 +125,7 @@ def F2BA(lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = N
     return F2SA(False, lower_solver, lower_steps, upper_optimizer, schedule)
 
 
+@constructor
 def CentralF2SA(
     lower_solver: Any = None, upper_optimizer: Any = None, penalty: Any = 300.0, lower_steps: int = 10
 ) -> F2SA:
@@ -131,6 +133,7 @@ def CentralF2SA(
     return F2SA(True, lower_solver, lower_steps, upper_optimizer, penalty)
 
 
+@constructor
 def SingleLoopF2SA(lower_step: float = 0.1, upper_optimizer: Any = 0.01, penalty: Any = None) -> F2SA:
     """F2SA with one lower step of each kind per upper step.
 

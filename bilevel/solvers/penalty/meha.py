@@ -58,7 +58,7 @@ class MEHA(Joint):
         """Estimate the curvatures."""
         refuse(self, problem, x, honours=("project_upper", "project_lower", "prox_lower"), instead="solvers.LVHBA")
         prox = problem.prox_lower
-        if prox is not None and self.nonsmooth is None and depends(lambda y, x: prox(y, x, 1.0), y, x, on=1):
+        if prox is not None and self.nonsmooth is None and depends(lambda y, x: prox(x, y, 1.0), y, x, on=1):
             raise ProblemError(
                 "MEHA: prox_lower depends on x, so the step of x needs the derivative of the nonsmooth term r itself: "
                 "give MEHA(nonsmooth=r) with r(x, y) -> scalar."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -30,6 +31,10 @@ _LARGE = 600
 _DIFFERENT = 1e-3
 _SCOUTS, _FEW = 30, 60
 """Lower solves before the search, and the most unknowns for which so many are made."""
+_LOOKS = 4
+"""Points of a start that are looked at more closely, of those that do not stand it."""
+_FAR = 2
+"""Starts at lower solutions that lie far from the others."""
 
 
 class Local(NamedTuple):
@@ -60,6 +65,7 @@ class MPCCState:
         solver's own units; whether the point passed.
       ends: x, y, upper_loss and verified of each start, stacked; `MPCC.others` reads them.
       start: where the search began.
+      lead, led: where the next start is, and whether it is there: `MPCC.towards`.
       done, finished: the starts behind it, and whether there are no more.
     """
 
@@ -72,6 +78,8 @@ class MPCCState:
     verified: Any
     ends: dict[str, Any]
     start: tuple[PyTree, PyTree]
+    lead: tuple[PyTree, PyTree]
+    led: Any
     done: Any
     finished: Any
 
@@ -138,7 +146,7 @@ class MPCC:
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> MPCCState:
         """The start, nothing known of it; a problem that this is not for is refused."""
-        program = Program(problem, x, y, type(self).__name__)
+        program = Program(problem, x, y, type(self).__name__, measured=False)
         rows = sum(program.layout.rows)
         if program.n + program.m + rows > self.largest:
             raise ProblemError(
@@ -155,8 +163,12 @@ class MPCC:
             "verified": np.zeros(count, bool),
         }
         zeros = _in_shape(program, np.zeros(sum(program.layout.rows[:2])), np.zeros(program.p + program.q))
-        far = np.float64(np.inf)
-        return MPCCState(x, y, zeros, far, far, far, np.bool_(False), ends, (x, y), np.int64(0), np.bool_(False))
+        far, no = np.float64(np.inf), np.bool_(False)
+        return MPCCState(x, y, zeros, far, far, far, no, ends, (x, y), (x, y), no, np.int64(0), no)
+
+    def towards(self, state: MPCCState, x: PyTree, y: PyTree) -> MPCCState:
+        """The state whose next start is (x, y): a point lower than the best one, which a check of the end has found."""
+        return dataclasses.replace(state, lead=(x, y), led=np.bool_(True), finished=np.bool_(False))
 
     def search(self, problem: Problem, state: MPCCState, key: StepKey) -> Iterator[tuple[MPCCState, Metrics]]:
         """Start after start from where the state stands: the state and the metrics after each.
@@ -168,7 +180,8 @@ class MPCC:
         if state.done:
             run.resume(state)
         with program.precision():
-            ends = run.all(int(state.done))
+            lead = program.scaled(*state.lead) if state.led else None
+            ends = run.all(int(state.done), lead)
         while True:
             with program.precision():
                 end = next(ends, None)
@@ -217,7 +230,7 @@ class _Run:
         self.search = Search(program, solver.method, solver.tol, solver.rounds, solver.lower_starts)
         self.best: Point | None = None
         self.known: list[np.ndarray] = []
-        self._scouts: list[np.ndarray] | None = None
+        self._scouts: tuple[list[np.ndarray], list[np.ndarray]] | None = None
         self._seed = [int(part) for part in np.asarray(jax.random.key_data(key.base)).ravel()]
         self._seed += [int(key.stream)]
 
@@ -236,39 +249,51 @@ class _Run:
         at = lambda i: (jax.tree.map(lambda leaf: leaf[i], ends[name]) for name in ("x", "y"))  # noqa: E731
         self.known = [self.program.scaled(*at(i)) for i in np.flatnonzero(ends["verified"])]
 
-    def all(self, done: int) -> Iterator[tuple[int, Point, bool]]:
-        """(number, where it ended, whether it was the last) of each start."""
+    def all(self, done: int, lead: np.ndarray | None = None) -> Iterator[tuple[int, Point, bool]]:
+        """(number, where it ended, whether it was the last) of each start; the first at `lead`, where there is one."""
         solver = self.solver
         if done == 0 and self._falls():
-            z = self.search.multipliers(self.program.start)[0]
-            self.best = self.search.judge(z, np.random.default_rng(self._seed), count=1)
-            self.best.gap = np.inf
-            yield 0, self.best, True
+            yield 0, self._hopeless(), True
             return
         for step in range(done, solver.most_steps):
             rng = np.random.default_rng([*self._seed, step])
-            points = self._from(step, rng)
+            points = self._from(step, rng, lead)
+            lead = None
             # Nothing new: the start came to where an earlier one had been.
             point = self._better(points, rng) if points else self.best
             assert point is not None
             passed = self.best is not None and self.best.verified(solver.tol)
+            if step == 0 and not passed and point.gap > 1e-3 and self._falls(curved=True):
+                yield 0, self._hopeless(), True
+                return
             finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
+            if finished and passed and self.best is not None:
+                self.best = self.search.exact(self.best, rng)
             yield step, point, finished
             if finished:
                 return
 
-    def _falls(self) -> bool:
+    def _hopeless(self) -> Point:
+        """The start, as where a search ends that has nothing to look for."""
+        self.best = self.search.judge(
+            self.search.multipliers(self.program.start)[0], np.random.default_rng(self._seed), count=1
+        )
+        self.best.gap = np.inf
+        return self.best
+
+    def _falls(self, curved: bool = False) -> bool:
         """Whether the lower level falls for ever at the start and at points around it: there is nothing to search."""
         program, rng = self.program, np.random.default_rng(self._seed)
         k = program.n + program.m
         points = [program.start]
         points += [sample(program.lower[:k], program.upper[:k], program.start, rng, wide) for wide in (False, True)]
-        return all(unbounded(program.problem, *program.trees(xy), program) for xy in points)
+        return all(unbounded(program.problem, *program.trees(xy), program, curved) for xy in points)
 
     def _better(self, points: list[Point], rng: np.random.Generator) -> Point:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""
         tol = self.solver.tol
         points = sorted(points, key=lambda point: _rank(point, tol))
+        looks = 0
         for i, point in enumerate(points):
             if self.best is not None and _rank(point, tol) >= _rank(self.best, tol):
                 return points[0] if i == 0 else point
@@ -278,6 +303,10 @@ class _Run:
                 falls = unbounded(self.program.problem, *self.program.trees(point.xy), self.program)
                 if falls or not closer.verified(tol):
                     point.gap = np.inf if falls else closer.gap
+                    looks += 1
+                    if looks == _LOOKS:
+                        self.best = self.best or point
+                        return point
                     continue
             self.best = point
             return point
@@ -289,8 +318,9 @@ class _Run:
         """Whether a verified end of an earlier start is there."""
         return any(np.abs(xy - other).max() < 1e-5 for other in self.known)
 
-    def scouts(self) -> list[np.ndarray]:
-        """Lower solutions at many x, of each set of active rows that is met the best for F, the best first.
+    def scouts(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Lower solutions at many x: of each set of active rows that is met the best for F, the best first; and some
+        that lie far from these and from each other.
 
         The first is the one next to where the upper level would like y to be.
         """
@@ -303,36 +333,54 @@ class _Run:
             count = _SCOUTS if program.size <= _FEW else _SCOUTS // 3
             tried = [(wished, [wished[n:]]), (start, lower_starts(program, start, 3, rng))]
             for i in range(1, count):
-                xy = sample(low, high, start, rng, i % 3 > 0, spread(i, k))
+                xy = search.feasible(sample(low, high, start, rng, i % 3 > 0, spread(i, k)))
                 tried.append((xy, [xy[n:]] if i % 2 else [start[n:], xy[n:]]))
             best: dict[bytes, tuple[float, np.ndarray]] = {}
-            for xy, starts in tried:
+            feasible: list[tuple[float, np.ndarray]] = []
+            first: list[np.ndarray] = []
+            for i, (xy, starts) in enumerate(tried):
                 for point in solve_lower(program, xy, starts, method=self.solver.method).points[:1]:
                     at = program(program.point(point))
-                    cost = at.F + 1e2 * program.violation(at)
+                    broken = program.violation(at)
+                    cost = at.F + 1e2 * broken
                     active = (at.g > -1e-4).tobytes() + (at.G > -1e-4).tobytes()
                     if np.isfinite(cost) and cost < best.get(active, (np.inf,))[0]:
                         best[active] = cost, point
-            self._scouts = [point for _, point in sorted(best.values(), key=lambda pair: pair[0])]
-            first = solve_lower(program, wished, [wished[n:]], method=self.solver.method).points[:1]
-            self._scouts = first + self._scouts
+                    if np.isfinite(cost) and broken <= 1e-2:
+                        feasible.append((cost, point))
+                    first += [point] if i == 0 else []
+            near = first + [point for _, point in sorted(best.values(), key=lambda pair: pair[0])]
+            # Two solutions with the same active rows may lie on different sides of a set: what is far is tried, too.
+            feasible = sorted(feasible, key=lambda pair: pair[0])[: (len(feasible) + 1) // 2]
+            taken = [start, *near[:2]]
+            far: list[np.ndarray] = []
+            while feasible and len(far) < _FAR:
+                away = [min(np.linalg.norm((point - other)[:n]) for other in taken) for _, point in feasible]
+                far.append(feasible.pop(int(np.argmax(away)))[1])
+                taken.append(far[-1])
+            self._scouts = near, far
         return self._scouts
 
-    def _from(self, step: int, rng: np.random.Generator) -> list[Point]:
+    def _from(self, step: int, rng: np.random.Generator, lead: np.ndarray | None = None) -> list[Point]:
         """All points that one start gives."""
         search, program, solver = self.search, self.program, self.solver
         n, k = program.n, program.n + program.m
-        xy = program.start
-        if step:
+        xy = program.start if lead is None else lead
+        stationary = step < solver.starts or lead is not None
+        branching = bool(step) and step % 4 != 2
+        branching = branching or not stationary or lead is not None
+        if step and lead is None:
             place = spread(step, k)
             xy = sample(program.lower[:k], program.upper[:k], xy, rng, step % 4 != 0, place)
+            xy = xy if branching else search.feasible(xy)
         points: list[Point] = []
-        stationary = step < solver.starts
-        branching = bool(step % 2) or not stationary
-        if branching:
+        if branching and lead is None:
             # From the lower level's solution at an x, on its own branch.
-            scouted = self.scouts()
-            xy = scouted[(step // 2) % len(scouted)] if scouted else xy
+            near, far = self.scouts()
+            if stationary and step % 4 == 0 and far:
+                xy = far[(step // 4 - 1) % len(far)]
+            elif near:
+                xy = near[(step // 2) % len(near)]
         z, left = search.multipliers(xy)
         if branching and left > 1e-3 and program.p:
             stationary = False  # there is no multiplier at a lower solution: no constraint qualification
@@ -346,7 +394,7 @@ class _Run:
                 z = search.ladder(z, LADDER[2:])
             else:
                 z = search.ladder(z)
-            if self._is_known(z[:k]):
+            if lead is None and self._is_known(z[:k]):
                 return []
             rounds = search.cut_rounds(z, rng)
             points += rounds
@@ -387,6 +435,8 @@ class _Run:
             np.bool_(best.verified(tol)),
             ends,
             before.start,
+            before.lead,
+            np.bool_(False),
             np.int64(step + 1),
             np.bool_(finished),
         )

@@ -12,6 +12,9 @@ __all__ = ["FAR", "METHODS", "Rows", "minimise"]
 
 METHODS = ("SLSQP", "trust-constr")
 _SHORT = {"inequality": "ineq", "equality": "eq"}  # SciPy's names
+_SINGULAR = 6
+"""SLSQP's word for equations of which some follow from others."""
+_TRIALS = 3
 FAR = 1e7
 """In units of the variables: a point beyond it is not kept."""
 
@@ -48,23 +51,63 @@ def minimise(
 
     Unknowns whose bounds are equal stay where they are. An end beyond `far` is none.
     """
-    from scipy.optimize import Bounds, NonlinearConstraint
-    from scipy.optimize import minimize as scipy_minimise
-
     whole = np.clip(start, lower, upper)
     free = np.flatnonzero(lower < upper)
     if not free.size:
         return whole
+
+    def reduced(z: np.ndarray) -> Rows:
+        point = whole.copy()
+        point[free] = np.clip(z, lower[free], upper[free])
+        return _walled(_columns(rows(point), free))
+
+    end, basis = whole[free], None
+    for _ in range(_TRIALS):
+        found, status = _local(reduced, end, lower[free], upper[free], basis, method, iterations, tol)
+        if found is None or not np.isfinite(found).all() or np.abs(found).max() > far:
+            break
+        end = found
+        if status != _SINGULAR or method != "SLSQP":
+            break
+        # Equations that follow from the others here say nothing: their independent combinations do.
+        jacobian = reduced(end).equality_jacobian
+        left, sizes, _ = np.linalg.svd(jacobian, full_matrices=False)
+        rank = int((sizes > 1e-10 * sizes.max(initial=0.0)).sum())
+        if basis is not None and rank == basis.shape[1]:
+            break
+        basis = left[:, :rank]
+    whole = whole.copy()
+    whole[free] = np.clip(end, lower[free], upper[free])
+    return whole
+
+
+def _local(
+    rows: Callable[[np.ndarray], Rows],
+    start: np.ndarray,
+    lower: np.ndarray,
+    upper: np.ndarray,
+    basis: np.ndarray | None,
+    method: str,
+    iterations: int,
+    tol: float,
+) -> tuple[np.ndarray | None, int]:
+    """One call of SciPy's method, with combinations `basis` of the equations: where it ended, and its word."""
+    from scipy.optimize import Bounds, NonlinearConstraint
+    from scipy.optimize import minimize as scipy_minimise
+
     last: dict[str, Any] = {"z": None, "rows": None}
 
     def at(z: np.ndarray) -> Rows:
         if last["z"] is None or not np.array_equal(last["z"], z):
-            point = whole.copy()
-            point[free] = np.clip(z, lower[free], upper[free])
-            last["z"], last["rows"] = z.copy(), _walled(_columns(rows(point), free))
+            found = rows(z)
+            if basis is not None:
+                found = found._replace(
+                    equality=basis.T @ found.equality, equality_jacobian=basis.T @ found.equality_jacobian
+                )
+            last["z"], last["rows"] = z.copy(), found
         return last["rows"]
 
-    first = at(whole[free])
+    first = at(start)
     kinds = [kind for kind in ("inequality", "equality") if getattr(first, kind).size]
     value = {kind: (lambda z, kind=kind: getattr(at(z), kind)) for kind in kinds}
     slope = {kind: (lambda z, kind=kind: getattr(at(z), f"{kind}_jacobian")) for kind in kinds}
@@ -81,20 +124,16 @@ def minimise(
             warnings.simplefilter("ignore")  # of failures, which are looked at by the caller
             found = scipy_minimise(
                 lambda z: at(z).value,
-                whole[free],
+                start,
                 jac=lambda z: at(z).gradient,
-                bounds=Bounds(lower[free], upper[free]),
+                bounds=Bounds(lower, upper),
                 constraints=constraints,
                 method=method,
                 options=options,
-            ).x
+            )
     except (ValueError, np.linalg.LinAlgError):  # of a subproblem without a solution
-        return whole
-    if not np.isfinite(found).all() or np.abs(found).max() > far:
-        return whole
-    whole = whole.copy()
-    whole[free] = np.clip(found, lower[free], upper[free])
-    return whole
+        return None, 0
+    return found.x, int(found.status)
 
 
 def _columns(rows: Rows, free: np.ndarray) -> Rows:

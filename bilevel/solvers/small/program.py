@@ -21,11 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import sets
+from bilevel.constraints import depends
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
 
 __all__ = ["Evaluated", "Program", "precise", "size_of"]
 
+_UNEQUAL = 1e3
+"""How far the units of the coordinates of one variable differ before each has its own."""
 _TIGHT = 1e-9
 """Relative: two numbers that are equal but for rounding."""
 
@@ -176,6 +179,7 @@ class Program:
       problem: the problem, on full batches.
       x, y: a point, for shapes and scales.
       owner: who asks, for errors.
+      measured: False: shapes alone, without units and bounds, and without a compile.
 
     Attributes:
       n, m, p, q: the numbers of x, y, lower inequalities and lower equalities.
@@ -192,7 +196,7 @@ class Program:
       ProblemError: a part of the problem is not made for this.
     """
 
-    def __init__(self, problem: Problem, x: PyTree, y: PyTree, owner: str = "MPCC") -> None:
+    def __init__(self, problem: Problem, x: PyTree, y: PyTree, owner: str = "MPCC", *, measured: bool = True) -> None:
         problem = visible(problem, x, y)
         self.problem, self.owner = problem, owner
         _refuse(problem, x, y, owner)
@@ -225,9 +229,25 @@ class Program:
         self.lower, self.upper = np.full(self.size, -np.inf), np.full(self.size, np.inf)
         low, high = np.concatenate([x_low, y_low]), np.concatenate([x_high, y_high])
         xy = np.clip(xy, low, high)
-        with self.precision():
-            self._measure(xy, low, high)
+        if measured:
+            with self.precision():
+                self._measure(xy, low, high)
         self.start = xy / self.columns[: self.n + self.m]
+
+    @functools.cached_property
+    def linear(self) -> bool:
+        """Whether f(x, .) and the lower level's rows are affine at every x."""
+        lower = self.problem.full_lower()
+        with self.precision():
+            x, y = self.trees(self.start)
+            if self.double:
+                x, y = jax.tree.map(lambda leaf: leaf.astype(float), (x, y))
+
+            def slopes(y: PyTree, x: PyTree, tangent: PyTree) -> Any:
+                parts = lambda y: (lower(x, y), _rows(lower, self._bounds[1], y, x, y))  # noqa: E731
+                return jax.jvp(parts, (y,), (tangent,))[1]
+
+            return not depends(slopes, y, x, y, on=0)
 
     @staticmethod
     def _user_shapes(problem: Problem, x: PyTree, y: PyTree, counts: tuple[int, ...]) -> dict[str, tuple[PyTree, int]]:
@@ -330,7 +350,7 @@ class Program:
 
     def _measure(self, xy: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         """The units of x and y, of the rows, and what rows are bounds or opposite pairs."""
-        lengths = self._lengths(xy, low, high)
+        lengths, common = self._lengths(xy, low, high)
         k, n = self.n + self.m, self.n
         self.columns[:n], self.columns[n:k] = lengths
         rng = np.random.default_rng(0)
@@ -342,6 +362,13 @@ class Program:
             norms = np.sqrt(np.sum(jacobians**2, axis=2))
             # The lower loss counts by its part in y: a term in x alone is nothing to the lower level.
             norms[:, 1] = np.sqrt(np.sum(jacobians[:, 1, n:] ** 2, axis=1))
+            if (common < unit).any():
+                # Where f is flat a coordinate's own unit is long, and F has no part in that: it would be measured at
+                # points where it is of another size.
+                short, rng = np.minimum(unit, common), np.random.default_rng(0)
+                near_by = [xy] + [np.clip(xy + short * rng.normal(size=k), low, high) for _ in range(4)]
+                slopes = [self.raw(self.point(point))[1][0, :k] * short for point in near_by]
+                norms[:, 0] = [np.linalg.norm(slope) for slope in slopes]
         norms[~np.isfinite(norms)] = np.nan
         for row in range(norms.shape[1]):
             column = norms[:, row]
@@ -361,38 +388,87 @@ class Program:
         for _, j in self.pairs:  # the second of a pair has no multiplier of its own
             self.lower[k + j] = self.upper[k + j] = 0.0
 
-    def _lengths(self, xy: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[float]:
-        """For x and for y: the median of the lengths on which something changes."""
+    def _lengths(self, xy: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """For x and for y: the median of the lengths on which something changes, for each coordinate alike.
+
+        Where the coordinates of y have curvatures, or those of x effects, that differ by much, each has a unit of its
+        own by them, and the median is taken in these; the second result is the common one of all (x, y) all the same.
+        """
         n, k = self.n, self.n + self.m
-        values, jacobian = self.raw(self.point(xy))
+        at = self.raw(self.point(xy))
         rng = np.random.default_rng(1)
+        found: list[np.ndarray] = []
+        common = np.ones(k)
+        for block in (slice(n, k), slice(0, n)):
+            signs = rng.choice([-1.0, 1.0], block.stop - block.start)
+            along_y = found[0] * rng.choice([-1.0, 1.0], k - n) if found and signs.size else None
+            weights = np.ones(signs.size)
+            lengths = self._block_lengths(xy, low, high, block, at, signs, along_y)
+            common[block] = lengths
+            own = self._weights(xy, low, high, block, lengths, found)
+            if own is not None:
+                weights, lengths = own, self._block_lengths(xy, low, high, block, at, signs * own, along_y)
+            found.append(lengths * weights)
+        return found[::-1], common
+
+    def _weights(
+        self, xy: np.ndarray, low: np.ndarray, high: np.ndarray, block: slice, length: float, y: list[np.ndarray]
+    ) -> np.ndarray | None:
+        """Units of the coordinates of a block relative to each other, where they differ by much; else None."""
+        n, k = self.n, self.n + self.m
+        if block.stop - block.start < 2:
+            return None
+        rng, effects = np.random.default_rng(2), []
+        reach = np.full(k, max(float(np.abs(xy[:n]).max(initial=0.0)), 1.0))
+        reach[block] = length
+        for i in range(4):
+            point = np.clip(xy + (reach * rng.normal(size=k) if i else 0.0), low, high)
+            jacobian = self.raw(self.point(point))[1][self._slices[-1]]
+            by_x = jacobian[:, :n] * y[0][:, None] if y else None
+            effects.append(np.sqrt(np.abs(np.diag(jacobian[:, n:k]))) if by_x is None else np.abs(by_x).max(0))
+        effect, least = np.max(effects, axis=0), np.min(effects, axis=0)
+        seen = np.isfinite(effect) & (effect > 0)
+        if not seen.any() or effect[seen].max() <= _UNEQUAL * effect[seen].min():
+            return None
+        if (effect[seen] > 10 * least[seen]).any():  # what is small here is not so elsewhere: no unit
+            return None
+        return 1 / np.where(seen, effect, np.exp(np.median(np.log(effect[seen]))))
+
+    def _block_lengths(
+        self,
+        xy: np.ndarray,
+        low: np.ndarray,
+        high: np.ndarray,
+        block: slice,
+        at: tuple[np.ndarray, np.ndarray],
+        steps: np.ndarray,
+        along_y: np.ndarray | None,
+    ) -> float:
+        """The median of the lengths of x or of y, in units |steps| of the coordinates."""
+        values, jacobian = at
+        k = self.n + self.m
         _, _, G, H, g, h, r = self._slices
         constraints = np.r_[G, H, g, h]
-        found: list[float] = []
-        for block in (slice(n, k), slice(0, n)):
-            lengths: list[float] = []
-            width = (high - low)[block]
-            lengths += list(width[np.isfinite(width) & (width > 0)] / 2)
-            largest = np.max(np.abs(xy[block]), initial=0.0)
-            lengths += [float(largest)] if largest > 0 else []
+        unit, lengths = np.abs(steps), []
+        width = (high - low)[block] / unit
+        lengths += list(width[np.isfinite(width) & (width > 0)] / 2)
+        largest = np.max(np.abs(xy[block]) / unit, initial=0.0)
+        lengths += [float(largest)] if largest > 0 else []
+        with np.errstate(all="ignore"):
+            distance = np.abs(values[constraints]) / np.sqrt(np.sum((jacobian[constraints, block] * unit) ** 2, axis=1))
+        lengths += list(distance[np.isfinite(distance) & (distance > 0)])
+        direction = np.zeros(k)
+        direction[block] = steps
+        lengths += self._curving(xy, direction, values, jacobian) if direction.any() else []
+        if along_y is not None:  # as far as x moves the lower solution by a unit of y
+            both = np.concatenate([np.zeros(self.n), along_y])
             with np.errstate(all="ignore"):
-                distance = np.abs(values[constraints]) / np.sqrt(np.sum(jacobian[constraints, block] ** 2, axis=1))
-            lengths += list(distance[np.isfinite(distance) & (distance > 0)])
-            direction = np.zeros(k)
-            direction[block] = rng.choice([-1.0, 1.0], block.stop - block.start)
-            lengths += self._curving(xy, direction, values, jacobian) if direction.any() else []
-            if found and direction.any():
-                # As far as x moves the lower solution by a unit of y.
-                along_y = np.zeros(k)
-                along_y[n:] = found[0] * rng.choice([-1.0, 1.0], k - n)
-                with np.errstate(all="ignore"):
-                    moved = np.linalg.norm(jacobian[r, :k] @ along_y) / np.linalg.norm(jacobian[r, :k] @ direction)
-                lengths += [float(moved)] if np.isfinite(moved) and moved > 0 else []
-            # At a solution some are zero but for rounding: no lengths.
-            least = 1e-2 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
-            lengths = [length for length in lengths if length >= least]
-            found.append(float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0)
-        return found[::-1]
+                moved = np.linalg.norm(jacobian[r, :k] @ both) / np.linalg.norm(jacobian[r, :k] @ direction)
+            lengths += [float(moved)] if np.isfinite(moved) and moved > 0 else []
+        # At a solution some are zero but for rounding: no lengths.
+        least = 1e-2 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
+        lengths = [length for length in lengths if length >= least]
+        return float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0
 
     def _curving(self, xy: np.ndarray, direction: np.ndarray, values: np.ndarray, jacobian: np.ndarray) -> list[float]:
         """The lengths along a direction on which the gradients of F, of f in y and of the rows change by themselves."""

@@ -31,6 +31,12 @@ _HOPELESS = 1e-2
 """A violation at which a point is not looked at any further."""
 _BOTH = 3
 """Rounds of cuts in which the search goes on from the lower solution, too."""
+EXACT = 1e-10
+"""What the conditions of a lower solution are left with by rounding."""
+_BESIDE = 1e-2
+"""How far from a relaxed point the exact one is at most, in units of the variables."""
+_STEEP = 1e3
+"""A lower solution that moves faster with x, in units of the variables, is at a kink."""
 
 
 @dataclasses.dataclass
@@ -106,28 +112,71 @@ def lower_rows(program: Program) -> Any:
 def solve_lower(
     program: Program, xy: np.ndarray, starts: Iterable[np.ndarray], iterations: int = 100, method: str = "SLSQP"
 ) -> Lowest:
-    """Local solves of the lower level at the x of `xy` from several y; a feasible start counts as a point itself."""
+    """Local solves of the lower level at the x of `xy` from several y; a feasible start counts as a point itself.
+
+    A linear programme is solved as one, whatever the starts.
+    """
     n = program.n
-    lower, upper = program.own_lower.copy(), program.own_upper.copy()
-    lower[:n] = upper[:n] = xy[:n]
-    rows, found = lower_rows(program), []
-    for y in starts:
-        start = np.concatenate([xy[:n], y])
-        end = minimise(rows, start, lower, upper, method=method, iterations=iterations, tol=1e-13, far=1e30)
-        for point in (start, end):
-            at = program(program.point(point))
-            broken = program.violation(at, upper=False)
-            if broken <= FEASIBLE and np.isfinite(at.f):
-                # A point that breaks its rows a little may be lower by that much times their multipliers.
-                found.append((at.f, broken, point))
+    tried = [np.concatenate([xy[:n], y]) for y in starts]
+    if program.linear:
+        tried += solve_linear(program, xy)[0]
+    else:
+        lower, upper = program.own_lower.copy(), program.own_upper.copy()
+        lower[:n] = upper[:n] = xy[:n]
+        rows = lower_rows(program)
+        solved = lambda y: minimise(rows, y, lower, upper, method=method, iterations=iterations, tol=1e-13, far=1e30)  # noqa: E731
+        tried = [point for start in tried for point in (start, solved(start))]
+    found = []
+    for point in tried:
+        at = program(program.point(point))
+        # A point that breaks its rows a little may be lower by that much times their multipliers.
+        if program.violation(at, upper=False) <= FEASIBLE and np.isfinite(at.f):
+            found.append((at.f, point))
     found.sort(key=lambda entry: entry[0])
     points: list[np.ndarray] = []
     values: list[float] = []
-    for value, _, point in found:
+    for value, point in found:
         if all(np.abs(point - other).max() > 1e-4 for other in points):
             points.append(point)
             values.append(value)
     return Lowest(values[0] if values else np.inf, points, values)
+
+
+def solve_linear(program: Program, xy: np.ndarray) -> tuple[list[np.ndarray], bool]:
+    """A linear lower level at the x of `xy`: minimisers, the best for F among them, and whether it is unbounded."""
+    from scipy.optimize import linprog
+
+    n, k = program.n, program.n + program.m
+    at = program(program.point(xy))
+    rest = program.inequality & ~program.bounding
+    pair = program.pairs[:, 0]
+    pair = pair[~program.bounding[pair]]
+    matrix, equal = at.dg[rest][:, n:k], np.concatenate([at.dh, at.dg[pair]])[:, n:k]
+    room = matrix @ xy[n:] - at.g[rest]
+    level = equal @ xy[n:] - np.concatenate([at.h, at.g[pair]])
+    bounds = np.stack([program.own_lower[n:k], program.own_upper[n:k]], axis=1)
+    if not all(np.isfinite(part).all() for part in (at.df, at.dF, matrix, room, equal, level)):
+        return [], False
+
+    def solve(cost: np.ndarray, matrix: np.ndarray, room: np.ndarray) -> Any:
+        rows = {"A_ub": matrix, "b_ub": room} if matrix.shape[0] else {}
+        rows |= {"A_eq": equal, "b_eq": level} if equal.shape[0] else {}
+        options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+        return linprog(cost, bounds=bounds, method="highs", options=options, **rows)
+
+    first = solve(at.df[n:k], matrix, room)
+    if first.status != 0:
+        return [], first.status == 3
+    marginals = [first.lower.marginals, first.upper.marginals]
+    marginals += [first.ineqlin.marginals] if matrix.shape[0] else []
+    held = sum(int((np.abs(part) > 1e-9).sum()) for part in marginals) + equal.shape[0]
+    points = [first.x]
+    there = program(program.point(np.concatenate([xy[:n], first.x])))
+    if held < program.m and np.isfinite(there.dF).all():
+        face = np.concatenate([matrix, at.df[None, n:k]])
+        second = solve(there.dF[n:k], face, np.append(room, at.df[n:k] @ first.x))
+        points += [second.x] if second.status == 0 else []
+    return [np.concatenate([xy[:n], np.clip(y, bounds[:, 0], bounds[:, 1])]) for y in points], False
 
 
 def lower_starts(program: Program, xy: np.ndarray, count: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -178,10 +227,16 @@ def spread(number: int, size: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class Cut:
-    """f(x, y) <= f(x, y_k) + M (what y_k breaks of the lower rows at x)."""
+    """f(x, y) <= f(x, y_k) + M (what y_k breaks of the lower rows at x), with y_k = y + slope (x - at).
+
+    A y_k that moves with x as the lower solution does bounds the lower level's value to second order, and one that
+    stays does not even to first where its rows move.
+    """
 
     y: np.ndarray
     weight: float
+    at: np.ndarray
+    slope: np.ndarray
 
 
 class Search:
@@ -251,14 +306,31 @@ class Search:
 
     def _cut(self, at: Evaluated, z: np.ndarray, cut: Cut) -> tuple[float, np.ndarray]:
         """What the cut leaves, and its gradient."""
-        n, program = self.n, self.program
-        there = program(program.point(np.concatenate([z[:n], cut.y])))
+        n, k, program = self.n, self.k, self.program
+        there = program(program.point(np.concatenate([z[:n], cut.y + cut.slope @ (z[:n] - cut.at)])))
         broken, side = there.g > 0, np.sign(there.h)
         value = there.f + cut.weight * (there.g[broken].sum() + np.abs(there.h).sum()) - at.f
         slope = there.df + cut.weight * (there.dg[broken].sum(0) + side @ there.dh)
         gradient = -at.df.copy()
-        gradient[:n] += slope[:n]
+        gradient[:n] += slope[:n] + slope[n:k] @ cut.slope
         return value, gradient
+
+    def cut(self, xy: np.ndarray) -> Cut:
+        """The cut by a lower solution (x, y_k)."""
+        n, k, program = self.n, self.k, self.program
+        z, left = self.multipliers(xy)
+        weight = 2 * float(np.abs(z[k:]).max(initial=0.0)) + 1
+        slope = np.zeros((program.m, n))
+        if left <= 1e-3:
+            at = program(z)
+            held = program.inequality & (z[k : k + program.p] > 1e-7) & (at.g > -1e-4)
+            held[program.pairs[:, 0]] = True
+            rows = np.concatenate([at.dr, at.dg[held], at.dh])
+            unknown = np.r_[n:k, k + np.flatnonzero(held), k + program.p : program.size]
+            found = -np.linalg.lstsq(rows[:, unknown], rows[:, :n], rcond=1e-9)[0][: program.m] if n else slope
+            if np.isfinite(found).all() and np.abs(found).max(initial=0.0) < _STEEP:
+                slope = found
+        return Cut(xy[n:], weight, xy[:n], slope)
 
     def local(
         self,
@@ -325,6 +397,15 @@ class Search:
                 if worst.min(initial=0.0) >= -1e-9:
                     break
                 free[int(np.argmin(worst))] = False
+            # The ridge, which is for rows far from active, holds all multipliers down a little: again without those.
+            exact, near = found.copy(), free & (~sign | (found > 1e-6))
+            exact[~near] = 0.0
+            for _ in range(2):
+                left = at.r + columns @ exact
+                exact[near] += np.linalg.solve(matrix[np.ix_(near, near)], -columns[:, near].T @ left)
+            exact = np.clip(exact, np.where(sign, 0.0, -np.inf), np.inf)
+            if np.abs(at.r + columns @ exact).max() < np.abs(at.r + columns @ found).max():
+                found = exact
         except np.linalg.LinAlgError:
             return z, np.inf
         found = np.clip(found, np.where(sign, 0.0, -1e3), 1e3)
@@ -332,6 +413,25 @@ class Search:
         z[k : k + program.p][use] = found[: int(use.sum())]
         z[k + program.p :] = found[int(use.sum()) :]
         return z, float(np.abs(left).max())
+
+    def feasible(self, xy: np.ndarray) -> np.ndarray:
+        """A point next to (x, y) at which the rows of both levels hold, whether or not y is optimal."""
+        program, k = self.program, self.k
+        xy = np.clip(xy, program.lower[:k], program.upper[:k])
+        if program.violation(program(program.point(xy))) <= FEASIBLE:
+            return xy
+        all_rows = self.rows(None, np.zeros(program.p, bool), stationary=False)
+
+        def rows(point: np.ndarray) -> Rows:
+            away = np.zeros(program.size)
+            away[:k] = point[:k] - xy
+            return all_rows(point)._replace(value=float(away @ away) / 2, gradient=away)
+
+        lower, upper = program.lower.copy(), program.upper.copy()
+        lower[k:] = upper[k:] = 0.0
+        found = minimise(rows, program.point(xy), lower, upper, method=self.method, iterations=30, tol=1e-6)[:k]
+        before, after = (program.violation(program(program.point(point))) for point in (xy, found))
+        return found if after < before else xy
 
     def high_point(self, xy: np.ndarray) -> np.ndarray:
         """Where the upper level would like (x, y) to be: a local solve that ignores the lower loss."""
@@ -405,6 +505,20 @@ class Search:
                 branches.append(branch)
         return [self.local(z, None, branch, cuts) for branch in branches[: most + 1]]
 
+    def exact(self, point: Point, rng: np.random.Generator) -> Point:
+        """The solution that a verified point stands for: y on its conditions at x, or both on a branch of theirs.
+
+        What is relaxed by 1e-8 lets F be better by its root where f is flat, and x lie on the wrong side of a tie.
+        """
+        if self.multipliers(point.xy)[1] <= EXACT:
+            return point
+        found = []
+        for end in [self.polish(point.xy), *self.crossover(point.z)]:
+            z, left = self.multipliers(end[: self.k])
+            if left <= EXACT and np.abs(z[: self.k] - point.xy).max() <= _BESIDE:
+                found.append(self.judge(z, rng, [p[self.n :] for p in point.lowest.points[:2]]))
+        return min((p for p in found if p.verified(self.tol)), key=lambda p: p.loss, default=point)
+
     def cut_rounds(self, z: np.ndarray, rng: np.random.Generator, stationary: bool = True) -> list[Point]:
         """From an end of a local solve: cuts where the lower level has a lower point, until none has; all points."""
         points = [self.judge(z, rng)]
@@ -415,8 +529,7 @@ class Search:
             if point.gap <= self.tol or not point.lowest.points:
                 break
             lowest = point.lowest.points[0]
-            lam = np.abs(self.multipliers(lowest)[0][self.k :])
-            cuts.append(Cut(lowest[self.n :], 2 * float(lam.max(initial=0.0)) + 1))
+            cuts.append(self.cut(lowest))
             # Both restarts; later on the second ends where it did before.
             starts = [point.z, self.multipliers(lowest)[0]] if i < _BOTH else [point.z]
             ends = []

@@ -14,8 +14,18 @@ from typing import Any
 import numpy as np
 
 from bilevel.problem import Problem, ProblemError
+from bilevel.solvers.small.nlp import minimise
 from bilevel.solvers.small.program import Evaluated, Program, size_of
-from bilevel.solvers.small.search import FEASIBLE, Lowest, Search, lower_starts, solve_lower
+from bilevel.solvers.small.search import (
+    EXACT,
+    FEASIBLE,
+    Lowest,
+    Search,
+    lower_rows,
+    lower_starts,
+    solve_linear,
+    solve_lower,
+)
 from bilevel.typing import PyTree
 
 __all__ = ["Lower", "Stationarity", "lower_verified", "refusal", "stationary", "unbounded"]
@@ -35,12 +45,14 @@ class Stationarity:
       direction: (x, y) of the step that attains it, in the user's units; None without one.
       checked: whether all branches were looked at.
       why: what was not, or what the answer rests on.
+      reached: a point (x, y) with a lower F, y a lower solution there, to which the direction led; None without one.
     """
 
     slope: float
     direction: tuple[PyTree, PyTree] | None
     checked: bool
     why: str = ""
+    reached: tuple[PyTree, PyTree] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,8 @@ class Lower:
       loss_gap: the gap in units of f.
       loss_gain: the gain in units of F.
       loss_change: F at the best of the minimisers less F(x, y), in units of F; positive where y is not exact.
+      better: the minimiser with that least F, where it is less than F(x, y); None without one.
+      answer_violation: the least that one of the minimisers breaks of the upper level's rows.
     """
 
     gap: float
@@ -70,6 +84,12 @@ class Lower:
     loss_gap: float = 0.0
     loss_gain: float = 0.0
     loss_change: float = 0.0
+    better: PyTree | None = None
+    answer_violation: float = 0.0
+
+
+_PASS_BYTES = 2**22
+"""What one evaluation of both losses may read and write."""
 
 
 def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
@@ -80,6 +100,9 @@ def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
         return str(error)
     if unknowns + rows > largest:
         return f"{unknowns} unknowns and {rows} rows are more than {largest}, for which dense checks are made."
+    passed = problem.pass_bytes(x, y)
+    if passed > _PASS_BYTES:
+        return f"a pass over the samples reads and writes {passed / 2**20:.3g} MiB, too much for thousands of them."
     return ""
 
 
@@ -107,7 +130,7 @@ def lower_verified(
                 end = search.polish(search.ladder(z, (1e-5, 1e-9), fixed=True)[: search.k])
                 there = program(program.point(end))
                 # Along a direction in which f is nearly flat its value says little, and its gradient more.
-                exact = search.multipliers(end)[1] <= 1e-10
+                exact = search.multipliers(end)[1] <= EXACT
                 if exact and program.violation(there, upper=False) <= FEASIBLE and there.f <= lowest.value + 1e-8:
                     known.append(end)
         for point in known:  # a first-order method stops early where f is ill-conditioned; Newton's does not
@@ -115,13 +138,15 @@ def lower_verified(
             if program.violation(there, upper=False) <= FEASIBLE and there.f < lowest.value:
                 lowest.value = there.f
                 gap = at.f - there.f
-        stationary_ones = [point for point in known if search.multipliers(point)[1] <= 1e-10]
+        stationary_ones = [point for point in known if search.multipliers(point)[1] <= EXACT]
         known = stationary_ones or known  # where there are no multipliers none is
         upper = lambda at: float(max(np.max(at.G, initial=0.0), np.max(np.abs(at.H), initial=0.0)))  # noqa: E731
         evaluated = [program(program.point(point)) for point in known]
         broken = upper(at)
-        fair = [other.F for other in evaluated if upper(other) <= max(FEASIBLE, broken)]
-        gain = max(0.0, at.F - min(fair, default=np.inf)) if np.isfinite(at.F) else np.inf
+        fair = [i for i, other in enumerate(evaluated) if upper(other) <= max(FEASIBLE, broken)]
+        best = min(fair, key=lambda i: evaluated[i].F, default=None)
+        change = evaluated[best].F - at.F if best is not None and np.isfinite(at.F) else 0.0
+        gain = max(0.0, -change) if np.isfinite(at.F) else np.inf
         return Lower(
             max(gap, 0.0),
             program.violation(at, upper=False),
@@ -131,18 +156,25 @@ def lower_verified(
             broken,
             max(gap, 0.0) * program.lower_scale,
             gain * program.upper_scale,
-            float(min(fair) - at.F) * program.upper_scale if fair and np.isfinite(at.F) else 0.0,
+            change * program.upper_scale,
+            program.trees(known[best])[1] if best is not None and change < 0 else None,
+            min((upper(other) for other in evaluated), default=0.0),
         )
 
 
-def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = None) -> bool:
-    """Whether f(x, .) keeps falling, feasibly, along a ray from y: steepest descent or the most negative curvature."""
+def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = None, curved: bool = False) -> bool:
+    """Whether f(x, .) keeps falling, feasibly, along a ray from y: steepest descent or the most negative curvature.
+
+    `curved`: or along a path, by its least values in boxes that grow.
+    """
     program = program or Program(problem, x, y, "The check of the lower level")
     with program.precision():
         xy = program.scaled(x, y)
         at, n, k = program(program.point(xy)), program.n, program.n + program.m
         if not np.isfinite(at.f) or not np.isfinite(at.dr).all():
             return False
+        if program.linear:
+            return solve_linear(program, xy)[1]
         size = 1 + np.abs(xy).max(initial=0.0)
         rays = [-at.df[n:k]]
         if k - n:
@@ -166,7 +198,30 @@ def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = 
             falls = np.diff([at.f, *values_along])
             if len(values_along) == 4 and (falls < 0).all() and falls[-1] < falls[0]:
                 return True
-    return False
+        return curved and _falls_in_boxes(program, xy)
+
+
+def _falls_in_boxes(program: Program, xy: np.ndarray) -> bool:
+    """Whether the lowest lower values found in boxes around y fall by more and more as the boxes grow."""
+    n, size = program.n, 1 + np.abs(xy).max(initial=0.0)
+    points, values = [xy], [program(program.point(xy)).f]
+    if np.isfinite(program.own_lower[n:]).all() and np.isfinite(program.own_upper[n:]).all():
+        return False
+    for reach in (1e1, 1e2, 1e3, 1e4):
+        box = np.concatenate([np.zeros(n), np.full(program.m, reach * size)])
+        lower, upper = np.maximum(program.own_lower, xy - box), np.minimum(program.own_upper, xy + box)
+        lower[:n] = upper[:n] = xy[:n]
+        starts = [points[-1], *(np.clip(xy + sign * box, lower, upper) for sign in (0.3, -0.3))]
+        ends = [minimise(lower_rows(program), start, lower, upper, iterations=100, far=1e30) for start in starts]
+        at = [(program(program.point(end)), end) for end in ends]
+        fair = [(there.f, end) for there, end in at if program.violation(there, upper=False) <= FEASIBLE * reach]
+        if not fair:
+            return False
+        value, end = min(fair, key=lambda pair: pair[0])
+        values.append(value)
+        points.append(end)
+    falls = np.diff(values[1:])
+    return bool(np.isfinite(falls).all() and (falls < 0).all() and (falls[1:] < 2 * falls[:-1]).all())
 
 
 def stationary(
@@ -231,8 +286,8 @@ class _Check:
         threshold = -max(self.tol, 1e-6)
         steep = [pair for pair in sorted(found, key=lambda pair: pair[0]) if pair[0] <= threshold]
         for slope, direction in steep[:32]:
-            if self.descends(direction, slope):
-                return Stationarity(slope, self.in_units(direction), whole, why)
+            if (reached := self.descends(direction, slope)) is not None:
+                return Stationarity(slope, self.in_units(direction), whole, why, self.in_units(reached))
         if steep:  # the conditions promise what F does not do: they say too little here (f is flat to second order)
             return self.sampled("What the lower level's conditions promise to first order does not happen")
         return Stationarity(max((s for s, _ in found if s > threshold), default=0.0), None, whole, why)
@@ -356,33 +411,34 @@ class _Check:
 
     # ------------------------------------------------------------ trials
 
-    def descends(self, direction: np.ndarray, slope: float) -> bool:
-        """Whether F falls by a good part of what the slope promises, with the lower level solved anew."""
+    def descends(self, direction: np.ndarray, slope: float) -> np.ndarray | None:
+        """Where F falls by a good part of what the slope promises, with the lower level solved anew; None: nowhere."""
         size = np.abs(direction).max()
         for factor in (1.0, 0.1):
             step = factor * direction
-            gained = self.trial(self.xy + step, step)
-            if gained is not None and gained <= 0.2 * factor * slope * min(size, self.radius):
-                return True
-        return False
+            gained, reached = self.trial(self.xy + step, step)
+            if gained <= 0.2 * factor * slope * min(size, self.radius):
+                return reached
+        return None
 
-    def trial(self, xy: np.ndarray, step: np.ndarray) -> float | None:
-        """F at the lowest lower solutions found at that x, the best of them for F, less F here; None: infeasible."""
+    def trial(self, xy: np.ndarray, step: np.ndarray) -> tuple[float, np.ndarray]:
+        """The lowest lower solution found at that x, the best for F, and its F less F here; infinite: infeasible."""
         program, n = self.program, self.n
         xy = np.clip(xy, program.lower[: self.k], program.upper[: self.k])
         starts = [xy[n:], self.xy[n:], *[point[n:] for point in self.others[:6]]]
         found = solve_lower(program, xy, starts)
         size = float(np.abs(step).max())
-        best = None
+        best = np.inf, xy
         ties = [p for p, value in zip(found.points, found.values, strict=True) if value <= found.value + 1e-9]
-        ends = [program(program.point(self.search.polish(point))) for point in ties]
+        points = [self.search.polish(point) for point in ties]
+        ends = [program(program.point(point)) for point in points]
         lowest = min((at.f for at in ends), default=np.inf)
-        for at in ends:
+        for point, at in zip(points, ends, strict=True):
             if at.f > lowest + 1e-13 * (1 + abs(lowest)):
                 continue
             # A curved upper row is broken to second order by a step along its tangent.
-            if program.violation(at) <= FEASIBLE + 10 * size**2:
-                best = at.F - self.loss if best is None else min(best, at.F - self.loss)
+            if program.violation(at) <= FEASIBLE + 10 * size**2 and at.F - self.loss < best[0]:
+                best = at.F - self.loss, point
         return best
 
     def sampled(self, why: str) -> Stationarity:
@@ -390,13 +446,14 @@ class _Check:
         rng, n = np.random.default_rng(0), self.n
         directions = [sign * unit for unit in np.eye(n)[:12] for sign in (1.0, -1.0)]
         directions += [v / np.abs(v).max() for v in rng.normal(size=(8, n))] if n > 1 else []
-        best: tuple[float, Any] = (0.0, None)
+        best: tuple[float, Any, Any] = (0.0, None, None)
         for direction in directions:
             step = np.concatenate([self.radius * direction, np.zeros(self.program.m)])
-            gained = self.trial(self.xy + step, step)
-            if gained is not None and gained / self.radius < best[0]:
-                best = gained / self.radius, step
+            gained, reached = self.trial(self.xy + step, step)
+            if gained / self.radius < best[0]:
+                best = gained / self.radius, step, reached
         if best[0] > -max(10 * self.tol, 1e-3):
-            best = 0.0, None
-        direction = None if best[1] is None else self.in_units(best[1])
-        return Stationarity(best[0], direction, False, f"{why}: {len(directions)} sampled directions were tried.")
+            best = 0.0, None, None
+        step_in_units, end_in_units = (None if part is None else self.in_units(part) for part in best[1:])
+        why = f"{why}: {len(directions)} sampled directions were tried."
+        return Stationarity(best[0], step_in_units, False, why, end_in_units)

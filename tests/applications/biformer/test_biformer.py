@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import zlib
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixture_files import fixture_file
 from flax import nnx
 
 from bilevel.applications.biformer import (
@@ -39,12 +39,7 @@ MODELS = {model["tag"]: model for model in CONFIG["models"]}
 LAYERS = {layer["tag"]: layer for layer in CONFIG["layers"]}
 
 
-def fixture(name):
-    """A fixture of this repository, or one of the larger ones that live beside it."""
-    for folder in (HERE, os.environ.get("BILEVEL_FIXTURES"), HERE.parents[4] / "shared" / "fixtures" / "biformer"):
-        if folder is not None and (Path(folder) / name).exists():
-            return np.load(Path(folder) / name)
-    pytest.skip(f"{name} is too large for the repository; set BILEVEL_FIXTURES to the folder that has it")
+fixture = functools.partial(fixture_file, "biformer", here=HERE)
 
 
 def relative(ours, theirs):

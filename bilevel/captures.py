@@ -1,0 +1,636 @@
+"""What a function captures: closures, defaults, the globals it names, its object's attributes, and what those hold.
+
+A compiled programme knows a function by its identity, and a number that the function reads from elsewhere is baked into
+it: changed later, it would have no effect. `taken(fn)` takes the function apart once. Its numbers and arrays become
+leaves of a pytree, hence arguments of compiled code; everything else becomes the *form*, which is compared by value:
+the same code over other numbers is one programme, and another form is another one. `described(value)` is the same walk
+as a text, for checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import dis
+import enum
+import functools
+import hashlib
+import os
+import sys
+import sysconfig
+import types
+import zlib
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["Captured", "Functions", "described", "form", "taken"]
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, np.dtype)
+# A function that asks what a value is would answer otherwise for a traced number, and nothing would fail.
+_ASKS = frozenset({"isinstance", "type", "hash", "id", "issubclass", "callable", "hasattr", "getattr"})
+_LIBRARY: list[str] = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_PLACES = tuple(str(Path(p).resolve()) + os.sep for p in (*_LIBRARY, str(Path(__file__).parent)))
+_JITTED = type(jax.jit(lambda: None))
+_HOUSEKEEPING = frozenset(
+    {"__init__", "__post_init__", "__repr__", "__str__", "__eq__", "__hash__", "__setattr__", "__delattr__"}
+)
+_DEEP, _MANY = 100, 50_000  # objects within objects, and objects: beyond these they are compared by identity
+_SINGLY = 12  # values that are tried one by one, where not all of them can be arguments
+
+
+def taken(fn: Any, args: tuple[Any, ...] | None = None) -> Any:
+    """The function with its captured values as leaves of a pytree; itself where nothing can change in it.
+
+    Args:
+      fn: a function, method, partial or callable object.
+      args: what it will be called with (arrays or their shapes). Numbers are arguments only where the function can be
+        traced so; with None, or where it branches on them or asks for their type, they are part of the form: another
+        value compiles anew.
+    """
+    if isinstance(fn, Captured) or fn is None or not _apart(fn):
+        return fn
+    walk = _Walk()
+    build = walk.node(fn, "")
+    if not walk.leaves and not walk.rebuilt:
+        return fn
+    places = [i for i, leaf in enumerate(walk.leaves) if leaf.may_travel]
+    travelling: frozenset[int] = frozenset()
+    if args is not None and places and not walk.asks:
+        if walk.captured(fn, build, frozenset(places)).works(args):
+            travelling = frozenset(places)
+        elif len(places) <= _SINGLY:
+            for place in places:
+                if walk.captured(fn, build, travelling | {place}).works(args):
+                    travelling |= {place}
+    return walk.captured(fn, build, travelling)
+
+
+def form(value: Any) -> Hashable:
+    """What all functions within a value hold, to be compared by value; the value itself is used as it is."""
+    walk = _Walk()
+    walk.hold({"": value}, "")
+    return walk.form(value, None, frozenset())
+
+
+def described(value: Any) -> str:
+    """A text that is equal in two processes where the value means the same: never an address, never a hash.
+
+    Functions go in by name and by what they hold, not by their code, so that a run goes on after a comment was mended.
+    """
+    walk = _Walk(words=True)
+    value = value._form.original if isinstance(value, Captured) else value
+    walk.node(value, "")
+    if not walk.text or isinstance(value, (tuple, list, dict)):
+        return f"{_name(type(value))}({', '.join(walk.text)})"
+    return walk.text[0] + (f"[{', '.join(walk.text[1:])}]" if walk.text[1:] else "")
+
+
+class _Form:
+    """What of a function is compared by value when compiled code is looked up: `key`; how it is built is not."""
+
+    def __init__(
+        self, key: tuple[Any, ...], original: Any, build: Callable[[_Build], Any] | None, leaves: list[_Leaf]
+    ) -> None:
+        self.key, self.original, self.build, self.leaves = key, original, build, leaves
+        self.hash = hash(key)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Form) and self.hash == other.hash and self.key == other.key)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+
+class Captured:
+    """A function whose captured numbers and arrays are leaves of a pytree: see `taken`. Called as the function is."""
+
+    def __init__(self, form: _Form, travelling: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        self._form, self._travelling, self._values = form, travelling, values
+        self._built: Any = None
+        for name in ("__name__", "__qualname__", "__doc__", "__module__"):
+            with contextlib.suppress(AttributeError):
+                setattr(self, name, getattr(form.original, name))
+        self.__wrapped__ = form.original  # whose signature this is
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's value."""
+        if self._built is None:
+            values = [leaf.value for leaf in self._form.leaves]
+            for place, value in zip(self._travelling, self._values, strict=True):
+                values[place] = value
+            assert self._form.build is not None  # only forms of values that are used as they are have none
+            self._built = self._form.build(_Build(values))
+        return self._built(*args, **kwargs)
+
+    def works(self, args: tuple[Any, ...]) -> bool:
+        """Whether the function can be traced with its values as arguments."""
+        try:
+            jax.eval_shape(lambda mine, args: mine(*args), self, args)
+        except Exception:  # whatever a function raises that is given a tracer where it counted on a number
+            return False
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        """Whether they are the same function of the same values, as far as that can be seen without computing."""
+        same = lambda a, b: a is b or (type(a) is type(b) is float and a.hex() == b.hex())  # noqa: E731
+        return self is other or (
+            isinstance(other, Captured)
+            and (self._form, self._travelling) == (other._form, other._travelling)
+            and all(map(same, self._values, other._values))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self._form, self._travelling))
+
+    def __repr__(self) -> str:
+        return repr(self._form.original)
+
+
+jax.tree_util.register_pytree_node(
+    Captured,
+    lambda c: (c._values, (c._form, c._travelling)),
+    lambda aux, values: Captured(*aux, tuple(values)),
+)
+
+
+class Functions:
+    """Functions by name, as a pytree: what was taken apart has leaves, others are static."""
+
+    def __init__(self, by_name: dict[str, Any]) -> None:
+        self.by_name = by_name
+
+    def split(self) -> tuple[dict[str, Captured], tuple[tuple[str, Any], ...]]:
+        """Those with leaves, and the others."""
+        apart = {name: fn for name, fn in self.by_name.items() if isinstance(fn, Captured)}
+        return apart, tuple((name, fn) for name, fn in self.by_name.items() if name not in apart)
+
+
+def _flatten_functions(functions: Functions) -> Any:
+    apart, others = functions.split()
+    return tuple(apart.values()), (tuple(functions.by_name), tuple(apart), others)
+
+
+def _unflatten_functions(aux: Any, children: Any) -> Functions:
+    order, apart, others = aux
+    found = dict(zip(apart, children, strict=True)) | dict(others)
+    return Functions({name: found[name] for name in order})
+
+
+jax.tree_util.register_pytree_node(Functions, _flatten_functions, _unflatten_functions)
+
+
+@dataclasses.dataclass
+class _Leaf:
+    """A number or array that was found, as it was then."""
+
+    value: Any
+    kind: tuple[Any, ...]  # what of it is in the form where it is an argument
+    may_travel: bool
+
+    @functools.cached_property
+    def content(self) -> tuple[Any, ...]:
+        """What of it is in the form where it is no argument."""
+        if type(self.value) is float:
+            return ("float", self.value.hex())
+        if isinstance(self.value, jax.Array):
+            return ("this array", _Same(self.value))
+        array = np.asarray(self.value)
+        return (*self.kind, repr(array.tolist()) if array.dtype.hasobject else _digest(array))
+
+
+@dataclasses.dataclass
+class _Build:
+    """A function that is being put together again from these values."""
+
+    values: list[Any]
+    made: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+
+class _Same:
+    """An object that is compared by identity, and kept, so that no other one takes its address."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class _Walk:
+    """One walk over all that a value holds, in an order that depends on the value's form alone.
+
+    Attributes:
+      leaves: the numbers and arrays, in that order.
+      rebuilt: whether anything was found that is put together again.
+      asks: whether a function asks what a value is: all of them stay what they are.
+      text: what was found, in words that another process would use too.
+    """
+
+    def __init__(self, words: bool = False) -> None:
+        self.leaves: list[_Leaf] = []
+        self.rebuilt = False
+        self.text: list[str] = []
+        self._words, self._key = words, list[Any]()
+        self._numbers: dict[tuple[int, bool], int] = {}  # of an object: in which order it was met
+        self._builds: dict[int, Callable[[_Build], Any]] = {}
+        self._kept: list[Any] = []  # so that no id is used twice
+        self._worlds: dict[int, int] = {}  # of a module's globals: likewise
+        self._fixed = 0  # within something that is used as it is
+        self.asks = False  # whether a function asks what a value is
+        self._unsaid = 0  # within a function that is reached by its name only, as code is
+
+    def captured(self, original: Any, build: Callable[[_Build], Any], travelling: frozenset[int]) -> Captured:
+        """The function, with the leaves in these places as arguments and the others in its form."""
+        order = tuple(sorted(travelling))
+        return Captured(self.form(original, build, travelling), order, tuple(self.leaves[i].value for i in order))
+
+    def form(self, original: Any, build: Callable[[_Build], Any] | None, travelling: frozenset[int]) -> _Form:
+        """The form, but for the leaves in these places."""
+        leaves = (leaf.kind if i in travelling else leaf.content for i, leaf in enumerate(self.leaves))
+        return _Form((*self._key, *leaves), original, build, self.leaves)
+
+    def hold(self, held: Mapping[str, Any], path: str) -> None:
+        """What something holds that is used as it is: all of it is part of the form."""
+        self._fixed += 1
+        for name, inside in held.items():
+            self._key.append(name)
+            self.node(inside, f"{path}.{name}" if name else path)
+        self._fixed -= 1
+
+    def node(self, value: Any, path: str) -> Callable[[_Build], Any]:
+        """Note what the value is and holds; returns how it is put together again."""
+        if type(value) is float or isinstance(value, (np.ndarray, np.generic, jax.Array)):
+            return self._leaf(value, path)
+        if isinstance(value, enum.Enum) or type(value) in _ATOMS:
+            self._key.append((type(value), _hashable(value), repr(value)))
+            self._say(path, str(value) if isinstance(value, enum.Enum) else repr(value))
+            return lambda _: value
+        met = id(value), bool(self._fixed)
+        if met in self._numbers:
+            number = self._numbers[met]
+            self._key.append(("again", number))
+            return lambda b: self._builds[number](b)
+        number = self._numbers[met] = len(self._numbers)
+        self._kept.append(value)
+        make = self._composite(value, path) if number < _MANY and path.count(".") < _DEEP else self._same(value, path)
+
+        def build(b: _Build) -> Any:
+            if number not in b.made:
+                b.made[number] = make(b, number)
+            return b.made[number]
+
+        self._builds[number] = build
+        return build
+
+    # ------------------------------------------------------------ kinds of values
+
+    def _say(self, path: str, word: str) -> None:
+        if self._words:
+            self.text.append(f"{path.lstrip('.')}={word}" if path else word)
+
+    def _same(self, value: Any, path: str) -> Callable[[_Build, int], Any]:
+        self._key.append(_Same(value))
+        if not self._unsaid:
+            self._say(path, _name(value))
+        return lambda _b, _n: value
+
+    def _leaf(self, value: Any, path: str) -> Callable[[_Build], Any]:
+        if isinstance(value, jax.Array):
+            kind: tuple[Any, ...] = ("array", jax.typeof(value))
+            may = not isinstance(value, jax.core.Tracer)
+        elif type(value) is float:
+            kind, may = ("float",), True
+        else:
+            snapshot = np.array(value, subok=True)  # it may be changed in place
+            kind = ("numpy", type(value), snapshot.dtype.str, snapshot.shape)
+            may = (
+                type(snapshot) is np.ndarray
+                and snapshot.dtype.kind in ("fiub" if snapshot.ndim else "f")
+                and snapshot.dtype.itemsize <= 8
+            )
+            value = snapshot if isinstance(value, np.ndarray) else value
+        if self._words:
+            self._say(path, repr(value) if type(value) is float else array_text(value))
+        place = len(self.leaves)
+        self.leaves.append(_Leaf(value, kind, may and not self._fixed))
+        return lambda b: b.values[place]
+
+    def _composite(self, value: Any, path: str) -> Callable[[_Build, int], Any]:
+        if isinstance(value, types.FunctionType):
+            return self._function(value, path)
+        if isinstance(value, types.MethodType):
+            self._key.append("method")
+            fn, owner = self.node(value.__func__, path), self.node(value.__self__, f"{path}.__self__")
+            return lambda b, _: types.MethodType(fn(b), owner(b))
+        if type(value) is functools.partial:
+            self._key.append(("partial", len(value.args), tuple(value.keywords)))
+            fn = self.node(value.func, f"{path}.func")
+            args, keywords = self.node(value.args, path), self.node(value.keywords, path)
+            return lambda b, _: functools.partial(fn(b), *args(b), **keywords(b))
+        if isinstance(value, _JITTED):  # its cache would give what was captured when it was first called
+            if _library(value.__wrapped__):  # type: ignore[attr-defined]
+                return self._same(value, path)
+            self.rebuilt = True
+            fn = self.node(value.__wrapped__, path)  # type: ignore[attr-defined]
+            return lambda b, _: fn(b)
+        if type(value) in (tuple, list) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+            self._key.append((type(value), len(value)))
+            items = [self.node(item, f"{path}.{i}") for i, item in enumerate(value)]
+            if type(value) is list:
+                return lambda b, number: _filled(b, number, [], lambda new: new.extend(item(b) for item in items))
+            if type(value) is tuple:
+                return lambda b, _: tuple(item(b) for item in items)
+            return lambda b, _: type(value)(*(item(b) for item in items))
+        if type(value) is dict:
+            self._key.append((dict, tuple(map(_hashable, value))))
+            inside = {k: self.node(v, f"{path}.{_word(k)}") for k, v in value.items()}
+            return lambda b, number: _filled(b, number, {}, _setting(b, inside))
+        if isinstance(value, (set, frozenset)):
+            self._key.append((type(value), frozenset(map(_hashable, value))))
+            self._say(path, f"{{{', '.join(sorted(map(_word, value)))}}}")
+            return lambda _b, _n: value
+        if isinstance(value, types.ModuleType):
+            return self._module(value, path)
+        if isinstance(value, type):
+            same = self._same(value, path)
+            self.hold(_settings(value), path)
+            return same
+        return self._object(value, path)
+
+    def _function(self, fn: types.FunctionType, path: str) -> Callable[[_Build, int], Any]:
+        users, code, cells = _users(fn.__code__.co_filename), fn.__code__, fn.__closure__ or ()
+        if not self._unsaid:
+            self._say(path, _name(fn))
+        if _library(fn):
+            self._key.append(_Same(fn))
+            return lambda _b, _n: fn
+        self.rebuilt = True
+        reads, asks, writes = _names(code)
+        self.asks = self.asks or (users and asks)
+        self._key.append(("function", code))
+        self._fixed += writes  # it must not write into a copy of its module's globals
+        inside = {}
+        for name, cell in zip(code.co_freevars, cells, strict=True):
+            with contextlib.suppress(ValueError):  # not filled yet
+                inside[name] = self.node(cell.cell_contents, f"{path}.{name}")
+        self._key.append(tuple(inside))
+        first = len(code.co_varnames[: code.co_argcount]) - len(fn.__defaults__ or ())
+        named_defaults = dict(zip(code.co_varnames[first:], fn.__defaults__ or (), strict=False))
+        defaults = {name: self.node(value, f"{path}.{name}") for name, value in named_defaults.items()}
+        keywords = {k: self.node(v, f"{path}.{k}") for k, v in (fn.__kwdefaults__ or {}).items()}
+        self._key.append((tuple(defaults), tuple(keywords)))
+        world = fn.__globals__
+        which = self._worlds.setdefault(id(world), len(self._worlds))
+        self._unsaid += 1
+        named = {}
+        for name in reads:
+            if users and name in world:
+                self._key.append(name)
+                named[name] = self.node(world[name], name)
+        self._unsaid -= 1
+        self._fixed -= writes
+        if writes:
+            return lambda _b, _n: fn
+
+        def build(b: _Build, number: int) -> Any:
+            where = b.made.setdefault(("globals", which), dict(world)) if users else world  # one for all its functions
+            empty = {name: types.CellType() for name in code.co_freevars}
+            new = types.FunctionType(code, where, fn.__name__, None, tuple(empty.values()))
+            b.made[number] = new
+            new.__qualname__, new.__doc__, new.__module__ = fn.__qualname__, fn.__doc__, fn.__module__
+            new.__dict__.update(fn.__dict__)
+            for name, content in inside.items():
+                empty[name].cell_contents = content(b)
+            new.__defaults__ = tuple(made(b) for made in defaults.values()) or None
+            new.__kwdefaults__ = {name: made(b) for name, made in keywords.items()} or None
+            for name, content in named.items():
+                where[name] = content(b)
+            return new
+
+        return build
+
+    def _module(self, module: types.ModuleType, path: str) -> Callable[[_Build, int], Any]:
+        if not _users(getattr(module, "__file__", None)):
+            return self._same(module, path)
+        self._key.append(("module", module.__name__))
+        found = {k: v for k, v in vars(module).items() if not k.startswith("__") and _setting_like(v)}
+        inside = {k: self.node(v, f"{path}.{k}") for k, v in found.items()}
+        # Functions that are called as module.function are used as they are, and so is what they read.
+        functions = {k: v for k, v in vars(module).items() if isinstance(v, (types.FunctionType, _JITTED, type))}
+        self.hold({k: v for k, v in functions.items() if getattr(v, "__module__", "") == module.__name__}, path)
+
+        def build(b: _Build, number: int) -> Any:
+            new = types.ModuleType(module.__name__)
+            new.__dict__.update(vars(module))
+            return _filled(b, number, new, lambda new: _setting(b, inside)(new.__dict__))
+
+        return build
+
+    def _object(self, value: Any, path: str) -> Callable[[_Build, int], Any]:
+        """An object that is no more than its attributes is copied with others; another one is used as it is."""
+        cls = type(value)
+        if not self._unsaid:
+            self._say(path, _name(cls))
+        if _copied(value):
+            self.rebuilt = True
+            self._key.append((cls, tuple(vars(value))))
+            inside = {k: self.node(v, f"{path}.{k}") for k, v in vars(value).items()}
+            self.hold(_settings(cls), path)
+            make = cls if cls is types.SimpleNamespace else lambda: object.__new__(cls)
+            return lambda b, number: _filled(b, number, make(), lambda new: _setting(b, inside)(vars(new)))
+        held: dict[str, Any] = {}
+        # Python's own objects (a logger) count what they did. Another process finds more of a package's as it was.
+        opened = cls.__module__ not in sys.stdlib_module_names and cls.__module__.partition(".")[0] != "jax"
+        if self._words:
+            opened = _users_type(cls) or dataclasses.is_dataclass(cls)
+        if opened:
+            held |= getattr(value, "__dict__", {})
+            for name in (name for c in cls.__mro__ for name in _slots(c)):
+                with contextlib.suppress(AttributeError):
+                    held[name] = getattr(value, name)
+        if isinstance(value, Mapping):
+            held |= {f"[{_word(k)}]": v for k, v in value.items()}
+        elif isinstance(value, (list, deque)):
+            held |= {f"[{i}]": v for i, v in enumerate(value)}
+        self._key.append(_hashable(value) if not held and cls.__hash__ is not object.__hash__ else _Same(value))
+        self.hold(held | _settings(cls), path)
+        return lambda _b, _n: value
+
+
+# ---------------------------------------------------------------- what things are
+
+
+def _filled(b: _Build, number: int, new: Any, fill: Callable[[Any], Any]) -> Any:
+    """A container that may hold itself: known before it is filled."""
+    b.made[number] = new
+    fill(new)
+    return new
+
+
+@functools.lru_cache(4096)
+def _names(code: types.CodeType) -> tuple[tuple[str, ...], bool, bool]:
+    """The globals that a code object and those within it read, whether it asks for types, whether it writes globals."""
+    reads: dict[str, None] = {}
+    writes = asks = False
+    for inside in _codes(code):
+        for instruction in dis.get_instructions(inside):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                reads[str(instruction.argval)] = None
+            asks = asks or instruction.opname == "MATCH_CLASS"
+            writes = writes or instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
+    return tuple(reads), asks or not _ASKS.isdisjoint(reads), writes
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+@functools.lru_cache(4096)
+def _users(file: str | None) -> bool:
+    """Whether code from this file is the user's own, not that of Python, an installed package or this one."""
+    if file is None or file.startswith("<frozen"):
+        return False
+    if file.startswith("<"):  # a console or a notebook
+        return True
+    path = Path(file).resolve()
+    return not str(path).startswith(_PLACES) and {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+
+
+def _library(fn: Any) -> bool:
+    """Whether a function is of an installed package and captures nothing: it is the same for ever."""
+    if not isinstance(fn, types.FunctionType):
+        return not isinstance(fn, types.MethodType)
+    if _users(fn.__code__.co_filename):
+        return False
+    held = [cell.cell_contents for cell in fn.__closure__ or () if cell != types.CellType()]
+    held += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    return "<locals>" not in fn.__qualname__ and all(type(value) in _ATOMS or isinstance(value, type) for value in held)
+
+
+def _users_type(cls: type) -> bool:
+    module = sys.modules.get(cls.__module__)
+    file = getattr(module, "__file__", None)
+    return (module is None or cls.__module__ == "__main__") if file is None else _users(file)
+
+
+def _copied(value: Any) -> bool:
+    """Whether an object is no more than its attributes, and may be copied with others."""
+    cls = type(value)
+    if cls in (types.SimpleNamespace, argparse.Namespace):
+        return True
+    own = [c for c in cls.__mro__ if c is not object and c.__module__ not in ("typing", "abc")]
+    watched = {"__getattribute__", "__new__", "__del__"} | (
+        set() if dataclasses.is_dataclass(cls) else {"__setattr__", "__getattr__"}
+    )
+    return (
+        hasattr(value, "__dict__")
+        and type(cls).__module__ in ("builtins", "abc", "typing")
+        and all(_users_type(c) and not _slots(c) and watched.isdisjoint(vars(c)) for c in own)
+    )
+
+
+def _settings(cls: type) -> dict[str, Any]:
+    """What a user's class holds: settings, and methods, which read other things."""
+    found: dict[str, Any] = {}
+    for c in reversed(cls.__mro__):
+        if c is not object and _users_type(c):
+            for name, value in vars(c).items():
+                value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+                code = isinstance(value, (types.FunctionType, _JITTED)) and name not in _HOUSEKEEPING
+                if code or not name.startswith("__"):
+                    found[name] = value
+    return {name: value for name, value in found.items() if type(value).__name__ != "member_descriptor"}
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    return tuple(s for s in ((slots,) if isinstance(slots, str) else slots) if s not in ("__dict__", "__weakref__"))
+
+
+def _setting_like(value: Any) -> bool:
+    """What a module holds beside code."""
+    return not isinstance(value, (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, _JITTED))
+
+
+def _apart(fn: Any) -> bool:
+    """Whether a problem's function is taken apart: not a set, whose bounds and rows a solver looks at."""
+    if isinstance(fn, (types.FunctionType, types.MethodType, functools.partial, _JITTED)):
+        return True
+    return not hasattr(fn, "bounds") and not getattr(type(fn), "__bilevel_hyperparameters__", False)
+
+
+def _name(value: Any) -> str:
+    """The qualified name without the module, so that a script and a notebook that imports it are the same run."""
+    value = value if hasattr(value, "__qualname__") else type(value)
+    return str(value.__qualname__).replace(".<locals>", "")
+
+
+def _word(key: Any) -> str:
+    return str(key) if isinstance(key, (*_ATOMS, enum.Enum)) else _name(key)
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except Exception:  # whatever a hash of someone's own can raise
+        return _Same(value)
+    return type(value), value
+
+
+def _setting(b: _Build, inside: dict[Any, Callable[[_Build], Any]]) -> Callable[[dict[Any, Any]], None]:
+    return lambda new: new.update({k: made(b) for k, made in inside.items()})
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, digest_size=16).digest()
+
+
+def array_text(leaf: Any) -> str:
+    """An array in a word: dtype, shape, and its number or a checksum of its contents."""
+    if np.size(leaf) == 1 and not is_key(leaf):
+        return f"{shape_text(leaf)} {np.asarray(leaf).reshape(()).item()!r}"
+    return f"{shape_text(leaf)} {checksum(leaf)}"
+
+
+def shape_text(leaf: Any) -> str:
+    """Its dtype and shape."""
+    return f"{leaf.dtype if hasattr(leaf, 'dtype') else np.asarray(leaf).dtype}{list(np.shape(leaf))}"
+
+
+def checksum(leaf: Any) -> str:
+    """A checksum of its contents."""
+    array = np.ascontiguousarray(whole(leaf))
+    if array.dtype.hasobject:
+        return repr(array.tolist())
+    return f"crc32:{zlib.crc32(array.reshape(-1).view(np.uint8).data):08x}"
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether it holds typed PRNG keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def whole(leaf: Any) -> np.ndarray:
+    """The whole array on the host, whatever devices of whatever processes it lies on; all processes call it.
+
+    What is written is the global array, by one process, so that any other number of processes can read it.
+    """
+    array = jax.random.key_data(leaf) if is_key(leaf) else leaf
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

@@ -1,0 +1,282 @@
+"""Which dtype a run computes in, and under which of JAX's settings: one answer for all solvers.
+
+Variables of one dtype, float32 or float64, are computed with as they are. Half-precision leaves (bfloat16, float16) and
+leaves of several dtypes have master copies in one working dtype, the widest of them and at least float32: solvers,
+their optimisers and their linear algebra see that one alone, while each loss, constraint and metric is given every leaf
+in the dtype that the user gave it, and so computes in the user's precision. Small steps are thus not lost to rounding,
+and what is returned has the user's dtypes again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel._module import state
+from bilevel.data import as_source
+from bilevel.level import takes_batch
+from bilevel.problem import Problem, ProblemError
+from bilevel.typing import PyTree
+
+__all__ = ["InGiven", "Working", "named", "undefined_at", "working"]
+
+Dtypes = tuple[Any, ...]
+
+
+class Working(NamedTuple):
+    """A problem and its start in the working dtype.
+
+    Attributes:
+      problem: the problem; its functions take the master copies.
+      x, y: the master copies of the start.
+      dtypes: the user's dtypes of the leaves of x and of y; None where they are the working dtype itself.
+    """
+
+    problem: Problem
+    x: PyTree
+    y: PyTree
+    dtypes: tuple[Dtypes, Dtypes] | None
+
+    @property
+    def lifted(self) -> bool:
+        """Whether a leaf has another dtype here than the user gave it."""
+        return self.dtypes is not None and any(
+            leaf.dtype != dtype
+            for tree, dtypes in zip((self.x, self.y), self.dtypes, strict=True)
+            for leaf, dtype in zip(jax.tree.leaves(tree), dtypes, strict=True)
+        )
+
+    def given(self, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        """Master copies in the user's dtypes."""
+        if self.dtypes is None:
+            return x, y
+        pairs = zip((x, y), self.dtypes, strict=True)
+        return tuple(_as(tree, d) if len(jax.tree.leaves(tree)) == len(d) else tree for tree, d in pairs)
+
+    def shown(self, state: Any) -> Any:
+        """A solver's state whose x and y have the user's dtypes."""
+        return InGiven(*self.given(state.x, state.y), state) if self.lifted else state
+
+
+@state
+class InGiven:
+    """A solver's state as the user sees it: x and y in the dtypes that were given; `master` is the state itself."""
+
+    x: PyTree
+    y: PyTree
+    master: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "master" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.master, name)
+
+
+def working(problem: Problem, x: PyTree, y: PyTree) -> Working:
+    """The problem and the start as solvers see them; themselves where all is of one dtype, float32 or float64.
+
+    Raises:
+      ProblemError: inside `shard_map` a loss or the start differs from device to device.
+    """
+    leaves = jax.tree.leaves((x, y))
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for leaf in leaves))
+    outputs = _outputs(problem, x, y)
+    _refuse_split(outputs, x, y)
+    if all(out.dtype == dtype for out in [*map(jnp.asarray, leaves), *itertools.chain(*outputs.values())]):
+        return Working(problem, x, y, None)
+    of = lambda tree: tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    dtypes = of(x), of(y)
+    cast = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, dtype))
+    lifted: dict[str, Any] = {}
+    for name in ("upper", "lower", "constraint", "equality", "upper_constraint", "upper_equality"):
+        if (fn := getattr(problem, name)) is not None:
+            lifted[name] = _InGiven(fn, dtypes[0], dtypes[1], dtype)
+    masters = cast(x), cast(y)
+    sets = (("project_upper", dtypes[0], masters[0]), ("project_lower", dtypes[1], masters[1]))
+    for name, given, master in sets:
+        fn = getattr(problem, name)
+        if fn is not None and not _keeps(fn, master):
+            lifted[name] = _Projection(fn, given, dtype)
+    prox: Any = problem.prox_lower
+    if prox is not None and not _keeps(lambda y: prox(y, masters[0], 1.0), masters[1]):
+        lifted["prox_lower"] = _Prox(prox, dtypes[0], dtypes[1], dtype)
+    return Working(dataclasses.replace(problem, **lifted), *masters, dtypes)
+
+
+@contextlib.contextmanager
+def named(method: Any, problem: Problem, x: PyTree, y: PyTree) -> Iterator[None]:
+    """What JAX says while a method is traced on a problem, as a sentence that names the level and the cure."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ProblemError) and (sentence := _translated(error, method, problem, x, y)):
+            raise ProblemError(sentence) from error
+        raise
+
+
+def _translated(error: Exception, method: Any, problem: Problem, x: PyTree, y: PyTree) -> str:
+    name = "a solver" if method is None else type(method).__name__
+    what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if "Reverse-mode differentiation does not work" in what:
+        for level in ("upper", "lower"):
+            if not _has_gradient(problem, level, x, y):
+                return (
+                    f"{level}, the {level} level's loss, has no derivative in reverse mode, which {name} takes: there "
+                    "is a jax.lax.while_loop in it (or a fori_loop whose length is not known beforehand). Write "
+                    "jax.lax.scan, or a fori_loop with a fixed number of steps; where the loop solves an equation, "
+                    "bilevel.implicit.custom_root differentiates its solution."
+                )
+        return (
+            f"{name} differentiates in reverse mode through a loop of no fixed length that is in the lower solver, a "
+            "projection or a constraint. Give the lower level a rule with a number of steps (0.1, optax.adam), or take "
+            "hypergradients.Implicit (solvers.AID), which does not differentiate through the solver."
+        )
+    inside = any(isinstance(leaf, jax.core.Tracer) and _varying(leaf) for leaf in jax.tree.leaves(problem))
+    if inside and ("varying" in str(error) or "{V:" in str(error)):
+        # Some of JAX's own parts (its linear solves, linearised functions) do not keep the account.
+        return (
+            f"{name} does not pass shard_map's check of what differs from device to device ({what}). Leave shard_map "
+            "out: put the data on all devices (jax.device_put with a NamedSharding along the samples) and call solve, "
+            "or run under jit."
+        )
+    return ""
+
+
+def undefined_at(problem: Problem, x: PyTree, y: PyTree) -> str:
+    """Which level's loss, or gradient, has no finite value at a start, in a sentence; "" where both have."""
+    for name, level in zip(("upper", "lower"), problem.full_levels(), strict=True):
+        value, gradients = jax.value_and_grad(level, (0, 1))(x, y)
+        if not bool(jnp.isfinite(value)):
+            return (
+                f"{name}, the {name} level's loss, is {float(value)} at the start (x0, y0): start where it is defined, "
+                "keep the variables there (project_upper, project_lower), or mend the loss (a small constant in a "
+                "logarithm or a quotient)."
+            )
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients)):
+            return (
+                f"{name}, the {name} level's loss, is {float(value):.6g} at the start (x0, y0), but has no finite "
+                "gradient there (a root, a norm or a power at zero): start elsewhere, or put a small constant under it."
+            )
+    return ""
+
+
+def _has_gradient(problem: Problem, level: str, x: PyTree, y: PyTree) -> bool:
+    source = problem.sources[level == "lower"]
+    fn = getattr(problem, level)
+    call = (lambda x, y, s: fn(x, y, s.example())) if source.given else (lambda x, y, s: fn(x, y))
+    try:
+        jax.eval_shape(lambda x, y, s: jax.grad(call, (0, 1))(x, y, s), x, y, source)
+    except ValueError:
+        return False
+    return True
+
+
+def _outputs(problem: Problem, x: PyTree, y: PyTree) -> dict[str, list[Any]]:
+    """The leaves that each loss and constraint returns, by name, with shape, dtype and axes."""
+    upper, lower = problem.sources
+    found = {}
+    for name in ("upper", "lower", "constraint", "equality", "upper_constraint", "upper_equality"):
+        fn, source = getattr(problem, name), upper if name.startswith("upper") else lower
+        if fn is None:
+            continue
+        if name not in ("upper", "lower") and not takes_batch(fn):
+            source = as_source(None)
+        call = (lambda x, y, s: fn(x, y, s.example())) if source.given else (lambda x, y, s: fn(x, y))
+        found[name] = jax.tree.leaves(jax.eval_shape(call, x, y, source))
+    return found
+
+
+def _refuse_split(outputs: dict[str, list[Any]], x: PyTree, y: PyTree) -> None:
+    """Refuse what differs from device to device under a `shard_map` that keeps account of it.
+
+    The gradient in an x that all devices share would be the sum of theirs without a word, and no loop of a solver may
+    carry what is shared into what is not.
+    """
+    parts = {**outputs, "x0": jax.tree.leaves(x), "y0": jax.tree.leaves(y)}
+    for name, leaves in parts.items():
+        axes = sorted({axis for leaf in leaves for axis in _varying(leaf)})
+        if axes:
+            along = ", ".join(map(repr, axes))
+            what = f"{name} differs from device to device along {along}"
+            mean = f"jax.lax.pmean(value, {axes[0]!r})" if len(axes) == 1 else f"jax.lax.pmean(value, ({along}))"
+            raise ProblemError(
+                f"Inside shard_map {what}. For one run on all devices' data let each loss return the mean over "
+                f"them, {mean}, and give the same x0 and y0 to all; for a run of each device's own pass "
+                "check_vma=False to shard_map."
+            )
+
+
+def _varying(leaf: Any) -> frozenset[str]:
+    """The axes of an enclosing `shard_map` along which an array, or its shape, differs from device to device."""
+    kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    axes = getattr(kind, "vma", None)  # jax before 0.10
+    return frozenset(axes or getattr(getattr(kind, "manual_axis_type", None), "varying", None) or ())
+
+
+def _as(tree: PyTree, dtypes: Dtypes) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [jnp.asarray(a, d) for a, d in zip(leaves, dtypes, strict=True)])
+
+
+def _all(tree: PyTree, dtype: Any) -> PyTree:
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)
+
+
+def _keeps(fn: Callable[[PyTree], PyTree], value: PyTree) -> bool:
+    """Whether a projection takes the master copies and keeps their dtype."""
+    try:
+        out = jax.eval_shape(fn, value)
+    except Exception:  # whatever a function of the user's says to another dtype
+        return False
+    return [leaf.dtype for leaf in jax.tree.leaves(out)] == [leaf.dtype for leaf in jax.tree.leaves(value)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _InGiven:
+    """A function of (x, y[, batch]) that is given x and y in the user's dtypes, and answers in the working one."""
+
+    fn: Callable[..., PyTree]
+    x: Dtypes
+    y: Dtypes
+    dtype: Any
+
+    def __call__(self, x: PyTree, y: PyTree, *batch: PyTree) -> PyTree:
+        return _all(self.fn(_as(x, self.x), _as(y, self.y), *batch), self.dtype)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.fn)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Projection:
+    """A projection that takes the user's dtypes alone."""
+
+    fn: Callable[[PyTree], PyTree]
+    given: Dtypes
+    dtype: Any
+
+    def __call__(self, z: PyTree) -> PyTree:
+        return _all(self.fn(_as(z, self.given)), self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prox:
+    """A prox that takes the user's dtypes alone."""
+
+    fn: Callable[..., PyTree]
+    x: Dtypes
+    y: Dtypes
+    dtype: Any
+
+    def __call__(self, y: PyTree, x: PyTree, scaling: Any) -> PyTree:
+        return _all(self.fn(_as(y, self.y), _as(x, self.x), scaling), self.dtype)

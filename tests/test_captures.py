@@ -1,0 +1,196 @@
+"""What losses capture is never stale, and changed numbers do not compile anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel import Problem, data, hypergradients, solve, solvers
+from bilevel.captures import Captured, described, taken
+from bilevel.checkpoint import CheckpointError
+from bilevel.lower import GradientDescent
+
+LAM = 1.0
+SETTINGS = {"lam": 1.0}
+ARRAY = np.ones(2)
+NAMESPACE = types.SimpleNamespace(lam=1.0)
+
+
+class Net:
+    """An object whose attribute a loss reads."""
+
+    def __init__(self, lam):
+        self.lam = lam
+
+    def loss(self, x, y):
+        return (y - 1) ** 2 + self.lam * x**2
+
+    __call__ = loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    lam: float
+
+    def __call__(self, x, y):
+        return (y - 1) ** 2 + self.lam * x**2
+
+
+def by_global(x, y):
+    return (y - 1) ** 2 + LAM * x**2
+
+
+def penalty(x):
+    return LAM * x**2
+
+
+def by_helper(x, y):
+    return (y - 1) ** 2 + penalty(x)
+
+
+def by_dict(x, y):
+    return (y - 1) ** 2 + SETTINGS["lam"] * x**2
+
+
+def by_array(x, y):
+    return (y - 1) ** 2 + ARRAY[0] * x**2
+
+
+def by_namespace(x, y):
+    return (y - 1) ** 2 + NAMESPACE.lam * x**2
+
+
+def by_branch(x, y):
+    return (y - 1) ** 2 + (LAM * x**2 if LAM > 0 else 0.0)
+
+
+def by_type(x, y):
+    return (y - 1) ** 2 + (LAM * x**2 if isinstance(LAM, float) else 0.0)
+
+
+by_jit = jax.jit(by_global)
+KEPT = Net(1.0)
+
+
+def closure(lam):
+    return lambda x, y: (y - 1) ** 2 + lam * x**2
+
+
+def set_all(lam):
+    global LAM
+    LAM = SETTINGS["lam"] = NAMESPACE.lam = KEPT.lam = lam
+    ARRAY[:] = lam  # in place
+
+
+MOVING = {
+    "global": lambda lam: by_global,
+    "helper": lambda lam: by_helper,
+    "dict": lambda lam: by_dict,
+    "array in place": lambda lam: by_array,
+    "namespace": lambda lam: by_namespace,
+    "the user's jit": lambda lam: by_jit,
+    "method": lambda lam: KEPT.loss,
+    "another object": lambda lam: Net(lam).loss,
+    "callable": Net,
+    "frozen dataclass": Frozen,
+    "closure": closure,
+    "closure over an array": lambda lam: closure(jnp.asarray(lam)),
+    "default": lambda lam: lambda x, y, lam=lam: (y - 1) ** 2 + lam * x**2,
+    "partial": lambda lam: functools.partial(lambda lam, x, y: (y - 1) ** 2 + lam * x**2, lam),
+    "closure in a closure": lambda lam: (lambda f: lambda x, y: f(x, y))(closure(lam)),
+    "vmap": lambda lam: (lambda f: lambda x, y: f(x[None], y[None])[0])(jax.vmap(closure(lam))),
+}
+FIXED = {"branch": lambda lam: by_branch, "type": lambda lam: by_type}
+
+
+@pytest.mark.parametrize("name", [*MOVING, *FIXED])
+def test_a_captured_number_has_its_value_of_now_and_travels_where_it_can(name):
+    traces = []
+    call = jax.jit(lambda fn, x, y: traces.append(0) or fn(x, y))
+    two = jnp.asarray(2.0)
+    for lam in (1.0, 3.0, 0.5, 7.0):
+        set_all(lam)
+        fn = taken((MOVING | FIXED)[name](lam), (two, two))
+        assert isinstance(fn, Captured)
+        assert call(fn, two, two) == 1 + 4 * lam
+    assert len(traces) == (1 if name in MOVING else 4)
+
+
+def test_fifty_solves_with_another_number_each_are_right_and_compile_once():
+    solver = solvers.AID(upper_optimizer=0.1)
+    compiled = []
+    count = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(count)
+    for i, lam in enumerate(np.linspace(0.2, 5, 50)):
+        set_all(float(lam))
+        solution = solve(
+            Problem(by_global, lambda x, y: (y - x) ** 2), jnp.zeros(()), jnp.zeros(()), solver, steps=200, tol=1e-5
+        )
+        np.testing.assert_allclose(solution.x, 1 / (1 + lam), atol=1e-4)
+        if i == 1:
+            compiled.clear()
+    assert not compiled
+
+
+def test_a_function_without_captures_is_itself():
+    assert taken(jnp.sum) is jnp.sum
+    assert taken(None) is None
+
+
+@pytest.mark.parametrize("pair", [(Net(1.0).loss, Net(50.0).loss), (Net(1.0), Net(50.0)), (Frozen(1.0), Frozen(50.0))])
+def test_another_object_is_another_run(tmp_path, pair):
+    run = lambda fn: solve(
+        Problem(fn, lambda x, y: (y - x) ** 2), jnp.zeros(()), jnp.zeros(()), solvers.OneStep(), steps=2,
+        checkpoint=tmp_path,
+    )  # fmt: skip
+    run(pair[0])
+    with pytest.raises(CheckpointError, match=r"lam=1\.0.*is now.*lam=50\.0"):
+        run(pair[1])
+
+
+def test_the_text_of_a_function_has_no_address_and_names_what_differs():
+    set_all(2.0)
+    assert " at 0x" not in described(by_helper)
+    assert described(by_helper) == "by_helper[LAM=2.0]"
+    assert described(closure(1.0)) != described(closure(2.0))
+
+
+def test_a_samplers_function_is_not_stale():
+    scale = {"by": 1.0}
+    source = data.Sampler(lambda key, arrays: arrays * scale["by"], jnp.ones(3))
+    draw = jax.jit(lambda source: source.example())
+    assert draw(source.captured())[0] == 1
+    scale["by"] = 2.0
+    assert draw(source.captured())[0] == 2
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        hypergradients.Unrolled(), hypergradients.OneStep(), hypergradients.Unrolled(last=5),
+        hypergradients.Implicit(), hypergradients.SAMA(None), hypergradients.StochasticImplicit(),
+    ],
+    ids=lambda e: f"{type(e).__name__} {getattr(e, 'last', '')}",
+)  # fmt: skip
+def test_an_estimate_is_differentiated_in_the_data_and_in_what_a_loss_captures(x64, estimator):
+    def of(scale, captured):
+        problem = Problem(
+            lambda x, y, b: jnp.sum((y - b) ** 2 * captured) + jnp.sum(x**2),
+            lambda x, y, b: jnp.sum((y - x * b) ** 2 * captured) / 2 + jnp.sum(y**4) / 9,
+            scale * jnp.arange(1.0, 3.0),
+            scale * jnp.arange(2.0, 4.0),
+        )
+        solver = GradientDescent(0.1, 12)
+        estimate = hypergradients.value_and_hypergradient(problem, estimator, solver)
+        return jnp.sum(jnp.sin(estimate(jnp.array([0.3, 0.7]), jnp.array([0.1, 0.2])).gradient))
+
+    at, h = (jnp.asarray(0.8), jnp.asarray(1.3)), 1e-5
+    for i, reverse in enumerate(jax.grad(of, (0, 1))(*at)):
+        ends = [of(*(a + sign * h * (i == j) for j, a in enumerate(at))) for sign in (1, -1)]
+        np.testing.assert_allclose(reverse, (ends[0] - ends[1]) / (2 * h), rtol=1e-6)

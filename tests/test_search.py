@@ -1,0 +1,173 @@
+"""`search`: what it finds, what it survives, and that a run that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel import CheckpointError, LowerProblem, Result, lower, search
+from bilevel.proposers import Grammar, GrammarProposer, ReplayProposer, assemble_terms, execute
+
+GRAMMAR = Grammar(("a",))
+POINTS = jnp.linspace(0.5, 2.0, 30)
+
+
+def residuals(y, program, shared):
+    points, wanted = shared
+    values = jax.vmap(lambda term: execute(term, (points,)))(program)
+    return jnp.tensordot(y, values, 1) - wanted
+
+
+SHARED = (POINTS, 2 * jnp.log(POINTS) - 0.5 * POINTS**2)
+
+
+def problem_of(law):
+    return LowerProblem(np.zeros(2), residuals=residuals, data=assemble_terms(law, ("a",), 2, 10), shared=SHARED)
+
+
+def run(**options):
+    proposer = GrammarProposer(GRAMMAR, terms=2)
+    return search(problem_of, proposer, **{"evaluations": 192, "batch": 64, "key": 3, "progress": False, **options})
+
+
+def test_the_law_is_found_with_its_coefficients():
+    found = run(target=1e-8)
+    assert found.best.loss < 1e-8
+    assert found.result is Result.STOPPED
+    assert found.best.proposal.text(found.best.y, 3) in ("-0.5*sq(a) + 2*log(a)", "2*log(a) - 0.5*sq(a)")
+    front = found.front()
+    assert [t.loss for t in front] == sorted((t.loss for t in front), reverse=True)
+    frame = found.to_frame()
+    assert len(frame) == len(found.trials)
+    assert frame.loss.min() == found.best.loss
+
+
+def test_a_class_with_two_methods_and_a_scalar_loss_with_bounds():
+    class Powers:
+        told = ()
+
+        def ask(self, history, count, key):
+            return [1.0, 2.0, "x"] if not history else []
+
+        def tell(self, results):
+            self.told = results
+
+    def loss(y, data):
+        return jnp.sum((y - data) ** 2) + 1.0
+
+    def of(power):
+        return LowerProblem(np.zeros(2), loss=loss, upper=1.5, data=np.full(2, math.sqrt(power)))
+
+    proposer = Powers()
+    found = search(of, proposer, progress=False)
+    assert [t.loss for t in found.trials] == [pytest.approx(1, abs=1e-5), pytest.approx(1, abs=1e-5), math.inf]
+    np.testing.assert_allclose(proposer.told[1].y, math.sqrt(2), atol=1e-3)
+    assert proposer.told[2].error == "TypeError: must be real number, not str"
+    assert found.reason == "The proposer has no more proposals."
+
+
+def test_failures_keep_a_short_error_and_never_end_the_run():
+    def of(proposal):
+        if proposal == 0:
+            raise OSError("/secret/path/to/file: " + "x" * 1000 + "\ntraceback")
+        if proposal == 1:
+            return LowerProblem(1.0, residuals=lambda y: y * jnp.nan)
+        if proposal == 2:
+            return LowerProblem(1.0, residuals=lambda y: y + "a")
+        if proposal == 3:
+            return LowerProblem(5.0, residuals=lambda y: y, upper=1.0)
+        if proposal == 4:
+            return 7
+        return LowerProblem(1.0, residuals=lambda y: y - 3.0)
+
+    found = search(of, ReplayProposer((0, 1, 2, 3, 4, 5)), progress=False)
+    assert [t.failed for t in found.trials] == [True] * 5 + [False]
+    assert found.best.number == 5
+    errors = [t.error for t in found.trials]
+    assert all(len(e) <= 160 for e in errors)
+    assert "secret" not in errors[0]
+    assert errors[1] == "the loss is not finite"
+    assert errors[3].endswith("the start is not finite or outside its bounds")
+    assert "a int, and not a LowerProblem" in errors[4]
+
+
+def test_budgets_and_arguments():
+    assert len(run(evaluations=70).trials) == 70
+    assert run(seconds=1e-9).reason.startswith("The budget of 1e-09 s")
+    assert "had no smaller loss" in run(patience=1, evaluations=10_000, target=None).reason
+    with pytest.raises(TypeError, match="has no method tell"):
+        search(problem_of, dataclasses.make_dataclass("Half", [], namespace={"ask": lambda *a: []})())
+    with pytest.raises(ValueError, match=r"search\(batch=0\)"):
+        run(batch=0)
+    with pytest.raises(ValueError, match="one of residuals"):
+        LowerProblem(1.0)
+
+
+def same(a, b):
+    assert [(t.number, t.round, str(t.proposal), t.loss, t.error) for t in a] == [
+        (t.number, t.round, str(t.proposal), t.loss, t.error) for t in b
+    ]
+    for s, t in zip(a, b, strict=True):
+        np.testing.assert_array_equal(s.y, t.y)
+
+
+def test_a_run_that_was_stopped_resumes_exactly(tmp_path):
+    whole = run()
+    run(evaluations=64, checkpoint=tmp_path)
+    with open(tmp_path / "trials.jsonl", "ab") as file:
+        file.write(b'{"n": 64, "round": 1, "loss"')  # killed while it wrote
+    same(run(checkpoint=tmp_path).trials, whole.trials)
+    with pytest.raises(CheckpointError, match="belongs to another run: its key is"):
+        run(checkpoint=tmp_path, key=4)
+
+
+def test_a_run_that_was_killed_resumes_exactly(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_search as t; "
+    code += "t.run(checkpoint=sys.argv[2], evaluations=100_000)"
+    child = subprocess.Popen([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)])
+    log, until = tmp_path / "trials.jsonl", time.monotonic() + 60
+    while time.monotonic() < until and (not log.exists() or b'"end"' not in log.read_bytes()):
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    ended = log.read_bytes().count(b'"end"')
+    assert ended >= 1
+    count = 64 * (ended + 1)
+    same(run(checkpoint=tmp_path, evaluations=count).trials, run(evaluations=count).trials)
+
+
+def test_levenberg_marquardt_in_the_users_units(x64):
+    x = jnp.linspace(0, 1, 20)
+    wanted = 2e5 * jnp.exp(-3 * x)
+    solver = lower.LevenbergMarquardt(
+        transform={"a": "log", "k": "logit"}, lower={"a": 0.0, "k": 0.0}, upper={"a": jnp.inf, "k": 10.0}
+    )
+    fit = solver.fit(lambda y: y["a"] * jnp.exp(-y["k"] * x) - wanted, {"a": 1e4, "k": 1.0})
+    np.testing.assert_allclose([fit.y["a"], fit.y["k"]], [2e5, 3.0], rtol=1e-8)
+    assert fit.converged
+    assert (jnp.diff(fit.curve) <= 0).all()
+
+
+def test_levenberg_marquardt_at_a_bound_and_as_a_lower_solver(x64):
+    rosenbrock = lambda y: jnp.array([10 * (y[1] - y[0] ** 2), 1 - y[0]])
+    fit = lower.LevenbergMarquardt(steps=100).fit(rosenbrock, jnp.array([-1.2, 0.3]), upper=0.5)
+    np.testing.assert_allclose(fit.y, [0.5, 0.25], atol=1e-8)
+    level = None  # the residuals take no batch
+    solver = lower.LevenbergMarquardt(residuals=lambda x, y: y - x)
+    state = solver(level, jnp.ones(3), solver.init(jnp.zeros(3)))
+    np.testing.assert_allclose(state.y, 1.0, atol=1e-10)
+    with pytest.raises(ValueError, match="outside its bounds"):
+        solver.fit(rosenbrock, jnp.array([2.0, 0.0]), upper=1.0)
+    with pytest.raises(ValueError, match="needs the residuals"):
+        lower.LevenbergMarquardt()(level, jnp.ones(3), solver.init(jnp.zeros(3)))

@@ -1,0 +1,114 @@
+"""The search with scikit-learn's interface, held to scikit-learn's own models, searches and checks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn", minversion="1.6")
+
+from sklearn.base import clone
+from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC, LinearSVR
+from sklearn.utils.estimator_checks import check_estimator
+
+from bilevel.integrations.sklearn import HypergradientSearchCV
+
+X, T = load_diabetes(return_X_y=True)
+CANCER, LABELS = load_breast_cancer(return_X_y=True)
+CANCER = (CANCER - CANCER.mean(0)) / CANCER.std(0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", [Ridge(), Lasso(), ElasticNet(), LogisticRegression(), LinearSVC(), LinearSVR()])
+def test_scikit_learns_own_checks_pass(model):
+    check_estimator(HypergradientSearchCV(model, cv=2, steps=3))
+
+
+@pytest.mark.parametrize("model", [Ridge(), Lasso(), ElasticNet()])
+def test_one_penalty_is_the_best_of_a_fine_grid_and_the_model_is_scikit_learns(model):
+    search = HypergradientSearchCV(model).fit(X, T)
+    score = lambda m: cross_val_score(m, X, T, cv=5, scoring="neg_mean_squared_error").mean()
+    there = clone(model).set_params(
+        **search.best_params_, **({} if isinstance(model, Ridge) else {"tol": 1e-8, "max_iter": 10**6})
+    )
+    assert search.best_score_ == pytest.approx(score(there), rel=1e-6)
+    np.testing.assert_allclose(search.coef_, there.fit(X, T).coef_, rtol=1e-4, atol=1e-3)
+    assert search.intercept_ == pytest.approx(there.intercept_, rel=1e-6)
+    if not isinstance(model, ElasticNet):
+        near = search.best_params_["alpha"] * np.logspace(-0.3, 0.3, 13)
+        grid = GridSearchCV(there, {"alpha": near}, scoring="neg_mean_squared_error").fit(X, T)
+        assert search.best_score_ >= grid.best_score_ - 1e-5 * abs(grid.best_score_)
+
+
+def test_more_penalties_do_no_worse_than_one_on_the_folds():
+    one = HypergradientSearchCV(Ridge()).fit(X, T)
+    groups = HypergradientSearchCV(Ridge(), np.arange(10) // 5).fit(X, T)
+    each = HypergradientSearchCV(Ridge(), "per_feature").fit(X, T)
+    assert one.best_score_ <= groups.best_score_ + 0.1 <= each.best_score_ + 0.2
+    assert each.penalties_["alpha"].shape == (10,) and groups.penalties_["alpha"].shape == (2,)
+
+
+@pytest.mark.parametrize("model", [Ridge(), Lasso(), ElasticNet(), LogisticRegression(), LinearSVC(), LinearSVR()])
+def test_the_gradient_is_that_of_differences(model):
+    import jax
+
+    from bilevel.integrations import sklearn as ours
+
+    codes = (T > 140).astype(int) + (T > 200) * isinstance(model, LogisticRegression)  # three classes, or two
+    y = codes if isinstance(model, (LogisticRegression, LinearSVC)) else T
+    loss, names = ours._checked(model)
+    targets = T[:, None] if y is T else ours._one_hot(y.astype(int), len(np.unique(y)), loss)
+    table = ours._Table(X[:100, :6], targets[:100], True)
+    search = ours._Search(loss, type(model).__name__, names, table, np.arange(6), 0.1)
+    inside = np.zeros((2, 3, 100))
+    for k, (train, valid) in enumerate(KFold(3).split(X[:100])):
+        inside[0, k, train], inside[1, k, valid] = 1, 1
+    with jax.enable_x64(True):
+        evaluate, x = search.objective(*inside), search.start()[0][2] + 0.1 * np.arange(6 * len(names))
+        slope = evaluate(x)[1]
+        for i in range(len(x)):
+            move = np.eye(len(x))[i] * 1e-4
+            difference = (evaluate(x + move)[0] - evaluate(x - move)[0]) / 2e-4
+            assert slope[i] == pytest.approx(difference, rel=1e-4, abs=1e-6 * np.abs(slope).max())
+
+
+@pytest.mark.parametrize("model", [LogisticRegression(), LinearSVC()])
+def test_classifiers_agree_with_scikit_learns(model):
+    names = np.array(["benign", "malign"])[LABELS]
+    search = HypergradientSearchCV(model, cv=3).fit(CANCER, names)
+    assert search.score(CANCER, names) > 0.97 and set(search.predict(CANCER)) == {"benign", "malign"}
+    if isinstance(model, LogisticRegression):
+        there = LogisticRegression(tol=1e-10, max_iter=5000, **search.best_params_).fit(CANCER, names)
+        np.testing.assert_allclose(search.predict_proba(CANCER), there.predict_proba(CANCER), atol=1e-4)
+        score = cross_val_score(there, CANCER, names, cv=3, scoring="neg_log_loss").mean()
+        assert search.best_score_ == pytest.approx(score, rel=1e-4)
+    else:
+        assert not hasattr(search, "predict_proba")
+
+
+def test_it_stands_in_a_pipeline_and_in_a_search():
+    pipeline = make_pipeline(StandardScaler(), HypergradientSearchCV(Ridge(), "per_feature", cv=3))
+    assert pipeline.fit(X, T).score(X, T) > 0.45
+    outer = GridSearchCV(HypergradientSearchCV(Ridge(), cv=3), {"penalties": ["one", "per_feature"]}, cv=2).fit(X, T)
+    assert outer.best_params_["penalties"] in ("one", "per_feature")
+
+
+@pytest.mark.parametrize(
+    ("search", "error", "text"),
+    [
+        (HypergradientSearchCV(SVC()), TypeError, "not SVC. A kernel's support vector machine has no linear penalty"),
+        (HypergradientSearchCV(Lasso(positive=True)), ValueError, r"cannot honour Lasso\(positive=True\)"),
+        (HypergradientSearchCV(Ridge(), "each"), ValueError, "'one', 'per_feature', or an array"),
+        (HypergradientSearchCV(Ridge(), np.zeros(3)), ValueError, "an array of 10 group numbers is needed"),
+        (HypergradientSearchCV(LinearSVC(loss="hinge")), ValueError, "it takes loss='squared_hinge'"),
+    ],
+)
+def test_what_is_not_treated_is_refused(search, error, text):
+    with pytest.raises(error, match=text):
+        search.fit(X, T > 140)
