@@ -7,13 +7,14 @@ Seo, Kembhavi, Farhadi and Hajishirzi, "Bidirectional Attention Flow for Machine
     H, U    = BiLSTM(X), BiLSTM(Q)                                                   one encoder for both
     S_tj    = w . [h_t; u_j; h_t * u_j] + b
     U~_t    = sum_j softmax_j(S)_tj u_j,    h~ = sum_t softmax_t(max_j S)_t h_t
-    G       = [H; U~; H * U~; H * h~],      M = BiLSTM(BiLSTM(G))
-    p1      = softmax(w1 . [G; M] + b1),    p2 = softmax(w2 . [G; M2] + b2)
+    G       = [H; U~; H * U~; H * h~],       M1 = BiLSTM(BiLSTM(G))
+    p1      = softmax(w1 . [M1; G] + b1),    p2 = softmax(w2 . [M2; G] + b2)
 
 S is three products, H w_h + (U w_u)^T + (H * w_hu) U^T; the (T, J, 6 d) tensor of the equation is never made.
 
-The paper prints M2 = BiLSTM(M). The released code reads [G; M; a1; M * a1] there, with a1 = sum_t p1_t M_t, and only
-that has the size the authors quote: 2,570,703 parameters and 8 per character, against 1,610,703. `end=` chooses.
+The paper prints M2 = BiLSTM(M1). The released code reads [G; M1; a1; M1 * a1] there, with a1 = sum_t p1_t M1_t, and
+only that has the size the authors quote: 2,570,703 parameters and 8 per character, against 1,610,703. `end=` chooses.
+The pointers' vectors w1, w2 have the released order, states first (the paper prints [G; M]).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Reading(NamedTuple):
     U: Array
     G: Array
     M1: Array
-    M: Array
+    M2: Array
     logits1: Array
     logits2: Array
 
@@ -207,23 +208,22 @@ class BiDAF:
         H = read("context", X)
         U = lstms["context"](params["context"], Q, question.lengths)
         G = self.flow(params, H, U, context.lengths, question.lengths)
-        M1 = read("modelling1", wet(G, 2))
-        M = read("modelling2", wet(M1, 3))
+        M1 = read("modelling2", wet(read("modelling1", wet(G, 2)), 3))
         real = valid(context.lengths, G.shape[1])
 
         def point(name: str, states: Array, k: int) -> Array:
             p = params[name]
-            score = wet(jnp.concatenate([G, states], -1), k) @ p["kernel"] + p["bias"]
+            score = wet(jnp.concatenate([states, G], -1), k) @ p["kernel"] + p["bias"]
             return jnp.where(real, score, _MASKED)
 
-        logits1 = point("first", M, 4)
+        logits1 = point("first", M1, 4)
         if self.end == "released":
-            a1 = jax.nn.softmax(logits1)[:, None, :] @ M
-            into = jnp.concatenate([G, M, jnp.broadcast_to(a1, M.shape), M * a1], -1)
+            a1 = jax.nn.softmax(logits1)[:, None, :] @ M1
+            into = jnp.concatenate([G, M1, jnp.broadcast_to(a1, M1.shape), M1 * a1], -1)
         else:
-            into = M
-        logits2 = point("last", read("end", wet(into, 5)), 6)
-        return Reading(X, Q, H, U, G, M1, M, logits1, logits2)
+            into = M1
+        M2 = read("end", wet(into, 5))
+        return Reading(X, Q, H, U, G, M1, M2, logits1, point("last", M2, 6))
 
 
 def span_loss(reading: Reading, first: Array, last: Array) -> Array:
