@@ -160,10 +160,11 @@ class NGrams:
     longest: int = 2
 
     @classmethod
-    def of(cls, texts: Sequence[str], longest: int = 2, least: int = 2) -> NGrams:
-        """The grams of 1 to `longest` tokens that stand in at least `least` of the texts."""
+    def of(cls, texts: Sequence[str], longest: int = 2, least: int = 2, most: int | None = None) -> NGrams:
+        """The grams of 1 to `longest` tokens that stand in `least` of the texts at least, the `most` frequent ones."""
+        check_texts(texts)
         counts = collections.Counter(gram for text in texts for gram in set(_grams(text, longest)))
-        grams = sorted(gram for gram, count in counts.items() if count >= least)
+        grams = [gram for gram, count in sorted(counts.items(), key=lambda c: (-c[1], c[0])) if count >= least][:most]
         if not grams:
             raise ValueError(f"No n-gram stands in {least} of {len(texts)} texts; lower least=.")
         rarity = [0.0] + [1 + math.log((1 + len(texts)) / (1 + counts[gram])) for gram in grams]
@@ -173,14 +174,20 @@ class NGrams:
         """Rows of the parameters, the padding's included."""
         return len(self.grams) + 1
 
-    def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """`{"grams": rows (n, m), "values": (n, m)}`; a text without a known gram has values of zero alone."""
+    def encode(self, texts: Sequence[str], width: int | None = None) -> dict[str, np.ndarray]:
+        """`{"grams": rows (n, m), "values": (n, m)}`; a text without a known gram has values of zero alone.
+
+        m is the most that a text has, or `width`, beyond which a text's grams are left out.
+        """
         check_texts(texts)
         rows = {gram: k + 1 for k, gram in enumerate(self.grams)}
-        found = [
+        found: list[dict[int, int]] = [
             collections.Counter(rows[gram] for gram in _grams(text, self.longest) if gram in rows) for text in texts
         ]
+        found = [dict(list(counts.items())[:width]) for counts in found]
         ids, _ = pad([list(counts) for counts in found])
+        if width is not None:
+            ids = np.pad(ids, ((0, 0), (0, width - ids.shape[1])))
         values = np.zeros(ids.shape, np.float32)
         for k, counts in enumerate(found):
             value = np.array(list(counts.values()), np.float32) * self.rarity[ids[k, : len(counts)]]
