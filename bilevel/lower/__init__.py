@@ -12,11 +12,12 @@ from bilevel.lower.foreign import Function, Identity, as_lower_solver, jaxopt, o
 from bilevel.lower.levenberg_marquardt import LeastSquares, LevenbergMarquardt
 from bilevel.lower.loops import LowerState, repeat, until
 from bilevel.lower.newton import Newton
+from bilevel.lower.reinitialized import Reinitialized
 from bilevel.lower.scaled import EqualityDescent, ScaledDescent
 from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Relative, Steps
 
 __all__ = [
     "LBFGS", "Accurate", "EqualityDescent", "Function", "GradientDescent", "Identity", "LeastSquares",
-    "LevenbergMarquardt", "LowerState", "MomentumSGD", "Newton", "Relative", "ScaledDescent", "Steps",
+    "LevenbergMarquardt", "LowerState", "MomentumSGD", "Newton", "Reinitialized", "Relative", "ScaledDescent", "Steps",
     "as_lower_solver", "jaxopt", "optimistix", "repeat", "until",
 ]  # fmt: skip
