@@ -13,11 +13,12 @@ from bilevel.lower.levenberg_marquardt import LeastSquares, LevenbergMarquardt
 from bilevel.lower.loops import LowerState, repeat, until
 from bilevel.lower.newton import Newton
 from bilevel.lower.proximal import ProximalGradient
+from bilevel.lower.reinitialized import Reinitialized
 from bilevel.lower.scaled import EqualityDescent, ScaledDescent
 from bilevel.lower.steps import LBFGS, GradientDescent, MomentumSGD, Relative, Steps
 
 __all__ = [
     "LBFGS", "Accurate", "EqualityDescent", "Function", "GradientDescent", "Identity", "LeastSquares",
-    "LevenbergMarquardt", "LowerState", "MomentumSGD", "Newton", "ProximalGradient", "Relative", "ScaledDescent",
-    "Steps", "as_lower_solver", "jaxopt", "optimistix", "repeat", "until",
+    "LevenbergMarquardt", "LowerState", "MomentumSGD", "Newton", "ProximalGradient", "Reinitialized", "Relative",
+    "ScaledDescent", "Steps", "as_lower_solver", "jaxopt", "optimistix", "repeat", "until",
 ]  # fmt: skip

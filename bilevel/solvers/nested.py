@@ -99,6 +99,18 @@ class HypergradientDescent:
                 f"{name_of(self)}'s upper step rule compares values and needs full batches; this problem draws "
                 "minibatches. Give upper_optimizer a step size or an optax rule, such as optax.adam(1e-2)."
             )
+        renews = getattr(self.lower_solver, "renews", False)
+        if renews and not self.warm_start:
+            raise ProblemError(
+                f"{name_of(self)}(warm_start=False) begins each lower solve as if it were the first, so that "
+                "lower.Reinitialized would take draw 0 at every step: leave warm_start on (every=1 draws at each step)."
+            )
+        if renews and withdraws(upper):
+            raise ProblemError(
+                f"{name_of(self)}'s upper step rule compares values at two points, and lower.Reinitialized may begin "
+                "their lower solves at different draws. Give upper_optimizer a step size or an optax rule, such as "
+                "optax.adam(1e-2)."
+            )
         return NestedState(x, y, x, start.memory, carry, upper, None if self.warm_start else y)
 
     def _move(self, problem: Problem) -> Move:
