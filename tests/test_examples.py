@@ -139,10 +139,20 @@ def test_a_model_trained_through_the_layer_regrets_less(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_contrast_of_attention_prints_its_verdict_at_any_size(tmp_path, capsys):
+    example, out = load("attention_contrast"), tmp_path / "contrast.png"
+    small = ["--steps", "20", "--canvases", "60", "--mask-steps", "3", "--width", "16", "--layers", "2"]
+    rows = example.main([*small, "--out", str(out)])
+    assert all(np.isfinite([row["validation"], row["test"], row["accuracy"]]).all() for row in rows.values())
+    assert rows["no mask"]["ratio"].shape == (2,)
+    assert "Contrast" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_the_contrast_of_attention_is_judged_by_the_head_that_it_serves(tmp_path, capsys):
     example = load("attention_contrast")
-    out = tmp_path / "contrast.png"
-    rows = example.main(["--out", str(out)])
+    rows = example.main(["--out", str(tmp_path / "contrast.png")])
     plain, full = rows["A_Q (lambda = 1e4 A_G)"], rows["A_Q / A_G (lambda = 1e-4 A_G)"]
     learnt = min((rows[name] for name in rows if "learnt" in name), key=lambda r: r["validation"])
     assert learnt["validation"] < min(plain["validation"], full["validation"]) + 0.02 < rows["no mask"]["validation"]

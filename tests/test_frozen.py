@@ -280,7 +280,7 @@ def test_a_mask_of_numbers_stands_in_part():
     solvers.AID(HOLDING["masked"]), solvers.SOBA(0.1, HOLDING["partition"]), solvers.FSLA(HOLDING["masked"], 0.1),
     solvers.F2BA(lower.GradientDescent(HOLDING["masked"], 5)), solvers.T1T2(HOLDING["masked"]), solvers.VRBO(
         0.1, HOLDING["masked"]), solvers.AID(lower.Relative(lower.GradientDescent(HOLDING["masked"], 5, 1e-3))),
-], ids=str)  # fmt: skip
+], ids=["AID", "SOBA", "FSLA", "F2BA", "T1T2", "VRBO", "AID Relative"])  # fmt: skip
 def test_methods_that_would_solve_for_the_constant_too_refuse_and_name_the_cure(solver):
     text = r"never moves y\['c'\].*Problem\(\.\.\., frozen=mask\)"
     with pytest.raises(ProblemError, match=text):
