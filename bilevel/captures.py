@@ -466,7 +466,10 @@ class _Walk:
             held |= {f"[{_word(k)}]": v for k, v in value.items()}
         elif isinstance(value, (list, deque)):
             held |= {f"[{i}]": v for i, v in enumerate(value)}
-        self._key.append(_hashable(value) if not held and cls.__hash__ is not object.__hash__ else _Same(value))
+        if _by_value(cls):
+            self._key.append((cls, tuple(held)))
+        else:
+            self._key.append(_hashable(value) if not held and cls.__hash__ is not object.__hash__ else _Same(value))
         self.hold(held | _settings(cls), path)
         return lambda _b, _n: value
 
@@ -528,6 +531,12 @@ def _users_type(cls: type) -> bool:
     module = sys.modules.get(cls.__module__)
     file = getattr(module, "__file__", None)
     return (module is None or cls.__module__ == "__main__") if file is None else _users(file)
+
+
+def _by_value(cls: type) -> bool:
+    """Whether objects of a class are what their fields are, as a frozen dataclass's: solvers, sets, settings."""
+    parameters = getattr(cls, "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen and parameters.eq
 
 
 def _copied(value: Any) -> bool:

@@ -209,13 +209,23 @@ class _Rows:
 
 
 class _Static:
-    """A solver that is no pytree (a user's plain class), as a static part of the compiled loop."""
+    """A solver whose leaves are not all numbers (step rules, a user's plain class), as a static part of compiled code.
 
-    def __init__(self, solver: Any) -> None:
-        self.solver = solver
+    Two of them are the same code where they hold the same (`captures.form`): `optax.adam(0.1)` made anew each time is
+    other functions, and compiles nothing.
+    """
+
+    def __init__(self, solver: Any, held: Hashable) -> None:
+        self.solver, self.held = solver, held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self.held == other.held
+
+    def __hash__(self) -> int:
+        return hash(self.held)
 
 
-jax.tree_util.register_pytree_node(_Static, lambda s: ((), s.solver), lambda solver, _: _Static(solver))
+jax.tree_util.register_pytree_node(_Static, lambda static: ((), static), lambda static, _: static)
 
 
 def as_argument(solver: Any) -> Any:
@@ -224,7 +234,7 @@ def as_argument(solver: Any) -> Any:
     travels = len(leaves) != 1 or leaves[0] is not solver
     if travels and all(isinstance(leaf, (float, int, np.ndarray, np.number, jax.Array)) for leaf in leaves):
         return solver
-    return _Static(solver)
+    return _Static(solver, form(solver))
 
 
 def as_solver(argument: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import numbers
@@ -11,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +23,9 @@ import optax
 from bilevel import host
 from bilevel._module import name_of
 from bilevel._settings import settings, users_settings
+from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
-from bilevel.loop import CAPACITY, Loop, at_step
+from bilevel.loop import CAPACITY, Loop, as_argument, as_solver, at_step
 from bilevel.optimizers import check_count
 from bilevel.precision import Working, named, undefined_at, working
 from bilevel.problem import Problem, ProblemError, as_variable
@@ -397,9 +399,26 @@ def _fitting(state: Any, first: Any, solver: Any) -> Any:
     )
 
 
+def _starts_in_one_program(solver: Any, problem: Problem, x: Any, y: Any) -> bool:
+    """Whether `init` is compiled as a whole: not where it places data on devices, nor a user's own."""
+    home = type(solver).__module__
+    places = home.startswith(("bilevel.solvers.decentralized", "bilevel.solvers.federated"))
+    leaves = [leaf for leaf in jax.tree.leaves((problem, x, y)) if isinstance(leaf, jax.Array)]
+    return home.startswith("bilevel.solvers.") and not places and all(len(leaf.devices()) == 1 for leaf in leaves)
+
+
+@functools.partial(jax.jit, static_argnames="captured")
+def _init(problem: Problem, solver: Any, x: Any, y: Any, base: StepKey, *, captured: Hashable) -> Any:
+    """The first state; `captured` is what the solver's functions capture (see `loop`)."""
+    return as_solver(solver).init(problem, x, y, at_step(base, 0))
+
+
 def _first_state(problem: Problem, solver: Solver, x: Any, y: Any, base: StepKey) -> Any:
     with named(solver, problem, x, y):
-        state = solver.init(problem, x, y, at_step(base, 0))
+        if _starts_in_one_program(solver, problem, x, y):
+            state = _init(problem, as_argument(solver), x, y, base, captured=form(solver))
+        else:
+            state = solver.init(problem, x, y, at_step(base, 0))
     for name in ("x", "y"):
         if not hasattr(state, name):
             raise TypeError(

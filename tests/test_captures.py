@@ -9,6 +9,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bilevel import Problem, data, hypergradients, solve, solvers
@@ -136,6 +137,35 @@ def test_fifty_solves_with_another_number_each_are_right_and_compile_once():
         if i == 1:
             compiled.clear()
     assert not compiled
+
+
+@pytest.mark.parametrize("made", [
+    lambda: None, lambda: solvers.AID(), lambda: solvers.F2BA(),
+    lambda: solvers.AID(GradientDescent(optax.adam(0.1), 5), upper_optimizer=optax.sgd(0.1)),
+], ids=["none", "AID", "F2BA", "optax"])  # fmt: skip
+@pytest.mark.parametrize("tol", [None, 1e-3])
+def test_a_solver_that_is_made_anew_for_each_solve_compiles_nothing_anew(made, tol):
+    compiled = []
+    count = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    problem = Problem(by_global, lambda x, y: (y - x) ** 2 + 0.1 * y**4)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for k in range(3):
+            if k == 2:
+                compiled.clear()
+            solve(problem, jnp.zeros(()), jnp.zeros(()), made(), steps=20, tol=tol, progress=False)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert not compiled
+
+
+def test_a_solver_with_another_rule_is_another_programme():
+    problem = Problem(by_global, lambda x, y: (y - x) ** 2)
+    ends = [
+        solve(problem, 0.0, 0.0, solvers.AID(upper_optimizer=optax.sgd(rate)), steps=3, progress=False).x
+        for rate in (0.1, 0.01, 0.1)
+    ]
+    assert ends[0] == ends[2] > 2 * ends[1]
 
 
 def test_a_function_without_captures_is_itself():

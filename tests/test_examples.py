@@ -159,6 +159,7 @@ def test_the_contrast_of_attention_is_judged_by_the_head_that_it_serves(tmp_path
     assert "Contrast does not help here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_constitutive_law_is_found_and_without_its_logarithm_not_claimed(x64, tmp_path, capsys):
     example, out = load("constitutive_law"), tmp_path / "law.png"
     small = ["--particles", "8", "--evaluations", "2048", "--seed", "1", "--out", str(out)]

@@ -111,6 +111,7 @@ def verdict(
     bias, capped = metrics.get("bias", 0.0), metrics.get("multiplier_at_cap", 0.0)
     change, penalised = get("polished_change"), "penalty" in metrics
     undecided = above("gain", margin, "noise_upper")
+    convex = get("curvature_least") > 1e-6 * abs(get("curvature_greatest")) > 0  # around y, where it was looked at
     settled = (
         result is Result.MAX_STEPS
         and metrics.get("hypergradient_norm", np.inf) <= asked * (1 + abs(metrics.get("upper_loss", 0.0)))
@@ -197,14 +198,15 @@ def verdict(
             "for this penalty. Raise it, or tighten the tolerance.",
         ),
         (
-            undecided and change > 0,
+            undecided and (change > 0 or convex),
             (Result.CONVERGED,),
             Result.LOWER_LEVEL,
-            f"At the lower level's own solution the upper loss is larger by {change:.2g}: y is not there yet. Tighten "
-            "the tolerance, or take a lower solver that stands ill-conditioning (lower.Newton).",
+            f"At the lower level's own solution the upper loss is {'larger' if change > 0 else 'smaller'} by "
+            f"{abs(change):.2g}: y is not there yet. Tighten the tolerance, take more lower steps, or a lower solver "
+            "that stands ill-conditioning (lower.Newton).",
         ),
         (
-            undecided,
+            undecided and not convex,
             _LIVE,
             Result.SEVERAL_MINIMISERS,
             f"Another y, as low in the lower loss, has an upper loss smaller by {-change:.2g}: the lower level's "
@@ -351,6 +353,15 @@ def _of_small(
         "polished_violation": lower.violation,
         "polished_change": lower.loss_change if lower.loss_change > lower.loss_gain else -lower.loss_gain,
     }
+    if (
+        found["gain"] > 1e-3
+        and problem.project_lower is None
+        and problem.prox_lower is None
+        and not (program.p + program.q)
+    ):
+        # Another y as low, or the same minimum met more closely: the curvature around y tells.
+        hvp = derivatives.linearised(problem.full_lower(), x, y).hvp
+        found["curvature_least"], found["curvature_greatest"] = map(float, extreme_eigenvalues(hvp, y, dense=300))
     unchecked: tuple[str, ...] = ()
     better = None if lower.better is None else (x, lower.better)
     if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
