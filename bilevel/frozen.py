@@ -61,7 +61,9 @@ class Frozen:
         """
         given = self.given(y) if callable(self.given) else self.given
         try:
-            masks = jax.tree.leaves(jax.tree.map(lambda mask, part: [_truth(mask)] * len(jax.tree.leaves(part)), given, y))
+            masks = jax.tree.leaves(
+                jax.tree.map(lambda mask, part: [_truth(mask)] * len(jax.tree.leaves(part)), given, y)
+            )
         except ValueError as error:
             raise ProblemError(
                 f"Problem(frozen=...) does not fit y0: {str(error).splitlines()[0]} Give truth values in the form of "
@@ -129,7 +131,11 @@ class Cut:
         """y from what moves and from a y whose constant parts are right; stacked where what moves is."""
         moving = jax.tree.leaves(free)
         one = next(
-            (shape if at is None else (len(at),) for at, shape in zip(self.places, self.shapes, strict=True) if at != ())
+            (
+                shape if at is None else (len(at),)
+                for at, shape in zip(self.places, self.shapes, strict=True)
+                if at != ()
+            )
         )
         if jnp.ndim(moving[0]) > len(one):
             return jax.vmap(lambda free: self.whole(free, constants))(free)

@@ -29,7 +29,7 @@ from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers._base import refuse_standing, refuse_unreached, remark
+from bilevel.solvers._base import refuse_at_rest, refuse_standing, refuse_unreached, remark
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
@@ -311,6 +311,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         logger.info("%s", reason)
     _check_solver(solver)
     refuse_unreached(solver, problem, x, y)
+    refuse_at_rest(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(
             f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, "

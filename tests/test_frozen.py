@@ -11,7 +11,18 @@ import optax
 import pytest
 
 from bilevel import (
-    Problem, ProblemError, Result, data, diagnostics, hypergradients, lower, network, run, runs, solve, solvers,
+    Problem,
+    ProblemError,
+    Result,
+    data,
+    diagnostics,
+    hypergradients,
+    lower,
+    network,
+    run,
+    runs,
+    solve,
+    solvers,
 )  # fmt: skip
 from bilevel.frozen import standing
 from bilevel.hypergradients import value_and_hypergradient
@@ -241,7 +252,9 @@ HOLDING = {
     "a step of zero": optax.partition({"move": optax.adam(0.1), "stay": optax.sgd(0.0)}, LABELS),
     "of one's own": optax.chain(optax.sgd(0.1), optax.stateless(lambda g, p: {"u": g["u"], "c": 0 * g["c"]})),
     "zeros": optax.chain(optax.adam(0.1), optax.stateless(lambda g, p: {**g, "c": jnp.zeros_like(g["c"])})),
-    "clipped after": optax.chain(optax.masked(optax.set_to_zero(), MASK), optax.clip_by_global_norm(1.0), optax.sgd(1.0)),
+    "clipped after": optax.chain(
+        optax.masked(optax.set_to_zero(), MASK), optax.clip_by_global_norm(1.0), optax.sgd(1.0)
+    ),
 }
 for _name in ("freeze", "selective_transform"):
     if hasattr(optax, _name):
@@ -252,7 +265,9 @@ for _name in ("freeze", "selective_transform"):
 MOVING = {
     "adam": optax.adam(0.1),
     "adamw, masked decay": optax.adamw(0.1, mask={"u": True, "c": False}),
-    "warm-up": optax.partition({"move": optax.adam(0.1), "stay": optax.sgd(optax.linear_schedule(0.0, 0.1, 9))}, LABELS),
+    "warm-up": optax.partition(
+        {"move": optax.adam(0.1), "stay": optax.sgd(optax.linear_schedule(0.0, 0.1, 9))}, LABELS
+    ),
     "accumulated": optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation(),
     "line search": optax.lbfgs(),
     "late": optax.conditionally_transform(optax.set_to_zero(), lambda step: step < 3),

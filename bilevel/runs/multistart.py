@@ -42,9 +42,7 @@ class Multistart(Generic[X, Y]):
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "captured"))
-def _run_all(
-    problem: Problem[X, Y], solver: Any, x0s: X, y0s: Y, key: StepKey, steps: int, captured: Hashable
-) -> Any:
+def _run_all(problem: Problem[X, Y], solver: Any, x0s: X, y0s: Y, key: StepKey, steps: int, captured: Hashable) -> Any:
     solver = as_solver(solver)
 
     def one(x: X, y: Y) -> Any:
