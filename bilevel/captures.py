@@ -466,7 +466,10 @@ class _Walk:
             held |= {f"[{_word(k)}]": v for k, v in value.items()}
         elif isinstance(value, (list, deque)):
             held |= {f"[{i}]": v for i, v in enumerate(value)}
-        self._key.append(_hashable(value) if not held and cls.__hash__ is not object.__hash__ else _Same(value))
+        if getattr(cls, "__bilevel_hyperparameters__", False):  # frozen, and equal where its fields are
+            self._key.append((cls, tuple(held)))
+        else:
+            self._key.append(_hashable(value) if not held and cls.__hash__ is not object.__hash__ else _Same(value))
         self.hold(held | _settings(cls), path)
         return lambda _b, _n: value
 

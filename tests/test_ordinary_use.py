@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def test_an_interrupt_while_the_end_is_looked_at_returns_the_run(monkeypatch):
     def pressed(*_):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("bilevel.solve.certify", pressed)
+    monkeypatch.setattr(sys.modules["bilevel.solve"], "certify", pressed)
     solution = solve(QUADRATIC, X, Y, solvers.ITD(5, 0.1, 0.01), steps=3, tol=1e-9)
     assert solution.result is Result.INTERRUPTED and solution.steps == 3
     assert "Ctrl-C" in " ".join(solution.certificate.unchecked)
