@@ -106,7 +106,7 @@ class Loop:
             _advance,
             problem,
             as_argument(solver),
-            captured=form(solver),
+            captured=captured_by(solver),
             tol=0.0 if tol is None else tol,
             use_tol=tol is not None,
             capacity=capacity,
@@ -235,6 +235,12 @@ def as_argument(solver: Any) -> Any:
     if travels and all(isinstance(leaf, (float, int, np.ndarray, np.number, jax.Array)) for leaf in leaves):
         return solver
     return _Static(solver, form(solver))
+
+
+def captured_by(solver: Any) -> Hashable:
+    """What a solver's functions capture, to be compared by value; its numbers are arguments of compiled code."""
+    argument = as_argument(solver)
+    return form(solver if isinstance(argument, _Static) else jax.tree.map(lambda _: None, solver))
 
 
 def as_solver(argument: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import optax
 from bilevel import derivatives
 from bilevel._forward import forward_only
 from bilevel._module import state
+from bilevel._roots import with_roots
 from bilevel.typing import Project, PyTree, Scalar
 
 __all__ = [
@@ -127,6 +129,64 @@ def value_and_gradient(loss: Any, variable: PyTree, memory: PyTree) -> tuple[jax
     known = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), (known.value, known.grad), shapes)
     return jax.lax.cond(jnp.isfinite(known[0]), lambda _: known, evaluate, variable)
 
+
+# ---------------------------------------------------------------- at a gradient of zero
+
+
+def stiff_at_rest(rule: Any, variable: PyTree) -> bool:
+    """Whether a rule's first update grows a thousand times faster at a gradient of zero than its size elsewhere.
+
+    Adam and its relatives divide by a root of a mean square and a tiny eps, which at an optimum is all there is: the
+    derivative of their steps is 1 / eps there, and says nothing about the lower solution.
+    """
+    if not is_rule(rule):
+        return False
+    full = as_optimizer(rule)
+    # One number for each leaf will do, and costs nothing.
+    variable = ones = jax.tree.map(lambda leaf: jnp.ones((1,) * jnp.ndim(leaf), jnp.result_type(leaf)), variable)
+    zero = optax.tree.zeros_like(ones)
+
+    def update(gradient: PyTree, memory: PyTree) -> PyTree:
+        return full.update(gradient, memory, variable)
+
+    def sizes() -> tuple[jax.Array, jax.Array]:
+        """Of the slope after some steps at rest (RAdam begins with plain ones), and of the updates elsewhere."""
+        like = lambda new, old: jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), new, old)  # noqa: E731
+        rest = lambda _, memory: like(update(zero, memory)[1], memory)  # noqa: E731
+        rested = jax.lax.fori_loop(0, 8, rest, jax.tree.map(jnp.asarray, full.init(variable)))
+        slope = jax.jvp(lambda g: with_roots(update)(g, rested)[0], (zero,), (ones,))[1]
+        norm = lambda tree: optax.tree.norm(jax.tree.map(jnp.nan_to_num, tree))  # noqa: E731
+        first, later = norm(update(ones, full.init(variable))[0]), norm(update(ones, rested)[0])
+        return norm(slope), jnp.where(first > 0, first, later)  # a warm-up begins with a step of zero
+
+    try:
+        names = {
+            equation.primitive.name for equation in _equations(jax.make_jaxpr(update)(ones, full.init(ones)).jaxpr)
+        }
+        if "div" not in names and not names & {"rsqrt", "pow"}:
+            return False
+        at_rest, elsewhere = map(float, jax.jit(sizes)())
+    except Exception:  # a rule that wants more than a gradient, or withdraws steps: not differentiated anyway
+        return False
+    return at_rest > 1e3 * elsewhere
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a trace, those inside others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in equation.params.values():
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+AT_REST = (
+    "y is exactly at an optimum of the lower level, where {what}'s step rule is divided by its eps alone (Adam and its "
+    "relatives, updates of norm one): the derivative of its steps there is about 1 / eps, whatever the lower solution's "
+    "is. Give the rule an eps_root of about the square of its step (optax.adam(1e-2, eps_root=1e-3)), plain steps (0.1), "
+    "another start, or take hypergradients.Implicit, which does not differentiate steps."
+)
 
 # ---------------------------------------------------------------- schedules
 

@@ -23,16 +23,15 @@ import optax
 from bilevel import host
 from bilevel._module import name_of
 from bilevel._settings import settings, users_settings
-from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
-from bilevel.loop import CAPACITY, Loop, as_argument, as_solver, at_step
+from bilevel.loop import CAPACITY, Loop, as_argument, as_solver, at_step, captured_by
 from bilevel.optimizers import check_count
 from bilevel.precision import Working, named, undefined_at, working
 from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers._base import refuse_standing, refuse_unreached, remark
+from bilevel.solvers._base import refuse_at_rest, refuse_standing, refuse_unreached, remark
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
@@ -317,6 +316,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         logger.info("%s", reason)
     _check_solver(solver)
     refuse_unreached(solver, problem, x, y)
+    refuse_at_rest(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(
             f"solve(tol=...) asks the solver for its status, and {type(solver).__name__} has no method status(state, "
@@ -416,7 +416,7 @@ def _init(problem: Problem, solver: Any, x: Any, y: Any, base: StepKey, *, captu
 def _first_state(problem: Problem, solver: Solver, x: Any, y: Any, base: StepKey) -> Any:
     with named(solver, problem, x, y):
         if _starts_in_one_program(solver, problem, x, y):
-            state = _init(problem, as_argument(solver), x, y, base, captured=form(solver))
+            state = _init(problem, as_argument(solver), x, y, base, captured=captured_by(solver))
         else:
             state = solver.init(problem, x, y, at_step(base, 0))
     for name in ("x", "y"):

@@ -168,6 +168,23 @@ def test_a_solver_with_another_rule_is_another_programme():
     assert ends[0] == ends[2] > 2 * ends[1]
 
 
+def test_solvers_made_anew_with_other_numbers_are_one_programme():
+    """A loop over step sizes, each in a new solver, compiles once; another count or function does not pass for it."""
+    compiled = []
+    count = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(count)
+    problem = Problem(closure(1.0), lambda x, y: (y - x) ** 2)
+    for make in (lambda a: solvers.SOBA(a, 0.3), lambda a: solvers.ITD(5, 0.2, a), lambda a: solvers.AID(0.2, a)):
+        for i, a in enumerate((0.05, 0.1, 0.2)):
+            set_all(1.0)
+            solve(problem, jnp.zeros(()), jnp.zeros(()), make(a), steps=3)
+            if i == 1:
+                compiled.clear()
+        assert not compiled
+    two = [solve(problem, jnp.zeros(()), jnp.zeros(()), solvers.ITD(n, 0.2, 0.1), steps=3).x for n in (1, 5)]
+    assert two[0] != two[1]
+
+
 def test_a_function_without_captures_is_itself():
     assert taken(jnp.sum) is jnp.sum
     assert taken(None) is None

@@ -11,7 +11,18 @@ import optax
 import pytest
 
 from bilevel import (
-    Problem, ProblemError, Result, data, diagnostics, hypergradients, lower, network, run, runs, solve, solvers,
+    Problem,
+    ProblemError,
+    Result,
+    data,
+    diagnostics,
+    hypergradients,
+    lower,
+    network,
+    run,
+    runs,
+    solve,
+    solvers,
 )  # fmt: skip
 from bilevel.frozen import standing
 from bilevel.hypergradients import value_and_hypergradient

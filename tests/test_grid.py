@@ -1,8 +1,8 @@
 """Every constructor over the grid of dtypes and of JAX's settings: it works, or one sentence refuses it.
 
-The fast tests run each constructor once on a start that has several things at once (half precision, several dtypes,
-typed keys and integers in the data, strict promotion, jax_debug_infs and jax_debug_nans), and trace it under the
-others; the slow ones are the whole product.
+Each constructor once on a start that has several things at once (half precision, several dtypes, typed keys and integers
+in the data, strict promotion, jax_debug_infs and jax_debug_nans), and traced under the others: one of each family in the
+fast lane, all of them and the whole product in the slow one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,17 @@ from problems import float64
 
 from bilevel import ProblemError, linear, run, solve, solvers
 from bilevel.hypergradients import value_and_hypergradient
+
+FAST = (
+    "AID", "ITD", "SOBA", "DARTS", "SingleLoopF2SA", "VPBGD", "DSOBA", "FedBiO", "IterativeRegularization", "Implicit",
+    "Unrolled", "FiniteDifference", "GradientDescent", "Function", "CG", "Dense", "Robust", "TaskCG",
+)  # fmt: skip
+
+
+def lanes(table):
+    """The names of a table, one of each family for the fast lane."""
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in table]
+
 
 HALF = {
     "bfloat16": (jnp.bfloat16,) * 4,
@@ -68,13 +79,13 @@ def trace(case, of_data, x, w, b):
     assert dtypes((found.x, found.y)) == dtypes((x0, y0))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", lanes(SOLVERS))
 def test_a_solver_takes_all_of_it_at_once(name):
     with all_settings():
         check(SOLVERS[name], np.float32, jnp.bfloat16, jnp.bfloat16, np.float32)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", lanes(SOLVERS))
 def test_a_solver_is_traced_on_float32_under_x64(name):
     with float64():
         trace(SOLVERS[name], np.float64, np.float32, np.float32, np.float32)
@@ -132,7 +143,7 @@ UNACCOUNTED = {"AID", "AID Newton", "AiPOD", "HypergradientDescent", "IMAML"}
 """Those whose linear solves, or linearised constraints, are parts of JAX that do not keep the account."""
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "MPCC"])
+@pytest.mark.parametrize("name", lanes([name for name in SOLVERS if name != "MPCC"]))
 def test_a_run_on_all_devices_data_inside_shard_map(name):
     if name in UNACCOUNTED:
         with pytest.raises(ProblemError, match="Leave shard_map out: put the data on all devices"):
@@ -150,7 +161,7 @@ def test_losses_that_differ_from_device_to_device_are_refused(name):
 # Estimators, lower solvers, linear solvers ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", lanes(ESTIMATORS))
 def test_an_estimator_takes_all_of_it_at_once(name):
     estimator, solver, case = ESTIMATORS[name]
     x, y = case.start(jnp.bfloat16, jnp.bfloat16, np.float32)
@@ -162,7 +173,7 @@ def test_an_estimator_takes_all_of_it_at_once(name):
     assert bool(jnp.isfinite(found.gradient).all())
 
 
-@pytest.mark.parametrize("name", LOWER)
+@pytest.mark.parametrize("name", lanes(LOWER))
 def test_a_lower_solver_takes_all_of_it_at_once(name):
     solver, case = LOWER[name]
     x, y = case.start(jnp.bfloat16, jnp.bfloat16, np.float32)
@@ -174,12 +185,12 @@ def test_a_lower_solver_takes_all_of_it_at_once(name):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found))
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", lanes(LINEAR))
 def test_a_linear_solver_takes_mixed_leaves_under_strict_promotion(name):
-    b = {"a": jnp.asarray([1.0, 2.0], jnp.bfloat16), "b": jnp.asarray([0.5], np.float32)}
+    b = {"a": jnp.asarray([[1.0, 2.0]], jnp.bfloat16), "b": jnp.asarray([[0.5]], np.float32)}  # one task of TaskCG
     with all_settings():
         found = jax.jit(lambda b: LINEAR[name](lambda v: jax.tree.map(lambda leaf: leaf * 2, v), b)[0])(b)
     assert dtypes(found) == dtypes(b)
     if name not in ("Identity", "Neumann", "Richardson", "Nystrom"):
-        np.testing.assert_allclose(np.float32(found["a"]), [0.5, 1.0], rtol=2e-2)
-        np.testing.assert_allclose(found["b"], [0.25], rtol=2e-2)
+        np.testing.assert_allclose(np.float32(found["a"]), [[0.5, 1.0]], rtol=2e-2)
+        np.testing.assert_allclose(found["b"], [[0.25]], rtol=2e-2)

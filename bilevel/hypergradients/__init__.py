@@ -23,8 +23,9 @@ from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
 from bilevel.keys import as_step_key
 from bilevel.lower import LBFGS, LowerState, as_lower_solver
+from bilevel.optimizers import AT_REST, stiff_at_rest
 from bilevel.precision import named, working
-from bilevel.problem import Problem
+from bilevel.problem import Problem, ProblemError
 from bilevel.typing import LowerSolver, X, Y
 
 __all__ = [
@@ -86,6 +87,10 @@ def value_and_hypergradient(
             upper, lower = found.problem.levels(as_step_key(key))
             carry = first_carry(estimator, lower, found.x, start) if carry is None else carry
             estimate = estimator(upper, lower, solver, found.x, start, carry)
+        left = estimate.metrics.get("lower_residual", 1.0)
+        if getattr(estimator, "through", False) and not isinstance(left, jax.core.Tracer) and left == 0:
+            if stiff_at_rest(as_rule(solver), found.y):
+                raise ProblemError(AT_REST.format(what=name_of(solver)))
         gradient, at = found.given(estimate.gradient, estimate.lower.y)
         return dataclasses.replace(estimate, gradient=gradient, lower=LowerState(at, estimate.lower.memory))
 

@@ -81,8 +81,8 @@ class Forward:
     gradient of F. Metrics: `lower_residual` = |f_y|; with random directions `deviation`, an estimate of the root of the
     variance from this call's G alone.
 
-    With Adam-like rules give `eps_root > 0` where a gradient can be exactly zero: the derivative of a square root at
-    zero is infinite.
+    Rules that withdraw steps or search along a line are differentiated with their choices (which step, how long) for
+    constants. Where a parameter's gradient is exactly zero, roots have the derivative zero, as in `Unrolled`.
 
     References: Franceschi, Donini, Frasconi, Pontil, "Forward and Reverse Gradient-Based Hyperparameter Optimization",
     ICML 2017 (forward mode, real-time hyperparameter optimisation); Donini et al., "MARTHE: Scheduling the Learning
@@ -185,6 +185,8 @@ class Forward:
         tangents: list[jax.Array],
     ) -> tuple[LowerState, list[jax.Array]]:
         """The lower run, and the tangents of its state at the end."""
+        if hasattr(solver, "differentiable"):
+            solver = solver.differentiable(choosing=True)
         if self.decay is not None:
             solver = _Forgetting(solver, self.decay)
         if self.last is not None:

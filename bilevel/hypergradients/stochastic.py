@@ -23,8 +23,8 @@ __all__ = ["SAMA", "StochasticImplicit"]
 
 
 _NO_REVERSE = (
-    "No derivative goes back through a randomised product of Hessians (BSA, TTSA, randomised=True): its length is drawn. "
-    "Take the summed series (StocBiO, randomised=False), or forward mode (jax.jacfwd)."
+    "No derivative goes back through a randomised product of Hessians (BSA, TTSA, randomised=True): its length is "
+    "drawn. Take the summed series (StocBiO, randomised=False), or forward mode (jax.jacfwd)."
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from bilevel._forward import forward_only
 from bilevel._module import hyperparameters
 from bilevel.level import Level
 from bilevel.lower.loops import LowerState
@@ -15,6 +16,12 @@ from bilevel.optimizers import is_rule
 from bilevel.typing import LowerSolver, PyTree
 
 __all__ = ["Function", "Identity", "as_lower_solver", "jaxopt", "optimistix"]
+
+
+_NO_REVERSE = (
+    "No derivative goes back through a solver of jaxopt that was made without implicit_diff, as implicit estimators want "
+    "it: give lower.jaxopt(..., implicit_diff=True) for one of its solution, or unroll=True (and jit=True) for its steps."
+)
 
 
 @hyperparameters
@@ -78,9 +85,11 @@ def jaxopt(solver_class: Any, **options: Any) -> Function:
     `implicit_diff=False` is set unless given.
     """
     options = {"implicit_diff": False, **options}
+    reverse = options["implicit_diff"] or options.get("unroll") is True
 
     def solve(level: Level, x: PyTree, y: PyTree) -> PyTree:
-        return solver_class(fun=lambda y, x: level(x, y), **options).run(y, x).params
+        found = solver_class(fun=lambda y, x: level(x, y), **options).run(y, x).params
+        return found if reverse else forward_only(found, _NO_REVERSE)
 
     return Function(solve)
 

@@ -46,13 +46,17 @@ class Steps:
         """The solver whose one step is differentiated in place of this one's (DARTS's virtual step)."""
         return self
 
-    def differentiable(self) -> Any:
+    def differentiable(self, choosing: bool = False) -> Any:
         """The solver to differentiate through: the same steps, by a rule that has derivatives at a gradient of zero.
 
+        Args:
+          choosing: take rules that withdraw steps or search along a line as they are, their choices for constants (in
+            forward mode alone).
+
         Raises:
-          ValueError: its rule withdraws steps, or searches along a line.
+          ValueError: its rule withdraws steps, or searches along a line, and is not to be `choosing`.
         """
-        return _Differentiable(self) if type(self).advance is Steps.advance else self
+        return _Differentiable(self, choosing) if type(self).advance is Steps.advance else self
 
     def looks(self, state: LowerState) -> bool:
         """Whether the rule looks at values of the loss, and not at gradients alone."""
@@ -113,14 +117,17 @@ class Steps:
 class _Differentiable(Steps):
     """A solver whose rule is `_roots.with_roots`, and otherwise the same."""
 
-    def __init__(self, solver: Steps) -> None:
+    def __init__(self, solver: Steps, choosing: bool = False) -> None:
         self.solver, self.steps, self.tol, self.schedules = solver, solver.steps, solver.tol, solver.schedules
+        self.choosing = choosing
 
     def rule(self) -> optax.GradientTransformationExtraArgs:
         """The solver's."""
         rule = self.solver.rule()
 
         def update(gradient: PyTree, memory: PyTree, variable: PyTree = None, **extra: Any) -> Any:
+            if withdraws(memory) or optimizers.searches(memory):
+                return rule.update(gradient, memory, variable, **extra)
             value_fn = {name: extra.pop(name) for name in ("value_fn",) if name in extra}
             guarded = with_roots(lambda g, m, v, extra: rule.update(g, m, v, **extra, **value_fn))
             return guarded(gradient, memory, variable, extra)
@@ -134,7 +141,7 @@ class _Differentiable(Steps):
     def begin(self, x: PyTree, state: LowerState) -> LowerState:
         """Where a run begins."""
         state = self.solver.begin(x, state)
-        if withdraws(state.memory) or optimizers.searches(state.memory):
+        if not self.choosing and (withdraws(state.memory) or optimizers.searches(state.memory)):
             raise ValueError(
                 "An unrolled estimator differentiates the lower level's step rule, and this one withdraws steps or "
                 "searches along a line (optimizers.quasi_newton, optimizers.spectral, lower.LBFGS, optax.lbfgs): its "

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
-from bilevel.loop import as_argument, as_solver, run
+from bilevel.loop import as_argument, as_solver, captured_by, run
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import Solver, X, Y
 
@@ -89,7 +88,7 @@ def multistart(
     first = jax.tree.map(lambda leaf: leaf[0], (x0s, y0s))
     problem.validate(*first)
     problem = jax.tree.map(jnp.asarray, problem.captured(*first))
-    states, xs, ys, last = _run_all(problem, as_argument(solver), x0s, y0s, as_step_key(key), steps, form(solver))
+    states, xs, ys, last = _run_all(problem, as_argument(solver), x0s, y0s, as_step_key(key), steps, captured_by(solver))
     metrics = {name: np.asarray(value) for name, value in last.items()}
     n = next(iter(counts))
     finite = np.all(

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.captures import Functions, form, taken
+from bilevel.captures import Functions, taken
 from bilevel.keys import StepKey, as_step_key
-from bilevel.loop import run
+from bilevel.loop import captured_by, run
 from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.typing import Scalar, Solver, X, Y
 
@@ -105,7 +105,7 @@ def sweep(
     problem = jax.tree.map(jnp.asarray, problem.captured(x0, y0))
     ranking = Functions({"score": taken(score, (x0, y0))})
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *solvers)
-    state, values = _run_all(problem, stacked, x0, y0, as_step_key(key), ranking, steps, form(solvers[0]))
+    state, values = _run_all(problem, stacked, x0, y0, as_step_key(key), ranking, steps, captured_by(solvers[0]))
     if values.shape != (len(solvers),):
         raise ProblemError(
             f"sweep(score=...) returned values of shape {list(values.shape[1:])}; a score is one scalar."

@@ -11,6 +11,7 @@ from bilevel._module import name_of
 from bilevel.constraints import depends
 from bilevel.frozen import as_rule, refuse_rule
 from bilevel.level import takes_batch
+from bilevel.optimizers import AT_REST, stiff_at_rest
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.typing import Metrics, PyTree
@@ -95,6 +96,19 @@ def refuse_standing(solver: Any, y: PyTree, certified: bool = False) -> None:
     if certified or not through:
         below = getattr(solver, "lower_optimizer", None)
         refuse_rule(name_of(solver), as_rule(getattr(solver, "lower_solver", None)) if below is None else below, y)
+
+
+def refuse_at_rest(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
+    """Raise a `ProblemError` where steps are differentiated that start at an optimum, by a rule that is stiff there."""
+    below = getattr(solver, "lower_solver", None)
+    rule = as_rule(below)
+    differentiates = getattr(getattr(solver, "hypergradient", None), "through", False)
+    moved = getattr(below, "start", None) is not None or any(source.host for source in problem.sources)
+    if not differentiates or moved or not stiff_at_rest(rule, y):
+        return
+    slope = jax.jit(lambda problem, x, y: problem.draw_lower(0).gradient(x, y))(problem, x, y)
+    if all(not bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(slope)):
+        raise ProblemError("At the start " + AT_REST.format(what=name_of(solver)))
 
 
 def within(tol: Any, metrics: Metrics, *names: str) -> jax.Array:

@@ -276,7 +276,7 @@ class Program:
         self.calls += 1
         if not self.double:
             z = z.astype(np.float32)
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), jax.debug_nans(False):  # a search looks where a loss is undefined, too
             values, jacobian = _evaluate(self.problem, self._bounds, z, layout=self.layout)
             return np.asarray(values, float), np.asarray(jacobian, float)
 
