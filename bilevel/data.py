@@ -23,8 +23,8 @@ from bilevel.keys import Draw, StepKey, as_step_key, epoch_seed, in_epoch, mix, 
 from bilevel.typing import PyTree
 
 __all__ = [
-    "Agents", "Clients", "Description", "Full", "Keyed", "Minibatches", "Sampler", "Shared", "Source", "StepKey", "Stream",
-    "as_source", "as_step_key",
+    "Agents", "Clients", "Description", "Full", "Keyed", "Minibatches", "Sampler", "Shared", "Source", "StepKey",
+    "Stream", "as_source", "as_step_key",
 ]  # fmt: skip
 
 

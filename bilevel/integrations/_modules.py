@@ -254,9 +254,9 @@ def _constant(statistics: dict[Path, Any], params: PyTree) -> dict[Path, Any]:
 def _refuse(primals: Any, tangents: Any) -> Any:
     raise ValueError(
         "calibrated: Flax's nnx.BatchNorm cuts the derivative of its statistics, so that the derivative of a loss "
-        "through them would be wrong. In a loss normalise by the batch: apply.by_batch()(params, inputs), or the module's own "
-        "flag; calibrated is for metrics and for use. Where the statistics are meant to be constants, compute them "
-        "with jax.lax.stop_gradient(params)."
+        "through them would be wrong. In a loss normalise by the batch, apply.by_batch()(params, inputs) or the "
+        "module's own flag; calibrated is for metrics and for use. Where the statistics are meant to be constants, "
+        "compute them with jax.lax.stop_gradient(params)."
     )
 
 
