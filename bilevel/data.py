@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections.abc
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ from bilevel.keys import Draw, StepKey, as_step_key, epoch_seed, in_epoch, mix, 
 from bilevel.typing import PyTree
 
 __all__ = [
-    "Agents", "Clients", "Description", "Full", "Keyed", "Minibatches", "Sampler", "Source", "StepKey", "Stream",
-    "as_source", "as_step_key",
+    "Agents", "Clients", "Description", "Full", "Keyed", "Minibatches", "Sampler", "Shared", "Source", "StepKey",
+    "Stream", "as_source", "as_step_key",
 ]  # fmt: skip
 
 
@@ -160,6 +161,7 @@ class Source:
       random: whether samples are drawn, so that the loss of a step is an estimate.
       varies: whether another key gives another batch: what is random does, and what carries its key.
       size: the samples of one batch; None: all of them.
+      shared: whether all draws of an outer step are one, in either level (`Shared`).
       host: whether it is read on the host, and `solve` puts a step's items in its place (`Stream`).
       parties, owners: how many own the samples, None being nobody in particular; and what one of them is called.
       even: all parties own equally many samples.
@@ -173,6 +175,7 @@ class Source:
     given: bool = True
     random: bool = True
     size: int | None = None
+    shared: bool = False
     host: bool = False
     parties: int | None = None
     owners: str = ""
@@ -480,6 +483,85 @@ class Keyed(Source, leaves=("source",)):
 
     def __repr__(self) -> str:
         return f"Keyed({self.source!r})"
+
+
+class Shared(Source, leaves=("source",)):
+    """One draw per outer step, the same wherever it is asked for: in the upper level, in the lower one, in all of the
+    lower solver's steps.
+
+        tasks = data.Shared(data.Sampler(draw_tasks))       # {"support": ..., "query": ...}
+        Problem(query_loss, support_loss, upper_data=tasks, lower_data=tasks)
+
+    Without it each level draws for itself, and each lower step anew: an upper loss would judge other tasks than those
+    that the lower level has learnt. With `Keyed` inside, the key is one as well.
+
+    Args:
+      source: any source that is drawn from in the compiled loop.
+    """
+
+    shared = True
+
+    def __init__(self, source: Any) -> None:
+        if isinstance(source, Shared) or as_source(source).host or not as_source(source).given:
+            what = (
+                "a Stream, which is read item by item: use a Sampler or Minibatches"
+                if (as_source(source).host)
+                else type(source).__name__
+            )
+            raise TypeError(f"Shared wraps a source that is drawn from in the compiled loop, not {what}.")
+        self.source = as_source(source)
+
+    arrays, size, count, random, parties, owners, even, stacked, shares, check, varies = (  # type: ignore[assignment]
+        property(operator.attrgetter(f"source.{name}"))
+        for name in (
+            "arrays", "size", "count", "random", "parties", "owners", "even", "stacked", "shares", "check", "varies",
+        )
+    )  # fmt: skip
+
+    @staticmethod
+    def _of_step(key: StepKey) -> StepKey:
+        return StepKey(key.base, key.step, jnp.uint32(0)).fold_in(Draw.SHARED)
+
+    def draw(self, key: StepKey) -> PyTree:
+        """The batch of this step."""
+        return self.source.draw(self._of_step(key))
+
+    def full(self, key: StepKey | None = None) -> PyTree:
+        """All samples, or this step's draw."""
+        return self.source.full(None if key is None else self._of_step(key))
+
+    def whole(self) -> Source | None:
+        """Where the wrapped source has all samples: those."""
+        return self.source.whole()
+
+    def draw_each(self, key: StepKey, who: jax.Array | None = None) -> PyTree:
+        """Each party's batch."""
+        return self.source.draw_each(self._of_step(key), who)
+
+    def describe(self) -> Description:
+        """What is wrapped."""
+        inner = self.source.describe()
+        return inner._replace(kind=f"Shared {inner.kind}")
+
+    def __repr__(self) -> str:
+        return f"Shared({self.source!r})"
+
+
+def warn_of_one_object(upper: Any, lower: Any) -> None:
+    """A warning where one random source stands in both levels, which draw from it by themselves."""
+    inner = lambda data: inner(data.source) if isinstance(data, Keyed) else data  # noqa: E731
+    upper, lower = inner(upper), inner(lower)
+    if upper is lower and isinstance(upper, Source) and upper.random and not upper.shared:
+        cure = (
+            "make two objects, each of an iterable of its own"
+            if upper.host
+            else "write data.Shared(...) around it where both are to see the same batch, or make two objects where not"
+        )
+        warnings.warn(
+            f"upper_data and lower_data are one object, {upper!r}, and each level draws from it by itself: in one step "
+            f"they see different batches. To say which is meant, {cure}.",
+            stacklevel=4,
+        )
 
 
 def as_keyed(owner: str, *batch: Any) -> tuple[PyTree, StepKey]:

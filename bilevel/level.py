@@ -92,14 +92,14 @@ class Level:
 
     def redraw(self, i: Any, total: int) -> Level:
         """The level with the batch of inner step `i` of `total`; itself where all batches are the same."""
-        return self.drawn(self.key.inner(i, total)) if self.source.varies else self
+        return self.drawn(self.key.inner(i, total)) if self.source.varies and not self.source.shared else self
 
     def stream(self, tag: int) -> Level:
         """The level with a batch of the stream `tag` (`keys.Draw`), independent of this one's.
 
         Itself where all are the same.
         """
-        return self.drawn(self.key.fold_in(tag)) if self.source.varies else self
+        return self.drawn(self.key.fold_in(tag)) if self.source.varies and not self.source.shared else self
 
     def on(self, batch: PyTree) -> Level:
         """The level on this batch in place of its own, which is not drawn any more."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from bilevel._pickling import storable
 from bilevel.captures import Functions, taken
-from bilevel.data import ProblemError, Source, as_arrays, as_source
+from bilevel.data import ProblemError, Source, as_arrays, as_source, warn_of_one_object
 from bilevel.frozen import as_frozen
 from bilevel.keys import Draw, as_step_key
 from bilevel.level import Level, Levels, takes_batch
@@ -103,6 +103,7 @@ class Problem(Generic[X, Y]):
             given = getattr(self, name)
             if given is not None and not isinstance(given, Source):
                 object.__setattr__(self, name, as_arrays(given, name))
+        warn_of_one_object(self.upper_data, self.lower_data)
 
     def captured(self, x: X, y: Y) -> Problem[X, Y]:
         """The same problem with what its functions capture as it is now; see `bilevel.captures`.

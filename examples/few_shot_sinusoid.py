@@ -20,10 +20,8 @@ Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", ICM
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,27 +93,6 @@ def start_at_upper(x, y):
     return jax.tree.map(jnp.broadcast_to, x, jax.tree.map(jnp.shape, y))
 
 
-@dataclasses.dataclass(frozen=True)
-class SameTasks:
-    """A solver whose two levels see the same tasks at a step: drawn once, then handed to it as plain arrays.
-
-    (Each level of a `Problem` draws for itself, and again for each inner step, as stochastic methods need it.) Any
-    object with these two methods is a solver.
-    """
-
-    solver: Any
-
-    def init(self, problem, x, y, key):
-        return self.solver.init(self.with_tasks(problem, key), x, y, key)
-
-    def step(self, problem, state, key):
-        return self.solver.step(self.with_tasks(problem, key), state, key)
-
-    def with_tasks(self, problem, key):
-        tasks = problem.draw_lower(key).batch
-        return dataclasses.replace(problem, upper_data=tasks, lower_data=tasks)
-
-
 def maml(steps):
     """Five steps of a small network fit into memory many times over: plain reverse mode, without checkpoints."""
     return solvers.HypergradientDescent(
@@ -144,7 +121,7 @@ def meta_train(solver, lower_loss, sampler, tasks, steps, seed):
     x0 = init_network(jax.random.key(seed))
     y0 = jax.tree.map(lambda leaf: jnp.zeros((tasks, *leaf.shape)), x0)
     problem = Problem(query_loss, lower_loss, upper_data=sampler, lower_data=sampler)
-    return solve(problem, x0, y0, SameTasks(solver), steps=steps, key=seed)
+    return solve(problem, x0, y0, solver, steps=steps, key=seed)
 
 
 @jax.jit
@@ -175,7 +152,8 @@ def main(arguments=None):
     began = time.perf_counter()
 
     ranges = {"amplitude": np.array([0.1, 5.0], np.float32), "phase": np.array([0, np.pi], np.float32)}
-    sampler = data.Sampler(draw_tasks, {**ranges, "tasks": np.zeros(args.tasks, np.float32)})
+    # Shared: both levels, and all lower steps, see the tasks that are drawn at an outer step.
+    sampler = data.Shared(data.Sampler(draw_tasks, {**ranges, "tasks": np.zeros(args.tasks, np.float32)}))
     initial = {"random": init_network(jax.random.key(args.seed))}
     for name, solver, loss in (
         ("MAML", maml(args.steps), support_loss),

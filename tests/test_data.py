@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel import Problem, data, streaming
+from bilevel import Problem, data, lower, solve, solvers, streaming
 from bilevel.data import as_step_key
 from bilevel.keys import permute
 from bilevel.streaming import Prefetched
@@ -236,3 +236,67 @@ def test_a_spent_generator_is_named():
     next(items), next(items)
     with pytest.raises(ValueError, match="cannot be iterated again"):
         next(items)
+
+
+# ---------------------------------------------------------------- one draw for both levels
+
+DRAWN = data.Sampler(lambda key, arrays: jax.random.normal(key, (3,)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [DRAWN, data.Minibatches(np.arange(40.0), 3), data.Keyed(DRAWN), data.Agents(np.arange(40.0).reshape(4, 10), 3)],
+    ids=repr,
+)
+def test_a_shared_draw_is_one_in_both_levels_and_in_all_lower_steps(source):
+    shared = data.Shared(source)
+    problem = Problem(lambda x, y, b: 0.0, lambda x, y, b: 0.0, upper_data=shared, lower_data=shared)
+    same = lambda a, b: all(
+        np.array_equal(*map(np.asarray, map(_plain, pair)))
+        for pair in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+    seen = []
+    for k in range(4):
+        upper, lower = problem.levels(as_step_key(5, k))
+        assert same(upper.batch, lower.batch)
+        assert same(lower.batch, lower.redraw(2, 7).batch) and same(lower.batch, lower.stream(3).batch)
+        seen.append(upper.batch)
+    assert not any(same(a, b) for a, b in zip(seen, seen[1:], strict=False))
+
+
+def _plain(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def test_a_shared_draw_in_a_whole_run():
+    """The lower level fits the draw, the upper one measures the fit on its own: zero where both are one."""
+    shared = data.Shared(DRAWN)
+    upper, lower_loss = lambda x, y, b: jnp.sum((y - b) ** 2) + x**2, lambda x, y, b: jnp.sum((y - b) ** 2)
+    solver = solvers.AID(lower.GradientDescent(0.5, steps=3), 0.1)
+    for source, most in ((shared, 1e-9), (data.Sampler(DRAWN.fn), None)):
+        other = source if most else data.Sampler(DRAWN.fn)
+        problem = Problem(upper, lower_loss, upper_data=source, lower_data=other)
+        found = solve(problem, jnp.zeros(()), jnp.zeros(3), solver, steps=20, progress=False)
+        loss = found.history["upper_loss"]
+        assert loss.max() < most if most else loss.mean() > 1
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DRAWN, lambda: data.Minibatches(np.arange(9.0), 3), lambda: data.Keyed(DRAWN)]
+)
+def test_one_random_source_in_both_levels_is_warned_of(make):
+    source = make()
+    loss = lambda x, y, b: 0.0
+    with pytest.warns(UserWarning, match=r"one object, .* each level draws from it by itself.*data\.Shared\(\.\.\.\)"):
+        Problem(loss, loss, upper_data=source, lower_data=source)
+    with pytest.warns(UserWarning, match="one object"):
+        Problem(loss, loss, upper_data=data.Keyed(DRAWN), lower_data=DRAWN)
+    Problem(loss, loss, upper_data=make(), lower_data=np.ones(3))  # no warning, which would be an error here
+    Problem(loss, loss, *[data.Shared(source)] * 2)
+    Problem(loss, loss, *[np.ones(3)] * 2)  # the same samples in full are the same
+
+
+def test_what_cannot_be_shared_is_named():
+    for wrong in (data.Stream([1]), None, data.Shared(DRAWN)):
+        with pytest.raises(TypeError, match="Shared wraps a source that is drawn from in the compiled loop, not"):
+            data.Shared(wrong)

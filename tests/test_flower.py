@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,195 @@ def test_minibatches_and_partial_participation_are_reproducible() -> None:
     assert (np.asarray(first.x) != np.asarray(other.x)).any()
 
 
+# ---------------------------------------------------------------- broken answers
+
+
+class Tampered(flower.InProcessGrid):
+    """A grid on which what node 1001 answers from step 1 on has been changed."""
+
+    def __init__(self, change, **options) -> None:
+        super().__init__(flower.client_app(_setup(samples=3)), N, **options)
+        self.change = change
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            if reply.metadata.src_node_id == 1001 and int(messages[0].content["config"]["step"]) >= 1:
+                reply = self.change(reply) or reply
+            yield reply
+
+
+def _array(values):
+    from flwr.app import Array
+
+    return Array(np.asarray(values))
+
+
+def _first(content):
+    return next(name for name in content["arrays"] if name != "value")
+
+
+def _raw(data, dtype="float32", shape=(P,), stype="numpy.ndarray"):
+    from flwr.app import Array
+
+    return Array(dtype=dtype, shape=shape, stype=stype, data=data)
+
+
+def _with(make):
+    def change(reply):
+        name = _first(reply.content)
+        reply.content["arrays"][name] = make(reply.content["arrays"][name])
+
+    return change
+
+
+def _config(name, value):
+    def change(reply):
+        reply.content["config"][name] = value
+
+    return change
+
+
+def _drop(what):
+    def change(reply):
+        if what == "leaf":
+            del reply.content["arrays"][_first(reply.content)]
+        elif what == "value":
+            del reply.content["arrays"]["value"]
+        else:
+            del reply.content[what]
+
+    return change
+
+
+def _empty(reply):
+    from flwr.app import RecordDict
+
+    for name in list(reply.content):
+        del reply.content[name]
+    assert isinstance(reply.content, RecordDict)
+
+
+def _header_of_a_giant():
+    import io
+
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)})
+    return stream.getvalue()
+
+
+def _pickled():
+    import io
+
+    stream = io.BytesIO()
+    np.save(stream, np.array([{"a": 1}] * P, dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+class _Cut:
+    def __call__(self, array):
+        return _raw(array.data[:-3])
+
+
+BROKEN = {
+    "shape": (_with(lambda a: _array(np.zeros(17, np.float32))), "shape"),
+    "scalar": (_with(lambda a: _array(np.float32(1))), "shape"),
+    "missing leaf": (_drop("leaf"), "is missing"),
+    "no arrays": (_drop("arrays"), "is missing"),
+    "no config": (_drop("config"), "upper_samples is 'None'"),
+    "nothing": (_empty, "samples"),
+    "garbage": (_with(lambda a: _raw(b"\x00garbage" * 9)), "is no array"),
+    "empty bytes": (_with(lambda a: _raw(b"")), "is no array"),
+    "cut": (_with(_Cut()), "is cut"),
+    "giant": (_with(lambda a: _raw(_header_of_a_giant())), "shape"),
+    "pickle": (_with(lambda a: _raw(_pickled())), "expected floating-point"),
+    "integers": (_with(lambda a: _array(a.numpy().astype(int))), "expected floating-point"),
+    "complex": (_with(lambda a: _array(a.numpy() + 1j)), "expected floating-point"),
+    "nan": (_with(lambda a: _array(a.numpy() * np.nan)), "not finite"),
+    "inf": (_with(lambda a: _array(a.numpy() + np.inf)), "not finite"),
+    "1e30": (_with(lambda a: _array(a.numpy() * 0 + np.float32(1e30))), "not finite|in size"),
+    "1e12": (_with(lambda a: _array(a.numpy() * 0 + np.float32(1e12))), "in size"),
+    "float64 beyond float32": (_with(lambda a: _array(a.numpy().astype(float) * 0 + 1e300)), "not finite"),
+    "-5 samples": (_config("lower_samples", -5), "lower_samples is '-5'"),
+    "0 samples": (_config("upper_samples", 0), "upper_samples is '0'"),
+    "1e9 samples": (_config("lower_samples", 10**9), "lower_samples is '1000000000'"),
+    "samples 'x'": (_config("lower_samples", "x"), "lower_samples is 'x'"),
+    "samples nan": (_config("lower_samples", float("nan")), "lower_samples is 'nan'"),
+    "2.5 samples": (_config("lower_samples", 2.5), "lower_samples is '2.5'"),
+    "samples True": (_config("lower_samples", True), "lower_samples is 'True'"),
+    "samples list": (_config("lower_samples", [1, 2]), "lower_samples is"),
+}
+METHODS = {"simfbo": SimFBO(None, 0.05, 0.2, 0.2), "fedbio": FedBiO(None, 0.02, 0.1, 0.1, local_steps=2)}
+
+
+@pytest.fixture(scope="module")
+def without_it():
+    """The run in which node 1001 never answers from step 1 on."""
+    gone = lambda node, message: node == 1001 and int(message.content["config"]["step"]) >= 1
+    return {name: _run(solver, 3, lost=gone, setup=_setup(samples=3)) for name, solver in METHODS.items()}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_broken_answer_leaves_its_client_out_and_nothing_else(method, what, without_it) -> None:
+    change, words = BROKEN[what]
+    found = flower.run(Tampered(change), METHODS[method], jnp.zeros(P), jnp.zeros(Q), steps=3)
+    expected = without_it[method]
+    assert found.steps == 3 and found.result.name == "COMPLETED"
+    np.testing.assert_array_equal(found.x, expected.x)
+    np.testing.assert_array_equal(found.y, expected.y)
+    np.testing.assert_array_equal(found.history["upper_loss"], expected.history["upper_loss"])
+    assert {m.node for m in found.state.missing} == {1001} and all(m.broken for m in found.state.missing)
+    assert all(re.search(f"a broken answer: .*({words})", m.reason) for m in found.state.missing), found.reason
+    assert found.history["broken_replies"].tolist() == found.history["missing_clients"].tolist()
+    assert found.history["broken_replies"][0] == 0 and (found.history["broken_replies"][1:] >= 1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_of_nonsense_does_not_reach_the_history(method) -> None:
+    def change(reply):
+        if "value" in reply.content["arrays"]:
+            reply.content["arrays"]["value"] = _array(np.float32(1e25))
+
+    found = flower.run(Tampered(change), METHODS[method], jnp.zeros(P), jnp.zeros(Q), steps=3)
+    assert found.history["upper_loss"].max() < 1e6 and found.history["broken_replies"][1:].all()
+
+
+def test_answers_nobody_asked_for_are_not_heard() -> None:
+    class Twice(flower.InProcessGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            return [*replies, *replies]
+
+    once = _run(METHODS["simfbo"], 3)
+    twice = flower.run(Twice(flower.client_app(_setup()), N), METHODS["simfbo"], jnp.zeros(P), jnp.zeros(Q), steps=3)
+    np.testing.assert_array_equal(once.x, twice.x)
+
+
+@pytest.mark.parametrize("option", [{"clip": 2.0}, {"average": "median"}])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_one_client_can_do_is_bounded(method, option) -> None:
+    """It answers a thousand times too much, in the wrong direction: possible numbers, all the same."""
+
+    def change(reply):
+        for name in list(reply.content["arrays"]):
+            reply.content["arrays"][name] = _array(reply.content["arrays"][name].numpy() * np.float32(-1e3))
+
+    far, near = (
+        flower.run(Tampered(change), METHODS[method], jnp.zeros(P), jnp.zeros(Q), steps=4, **given)
+        for given in ({}, option)
+    )
+    honest = _run(METHODS[method], 4, setup=_setup(samples=3))
+    distance = lambda found: float(np.linalg.norm(np.asarray(found.y) - np.asarray(honest.y)))
+    assert distance(near) < 0.05 * distance(far)
+    clean = _run(METHODS[method], 4, setup=_setup(samples=3), clip=1e6)
+    np.testing.assert_array_equal(clean.x, honest.x)
+
+
 def test_errors_by_name() -> None:
+    for option, words in (({"clip": 0.5}, "from 1 on"), ({"average": "mode"}, "'mean' or 'median'")):
+        with pytest.raises(flower.FlowerError, match=words):
+            _run(SimFBO(None), 1, **option)
     with pytest.raises(flower.FlowerError, match=r"clients=9\) samples more clients than the 5 nodes"):
         _run(SimFBO(9), 1, wait=0.01)
     with pytest.raises(flower.FlowerError, match="does not run over Flower"):

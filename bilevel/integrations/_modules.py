@@ -202,9 +202,9 @@ def calibrated(apply: Any, params: PyTree, *inputs: Any, chunks: int = 1, key: A
         logits = fixed(params, new_images)
 
     They are recomputed, not carried along: a function of (params, inputs) without a memory, whatever the module's
-    momentum, under `jit` too. Linen's and Equinox' can be differentiated, statistics included; nnx cuts their
-    derivative, and one that would miss them is refused: a loss there takes `apply.by_batch()`. The module is called on the inputs in training
-    mode without dropout; one exponential mean is told from the other's start by two calls.
+    momentum, under `jit` too. The module is called on the inputs in training mode without dropout; one exponential mean
+    is told from the other's start by two calls. Linen's and Equinox' can be differentiated, statistics included; nnx
+    cuts their derivative, and one that would miss them is refused: a loss there takes `apply.by_batch()`.
 
     Args:
         apply: from `from_nnx`, `from_linen` or `from_equinox`.
@@ -253,10 +253,10 @@ def _constant(statistics: dict[Path, Any], params: PyTree) -> dict[Path, Any]:
 @_constant.defjvp
 def _refuse(primals: Any, tangents: Any) -> Any:
     raise ValueError(
-        "calibrated: Flax's nnx.BatchNorm cuts the derivative of its statistics, so that the derivative of a loss through "
-        "them would be wrong. In a loss normalise by the batch: apply.by_batch()(params, inputs), or the module's own "
-        "flag; calibrated is for metrics and for use. Where the statistics are meant to be constants, compute them with "
-        "jax.lax.stop_gradient(params)."
+        "calibrated: Flax's nnx.BatchNorm cuts the derivative of its statistics, so that the derivative of a loss "
+        "through them would be wrong. In a loss normalise by the batch, apply.by_batch()(params, inputs) or the "
+        "module's own flag; calibrated is for metrics and for use. Where the statistics are meant to be constants, "
+        "compute them with jax.lax.stop_gradient(params)."
     )
 
 

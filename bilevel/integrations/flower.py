@@ -17,7 +17,11 @@ step), `FedMBO` (its chains handed from client to client), `AggITD`. Each oracle
 site can allow, log or add noise to each by itself.
 
 A client that fails, or is late (`timeout`), is left out of that round's averages, named in the log and in
-`solution.state.missing`, and may be asked again in later rounds. The run goes on.
+`solution.state.missing`, and may be asked again in later rounds. The run goes on. So does it where an answer is not
+what was asked for: replies are untrusted input, read in one place (`_read`), and whatever is wrong with one (missing
+arrays, other shapes, bytes that are no array, NaN, numbers of another order of magnitude than all others', impossible
+counts of samples) leaves that client out and is counted. Within what is possible a client can still pull the average:
+`clip` and `average="median"` bound how far.
 """
 
 from __future__ import annotations
@@ -25,10 +29,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import io
 import logging
+import math
+import numbers
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +75,24 @@ class _NobodyAnsweredError(Exception):
     pass
 
 
+class _BrokenError(Exception):
+    """A message is not what was asked for; the text says how."""
+
+
+# What each oracle answers with, of value, lower (x, y, v) and upper (x, y, v).
+_ANSWERS: dict[str, frozenset[str]] = {
+    "grad_y": frozenset({"lower.y"}),
+    "f_y": frozenset({"upper.v"}),
+    "hvp": frozenset({"lower.v"}),
+    "hyper": frozenset({"value", "lower.x", "upper.x"}),
+    "simfbo": frozenset({"value", "lower.x", "lower.y", "lower.v", "upper.x", "upper.v"}),
+    "aggitd": frozenset({"lower.y", "lower.v", "upper.v"}),
+    "curvature": frozenset({"value"}),
+}
+_MOST_SAMPLES = 10_000_000
+_OUTLIER = 1e6  # times the largest median so far of the same kind of answer: no client's data are so unlike
+
+
 # ---------------------------------------------------------------- what travels
 
 
@@ -82,20 +107,90 @@ def _pack(tree: PyTree, config: dict[str, Any]) -> RecordDict:
     return RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord(config)})
 
 
-def _unpack(content: RecordDict, like: PyTree) -> Any:
-    """What was packed, with the structure of `like`, None for leaves that are not there."""
-    arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
-    found = [arrays.get(name) for name, _ in _named(like)]
-    for (name, expected), leaf in zip(_named(like), found, strict=True):
-        if leaf is not None and leaf.shape != np.shape(expected):
-            raise FlowerError(
-                f"{name} came with the shape {leaf.shape}, expected {np.shape(expected)}: server and clients must be "
-                "given equal models."
-            )
+def _unpack(content: RecordDict, like: PyTree, needed: Callable[[str], bool] = lambda name: False) -> Any:
+    """What was packed, with the structure of `like`, None for leaves that are not there.
+
+    Raises:
+      _BrokenError: an array is no array of finite numbers of its shape, or a needed one is missing.
+    """
+    arrays = content.array_records.get("arrays", {})
+    found = []
+    for name, expected in _named(like):
+        if name in arrays:
+            found.append(_parsed(name, arrays[name], np.shape(expected), np.dtype(jnp.result_type(expected))))
+        elif needed(name):
+            raise _BrokenError(f"{name} is missing")
+        else:
+            found.append(None)
     return jax.tree.unflatten(jax.tree.structure(like), found)
 
 
+def _parsed(name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The array that some bytes say they are: its header is read first, and nothing is allocated for a wrong one."""
+    try:
+        stream = io.BytesIO(array.data)
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        said, fortran, kind = read(stream)
+        content = stream.read()
+        size = math.prod(said) * kind.itemsize
+    except Exception as error:
+        raise _BrokenError(f"{name} is no array ({type(error).__name__}: {str(error)[:100]})") from None
+    if said != shape:
+        raise _BrokenError(
+            f"{name} came with the shape {said}, expected {shape}: server and clients must be given equal models"
+        )
+    if kind.kind not in "fV" or (kind.kind == "V" and kind.itemsize != dtype.itemsize):
+        raise _BrokenError(f"{name} came as {kind}, expected floating-point numbers")
+    if len(content) != size:
+        raise _BrokenError(f"{name} is cut: it has {len(content)} bytes, its header says {size}")
+    if kind.kind == "V":  # bfloat16 and its like, which numpy writes as bytes
+        kind = dtype
+    with np.errstate(all="ignore"):
+        values = np.frombuffer(content, kind).reshape(shape, order="F" if fortran else "C").astype(dtype)
+        if not np.isfinite(values).all() or not np.isfinite(_norm(values)):
+            raise _BrokenError(f"{name} is not finite")
+    return values
+
+
+def _norm(values: Any) -> float:
+    """The Euclidean norm, infinite where its square is more than the values' type can hold."""
+    with np.errstate(all="ignore"):
+        kind = np.result_type(np.asarray(values).dtype, np.float32)
+        return float(np.sqrt(np.sum(np.square(np.asarray(values, kind)))))
+
+
+def _samples(config: Any, name: str) -> int:
+    """A count of samples that is one."""
+    value = config.get(name)
+    whole = isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value and value % 1 == 0
+    if not whole or not 1 <= value <= _MOST_SAMPLES:
+        raise _BrokenError(f"{name} is {str(value)[:60]!r}, expected a whole number from 1 to {_MOST_SAMPLES:,}")
+    return int(value)
+
+
+def _read(kind: str, content: RecordDict, like: PyTree) -> tuple[Terms, dict[str, int]]:
+    """A client's answer and its numbers of samples; the one place that looks at what clients send.
+
+    Raises:
+      _BrokenError: it is not what was asked for.
+    """
+    try:
+        config = dict[str, Any](content.config_records.get("config", {}))
+        counts = {level: _samples(config, f"{level}_samples") for level in ("upper", "lower")}
+
+        def needed(name: str) -> bool:
+            return ".".join(name.split(".")[:2]) in _ANSWERS[kind]
+
+        return _unpack(content, like, needed), counts
+    except _BrokenError:
+        raise
+    except Exception as error:  # records of other types, arrays without data, ...: nothing of it may end the run
+        raise _BrokenError(f"it cannot be read ({type(error).__name__}: {str(error)[:100]})") from None
+
+
 def _numbers(content: RecordDict) -> int:
+    """How many numbers the server sends in a message."""
     return sum(int(np.prod(array.shape)) for array in content.array_records["arrays"].values())
 
 
@@ -122,7 +217,11 @@ def client_app(setup: Callable[[Context], tuple[Problem, PyTree, PyTree]]) -> Cl
                 counts = {"upper_samples": upper.count or 1, "lower_samples": lower.count or 1}
                 ready[context.node_id] = dataclasses.replace(problem, **alone), counts, Point(x, y, y)
             problem, counts, like = ready[context.node_id]
-            sent, config = _unpack(message.content, like), dict[str, Any](message.content.config_records["config"])
+            try:
+                sent = _unpack(message.content, like)
+            except _BrokenError as error:
+                raise FlowerError(f"The server's message: {error}.") from None
+            config = dict[str, Any](message.content.config_records["config"])
             base = jax.random.fold_in(jax.random.key(int(config.pop("seed"))), context.node_id % 2**32)
             key = StepKey(base, jnp.uint32(config.pop("step")), jnp.uint32(config.pop("stream")))
             numbers = {name: tuple(value) for name, value in config.items() if isinstance(value, list)}
@@ -157,12 +256,13 @@ def _computed(
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """An answer that did not come: the step, the message type, the node, and why."""
+    """An answer that did not come, or was broken: the step, the message type, the node, and why."""
 
     step: int
     kind: str
     node: int
     reason: str
+    broken: bool = False
 
     def __str__(self) -> str:
         return f"node {self.node} in step {self.step} ({_PREFIX}{self.kind}): {self.reason}"
@@ -180,9 +280,12 @@ class _Server:
     """An `Engine` over a Grid: who is asked, what came back, who did not answer, what was sent. Each ask is a round."""
 
     def __init__(
-        self, grid: Grid, solver: Federated, x: PyTree, y: PyTree, seed: int, timeout: float | None, wait: float
-    ) -> None:
+        self, grid: Grid, solver: Federated, x: PyTree, y: PyTree, seed: int, timeout: float | None, wait: float,
+        clip: float | None = None, average: str = "mean",
+    ) -> None:  # fmt: skip
         self.grid, self.solver, self.seed, self.timeout = grid, solver, seed, timeout
+        self.clip, self.average = clip, average
+        self.typical: dict[tuple[str, str], float] = {}  # the largest median norm so far of each part of each answer
         self.like = Terms(jnp.zeros(()), Point(x, y, y), Point(x, y, y))
         self.missing: list[Missing] = []
         self.samples: dict[str, dict[int, int]] = {"upper": {}, "lower": {}}
@@ -260,7 +363,10 @@ class _Server:
             lambda *leaves: jnp.stack(list(map(jnp.asarray, leaves))), *(weighed[node] for node in rows)
         )
         values = [answer.value for answer in answers.values() if answer.value is not None]
-        value = jnp.mean(jnp.asarray(values)) if values else None
+        middle = jnp.median if self.average == "median" else jnp.mean
+        value = middle(jnp.asarray(values)) if values else None
+        if self.average == "median" and own is None:  # every row is the median, and so is their mean
+            each = jax.tree.map(lambda a: jnp.broadcast_to(jnp.median(a, axis=0), a.shape).astype(a.dtype), each)
         return Answers(value, each, own)
 
     def _weighed(self, node: int, answer: Terms) -> Point:
@@ -271,7 +377,7 @@ class _Server:
 
     def weight(self, node: int, level: str) -> float:
         """How much a client counts: 1 on average over the clients heard of."""
-        if self.solver.weighting == "clients":
+        if self.solver.weighting == "clients" or self.average == "median":
             return 1.0
         known = self.samples[level]
         return known[node] * len(known) / sum(known.values())
@@ -289,29 +395,86 @@ class _Server:
             for node, point in payloads.items()
         ]
         self.floats += sum(_numbers(message.content) for message in messages)
-        answers, reasons = {}, {}
+        answers: dict[int, Terms] = {}
+        reasons: dict[int, str] = {}
+        broken: set[int] = set()
+        heard = {}
         for reply in self.grid.send_and_receive(messages, timeout=self.timeout):
             node = int(reply.metadata.src_node_id)
+            if node not in payloads or node in answers or node in reasons:
+                continue  # nobody asked, or a second answer
             if reply.has_error():
-                reasons[node] = (reply.error.reason or f"error {reply.error.code}").strip().splitlines()[-1]
+                said = (reply.error.reason or f"error {reply.error.code}").strip().splitlines()
+                reasons[node] = said[-1][:300] if said else "an error without words"
                 continue
-            self.floats += _numbers(reply.content)
-            config = dict[str, Any](reply.content.config_records["config"])
+            try:
+                answers[node], heard[node] = _read(kind, reply.content, self.like)
+            except _BrokenError as error:
+                reasons[node] = f"a broken answer: {error}"
+                broken.add(node)
+        for node, why in self._outliers(kind, answers).items():
+            del answers[node]
+            reasons[node] = f"a broken answer: {why}"
+            broken.add(node)
+        for node, answer in answers.items():
+            self.floats += sum(int(np.size(leaf)) for leaf in jax.tree.leaves(answer))
             for level, counts in self.samples.items():
-                counts[node] = int(config[f"{level}_samples"])
-            answer = _unpack(reply.content, self.like)
-            broken = [name for name, leaf in _named(answer) if not np.isfinite(leaf).all()]
-            if broken:
-                reasons[node] = f"its {broken[0]} is not finite"
-            else:
-                answers[node] = answer
+                counts[node] = heard[node][level]
         silence = f"no answer within {self.timeout} seconds" if self.timeout else "no answer"
         for node in payloads:
             if node not in answers:
-                lost = Missing(self.step, kind, node, reasons.get(node, silence))
+                lost = Missing(self.step, kind, node, reasons.get(node, silence), node in broken)
                 self.missing.append(lost)
                 logger.warning("left out of the averages: %s", lost)
-        return answers
+        return self._clipped(answers)
+
+    def _outliers(self, kind: str, answers: dict[int, Terms]) -> dict[int, str]:
+        """Answers of another order of magnitude than all that was heard, and why.
+
+        A part of an answer is held against the median of the round's (of two, the smaller), or the largest such median
+        of the rounds before where that is more: near a solution most gradients vanish.
+        """
+        found: dict[int, str] = {}
+        for name in ("value", "lower.x", "lower.y", "lower.v", "upper.x", "upper.y", "upper.v"):
+            sizes = {node: _size(answer, name) for node, answer in answers.items() if _part(answer, name) is not None}
+            if not sizes:
+                continue
+            typical = max(sorted(sizes.values())[(len(sizes) - 1) // 2], self.typical.get((kind, name), 0.0))
+            if len(sizes) > 1 or (kind, name) in self.typical:
+                for node, size in sizes.items():
+                    if 0 < _OUTLIER * typical < size:
+                        found[node] = f"{name} is {size:.1e} in size, and {typical:.1e} is usual"
+            self.typical[kind, name] = typical
+        return found
+
+    def _clipped(self, answers: dict[int, Terms]) -> dict[int, Terms]:
+        """Each part of each answer at most `clip` times as long as the median of the round's."""
+        if self.clip is None:
+            return answers
+        changed = {node: {"lower": answer.lower, "upper": answer.upper} for node, answer in answers.items()}
+        for name in ("lower.x", "lower.y", "lower.v", "upper.x", "upper.y", "upper.v"):
+            level, variable = name.split(".")
+            sizes = {node: _size(answer, name) for node, answer in answers.items() if _part(answer, name) is not None}
+            most = self.clip * sorted(sizes.values())[(len(sizes) - 1) // 2] if sizes else 0.0
+            for node, size in sizes.items():
+                if size > most:
+                    point = changed[node][level]
+                    shorter = jax.tree.map(
+                        lambda a, s=most / size: np.asarray(a * s, a.dtype), getattr(point, variable)
+                    )
+                    changed[node][level] = dataclasses.replace(point, **{variable: shorter})
+        return {node: Terms(answers[node].value, **parts) for node, parts in changed.items()}
+
+
+def _part(answer: Terms, name: str) -> PyTree:
+    """A part of an answer by its name; None where it has none."""
+    level, _, variable = name.partition(".")
+    found = getattr(getattr(answer, level), variable) if variable else getattr(answer, level)
+    return found if jax.tree.leaves(found) else None
+
+
+def _size(answer: Terms, name: str) -> float:
+    return math.hypot(*(_norm(leaf) for leaf in jax.tree.leaves(_part(answer, name))))
 
 
 def run(
@@ -325,6 +488,8 @@ def run(
     timeout: float | None = None,
     wait: float = 60.0,
     retries: int = 3,
+    clip: float | None = None,
+    average: Literal["mean", "median"] = "mean",
     callback: Callable[[int, PyTree, PyTree, dict[str, float]], Any] | None = None,
 ) -> Solution:
     """Run a federated solver over a Grid: the body of a `ServerApp`'s main.
@@ -339,10 +504,17 @@ def run(
         dead clients too.
       wait: seconds to wait at the start until as many nodes have connected as a round samples.
       retries: how often a step in which nobody answered is tried again with other clients before the run ends.
+      clip: no client's gradient, or other part of an answer, is longer than so many times the median of the round's;
+        2 or 3 bound what one client can do and leave honest ones alone. None: no bound but that of other orders of
+        magnitude.
+      average: "median" takes the median of each coordinate over clients in place of their mean: half of them less one
+        may answer anything. It is not the objective's gradient where clients differ, and they count alike. Methods that
+        hand chains on (`FedMBO`) take it where they average, and not along the chains.
       callback: `(step, x, y, metrics)` after each step, for progress or saving; returning True ends the run.
 
     Returns:
-      A `Solution`; its `state.missing` lists every answer that did not come, its `reason` sums them up, and
+      A `Solution`; its `state.missing` lists every answer that did not come or was broken, its history counts them at
+      each step ("missing_clients", and of those "broken_replies"), its `reason` sums them up, and
       `state.server` is the solver's own state.
 
     Raises:
@@ -353,8 +525,12 @@ def run(
             f"{solver!r} does not run over Flower: take federated.SimFBO or FedBiO with one number of local steps, "
             "FedMBO or AggITD."
         )
+    if clip is not None and not (isinstance(clip, numbers.Real) and 1 <= clip < math.inf):
+        raise FlowerError(f"run(clip={clip!r}): a number from 1 on, times the median length; or None.")
+    if average not in ("mean", "median"):
+        raise FlowerError(f"run(average={average!r}): 'mean' or 'median'.")
     began = time.perf_counter()
-    server = _Server(grid, solver, x0, y0, key, timeout, wait)
+    server = _Server(grid, solver, x0, y0, key, timeout, wait, clip, average)
     x, y = (jax.tree.map(jnp.asarray, tree) for tree in (x0, y0))
     state = None
     values: dict[str, list[float]] = collections.defaultdict(list)
@@ -378,6 +554,7 @@ def run(
             "communication_rounds": server.rounds,
             "communication_floats": server.floats,
             "missing_clients": len(server.missing) - lost,
+            "broken_replies": sum(answer.broken for answer in server.missing[lost:]),
         }
         for name, value in metrics.items():
             values[name].append(float(value))

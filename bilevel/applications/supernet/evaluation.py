@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +99,7 @@ def nasbench201_accuracy(genotype: Genotype, path: Any = None) -> dict[str, floa
 
     Raises:
         datasets.DatasetNotFoundError: there is no table.
+        datasets.DatasetError: a file is none; its pickle holds more than numbers by name.
     """
     key = nasbench201_key(genotype)
     if path is None:
@@ -112,7 +112,15 @@ def nasbench201_accuracy(genotype: Genotype, path: Any = None) -> dict[str, floa
         path = Path(spec.submodule_search_locations[0]) / "datasets" / "nasbench201"
     found = {}
     for name in ("cifar10", "cifar100", "imagenet"):
-        with (Path(path) / f"{name}.pkl").open("rb") as file:
-            table = pickle.load(file)
-        found[name] = float(np.mean(table[key]["val_acc"]))
+        file = Path(path) / f"{name}.pkl"
+        if not file.is_file():
+            raise datasets.DatasetNotFoundError(f"The NAS-Bench-201 table was not found: there is no {file}.")
+        table = datasets.unpickled(file)  # dictionaries, lists and numbers, nothing else
+        try:
+            accuracies = np.asarray(table[key]["val_acc"], float)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise datasets.DatasetError(
+                f"{file} is no table of NAS-Bench-201: there is no list of 'val_acc' under {key!r}."
+            ) from error
+        found[name] = float(accuracies.mean())
     return found

@@ -383,6 +383,18 @@ def test_nasbench201_table_is_asked_for_by_name(monkeypatch, tmp_path):
         "cifar100": 90.5,
         "imagenet": 90.5,
     }
+    for content, words in (
+        (b"", "is empty"),
+        (pickle.dumps({"333333": {"val_acc": [90.0] * 99}})[:60], "cifar100.pkl"),
+        (pickle.dumps({"1": 2}), "is no table of NAS-Bench-201"),
+        (pickle.dumps(pickle.Pickler), r"refers to _pickle\.Pickler"),
+    ):
+        (tmp_path / "cifar100.pkl").write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            supernet.nasbench201_accuracy(genotype, tmp_path)
+    (tmp_path / "cifar100.pkl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no .*cifar100\.pkl"):
+        supernet.nasbench201_accuracy(genotype, tmp_path)
 
 
 def test_selection_by_perturbation_keeps_what_the_network_misses_most():
