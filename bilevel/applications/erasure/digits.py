@@ -38,7 +38,7 @@ NETWORK = Flux(
 MODEL = TextToImage(NETWORK, 4, 4)
 """16 patches of 2 x 2 coloured pixels and 4 words; no pooled prompt, which adapters of attention could not reach."""
 
-CHECKSUM = ""
+CHECKSUM = "98ee9451456b35d7040dee3cd5419903a431b02c08fa99e29f361302282fa01f"
 """SHA-256 of the shipped weights; `examples/concept_erasure_base.py` prints it."""
 
 
