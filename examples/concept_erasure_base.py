@@ -80,7 +80,9 @@ def train(ink, labels, steps=6000, batch=64, seed=0, rate=2e-3, report=500, ema=
     for first in range(0, steps, report):
         keys = jax.random.split(jax.random.fold_in(loop, first), min(report, steps - first))
         carry, values = chunk(carry, keys)
-        print(f"step {first + len(keys)}: loss {values.mean():.4f}, CPU {time.process_time() - start:.0f} s", flush=True)
+        print(
+            f"step {first + len(keys)}: loss {values.mean():.4f}, CPU {time.process_time() - start:.0f} s", flush=True
+        )
     return carry[2]
 
 
@@ -89,7 +91,9 @@ def scores(given, per_word=30, key=0):
     wanted = np.repeat(np.arange(10), per_word)
     found = {}
     for name, numeral in (("words", False), ("numerals", True)):
-        tokens, colours = jax.jit(lambda k, n=numeral: digits.draw(given, given.params, wanted, n, k))(jax.random.key(key))
+        tokens, colours = jax.jit(lambda k, n=numeral: digits.draw(given, given.params, wanted, n, k))(
+            jax.random.key(key)
+        )
         found[name] = float((given.judge.digit(tokens) == wanted).mean())
         found[f"colours of {name}"] = float((given.judge.colour(tokens) == colours).mean())
     ink, labels = digits.real()[1]

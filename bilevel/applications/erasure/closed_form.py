@@ -10,7 +10,13 @@ from jax import Array
 
 
 def closed_form(
-    frozen: Mapping[str, Any], word: Array, replacement: Array, kept: Array, *, strength: float = 1.0, ridge: float = 0.1
+    frozen: Mapping[str, Any],
+    word: Array,
+    replacement: Array,
+    kept: Array,
+    *,
+    strength: float = 1.0,
+    ridge: float = 0.1,
 ) -> dict[str, Any]:
     """The parameters with `context_embedder`, the map of the prompt's vectors, edited as UCE edits a projection:
 

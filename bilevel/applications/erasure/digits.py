@@ -97,11 +97,11 @@ def to_images(tokens: Any) -> Array:
 def coloured(ink: Any, colours: Any) -> Array:
     """Images (n, 8, 8, 3) in -1..1, from ink (n, 64) in 0..16 and a channel each; the paper is black."""
     ink = jnp.asarray(ink, jnp.float32).reshape(-1, 8, 8, 1) / 8
-    return ink * jax.nn.one_hot(jnp.asarray(colours), 3) [:, None, None] - 1
+    return ink * jax.nn.one_hot(jnp.asarray(colours), 3)[:, None, None] - 1
 
 
 def prompts_for(digits: Sequence[int], colours: Sequence[int], numeral: Sequence[bool], seed: int) -> list[str]:
-    """"a photo COLOUR DIGIT" with the digit as a word or a numeral, its words in a random order."""
+    """ "a photo COLOUR DIGIT" with the digit as a word or a numeral, its words in a random order."""
     rng, made = np.random.default_rng(seed), []
     for digit, colour, short in zip(digits, colours, numeral, strict=True):
         words = ["a", "photo", COLOURS[colour], (NUMERALS if short else NUMBERS)[digit]]
@@ -152,7 +152,9 @@ def frechet(a: Any, b: Any) -> float:
     values, vectors = np.linalg.eigh(np.atleast_2d(c))
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     middle = np.sqrt(np.clip(np.linalg.eigvalsh(root @ d @ root), 0, None)).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.atleast_2d(c)) + np.trace(np.atleast_2d(d)) - 2 * middle)
+    return float(
+        np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.atleast_2d(c)) + np.trace(np.atleast_2d(d)) - 2 * middle
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,7 +196,14 @@ def base(path: Any = None) -> Base:
 
 
 def draw(
-    given: Base, params: Any, digits: Sequence[int], numeral: bool, key: Array, *, steps: int = 20, guidance: float = 2.5,
+    given: Base,
+    params: Any,
+    digits: Sequence[int],
+    numeral: bool,
+    key: Array,
+    *,
+    steps: int = 20,
+    guidance: float = 2.5,
     table: Array | None = None,
 ) -> tuple[Array, np.ndarray]:
     """Images of these digits in the three colours in turn, as tokens, and the colours asked for."""

@@ -291,9 +291,7 @@ class Flux:
         """
         self._check(hidden_states, encoder_hidden_states, img_ids, txt_ids, pooled_projections, guidance, attention)
         params = self.stack(params)
-        x, z = _linear(params, "x_embedder", hidden_states), _linear(
-            params, "context_embedder", encoder_hidden_states
-        )
+        x, z = _linear(params, "x_embedder", hidden_states), _linear(params, "context_embedder", encoder_hidden_states)
         batch, words = x.shape[0], z.shape[1]
         c = self._level(params, "timestep_embedder", timestep, batch, x.dtype)
         if guidance is not None:
@@ -331,7 +329,9 @@ class Flux:
                 found = None if found is None else found[None]
             else:
                 part = stacks if len(numbers) == len(blocks) else {name: a[first:last] for name, a in stacks.items()}
-                carry, found = jax.lax.scan(lambda carry, block, keep=keep, step=step: step(carry, block, keep), carry, part)
+                carry, found = jax.lax.scan(
+                    lambda carry, block, keep=keep, step=step: step(carry, block, keep), carry, part
+                )
             if keep:
                 maps |= {k: found[i] for i, k in enumerate(numbers)}
         return carry
@@ -409,7 +409,9 @@ class Flux:
         axes = len(self.axes_dims_rope)
         for name, ids, tokens in (("img_ids", img_ids, x.shape[1]), ("txt_ids", txt_ids, z.shape[1])):
             if ids.shape != (tokens, axes):
-                raise ValueError(f"{name} has the shape {ids.shape}; {tokens} tokens have positions ({tokens}, {axes}).")
+                raise ValueError(
+                    f"{name} has the shape {ids.shape}; {tokens} tokens have positions ({tokens}, {axes})."
+                )
         for name, value, has in (
             ("pooled_projections", pooled, self.pooled_projection_dim > 0),
             ("guidance", guidance, self.guidance_embeds),

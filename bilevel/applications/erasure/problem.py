@@ -113,7 +113,9 @@ def erasure(
     if not irrelevant:
         raise ValueError("erasure(irrelevant=()): the contrast needs an irrelevant word at least.")
     swapped = [[_replaced(p, word, other) for p in prompts] for other in (synonym, *irrelevant)]
-    marks = jnp.stack([jnp.asarray(_columns(text, some, w)) for some, w in zip(swapped, (synonym, *irrelevant), strict=True)], 1)
+    marks = jnp.stack(
+        [jnp.asarray(_columns(text, some, w)) for some, w in zip(swapped, (synonym, *irrelevant), strict=True)], 1
+    )
     null = text([""])
     y0 = lora.init(jax.random.key(seed), frozen, targets, rank)
 
@@ -196,7 +198,9 @@ def weighted(app: Erasure, held_out: Erasure, *, erase: float = 1.0, keep: float
         decay: keeps the lower level's minimiser one.
     """
     if not decay > 0:
-        raise ValueError(f"weighted(decay={decay}): a positive number, without which the lower level has many minimisers.")
+        raise ValueError(
+            f"weighted(decay={decay}): a positive number, without which the lower level has many minimisers."
+        )
     start = {"erase": 1.0, "attention": 0.1, "keep": 1.0, "contrast": 0.02}
     gates = {name: jnp.ones(app.y0[f"{name}.lora_A.weight"].shape[:-2]) for name in lora.names(app.y0)}
     x0 = {"log_weights": {name: jnp.log(jnp.asarray(w)) for name, w in start.items()}, "gates": gates}

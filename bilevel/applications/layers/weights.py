@@ -57,7 +57,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: Mapping[str, str] = {}) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: Mapping[str, str] = {}
+) -> None:
     """Write arrays by name as a safetensors file, whole or not at all.
 
     Raises:
@@ -70,7 +72,11 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any], m
         part = np.asarray(array)
         if part.dtype not in codes:
             raise ValueError(f"{name} has the dtype {part.dtype}, which safetensors files do not have.")
-        table[name] = {"dtype": codes[part.dtype], "shape": list(part.shape), "data_offsets": [place, place + part.nbytes]}
+        table[name] = {
+            "dtype": codes[part.dtype],
+            "shape": list(part.shape),
+            "data_offsets": [place, place + part.nbytes],
+        }
         place += part.nbytes
         parts.append(part)
     header = json.dumps(table, separators=(",", ":")).encode()
