@@ -1,7 +1,7 @@
 """Take one digit out of a text-to-image flow, and leave the others: erasure only, and six ways of keeping the rest.
 
-The base model draws coloured digits from four words. Each route moves one LoRA adapter with Adam, the same step sizes and
-the same number of batches; the scores are means over seeds, with the least and the most.
+The base model draws coloured digits from four words. Each route moves one LoRA adapter with Adam, the same step sizes
+and the same number of batches; the scores are means over seeds, with the least and the most.
 
     python examples/concept_erasure.py
     python examples/concept_erasure.py --steps 150 --seeds 0 1 2 --targets add_q_proj add_k_proj add_v_proj

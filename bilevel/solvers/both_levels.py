@@ -1,4 +1,4 @@
-"""Simple bilevel problems (x0=None) by a step rule of one's own: an alternation, and steps along one combined direction."""
+"""Simple bilevel problems (x0=None) by a step rule of one's own: an alternation, and combined directions."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class Combined:
       optimizer: an optax rule or a step size.
       combination: what gives a and b.
 
-    Metrics: `upper_loss`, `lower_loss`, `upper_gradient_norm`, `lower_gradient_norm`, and the weights `upper_weight` = a,
+    Metrics: `upper_loss`, `lower_loss`, `upper_gradient_norm`, `lower_gradient_norm`, the weights `upper_weight` = a,
     `lower_weight` = b. Oracle calls: 1 gradient of each.
     """
 

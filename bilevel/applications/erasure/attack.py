@@ -46,7 +46,7 @@ def attacked(gain: Callable[[PyTree], Array], prompt: PyTree, *, radius: float, 
 def attack(
     model: Any, params: PyTree, prompt: PyTree, images: Array, key: Array, *, radius: float, steps: int = 20
 ) -> PyTree:
-    """One embedding for each prompt that brings images of the concept back, found on other draws of noise than are judged.
+    """One embedding for each prompt that brings images of the concept back.
 
     Args:
         model, params: the erased flow.

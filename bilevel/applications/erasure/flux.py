@@ -1,7 +1,7 @@
 """Flux: a flow transformer of dual-stream and single-stream blocks, a pure function of named parameters.
 
-Names and layout are those of diffusers' `FluxTransformer2DModel` (a weight is (out, in)). The blocks of a kind are run by
-one scan over parameters stacked along a leading axis, so that compile time does not grow with depth.
+Names and layout are those of diffusers' `FluxTransformer2DModel` (a weight is (out, in)). The blocks of a kind are run
+by one scan over parameters stacked along a leading axis, so that compile time does not grow with depth.
 """
 
 from __future__ import annotations
@@ -418,7 +418,7 @@ class Flux:
         ):
             if (value is not None) != has:
                 raise ValueError(
-                    f"{name} is {'not ' if has else ''}given, and this network has {'it' if has else 'none'} as an input."
+                    f"{name} is {'not ' if has else ''}given, and this network has {'it' if has else 'none'}."
                 )
         if pooled is not None and pooled.shape != (x.shape[0], self.pooled_projection_dim):
             raise ValueError(

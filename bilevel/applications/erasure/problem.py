@@ -87,13 +87,13 @@ def erasure(
         strength: eta of the ESD target.
         temperature: of the contrast.
         batch: images per step of each level.
-        attack: (radius, steps): the erase loss is taken at the worst embedding of the prompt that `attacked` finds within
-            that distance of each word: erasure trained against attacks.
+        attack: (radius, steps): the erase loss is taken at the worst embedding of the prompt that `attacked` finds
+            within that distance of each word: erasure trained against attacks.
         seed: of the adapter's start.
 
     Raises:
-        ValueError: a prompt without the word, a kept one with it, unequal counts, a weight that is not known, targets that
-            match nothing.
+        ValueError: a prompt without the word, a kept one with it, unequal counts, a weight that is not known, targets
+            that match nothing.
     """
     weight = {"erase": 1.0, "attention": 0.1, "keep": 1.0, "contrast": 0.02, **(weights or {})}
     unknown = sorted(weight.keys() - {"erase", "attention", "keep", "contrast"})

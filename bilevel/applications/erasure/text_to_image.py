@@ -1,4 +1,4 @@
-"""A text-to-image flow as this application uses one: the straight path, its velocity loss, and guided Euler sampling."""
+"""A text-to-image flow as it is used here: the straight path, its velocity loss, and guided Euler sampling."""
 
 from __future__ import annotations
 

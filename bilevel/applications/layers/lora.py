@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA) for any dictionary of parameters: w + (alpha / rank) B A for chosen weights w.
 
-An adapter is a flat dictionary of arrays under PEFT's names, `NAME.lora_A.weight` and `NAME.lora_B.weight`: a variable as any
-other. What is not in it is frozen because only it is differentiated.
+An adapter is a flat dictionary of arrays under PEFT's names, `NAME.lora_A.weight` and `NAME.lora_B.weight`: a variable as
+any other. What is not in it is frozen because only it is differentiated.
 
     adapter = lora.init(key, params, ["add_q_proj", "add_k_proj"], rank=8)
     adapted = lora.merge(params, adapter)          # params are not changed
@@ -165,7 +165,7 @@ def freeze(tree: PyTree) -> PyTree:
 
 
 def split(weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The frozen weights and the adapter of a PEFT model's state, whose names have `.base_layer.` and `lora_A.default`."""
+    """The frozen weights and the adapter of a PEFT model's state, with `.base_layer.` and `lora_A.default`."""
     base, adapter = {}, {}
     for name, array in weights.items():
         if ".lora_A." in name or ".lora_B." in name:
@@ -213,7 +213,7 @@ def save(
     prefix: str = "transformer.",
     unstack: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write an adapter as diffusers' `load_lora_weights` reads it; for PEFT's own loader the prefix `base_model.model.`.
+    """Write an adapter as diffusers' `load_lora_weights` reads it; for PEFT's loader the prefix `base_model.model.`.
 
     Args:
         path: of the safetensors file.

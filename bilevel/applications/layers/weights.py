@@ -24,7 +24,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Eight bytes with the length of a JSON table {name: {dtype, shape, data_offsets}}, the table, and the bytes.
 
     Raises:
-        ValueError: the file is none, or is cut off, or its table and its bytes disagree; the file and the name are said.
+        ValueError: the file is none, or is cut off, or its table and its bytes disagree; file and name are said.
     """
     path = Path(path)
     size = path.stat().st_size
