@@ -106,7 +106,6 @@ class Loop:
             _advance,
             problem,
             as_argument(solver),
-            captured=captured_by(solver),
             tol=0.0 if tol is None else tol,
             use_tol=tol is not None,
             capacity=capacity,
@@ -130,7 +129,7 @@ class Loop:
         return Chunk(new, behind, steps, recorded, result, why)
 
 
-@functools.partial(jax.jit, static_argnames=("captured", "capacity", "use_tol", "careful"))
+@functools.partial(jax.jit, static_argnames=("capacity", "use_tol", "careful"))
 def _advance(
     problem: Problem,
     solver: Any,
@@ -139,7 +138,6 @@ def _advance(
     start: Any,
     stop: Any,
     *,
-    captured: Hashable,
     tol: Any,
     portions: dict[str, Portion],
     capacity: int,
@@ -150,8 +148,6 @@ def _advance(
 
     The iterates themselves are looked at after the last step, or with `careful` after each: a NaN in them shows in the
     metrics one step later, and a small step has few operations besides.
-
-    `captured` is what the solver's functions capture, so that code is not that of other values.
 
     Returns the state, the steps taken, the status, and the metrics in buffers of `capacity` rows (or as many as a
     portion has room for).
@@ -208,44 +204,52 @@ class _Rows:
         return jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes)
 
 
-class _Static:
-    """A solver whose leaves are not all numbers (step rules, a user's plain class), as a static part of compiled code.
+class _Argument:
+    """A solver as an argument of compiled code: its numbers are leaves, the rest is compared by what it holds.
 
-    Two of them are the same code where they hold the same (`captures.form`): `optax.adam(0.1)` made anew each time is
-    other functions, and compiles nothing.
+    `optax.adam(0.1)` made anew each time is other functions that hold the same (`captures.form`): it compiles nothing.
     """
 
-    def __init__(self, solver: Any, held: Hashable) -> None:
-        self.solver, self.held = solver, held
+    def __init__(self, leaves: list[Any], code: _Code) -> None:
+        self.leaves, self.code = leaves, code
+
+
+class _Code:
+    """How a solver is put together again from its leaves; equal where the same is held."""
+
+    def __init__(self, treedef: Any, solver: Any, held: Hashable) -> None:
+        self.treedef, self.solver, self.held = treedef, solver, held
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.held == other.held
+        return isinstance(other, _Code) and self.held == other.held
 
     def __hash__(self) -> int:
         return hash(self.held)
 
 
-jax.tree_util.register_pytree_node(_Static, lambda static: ((), static), lambda static, _: static)
+jax.tree_util.register_pytree_node(
+    _Argument, lambda argument: (argument.leaves, argument.code), lambda code, leaves: _Argument(list(leaves), code)
+)
 
 
-def as_argument(solver: Any) -> Any:
-    """A solver as an argument of compiled code: itself where its leaves are numbers, else a static part of the code."""
-    leaves = jax.tree.leaves(solver)
+def as_argument(solver: Any) -> _Argument:
+    """A solver as an argument of compiled code: its leaves where they are numbers, else all of it a part of the code."""
+    leaves, treedef = jax.tree.flatten(solver)
     travels = len(leaves) != 1 or leaves[0] is not solver
     if travels and all(isinstance(leaf, (float, int, np.ndarray, np.number, jax.Array)) for leaf in leaves):
-        return solver
-    return _Static(solver, form(solver))
+        return _Argument(leaves, _Code(treedef, None, form(jax.tree.map(lambda _: None, solver))))
+    return _Argument([], _Code(None, solver, form(solver)))
 
 
 def captured_by(solver: Any) -> Hashable:
     """What a solver's functions capture, to be compared by value; its numbers are arguments of compiled code."""
-    argument = as_argument(solver)
-    return form(solver if isinstance(argument, _Static) else jax.tree.map(lambda _: None, solver))
+    return as_argument(solver).code
 
 
-def as_solver(argument: Any) -> Any:
+def as_solver(argument: _Argument) -> Any:
     """The solver of `as_argument`."""
-    return argument.solver if isinstance(argument, _Static) else argument
+    code = argument.code
+    return code.solver if code.treedef is None else jax.tree.unflatten(code.treedef, argument.leaves)
 
 
 def _finite(tree: PyTree) -> jax.Array:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import numbers
@@ -12,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from bilevel import host
 from bilevel._module import name_of
 from bilevel._settings import settings, users_settings
 from bilevel.keys import StepKey, as_step_key
-from bilevel.loop import CAPACITY, Loop, as_argument, as_solver, at_step, captured_by
+from bilevel.loop import CAPACITY, Loop, as_argument, as_solver, at_step
 from bilevel.optimizers import check_count
 from bilevel.precision import Working, named, undefined_at, working
 from bilevel.problem import Problem, ProblemError, as_variable
@@ -407,16 +406,16 @@ def _starts_in_one_program(solver: Any, problem: Problem, x: Any, y: Any) -> boo
     return home.startswith("bilevel.solvers.") and not places and all(len(leaf.devices()) == 1 for leaf in leaves)
 
 
-@functools.partial(jax.jit, static_argnames="captured")
-def _init(problem: Problem, solver: Any, x: Any, y: Any, base: StepKey, *, captured: Hashable) -> Any:
-    """The first state; `captured` is what the solver's functions capture (see `loop`)."""
+@jax.jit
+def _init(problem: Problem, solver: Any, x: Any, y: Any, base: StepKey) -> Any:
+    """The first state."""
     return as_solver(solver).init(problem, x, y, at_step(base, 0))
 
 
 def _first_state(problem: Problem, solver: Solver, x: Any, y: Any, base: StepKey) -> Any:
     with named(solver, problem, x, y):
         if _starts_in_one_program(solver, problem, x, y):
-            state = _init(problem, as_argument(solver), x, y, base, captured=captured_by(solver))
+            state = _init(problem, as_argument(solver), x, y, base)
         else:
             state = solver.init(problem, x, y, at_step(base, 0))
     for name in ("x", "y"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable
 from typing import Any, Generic
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.keys import StepKey, as_step_key
-from bilevel.loop import as_argument, as_solver, captured_by, run
+from bilevel.loop import as_argument, as_solver, run
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import Solver, X, Y
 
@@ -40,8 +39,8 @@ class Multistart(Generic[X, Y]):
     states: Any
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "captured"))
-def _run_all(problem: Problem[X, Y], solver: Any, x0s: X, y0s: Y, key: StepKey, steps: int, captured: Hashable) -> Any:
+@functools.partial(jax.jit, static_argnames="steps")
+def _run_all(problem: Problem[X, Y], solver: Any, x0s: X, y0s: Y, key: StepKey, steps: int) -> Any:
     solver = as_solver(solver)
 
     def one(x: X, y: Y) -> Any:
@@ -88,7 +87,7 @@ def multistart(
     first = jax.tree.map(lambda leaf: leaf[0], (x0s, y0s))
     problem.validate(*first)
     problem = jax.tree.map(jnp.asarray, problem.captured(*first))
-    states, xs, ys, last = _run_all(problem, as_argument(solver), x0s, y0s, as_step_key(key), steps, captured_by(solver))
+    states, xs, ys, last = _run_all(problem, as_argument(solver), x0s, y0s, as_step_key(key), steps)
     metrics = {name: np.asarray(value) for name, value in last.items()}
     n = next(iter(counts))
     finite = np.all(

@@ -2,6 +2,12 @@
 # `bilevel._lazy`; the documentation lists the same names.
 
 from bilevel.solvers._base import refuse as refuse
+from bilevel.solvers.both_levels import Alternating as Alternating
+from bilevel.solvers.both_levels import Combined as Combined
+from bilevel.solvers.both_levels import DynamicBarrier as DynamicBarrier
+from bilevel.solvers.both_levels import LossMultiplier as LossMultiplier
+from bilevel.solvers.both_levels import PenaltyDescent as PenaltyDescent
+from bilevel.solvers.both_levels import WeightedSum as WeightedSum
 from bilevel.solvers.darts import DARTS as DARTS
 from bilevel.solvers.darts import UpperFirst as UpperFirst
 from bilevel.solvers.decentralized.members import DSOBA as DSOBA

@@ -1,5 +1,6 @@
-"""What the applications share: depthwise convolution, flat maps, small modules, initialisers, accuracy."""
+"""What the applications share: depthwise convolution, flat maps, small modules, adapters, weight files, accuracy."""
 
+from bilevel.applications.layers import lora
 from bilevel.applications.layers.answers import share_right
 from bilevel.applications.layers.depthwise import depthwise, depthwise_conv, depthwise_flat
 from bilevel.applications.layers.initialisers import normal, uniform_fan_in
@@ -13,6 +14,7 @@ from bilevel.applications.layers.modules import (
     linear,
     pointwise,
 )
+from bilevel.applications.layers.weights import read_safetensors, write_safetensors
 
 __all__ = [
     "BatchNorm",
@@ -25,8 +27,11 @@ __all__ = [
     "drop_path",
     "gelu",
     "linear",
+    "lora",
     "normal",
     "pointwise",
+    "read_safetensors",
     "share_right",
     "uniform_fan_in",
+    "write_safetensors",
 ]
