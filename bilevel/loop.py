@@ -233,7 +233,7 @@ jax.tree_util.register_pytree_node(
 
 
 def as_argument(solver: Any) -> _Argument:
-    """A solver as an argument of compiled code: its leaves where they are numbers, else all of it a part of the code."""
+    """A solver as an argument of compiled code: its leaves where they are numbers, else all of it is code."""
     leaves, treedef = jax.tree.flatten(solver)
     travels = len(leaves) != 1 or leaves[0] is not solver
     if travels and all(isinstance(leaf, (float, int, np.ndarray, np.number, jax.Array)) for leaf in leaves):

@@ -399,11 +399,12 @@ def _fitting(state: Any, first: Any, solver: Any) -> Any:
 
 
 def _starts_in_one_program(solver: Any, problem: Problem, x: Any, y: Any) -> bool:
-    """Whether `init` is compiled as a whole: not where it places data on devices, nor a user's own."""
+    """Whether `init` is compiled as a whole: not where it works on the host, nor a user's own."""
     home = type(solver).__module__
-    places = home.startswith(("bilevel.solvers.decentralized", "bilevel.solvers.federated"))
+    eager = ("bilevel.solvers.decentralized", "bilevel.solvers.federated", "bilevel.solvers.small")
     leaves = [leaf for leaf in jax.tree.leaves((problem, x, y)) if isinstance(leaf, jax.Array)]
-    return home.startswith("bilevel.solvers.") and not places and all(len(leaf.devices()) == 1 for leaf in leaves)
+    one = all(len(leaf.devices()) == 1 for leaf in leaves)
+    return home.startswith("bilevel.solvers.") and not home.startswith(eager) and one
 
 
 @jax.jit
