@@ -218,8 +218,8 @@ def fixed_functions(problem: Any, cut: Cut, x: PyTree, y: PyTree) -> dict[str, A
             if depends(lambda others, free, call=call: cut.free(call(cut.whole(free, others))), others, cut.free(y)):
                 raise ProblemError(
                     f"{name} ties the parts of y that move to those of Problem(frozen=...): its value at the one "
-                    "depends on the other, and the projection on what is left is another function. State it for the parts that "
-                    "move alone, or leave frozen out."
+                    "depends on the other, and the projection on what is left is another function. State it for the "
+                    "parts that move alone, or leave frozen out."
                 )
         found[name] = Fixed(fn, cut, constants, kind)
     return found
@@ -268,9 +268,9 @@ def refuse_rule(name: str, rule: Any, y: PyTree) -> None:
     shown = ", ".join(parts[:5]) + (f" and {len(parts) - 5} more" if len(parts) > 5 else "")
     raise ProblemError(
         f"{name}'s lower step rule never moves {shown} (optax.masked, set_to_zero, freeze, a step of zero), and the "
-        "lower level would be taken for one in all of y: its linear system, its residual and the certificate. State what is "
-        "constant: Problem(..., frozen=mask), with True for the leaves of y that stay and False for the others; the "
-        "rule then needs no mask."
+        "lower level would be taken for one in all of y: its linear system, its residual and the certificate. State "
+        "what is constant: Problem(..., frozen=mask), with True for the leaves of y that stay and False for the others; "
+        "the rule then needs no mask."
     )
 
 
