@@ -269,7 +269,7 @@ def refuse_rule(name: str, rule: Any, y: PyTree) -> None:
     raise ProblemError(
         f"{name}'s lower step rule never moves {shown} (optax.masked, set_to_zero, freeze, a step of zero), and the "
         "lower level would be taken for one in all of y: its linear system, its residual and the certificate. State "
-        "what is constant: Problem(..., frozen=mask), with True for the leaves of y that stay and False for the others; "
+        "what is constant: Problem(..., frozen=mask), with True for the leaves of y that stay and False for others; "
         "the rule then needs no mask."
     )
 

@@ -53,9 +53,9 @@ class Forward:
 
     A long run in pieces: with `restart=k` the tangents of a call are where those of the next begin, k calls in a row:
     k calls of T steps at one x are one run of k T steps (its schedules too), and its exact derivative; the carry is
-    all there is to save. `restart=None` never begins anew. In `HypergradientDescent` x then moves between calls: real-time recurrence, in
-    which Z belongs to the x's along the way, and which tends to the exact derivative as x settles. It needs the warm
-    start and an upper step rule that withdraws no steps.
+    all there is to save. `restart=None` never begins anew. In `HypergradientDescent` x then moves between calls:
+    real-time recurrence, in which Z belongs to the x's along the way, and which tends to the exact derivative as x
+    settles. It needs the warm start and an upper step rule that withdraws no steps.
 
     Many upper variables: with `directions=n` the u are random, and with E[u u'] = I
 
