@@ -245,7 +245,7 @@ def standing(rule: Any, variable: PyTree) -> list[str]:
 
     try:
         closed, shapes = jax.make_jaxpr(update, return_shape=True)(variable, variable)
-        found = _zeros(closed, [np.False_] * len(closed.jaxpr.invars))
+        found = _zeros(closed, [_UNKNOWN] * len(closed.jaxpr.invars))
     except Exception:  # what a rule of the user's own says to being traced is for its first step to say
         return []
     if jax.tree.structure(shapes) != jax.tree.structure(variable):  # type: ignore[operator]
@@ -274,6 +274,7 @@ def refuse_rule(name: str, rule: Any, y: PyTree) -> None:
     )
 
 
+_UNKNOWN: np.ndarray = np.asarray(False)
 _KEEP = frozenset({
     "neg", "convert_element_type", "copy", "copy_p", "real", "abs", "sign", "sqrt", "cbrt", "tanh", "sin", "square",
     "reduce_precision", "stop_gradient", "optimization_barrier",
@@ -286,8 +287,8 @@ def _zeros(closed: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
     known: dict[Any, np.ndarray] = dict(zip(jaxpr.invars, inputs, strict=True))
     for var, value in zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=False):
         concrete = not isinstance(value, jax.core.Tracer) and hasattr(value, "dtype") and np.size(value) <= 10**7
-        known[var] = np.asarray(np.asarray(value) == 0) if concrete else np.False_
-    read = lambda v: np.asarray(np.asarray(v.val) == 0) if isinstance(v, Literal) else known.get(v, np.False_)  # noqa: E731
+        known[var] = np.asarray(np.asarray(value) == 0) if concrete else _UNKNOWN
+    read = lambda v: np.asarray(np.asarray(v.val) == 0) if isinstance(v, Literal) else known.get(v, _UNKNOWN)  # noqa: E731
     for equation in jaxpr.eqns:
         args = [read(v) for v in equation.invars]
         out = _zero_of(equation, args)

@@ -187,7 +187,7 @@ class Forward:
     ) -> tuple[LowerState, list[jax.Array]]:
         """The lower run, and the tangents of its state at the end."""
         if self.continues and hasattr(solver, "schedules") and solver.schedules is None:
-            solver = dataclasses.replace(solver, schedules="run")  # its calls are the pieces of one run
+            solver = dataclasses.replace(solver, schedules="run")  # type: ignore[type-var]  # the pieces of one run
         if hasattr(solver, "differentiable"):
             solver = solver.differentiable(choosing=True)
         if self.decay is not None:
