@@ -1,8 +1,8 @@
 """Parts of y that are constants: `Problem(frozen=...)`, and step rules that never move a part of y.
 
 A frozen part is cut off before any method sees the problem: y is what is left of it, and the losses, the sets and the
-constraints put it together again. So hypergradients, residuals, multipliers and the certificate are those of the problem
-in which that part is a constant, whichever method finds them; and what is returned is the whole of y again.
+constraints put it together again. So hypergradients, residuals, multipliers and the certificate are those of the
+problem in which that part is a constant, whichever method finds them; and what is returned is the whole of y again.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Cut:
         return cls(structure, places, tuple(np.shape(leaf) for leaf in leaves))
 
     def free(self, y: PyTree) -> PyTree:
-        """What moves: y with None for a constant leaf, and the vector of what moves for one that is constant in part."""
+        """What moves: y with None for a constant leaf, and for one that is constant in part the vector of the rest."""
         parts = [
             leaf if at is None else jnp.reshape(leaf, -1)[np.asarray(at)] if at else None
             for leaf, at in zip(jax.tree.leaves(y), self.places, strict=True)
@@ -217,9 +217,9 @@ def fixed_functions(problem: Any, cut: Cut, x: PyTree, y: PyTree) -> dict[str, A
             others = [0.0 if leaf is None else leaf for leaf in constants]
             if depends(lambda others, free, call=call: cut.free(call(cut.whole(free, others))), others, cut.free(y)):
                 raise ProblemError(
-                    f"{name} ties the parts of y that move to those of Problem(frozen=...): its value at the one depends "
-                    "on the other, and the projection on what is left is another function. State it for the parts that "
-                    "move alone, or leave frozen out."
+                    f"{name} ties the parts of y that move to those of Problem(frozen=...): its value at the one "
+                    "depends on the other, and the projection on what is left is another function. State it for the "
+                    "parts that move alone, or leave frozen out."
                 )
         found[name] = Fixed(fn, cut, constants, kind)
     return found
@@ -245,7 +245,7 @@ def standing(rule: Any, variable: PyTree) -> list[str]:
 
     try:
         closed, shapes = jax.make_jaxpr(update, return_shape=True)(variable, variable)
-        found = _zeros(closed, [np.False_] * len(closed.jaxpr.invars))
+        found = _zeros(closed, [_UNKNOWN] * len(closed.jaxpr.invars))
     except Exception:  # what a rule of the user's own says to being traced is for its first step to say
         return []
     if jax.tree.structure(shapes) != jax.tree.structure(variable):  # type: ignore[operator]
@@ -267,13 +267,14 @@ def refuse_rule(name: str, rule: Any, y: PyTree) -> None:
         return
     shown = ", ".join(parts[:5]) + (f" and {len(parts) - 5} more" if len(parts) > 5 else "")
     raise ProblemError(
-        f"{name}'s lower step rule never moves {shown} (optax.masked, set_to_zero, freeze, a step of zero), and the lower "
-        "level would be taken for one in all of y: its linear system, its residual and the certificate. State what is "
-        "constant: Problem(..., frozen=mask), with True for the leaves of y that stay and False for the others; the rule "
-        "then needs no mask."
+        f"{name}'s lower step rule never moves {shown} (optax.masked, set_to_zero, freeze, a step of zero), and the "
+        "lower level would be taken for one in all of y: its linear system, its residual and the certificate. State "
+        "what is constant: Problem(..., frozen=mask), with True for the leaves of y that stay and False for others; "
+        "the rule then needs no mask."
     )
 
 
+_UNKNOWN: np.ndarray = np.asarray(False)
 _KEEP = frozenset({
     "neg", "convert_element_type", "copy", "copy_p", "real", "abs", "sign", "sqrt", "cbrt", "tanh", "sin", "square",
     "reduce_precision", "stop_gradient", "optimization_barrier",
@@ -286,8 +287,8 @@ def _zeros(closed: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
     known: dict[Any, np.ndarray] = dict(zip(jaxpr.invars, inputs, strict=True))
     for var, value in zip(jaxpr.constvars, getattr(closed, "consts", ()), strict=False):
         concrete = not isinstance(value, jax.core.Tracer) and hasattr(value, "dtype") and np.size(value) <= 10**7
-        known[var] = np.asarray(np.asarray(value) == 0) if concrete else np.False_
-    read = lambda v: np.asarray(np.asarray(v.val) == 0) if isinstance(v, Literal) else known.get(v, np.False_)  # noqa: E731
+        known[var] = np.asarray(np.asarray(value) == 0) if concrete else _UNKNOWN
+    read = lambda v: np.asarray(np.asarray(v.val) == 0) if isinstance(v, Literal) else known.get(v, _UNKNOWN)  # noqa: E731
     for equation in jaxpr.eqns:
         args = [read(v) for v in equation.invars]
         out = _zero_of(equation, args)

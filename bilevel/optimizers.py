@@ -183,9 +183,9 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 AT_REST = (
     "y is exactly at an optimum of the lower level, where {what}'s step rule is divided by its eps alone (Adam and its "
-    "relatives, updates of norm one): the derivative of its steps there is about 1 / eps, whatever the lower solution's "
-    "is. Give the rule an eps_root of about the square of its step (optax.adam(1e-2, eps_root=1e-3)), plain steps (0.1), "
-    "another start, or take hypergradients.Implicit, which does not differentiate steps."
+    "relatives, updates of norm one): the derivative of its steps there is about 1 / eps, whatever that of the lower "
+    "solution is. Give the rule an eps_root above its step's square (optax.adam(1e-2, eps_root=1e-3)), plain steps "
+    "(0.1), another start, or take hypergradients.Implicit, which does not differentiate steps."
 )
 
 # ---------------------------------------------------------------- schedules

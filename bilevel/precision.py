@@ -234,10 +234,10 @@ def _refuse_sums(name: str, jaxpr: Any, variables: int) -> None:
     if axes and not _any_of(jaxpr, _TRACKED):
         raise ProblemError(
             f"{name} takes a mean, a sum or a copy over the devices of {', '.join(map(repr, sorted(axes)))} inside a "
-            "shard_map with check_vma=False (or a pmap, or a vmap with axis_name), where its gradient in a shared x or "
-            "y is each device's own and not that of the mean. Leave check_vma at True; or leave the transformation out: "
-            "put the data on all devices (jax.device_put with a NamedSharding along the samples) and call solve, or run "
-            "under jit."
+            "shard_map with check_vma=False (or a pmap, or a vmap with axis_name), where its gradient in a shared x "
+            "or y is each device's own and not that of the mean. Leave check_vma at True; or leave the transformation "
+            "out: put the data on all devices (jax.device_put with a NamedSharding along the samples) and call solve, "
+            "or run under jit."
         )
 
 

@@ -1,4 +1,4 @@
-"""Parts of y that are constants: hypergradients, runs and certificates are those of the rest; masked rules are named."""
+"""Parts of y that are constants: hypergradients, runs and certificates of the rest; rules with masks are named."""
 
 from __future__ import annotations
 

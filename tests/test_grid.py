@@ -1,8 +1,8 @@
 """Every constructor over the grid of dtypes and of JAX's settings: it works, or one sentence refuses it.
 
-Each constructor once on a start that has several things at once (half precision, several dtypes, typed keys and integers
-in the data, strict promotion, jax_debug_infs and jax_debug_nans), and traced under the others: one of each family in the
-fast lane, all of them and the whole product in the slow one.
+Each constructor once on a start that has several things at once (half precision, several dtypes, typed keys and
+integers in the data, strict promotion, jax_debug_infs and jax_debug_nans), and traced under the others: one of each
+family in the fast lane, all of them and the whole product in the slow one.
 """
 
 from __future__ import annotations

@@ -213,5 +213,5 @@ def test_a_run_goes_on_from_a_lower_point_of_its_certificate():
 
 
 def test_neither_kind_of_solver():
-    with pytest.raises(TypeError, match=r"or init, search and status, such as solvers\.MPCC"):
+    with pytest.raises(TypeError, match=r"or init, search and status: take one of bilevel\.solvers"):
         solve(PROBLEM, *start(), object())

@@ -80,7 +80,7 @@ MISTAKES = {
     "a metric of a name of the solver": (at(metrics={3: F}), "metrics", "name|string"),
     "a callback that is no function": (at(callback=3), "callback", "function"),
     # the start
-    "y0=None": (at(y0=None), "y0", "floating-point array"),
+    "y0=None": (at(y0=None), "y0", r"solve\(problem, x0, y0\)"),
     "an empty y0": (at(y0={}), "y0", "floating-point array"),
     "an integer x0": (at(x0=0), "x0", r"jnp\.asarray"),
     "an integer array y0": (at(y0=jnp.arange(3)), "y0", "float"),
@@ -124,7 +124,7 @@ MISTAKES = {
     "a constraint of nothing": (of(constraint=lambda x, y: None), "constraint", "return"),
     "a constraint of truth values": (of(constraint=lambda x, y: y <= 1), "constraint", r"y - 1|values"),
     "a constraint that fails": (of(constraint=lambda x, y: y["w"]), "constraint", "float32"),
-    "a prox in another order": (of(prox_lower=lambda x, scaling: x), "prox_lower", r"\(y, x, scaling\)"),
+    "a prox in another order": (of(prox_lower=lambda x, scaling: x), "prox_lower", r"\(x, y, scaling\)"),
     # estimators, lower solvers, rules
     "a linear solver as an estimator": (lambda: value_and_hypergradient(Q, linear.CG()), "CG", r"Implicit\(linear"),
     "a linear solver as an estimator of a solver": (

@@ -182,7 +182,7 @@ def test_inner_loops_of_stochastic_and_federated_methods_begin_theirs_anew():
 
 
 def test_the_inner_loop_of_vrbo_begins_its_schedule_anew():
-    """On a quadratic its directions are exact, and differences of gradients at one x; a count that went on would stand."""
+    """On a quadratic its directions are exact; with a count that goes on y would stand."""
     whole = Problem(lambda x, y, b: jnp.sum((y - 1) ** 2), lambda x, y, b: 0.5 * jnp.sum((y - x) ** 2),
                     *(np.zeros((8, 1), np.float32),) * 2)  # fmt: skip
     solver = solvers.VRBO(1e-12, optax.sgd(DECAY), lower_steps=STEPS, period=1)

@@ -37,8 +37,9 @@ class Estimate(Generic[X]):
 class Estimator(Protocol):
     """An estimator of the hypergradient of h(x) = F(x, y*(x)).
 
-    A call runs the lower solver, `solver(lower, x, state) -> state`, or differentiates through it. One that takes a part
-    of y which the solver's rule never moves for a constant says `through = True`; others are refused with such a rule.
+    A call runs the lower solver, `solver(lower, x, state) -> state`, or differentiates through it. One that takes a
+    part of y which the solver's rule never moves for a constant says `through = True`; others are refused with such a
+    rule.
     """
 
     def init(self, lower: Level, x: PyTree, y: PyTree) -> PyTree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -51,10 +52,10 @@ class Forward:
     projections, proxes, runs until a tolerance, functions `(level, x, y) -> y`.
 
     A long run in pieces: with `restart=k` the tangents of a call are where those of the next begin, k calls in a row:
-    k calls of T steps at one x are one run of k T steps, and its exact derivative; the carry is all there is to save.
-    `restart=None` never begins anew. In `HypergradientDescent` x then moves between calls: real-time recurrence, in
-    which Z belongs to the x's along the way, and which tends to the exact derivative as x settles. It needs the warm
-    start and an upper step rule that withdraws no steps.
+    k calls of T steps at one x are one run of k T steps (its schedules too), and its exact derivative; the carry is
+    all there is to save. `restart=None` never begins anew. In `HypergradientDescent` x then moves between calls:
+    real-time recurrence, in which Z belongs to the x's along the way, and which tends to the exact derivative as x
+    settles. It needs the warm start and an upper step rule that withdraws no steps.
 
     Many upper variables: with `directions=n` the u are random, and with E[u u'] = I
 
@@ -185,6 +186,8 @@ class Forward:
         tangents: list[jax.Array],
     ) -> tuple[LowerState, list[jax.Array]]:
         """The lower run, and the tangents of its state at the end."""
+        if self.continues and hasattr(solver, "schedules") and solver.schedules is None:
+            solver = dataclasses.replace(solver, schedules="run")  # type: ignore[type-var]  # the pieces of one run
         if hasattr(solver, "differentiable"):
             solver = solver.differentiable(choosing=True)
         if self.decay is not None:

@@ -19,8 +19,9 @@ __all__ = ["Function", "Identity", "as_lower_solver", "jaxopt", "optimistix"]
 
 
 _NO_REVERSE = (
-    "No derivative goes back through a solver of jaxopt that was made without implicit_diff, as implicit estimators want "
-    "it: give lower.jaxopt(..., implicit_diff=True) for one of its solution, or unroll=True (and jit=True) for its steps."
+    "No derivative goes back through a solver of jaxopt that was made without implicit_diff, as implicit estimators "
+    "want it: give lower.jaxopt(..., implicit_diff=True) for one of its solution, or unroll=True (and jit=True) for "
+    "one of its steps."
 )
 
 

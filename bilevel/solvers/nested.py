@@ -62,8 +62,9 @@ class HypergradientDescent:
     Metrics: `upper_loss`, `hypergradient_norm` (with a projection |x - project(x - gradient)|), and the estimator's
     (`lower_residual` = |f_y|, `linear_residual`, `linear_iterations`). With a tolerance a run has converged when both
     `hypergradient_norm` and `lower_residual` are at most tol (the first alone where the whole lower run is
-    differentiated: it is that of F(x, y_T(x)), and the certificate looks at y_T), the linear system (where there is one) is solved to
-    tol or to a thousandth of F_y, and no negative curvature was met in it. What was in the way is said at the end.
+    differentiated: it is that of F(x, y_T(x)), and the certificate looks at y_T), the linear system (where there is
+    one) is solved to tol or to a thousandth of F_y, and no negative curvature was met in it. What
+    was in the way is said at the end.
     """
 
     hypergradient: Estimator = Implicit()

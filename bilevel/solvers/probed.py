@@ -137,8 +137,9 @@ class ProbedSingleLoop:
         none = Point(None, at.v, at.v)
         probes = Probes(u, u_y, none, none, zero, zero, zero)
         memory = self._reduction(problem, x, y).init(problem, Joint(), at)
-        counter = jnp.zeros((), jnp.int32)
-        return ProbedState(x, y, at.v, memory, probes, jnp.zeros(3, dtype), zero, zero + 1, at, zero + jnp.inf, counter)
+        # The largest number, and no infinity, which jax_debug_infs would take for a fault.
+        counter, none_yet = jnp.zeros((), jnp.int32), jnp.asarray(jnp.finfo(dtype).max, dtype)
+        return ProbedState(x, y, at.v, memory, probes, jnp.zeros(3, dtype), zero, zero + 1, at, none_yet, counter)
 
     def step(self, problem: Problem, state: ProbedState, key: StepKey) -> tuple[ProbedState, Metrics]:
         """One outer iteration."""
@@ -178,7 +179,7 @@ class ProbedSingleLoop:
         good = _where(better | (~judged & ~away), at, state.good)
         x, y, v = (_where(away, back, on) for back, on in ((good.x, x), (good.y, y), (good.v, v)))
         squares = jnp.where(away, jnp.where(jnp.isfinite(state.squares), jnp.minimum(squares, held), 0), squares)
-        squares = squares.at[0].set(jnp.where(away & jnp.isfinite(least), least, squares[0]))
+        squares = squares.at[0].set(jnp.where(away & (least < jnp.finfo(least.dtype).max), least, squares[0]))
         brake = jnp.where(away, state.brake / 4, state.brake)
         returns = state.returns + away
         metrics = {"upper_loss": value, **measured(problem, at.x, direction)}
