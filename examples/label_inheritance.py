@@ -3,8 +3,7 @@
 Reviews and editorials whose sentences people rated (VADER's snippets). Each sentence of a training document gets the
 document's label, the sign of its sentences' mean rating, as is usual with interviews; people say how often that is
 wrong. A weight per sentence, or a model of weights by five numbers, is learnt so that other documents, classified by
-the mean of their sentences' logits, come out right. What to expect: wrong labels are found better than by chance;
-accuracy does not rise.
+the mean of their sentences' logits, come out right. It prints how well wrong labels are found, and both accuracies.
 
 The picture is of a small hierarchical transformer trained on the same documents: the relevance of a document's
 sentences and tokens, by gradient-weighted attention at both levels.
