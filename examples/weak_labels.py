@@ -184,7 +184,7 @@ def main(given=None):
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train", type=int, default=6200, help="weak labels that are used")
     parser.add_argument("--steps", type=int, default=80, help="outer steps above the linear learner")
-    parser.add_argument("--outer", type=int, default=200, help="outer steps above the BiLSTM")
+    parser.add_argument("--outer", type=int, default=120, help="outer steps above the BiLSTM")
     parser.add_argument("--training", type=int, default=250, help="training steps of the BiLSTM")
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("weak_labels.png"))

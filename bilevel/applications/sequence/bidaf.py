@@ -193,12 +193,13 @@ class BiDAF:
                     f"Words of shape {text.words.shape} and characters of shape {text.characters.shape} were given for "
                     f"{what}; give (batch, time) and (batch, time, letters)."
                 )
-            check_lengths(text.lengths, *text.words.shape, what)
+            check_lengths(text.lengths, text.words.shape[0], text.words.shape[1], what)
         keys = [None] * 7 if key is None else list(jax.random.split(key, 7))
         lstms = self._lstms()
 
         def wet(x: Array, k: int) -> Array:
-            return x if keys[k] is None or not self.dropout else drop(x, self.dropout, keys[k])
+            given = keys[k]
+            return x if given is None or not self.dropout else drop(x, self.dropout, given)
 
         def read(name: str, x: Array) -> Array:
             return lstms[name](params[name], x, context.lengths)

@@ -253,7 +253,8 @@ def semeval_irony(path: Place, classes: Literal[2, 4] = 2) -> Tweets:
             "separated by tabs."
         )
     at = [header.index(name) for name in wanted]
-    texts, labels, seen = [], [], {}
+    texts, labels = [], []
+    seen: dict[str, int] = {}
     for k, row in _lines("\n".join(["", *lines[1:]]), file.name, header):
         index, label, text = (row[j].strip() for j in at)
         if not label.isdigit() or int(label) >= classes:
@@ -345,6 +346,6 @@ def _field(entry: Any, name: str, kind: type, where: str) -> Any:
     value = entry[name]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{where}.{name} is a {type(value).__name__}; a {kind.__name__} was expected.")
-    if kind is str and not value.strip():
+    if isinstance(value, str) and not value.strip():
         raise ValueError(f"{where}.{name} is empty.")
     return value

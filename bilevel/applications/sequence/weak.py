@@ -83,8 +83,10 @@ def weighted(
         if known.ndim != 2 or len(known) != n or not known.size:
             raise ValueError(f"Features of shape {known.shape} were given for {n} training samples; give ({n}, k).")
         if not np.isfinite(known).all():
-            raise ValueError(f"The features of samples {_first(~np.isfinite(known).all(1))} have no finite value.")
-        x0 = jnp.zeros(known.shape[1])
+            raise ValueError(
+                f"The features of samples {_first(np.any(~np.isfinite(known), axis=1))} have no finite value."
+            )
+        x0 = jnp.zeros(known.shape[-1])
         known = known.astype(x0.dtype)
     if not decay >= 0:
         raise ValueError(f"decay={decay} was given; it is at least 0.")
@@ -320,7 +322,7 @@ def _count(samples: Any, what: str) -> int:
     return counts[0]
 
 
-def _first(wrong: np.ndarray) -> list[int]:
+def _first(wrong: Any) -> list[int]:
     return np.flatnonzero(wrong)[:8].tolist()
 
 
