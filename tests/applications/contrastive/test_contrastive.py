@@ -141,7 +141,7 @@ def test_encoders_by_hand(x64):
     hidden = jax.nn.gelu(image.reshape(2, 64) @ params["layer0"]["w"])
     np.testing.assert_allclose(mlp(params, image), hidden @ params["layer1"]["w"], rtol=1e-10)
     for wrong in (lambda: MLP((0,)), lambda: Conv((4,) * 4), lambda: MLP((3.5,))):
-        with pytest.raises(ValueError, match="positive integers|one to three convolutions"):
+        with pytest.raises(ValueError, match=r"positive integers|one to three convolutions"):
             wrong()
 
 
@@ -289,7 +289,7 @@ def test_spectral_scores_are_numpys_svd(x64):
 
 
 def test_ibaus_hypergradient_is_the_closed_form_of_a_linear_classifier(x64):
-    """All of class 0 and two classes: delta* = -a w with c a = mean sigma(a |w|^2 - m_i), w = W_0 - W_1, and so h(W)."""
+    """All of class 0, two classes: delta* = -a w with c a = mean sigma(a |w|^2 - m_i), w = W_0 - W_1."""
     images, c = RNG.uniform(size=(9, 8, 8)), 3.0
     weights = 0.3 * RNG.normal(size=(64, 2))
     classify = lambda params, x: x.reshape(len(x), 64) @ params
@@ -303,7 +303,7 @@ def test_ibaus_hypergradient_is_the_closed_form_of_a_linear_classifier(x64):
         a = sigma(a * square - margins).mean() / c
     s = sigma(a * square - margins)  # -dF/d(margin_i) times n
     curve = (s * (1 - s)).mean()
-    # F = mean softplus(a |w|^2 - m_i): dF = mean s_i (|w|^2 da + 2 a w dw - x_i dw), c da = mean s'(|w|^2 da + 2 a w dw - x_i dw)
+    # F = mean softplus(a |w|^2 - m_i), s_i its slopes; a follows w by the implicit derivative of its equation
     slope = ((s * (1 - s))[:, None] * (2 * a * w - flat)).mean(0) / (c - curve * square)
     expected = s.mean() * square * slope + (s[:, None] * (2 * a * w - flat)).mean(0)
     solver = lower.Newton()
