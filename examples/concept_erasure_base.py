@@ -1,7 +1,7 @@
 """Train the base model that `examples/concept_erasure.py` erases from: coloured digits from four words.
 
-Flow matching on scikit-learn's digits in three colours, with prompts in words or numerals, a tenth of them empty. Writes
-a safetensors file in bfloat16 with the network, the words' vectors and the judge, and prints its checksum and its scores.
+Flow matching on scikit-learn's digits in three colours, with prompts in words or numerals, a tenth of them empty.
+Writes a safetensors file in bfloat16 with the network, the words' vectors and the judge; prints its checksum, scores.
 
     python examples/concept_erasure_base.py --out digits.safetensors
 """

@@ -422,7 +422,7 @@ class Flux:
                 )
         if pooled is not None and pooled.shape != (x.shape[0], self.pooled_projection_dim):
             raise ValueError(
-                f"pooled_projections has the shape {pooled.shape}; ({x.shape[0]}, {self.pooled_projection_dim}) is needed."
+                f"pooled_projections: {pooled.shape}; ({x.shape[0]}, {self.pooled_projection_dim}) is needed."
             )
         blocks = self.num_layers + self.num_single_layers
         for k in attention:

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA) for any dictionary of parameters: w + (alpha / rank) B A for chosen weights w.
 
-An adapter is a flat dictionary of arrays under PEFT's names, `NAME.lora_A.weight` and `NAME.lora_B.weight`: a variable as
-any other. What is not in it is frozen because only it is differentiated.
+An adapter is a flat dictionary of arrays under PEFT's names, `NAME.lora_A.weight` and `NAME.lora_B.weight`: a variable
+as any other. What is not in it is frozen because only it is differentiated.
 
     adapter = lora.init(key, params, ["add_q_proj", "add_k_proj"], rank=8)
     adapted = lora.merge(params, adapter)          # params are not changed

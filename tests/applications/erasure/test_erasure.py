@@ -247,7 +247,7 @@ def test_the_shipped_model_is_whole_and_draws_what_is_asked():
 def test_the_frechet_distance_is_the_formula_for_normals():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(4000, 3))
-    assert digits.frechet(a, a + [2, 0, 0]) == pytest.approx(4, abs=1e-6)
+    assert digits.frechet(a, a + np.array([2, 0, 0])) == pytest.approx(4, abs=1e-6)
     assert digits.frechet(a, 2 * a) == pytest.approx(np.trace(np.cov(a.T)) + (a.mean(0) ** 2).sum(), rel=1e-6)
 
 
@@ -267,7 +267,7 @@ def test_bad_files_are_named(tmp_path):
         TINY.load(missing)
     with pytest.raises(ValueError, match=r"x_embedder.weight has the shape \(2, 2\), and Flux.* needs \(8, 3\)"):
         TINY.load({**whole, "x_embedder.weight": np.zeros((2, 2))})
-    with pytest.raises(ValueError, match=r"proj_out.bias \w*|has the shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"proj_out.bias has the shape \(1,\)"):
         TINY.load({**whole, "proj_out.bias": np.zeros(1)})
 
 
@@ -289,7 +289,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"There are 3 kept prompts and 4 images"):
         tiny_problem(kept_prompts=("a four",) * 3)
     args, ids = inputs()
-    with pytest.raises(ValueError, match="guidance is not given, and this network has it|guidance is given, and"):
+    with pytest.raises(ValueError, match="guidance is given, and this network has none"):
         TINY(weights(), *args, **ids, guidance=jnp.ones(2))
     with pytest.raises(ValueError, match=r"attention=\(4,\): this network has the blocks 0 to 3"):
         TINY(weights(), *args, **ids, attention=(4,))
