@@ -100,10 +100,10 @@ class Reinitialized(Steps):
         """The solver's virtual step, as often begun anew."""
         return dataclasses.replace(self, solver=self.solver.virtual())
 
-    def differentiable(self) -> Reinitialized:
+    def differentiable(self, choosing: bool = False) -> Reinitialized:
         """The differentiable solver, as often begun anew."""
-        made = getattr(self.solver, "differentiable", lambda: self.solver)
-        return dataclasses.replace(self, solver=made())
+        made = getattr(self.solver, "differentiable", None)
+        return self if made is None else dataclasses.replace(self, solver=made(choosing))
 
     def looks(self, state: LowerState) -> bool:
         """Whether the rule looks at values of the loss."""

@@ -66,14 +66,14 @@ def route(
     adam = optax.adam(rate)
     if name == "frozen":
         return HypergradientDescent(Held(), lower.Identity(), adam)
-    estimator = {
+    estimators: dict[str, Any] = {
         "alternating": Held(),
         "unrolled": Unrolled(),
         "one-step": OneStep(),
         "implicit": Implicit(linear.CG(tol=None, max_steps=5, damping=1.0, warm_start=False)),
-    }[name]
+    }
     surrogate = lower.Reinitialized(lower.GradientDescent(rule, inner), draw, every, key)
-    return HypergradientDescent(estimator, surrogate, adam)
+    return HypergradientDescent(estimators[name], surrogate, adam)
 
 
 def check_route(name: Any) -> None:

@@ -208,7 +208,7 @@ def draw(
 ) -> tuple[Array, np.ndarray]:
     """Images of these digits in the three colours in turn, as tokens, and the colours asked for."""
     colours = np.arange(len(digits)) % 3
-    ids = given.words.ids(prompts_for(digits, colours, [numeral] * len(digits), 0))
+    ids = given.words.ids(prompts_for(digits, colours.tolist(), [numeral] * len(digits), 0))
     table = given.words.table if table is None else table
     noise = jax.random.normal(key, (len(digits), *given.model.tokens))
     null = jnp.broadcast_to(given.words.table[0], (len(digits), LENGTH, table.shape[1]))

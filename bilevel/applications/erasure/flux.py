@@ -329,9 +329,11 @@ class Flux:
                 found = None if found is None else found[None]
             else:
                 part = stacks if len(numbers) == len(blocks) else {name: a[first:last] for name, a in stacks.items()}
-                carry, found = jax.lax.scan(
-                    lambda carry, block, keep=keep, step=step: step(carry, block, keep), carry, part
-                )
+
+                def one(carry: Any, block: Any, step: Any = step, keep: bool = keep) -> Any:
+                    return step(carry, block, keep)
+
+                carry, found = jax.lax.scan(one, carry, part)
             if keep:
                 maps |= {k: found[i] for i, k in enumerate(numbers)}
         return carry
@@ -344,7 +346,8 @@ class Flux:
         of_z = self._heads(
             p, _normalised(z) * (1 + l1) + t1, "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"
         )
-        out, maps = self._attend(*(jnp.concatenate(pair, axis=1) for pair in zip(of_z, of_x, strict=True)), turn)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(of_z, of_x, strict=True))
+        out, maps = self._attend(q, k, v, turn)
         x = x + g1 * _linear(p, "attn.to_out.0", out[:, words:])
         z = z + h1 * _linear(p, "attn.to_add_out", out[:, :words])
         x = x + g2 * _feed(p, "ff", _normalised(x) * (1 + k2) + s2)
@@ -354,7 +357,8 @@ class Flux:
     def _single(self, p: Parameters, u: Array, steer: Array, turn: Any, keep: bool) -> Any:
         s, k, g = jnp.split(_linear(p, "norm.linear", steer)[:, None], 3, axis=-1)
         h = _normalised(u) * (1 + k) + s
-        out, maps = self._attend(*self._heads(p, h, "to_q", "to_k", "to_v", "norm_q", "norm_k"), turn)
+        q, k, v = self._heads(p, h, "to_q", "to_k", "to_v", "norm_q", "norm_k")
+        out, maps = self._attend(q, k, v, turn)
         beside = jax.nn.gelu(_linear(p, "proj_mlp", h), approximate=True)
         return u + g * _linear(p, "proj_out", jnp.concatenate([out, beside], axis=-1)), maps if keep else None
 

@@ -50,7 +50,7 @@ class TextToImage:
             img_ids=jnp.asarray(np.stack([0 * row, row, column], 1), x.dtype),
             txt_ids=jnp.zeros((embedded.shape[1], 3), x.dtype),
             pooled_projections=pooled,
-            guidance=self.guidance,
+            guidance=None if self.guidance is None else jnp.asarray(self.guidance, x.dtype),
             attention=attention,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -129,8 +130,8 @@ def preprocessing(encode: Any, suspect: Suspect, key: Array, *, change: Any = bl
     """
     score = lambda x: 1 - cosine(encode(suspect.encoder, x), encode(suspect.encoder, change(x)))  # noqa: E731
     found = _against_trusted(score, suspect)
-    found = dict(vars(found), encoder=suspect.encoder, test=change(suspect.test), triggered=change(suspect.triggered))
-    return Found(**found)
+    changed = {"test": change(suspect.test), "triggered": change(suspect.triggered)}
+    return dataclasses.replace(found, encoder=suspect.encoder, **changed)
 
 
 def reconstruction(encode: Any, suspect: Suspect, key: Array, *, hidden: int = 96, steps: int = 400) -> Found:
