@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bilevel import Problem, data, hypergradients, linear, lower, network, solvers
 
@@ -104,11 +105,17 @@ SOLVERS: dict[str, Case] = {
     "AdamSOBA": Case(solvers.AdamSOBA, "minibatches"),
     "AggITD": Case(lambda: solvers.AggITD(None), "agents"),
     "AiPOD": Case(solvers.AiPOD, rows=_EQUAL),
+    "Alternating": Case(lambda: solvers.Alternating(0.05, 0.05), "simple"),
     "AmIGO": Case(solvers.AmIGO, "minibatches"),
     "BLOCC": Case(lambda: solvers.BLOCC(inner_steps=5, rounds=2), rows=_INEQUAL),
     "BOME": Case(solvers.BOME),
     "BSA": Case(solvers.BSA, "minibatches"),
     "BVFSM": Case(lambda: solvers.BVFSM(starts=2, inner_steps=5)),
+    "Combined": Case(lambda: solvers.WeightedSum(optax.adam(0.05)), "simple"),
+    "DynamicBarrier": Case(lambda: solvers.DynamicBarrier(0.05), "simple"),
+    "LossMultiplier": Case(lambda: solvers.LossMultiplier(0.05), "simple"),
+    "PenaltyDescent": Case(lambda: solvers.PenaltyDescent(0.05), "simple"),
+    "WeightedSum": Case(lambda: solvers.WeightedSum(0.05), "simple"),
     "BiCGAFFA": Case(solvers.BiCGAFFA, rows=_INEQUAL),
     "BiGSAM": Case(solvers.BiGSAM, "simple"),
     "CentralF2SA": Case(solvers.CentralF2SA),
