@@ -77,6 +77,13 @@ def _fits(array: np.ndarray, shape: tuple[int | None, ...], path: Path) -> np.nd
     return array
 
 
+def _announced(path: Path) -> int | None:
+    """The number of samples that the first line of scikit-learn's tables begins with; None where it does not."""
+    with path.open(errors="replace") as file:
+        first = file.readline().partition(",")[0].strip()
+    return int(first) if first.isdigit() else None
+
+
 def _paired(samples: np.ndarray, answers: np.ndarray, paths: Sequence[Path]) -> None:
     if len(samples) != len(answers):
         raise DatasetError(
@@ -219,7 +226,7 @@ def digits(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.n
         DatasetError: the file is empty, cut, or another one.
     """
     (file,) = _find(_scikit_learn("digits"), ["digits.csv.gz"], path)
-    table = _fits(_table(file), (1797, 65), file)
+    table = _fits(_table(file), (None, 65), file)
     return table[:, :-1], table[:, -1].astype(np.int32)
 
 
@@ -238,7 +245,9 @@ def diabetes(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np
         DatasetError: one is empty, cut, or another one.
     """
     features, targets = _find(_scikit_learn("diabetes"), ["diabetes_data_raw.csv.gz", "diabetes_target.csv.gz"], path)
-    return _fits(_table(features, None), (442, 10), features), _fits(_table(targets, None), (442, 1), targets)[:, 0]
+    X, t = _fits(_table(features, None), (None, 10), features), _fits(_table(targets, None), (None, 1), targets)
+    _paired(X, t, (features, targets))
+    return X, t[:, 0]
 
 
 def breast_cancer(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -255,7 +264,7 @@ def breast_cancer(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarra
         DatasetError: the file is empty, cut, or another one.
     """
     (file,) = _find(_scikit_learn("breast_cancer"), ["breast_cancer.csv"], path)
-    table = _fits(_table(file, skip=1), (569, 31), file)
+    table = _fits(_table(file, skip=1), (_announced(file), 31), file)
     return table[:, :-1], table[:, -1].astype(np.int32)
 
 
@@ -273,7 +282,7 @@ def wine(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.nda
         DatasetError: the file is empty, cut, or another one.
     """
     (file,) = _find(_scikit_learn("wine"), ["wine_data.csv"], path)
-    table = _fits(_table(file, skip=1), (178, 14), file)
+    table = _fits(_table(file, skip=1), (_announced(file), 14), file)
     return table[:, :-1], table[:, -1].astype(np.int32)
 
 

@@ -384,6 +384,10 @@ def test_tables_cut_between_two_lines_are_named(tmp_path):
 
 
 def test_files_that_do_not_belong_together_are_named(tmp_path):
+    np.savetxt(tmp_path / "diabetes_data_raw.csv.gz", np.ones((3, 10)))
+    np.savetxt(tmp_path / "diabetes_target.csv.gz", np.ones(4))
+    with pytest.raises(datasets.DatasetError, match=r"diabetes_data_raw.* has 3 samples and .*target.* 4"):
+        datasets.diabetes(tmp_path)
     write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((3, 28, 28), np.uint8))
     write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(4, np.uint8))
     with pytest.raises(datasets.DatasetError, match=r"images.* has 3 samples and .*labels.* 4: they do not belong"):
