@@ -433,6 +433,8 @@ def _columns(path: Path, text: str, key: str, value: str, names: Sequence[str]) 
             raise DatasetError(
                 f"{path} is cut or damaged: line {short + 2} has {len(lines[short])} fields of {len(header)}."
             )
+        if not text.endswith("\n"):
+            raise DatasetError(f"{path} is cut or damaged: its last line, {len(lines) + 1}, has no end.")
         rows = [line for line in lines if line[header.index(key)] == value]
         known = sorted({line[header.index(key)] for line in lines})
     if not rows:
