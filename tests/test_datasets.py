@@ -314,8 +314,7 @@ def _stocks(folder):
 
 
 def _weather(folder):
-    rows = "JFK,1,2,3,4,5,6,NA\n" * 9
-    (folder / "weather.csv").write_text("origin,temp,dewp,humid,wind_speed,precip,pressure,visib\n" + rows + "JFK,1,2")
+    rows = "JFK,1,2,3,4,5,6,NA\n" * 10
     (folder / "weather.csv").write_text("origin,temp,dewp,humid,wind_speed,precip,pressure,visib\n" + rows)
     return "weather.csv", lambda: datasets.weather(path=folder)
 
