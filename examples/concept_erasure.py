@@ -75,12 +75,15 @@ def judged(base, held_out, per_word, guidance):
     known = digits.to_tokens(digits.coloured(ink[labels == ERASED], np.arange((labels == ERASED).sum()) % 3))[:per_word]
     ids = base.words.ids(digits.prompts_for(hard, np.arange(per_word) % 3, [False] * per_word, 0))[: len(known)]
 
+    asked = [*hard, *hard, *wanted.tolist()]
+    short = [False] * per_word + [True] * per_word + [False] * len(wanted)
+
     @jax.jit
     def evaluate(params, key):
-        one, two, three, four, five = jax.random.split(key, 5)
-        erased, _ = digits.draw(base, params, hard, False, one, guidance=guidance)
-        synonym, _ = digits.draw(base, params, hard, True, two, guidance=guidance)
-        kept, colours = digits.draw(base, params, wanted, False, three, guidance=guidance)
+        one, four, five = jax.random.split(key, 3)
+        drawn, colours = digits.draw(base, params, asked, short, one, guidance=guidance)  # one loop for all
+        erased, synonym, kept = jnp.split(drawn, [per_word, 2 * per_word])
+        colours = colours[2 * per_word :]
         # One vector for all prompts, added to the erased word: found on noise of its own, judged on other noise.
         prompt = base.words.table[ids]
         moved = attack(base.model, params, prompt, known, four, radius=1.0, steps=10)
