@@ -75,16 +75,13 @@ def judged(base, held_out, per_word, guidance):
     known = digits.to_tokens(digits.coloured(ink[labels == ERASED], np.arange((labels == ERASED).sum()) % 3))[:per_word]
     ids = base.words.ids(digits.prompts_for(hard, np.arange(per_word) % 3, [False] * per_word, 0))[: len(known)]
 
-    asked = [*hard, *hard, *wanted.tolist()]
-    short = [False] * per_word + [True] * per_word + [False] * len(wanted)
-
     @jax.jit
     def evaluate(params, key):
-        one, four, five = jax.random.split(key, 3)
-        drawn, colours = digits.draw(base, params, asked, short, one, guidance=guidance)  # one loop for all
-        erased, synonym, kept = jnp.split(drawn, [per_word, 2 * per_word])
-        colours = colours[2 * per_word :]
-        # One vector for all prompts, added to the erased word: found on noise of its own, judged on other noise.
+        one, two, three, four, five = jax.random.split(key, 5)
+        erased, _ = digits.draw(base, params, hard, False, one, guidance=guidance)
+        synonym, _ = digits.draw(base, params, hard, True, two, guidance=guidance)
+        kept, colours = digits.draw(base, params, wanted, False, three, guidance=guidance)
+        # A moved embedding for each prompt: found on noise of its own, judged on other noise.
         prompt = base.words.table[ids]
         moved = attack(base.model, params, prompt, known, four, radius=1.0, steps=10)
         noise = jax.random.normal(five, known.shape)
@@ -173,8 +170,7 @@ def picture(path, base, pictures, app):
 
     chosen = {"before": pictures["before"], "erasure alone": pictures["erasure alone (ESD, attention)"],
               "dynamic barrier": pictures["dynamic barrier"]}  # fmt: skip
-    rows = app.problem.lower_data.draw(_key(0))
-    (image, prompt, column), noise, t = rows
+    (image, prompt, column), noise, t = app.problem.draw_lower(0).batch
     figure, axes = plt.subplots(len(chosen), 15, figsize=(15, 3.4), squeeze=False)
     for line, (name, (params, (erased, synonym, kept))) in zip(axes, chosen.items(), strict=True):
         step = max(len(kept) // 5, 1)
@@ -194,12 +190,6 @@ def picture(path, base, pictures, app):
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(path)
-
-
-def _key(seed):
-    from bilevel.keys import as_step_key
-
-    return as_step_key(seed)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_the_sum_ends_at_the_sums_minimum(x64):
     np.testing.assert_allclose(y, [1 / 3, 1], atol=1e-10)  # y + w (y - 1) = 0
 
 
-@pytest.mark.parametrize("solver", [PenaltyDescent(0.3, 10.0, 10.0, 1.0), DynamicBarrier(0.02, 1.0)])
+@pytest.mark.parametrize("solver", [PenaltyDescent(0.3, 10.0, 10.0, 0.5), DynamicBarrier(0.02, 1.0)])
 def test_the_bilevel_methods_end_at_the_bilevel_solution(x64, solver):
     np.testing.assert_allclose(end(solver, 4000, Y0.astype(float)), [0, 1], atol=0.03)
 

@@ -199,20 +199,16 @@ def draw(
     given: Base,
     params: Any,
     digits: Sequence[int],
-    numeral: bool | Sequence[bool],
+    numeral: bool,
     key: Array,
     *,
     steps: int = 20,
     guidance: float = 2.5,
     table: Array | None = None,
 ) -> tuple[Array, np.ndarray]:
-    """Images of these digits in the three colours in turn, as tokens, and the colours asked for.
-
-    `numeral`: whether the digit is asked for as "3" and not as "three", for all or for each.
-    """
+    """Images of these digits in the three colours in turn, as tokens, and the colours asked for."""
     colours = np.arange(len(digits)) % 3
-    short = [numeral] * len(digits) if isinstance(numeral, bool) else list(numeral)
-    ids = given.words.ids(prompts_for(digits, colours.tolist(), short, 0))
+    ids = given.words.ids(prompts_for(digits, colours.tolist(), [numeral] * len(digits), 0))
     table = given.words.table if table is None else table
     noise = jax.random.normal(key, (len(digits), *given.model.tokens))
     null = jnp.broadcast_to(given.words.table[0], (len(digits), LENGTH, table.shape[1]))
