@@ -520,7 +520,8 @@ class Shared(Source, leaves=("source",)):
 
     @staticmethod
     def _of_step(key: StepKey) -> StepKey:
-        return StepKey(key.base, key.step, jnp.uint32(0)).fold_in(Draw.SHARED)
+        """The lower level's first draw of this step, whoever asks."""
+        return StepKey(key.base, key.step, jnp.uint32(0)).fold_in(Draw.LOWER)
 
     def draw(self, key: StepKey) -> PyTree:
         """The batch of this step."""

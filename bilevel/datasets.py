@@ -423,6 +423,10 @@ def weather(station: str = "JFK", path: str | os.PathLike[str] | None = None) ->
 
 def _columns(path: Path, text: str, key: str, value: str, names: Sequence[str]) -> np.ndarray:
     """The columns of these names in the rows of a table whose column `key` is `value`; NaN where there is no number."""
+    if not text.endswith("\n"):
+        raise DatasetError(
+            f"{path} is cut: its last line has no end, {text[-60:].splitlines()[-1:]}. Install it again."
+        )
     with _reading(path):
         header, *lines = list(csv.reader(text.splitlines()))
         lacking = [name for name in (key, *names) if name not in header]

@@ -33,7 +33,6 @@ class Draw(enum.IntEnum):
     FACTOR = 13  #: a factor,
     LAST = 14  #: where chains end,
     WALK = 15  #: and the walk in x.
-    SHARED = 16  #: The one draw of `data.Shared`, in whatever level.
 
 
 @state
