@@ -89,7 +89,8 @@ def from_original(flux: Flux, weights: Mapping[str, Any]) -> dict[str, np.ndarra
     Raises:
         ValueError: missing, unknown or misshapen names.
     """
-    table, shapes, flat = original_names(flux), flux.shapes(stacked=False), {}
+    table, shapes = original_names(flux), flux.shapes(stacked=False)
+    flat: dict[str, np.ndarray] = {}
     missing, extra = sorted(table.keys() - weights.keys()), sorted(weights.keys() - table.keys())
     if missing or extra:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 
 from bilevel import Problem, data
@@ -208,8 +209,8 @@ def weighted(app: Erasure, held_out: Erasure, *, erase: float = 1.0, keep: float
     def lower_loss(x: Any, y: PyTree, rows: Any) -> Array:
         erased, (kept, word_rows) = rows
         parts = {"erase": erased, "attention": erased, "keep": kept, "contrast": word_rows}
-        total = sum(jnp.exp(x["log_weights"][name]) * app.terms[name](y, part, x) for name, part in parts.items())
-        return total + decay / 2 * sum(jnp.sum(a * a) for a in jax.tree.leaves(y))
+        terms = [jnp.exp(x["log_weights"][name]) * app.terms[name](y, part, x) for name, part in parts.items()]
+        return jnp.stack([*terms, decay / 2 * optax.tree.norm(y, squared=True)]).sum()
 
     def upper_loss(x: Any, y: PyTree, rows: Any) -> Array:
         erased, (kept, _) = rows
