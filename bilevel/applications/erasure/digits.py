@@ -100,7 +100,9 @@ def coloured(ink: Any, colours: Any) -> Array:
     return ink * jax.nn.one_hot(jnp.asarray(colours), 3)[:, None, None] - 1
 
 
-def prompts_for(digits: Sequence[int], colours: Sequence[int], numeral: Sequence[bool], seed: int) -> list[str]:
+def prompts_for(
+    digits: Sequence[int] | np.ndarray, colours: Sequence[int] | np.ndarray, numeral: Sequence[bool], seed: int
+) -> list[str]:
     """ "a photo COLOUR DIGIT" with the digit as a word or a numeral, its words in a random order."""
     rng, made = np.random.default_rng(seed), []
     for digit, colour, short in zip(digits, colours, numeral, strict=True):

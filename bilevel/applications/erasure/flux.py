@@ -7,6 +7,7 @@ by one scan over parameters stacked along a leading axis, so that compile time d
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -267,7 +268,7 @@ class Flux:
         img_ids: Array,
         txt_ids: Array,
         pooled_projections: Array | None = None,
-        guidance: Array | None = None,
+        guidance: Array | float | None = None,
         attention: Sequence[int] = (),
     ) -> Flow:
         """The velocity, and the attention of chosen blocks.
@@ -329,11 +330,7 @@ class Flux:
                 found = None if found is None else found[None]
             else:
                 part = stacks if len(numbers) == len(blocks) else {name: a[first:last] for name, a in stacks.items()}
-
-                def one(carry: Any, block: Any, step: Any = step, keep: bool = keep) -> Any:
-                    return step(carry, block, keep)
-
-                carry, found = jax.lax.scan(one, carry, part)
+                carry, found = jax.lax.scan(functools.partial(_kept, step, keep), carry, part)
             if keep:
                 maps |= {k: found[i] for i, k in enumerate(numbers)}
         return carry
@@ -346,8 +343,7 @@ class Flux:
         of_z = self._heads(
             p, _normalised(z) * (1 + l1) + t1, "add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"
         )
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(of_z, of_x, strict=True))
-        out, maps = self._attend(q, k, v, turn)
+        out, maps = self._attend(tuple(jnp.concatenate(pair, axis=1) for pair in zip(of_z, of_x, strict=True)), turn)
         x = x + g1 * _linear(p, "attn.to_out.0", out[:, words:])
         z = z + h1 * _linear(p, "attn.to_add_out", out[:, :words])
         x = x + g2 * _feed(p, "ff", _normalised(x) * (1 + k2) + s2)
@@ -357,8 +353,7 @@ class Flux:
     def _single(self, p: Parameters, u: Array, steer: Array, turn: Any, keep: bool) -> Any:
         s, k, g = jnp.split(_linear(p, "norm.linear", steer)[:, None], 3, axis=-1)
         h = _normalised(u) * (1 + k) + s
-        q, k, v = self._heads(p, h, "to_q", "to_k", "to_v", "norm_q", "norm_k")
-        out, maps = self._attend(q, k, v, turn)
+        out, maps = self._attend(self._heads(p, h, "to_q", "to_k", "to_v", "norm_q", "norm_k"), turn)
         beside = jax.nn.gelu(_linear(p, "proj_mlp", h), approximate=True)
         return u + g * _linear(p, "proj_out", jnp.concatenate([out, beside], axis=-1)), maps if keep else None
 
@@ -371,8 +366,8 @@ class Flux:
         query, key, value = parts
         return _rms(query, p[f"attn.{norm_q}.weight"]), _rms(key, p[f"attn.{norm_k}.weight"]), value
 
-    def _attend(self, q: Array, k: Array, v: Array, turn: Any) -> tuple[Array, Array]:
-        q, k = _rotated(q, *turn), _rotated(k, *turn)
+    def _attend(self, qkv: tuple[Array, ...], turn: Any) -> tuple[Array, Array]:
+        q, k, v = _rotated(qkv[0], *turn), _rotated(qkv[1], *turn), qkv[2]
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * self.attention_head_dim**-0.5
         probabilities = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32))).astype(v.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", probabilities, v)
@@ -432,6 +427,10 @@ class Flux:
         for k in attention:
             if not -blocks <= k < blocks:
                 raise ValueError(f"attention={tuple(attention)}: this network has the blocks 0 to {blocks - 1}.")
+
+
+def _kept(step: Any, keep: bool, carry: Any, block: Parameters) -> Any:
+    return step(carry, block, keep)
 
 
 def _rates() -> np.ndarray:

@@ -210,7 +210,7 @@ def weighted(app: Erasure, held_out: Erasure, *, erase: float = 1.0, keep: float
         erased, (kept, word_rows) = rows
         parts = {"erase": erased, "attention": erased, "keep": kept, "contrast": word_rows}
         terms = [jnp.exp(x["log_weights"][name]) * app.terms[name](y, part, x) for name, part in parts.items()]
-        return jnp.sum(jnp.stack(terms)) + decay / 2 * optax.tree.norm(y, squared=True)
+        return jnp.stack([*terms, decay / 2 * optax.tree.norm(y, squared=True)]).sum()
 
     def upper_loss(x: Any, y: PyTree, rows: Any) -> Array:
         erased, (kept, _) = rows

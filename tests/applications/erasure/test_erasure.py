@@ -15,6 +15,7 @@ from bilevel import run, solvers
 from bilevel.applications.erasure import (
     PUBLISHED,
     Flux,
+    TextToImage,
     attacked,
     closed_form,
     contrast,
@@ -169,7 +170,7 @@ def test_the_contrasts_two_signs_on_two_tokens(x64):
 @functools.cache
 def tiny_problem(**options):
     words = digits.Words(jax.random.normal(jax.random.key(1), (len(digits.WORDS), 32)))
-    net = digits.NETWORK
+    net = Flux(**{**SMALL, "in_channels": 12, "num_layers": 1, "num_single_layers": 0, "joint_attention_dim": 32})
     shapes = net.shapes()
     keys = jax.random.split(jax.random.key(2), len(shapes))
     frozen = {n: 0.1 * jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), keys, strict=True)}
@@ -179,7 +180,7 @@ def tiny_problem(**options):
         "prompts": ["a photo red three", "three a photo blue"] * 2, "images": images,
         "kept_prompts": ["a photo red four"] * 4, "kept_images": -images, "rank": 2, "batch": 4, **options,
     }  # fmt: skip
-    return erasure(digits.MODEL, frozen, words, **given)
+    return erasure(TextToImage(net, 4, 4), frozen, words, **given)
 
 
 def test_levels_are_their_terms_and_the_base_stays():
@@ -188,22 +189,43 @@ def test_levels_are_their_terms_and_the_base_stays():
     before = {n: np.array(a) for n, a in app.frozen.items()}
     levels = app.problem.levels(0)
     rows, (kept, words) = levels.lower.batch, levels.upper.batch
-    value = lambda name, rows: app.terms[name](app.y0, rows)
+    value = jax.jit(
+        lambda y: {n: app.terms[n](y, r) for n, r in zip(app.terms, (rows, rows, kept, words), strict=True)}
+    )
+    L = value(app.y0)
     f, F = jax.jit(lambda: (levels.lower(None, app.y0), levels.upper(None, app.y0)))()
-    np.testing.assert_allclose(f, value("erase", rows) + 0.1 * value("attention", rows), rtol=1e-5)
-    np.testing.assert_allclose(F, value("keep", kept) + 0.02 * value("contrast", words), rtol=1e-5)
+    np.testing.assert_allclose(f, L["erase"] + 0.1 * L["attention"], rtol=1e-5)
+    np.testing.assert_allclose(F, L["keep"] + 0.02 * L["contrast"], rtol=1e-5)
     state, _ = jax.jit(lambda p, y: run(p, solvers.DynamicBarrier(0.01), None, y, steps=2, key=0))(app.problem, app.y0)
     assert all((before[n] == np.asarray(app.frozen[n])).all() for n in before)
     assert any(float(jnp.abs(state.y[n] - app.y0[n]).max()) > 0 for n in app.y0)
 
 
+def away(app):
+    """An adapter that is not nothing: at B = 0 the gates have no derivative."""
+    return {n: 0.3 * jax.random.normal(jax.random.key(k), a.shape) for k, (n, a) in enumerate(app.y0.items())}
+
+
+def test_weights_and_gates_are_in_the_lower_loss():
+    app = weighted(tiny_problem(), tiny_problem(), decay=0.1)
+    level, y = app.problem.draw_lower(0), away(app)
+    value, gradient = jax.jit(jax.value_and_grad(level))(app.x0, y)
+    # f = sum of exp(a) L + decay |y|^2 / 2, so its slope in a is a term, and the terms add up
+    decay = 0.05 * sum(float(jnp.sum(a * a)) for a in y.values())
+    np.testing.assert_allclose(sum(gradient["log_weights"].values()) + decay, value, rtol=1e-4)
+    assert all(float(jnp.abs(g).max()) > 0 for g in gradient["gates"].values())
+    with pytest.raises(ValueError, match=r"weighted\(decay=0\): a positive number, without which"):
+        weighted(tiny_problem(), tiny_problem(), decay=0)
+
+
+@pytest.mark.slow
 def test_the_variant_with_weights_above_has_a_hypergradient():
     app = weighted(tiny_problem(), tiny_problem(), decay=0.1)
     solver = solvers.T1T2(0.05, 0.05)
-    state, metrics = jax.jit(lambda p, x, y: run(p, solver, x, y, steps=2, key=0))(app.problem, app.x0, app.y0)
+    state, metrics = jax.jit(lambda p, x, y: run(p, solver, x, y, steps=2, key=0))(app.problem, app.x0, away(app))
     assert np.isfinite(np.asarray(metrics["upper_loss"])).all()
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.x, app.x0)
-    assert max(moved["gates"].values()) > 0 and moved["log_weights"]["erase"] > 0
+    assert min(moved["gates"].values()) > 0 and moved["log_weights"]["keep"] > 0
 
 
 def test_attacks_climb_and_stay_in_the_ball(x64):
