@@ -262,12 +262,19 @@ def looped(value):
 
 
 @pytest.mark.parametrize("level", ["upper", "lower"])
-@pytest.mark.parametrize("solver", [None, solvers.ITD(3), solvers.SOBA(), solvers.MPCC()], ids=str)
+@pytest.mark.parametrize("solver", [None, solvers.ITD(3), solvers.SOBA()], ids=["none", "ITD", "SOBA"])
 def test_a_loop_without_a_length_in_a_loss_is_named_by_its_level(level, solver):
     fns = {"upper": lambda x, y: (y - 1) ** 2 + x**2, "lower": lambda x, y: (y - x) ** 2}
     problem = Problem(**{**fns, level: lambda x, y: looped(fns[level](x, y))})
     with pytest.raises(ProblemError, match=rf"{level}, the {level} level's loss.*while_loop.*jax.lax.scan"):
         solve(problem, A(0.3), A(0.0), solver, steps=1)
+
+
+def test_a_loop_without_a_length_in_the_upper_loss_is_taken_by_a_method_in_forward_mode():
+    problem = Problem(lambda x, y: looped((y - 1) ** 2 + x**2), lambda x, y: (y - x) ** 2)
+    solution = solve(problem, A(0.3), A(0.0), solvers.MPCC(), steps=50)
+    assert solution.result is Result.CONVERGED
+    np.testing.assert_allclose(solution.x, 0.5, atol=1e-4)
 
 
 def test_reverse_mode_through_a_solver_of_jaxopt_names_its_option():

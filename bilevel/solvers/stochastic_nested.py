@@ -84,7 +84,7 @@ def BSA(
     Reference: Ghadimi, Wang, "Approximation Methods for Bilevel Programming", 2018.
     """
     estimator = StochasticImplicit(hvp_step, hvp_steps, randomised=True)
-    lower = GradientDescent(_decaying(lower_step, 0.5, lower_steps), lower_steps)
+    lower = GradientDescent(_decaying(lower_step, 0.5, lower_steps), lower_steps, schedules="run")
     return HypergradientDescent(estimator, lower, _decaying(upper_step, 0.5))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from bilevel.applications.sequence.bidaf import Passage
 from bilevel.applications.sequence.loaders import Question
-from bilevel.applications.sequence.texts import _PRINTABLE, _TOKEN, UNKNOWN, Vocabulary, pad
+from bilevel.applications.sequence.texts import PRINTABLE, TOKEN, UNKNOWN, Vocabulary, pad
 
 TEMPLATES = ("entity", "number", "date", "word")
 _MONTH = r"(?:January|February|March|April|May|June|July|August|September|October|November|December)"
@@ -103,7 +103,7 @@ def encode_questions(
     """
     contexts, asked, spans, kept = [], [], [], []
     for k, each in enumerate(questions):
-        words, query = list(_TOKEN.finditer(each.context)), list(_TOKEN.finditer(each.question))
+        words, query = list(TOKEN.finditer(each.context)), list(TOKEN.finditer(each.question))
         if not words or not query:
             raise ValueError(
                 f"{'The context' if not words else 'The text'} of question {each.name!r} ({k}) has no word."
@@ -128,7 +128,7 @@ def encode_questions(
         characters = np.zeros((*ids.shape, letters), np.int32)
         for k, words in enumerate(texts):
             for j, word in enumerate(words):
-                row = [_PRINTABLE.get(letter, UNKNOWN) for letter in word.group().lower()[:letters]]
+                row = [PRINTABLE.get(letter, UNKNOWN) for letter in word.group().lower()[:letters]]
                 characters[k, j, : len(row)] = row
         return Passage(ids, characters, lengths)  # type: ignore[arg-type]
 
@@ -170,7 +170,7 @@ def cloze(
             for g in sorted(random.permutation(len(gaps))[:per_context]):
                 start, end = gaps[g]
                 around = next(((a, b) for a, b in sentences if a <= start and end <= b), None)
-                if around is None or not _TOKEN.search(context[around[0] : start] + context[end : around[1]]):
+                if around is None or not TOKEN.search(context[around[0] : start] + context[end : around[1]]):
                     continue
                 question = f"{context[around[0] : start]} <blank> {context[end : around[1]]}".strip()
                 found.append(Question(f"cloze {c}.{name}.{g}", question, context, (context[start:end],), start))

@@ -25,13 +25,13 @@ from bilevel.applications.sequence.recurrent import concrete
 from bilevel.datasets import ENVIRONMENT_VARIABLE, DatasetNotFoundError
 
 PADDING, UNKNOWN = 0, 1
-_TOKEN = re.compile(r"https?://\S+|[@#]?\w+(?:['’]\w+)*|[:;=8][-o*']?[)(\]\[dDpP/\\|]|[^\w\s]")
-_PRINTABLE = {letter: k + 2 for k, letter in enumerate(string.printable)}
+TOKEN = re.compile(r"https?://\S+|[@#]?\w+(?:['’]\w+)*|[:;=8][-o*']?[)(\]\[dDpP/\\|]|[^\w\s]")
+PRINTABLE = {letter: k + 2 for k, letter in enumerate(string.printable)}
 
 
 def tokenise(text: str) -> list[str]:
     """Lower-cased words, numbers, hashtags, users, emoticons, and signs one by one; an address is `<url>`."""
-    tokens = _TOKEN.findall(text)
+    tokens = TOKEN.findall(text)
     return ["<url>" if token.startswith(("http://", "https://")) else token.lower() for token in tokens]
 
 
@@ -125,7 +125,7 @@ def encode_characters(
     if unknown not in ("row", "refuse"):
         raise ValueError(f"unknown={unknown!r} was given; there are 'row' and 'refuse'.")
     check_texts(texts)
-    rows = [[_PRINTABLE.get(letter, UNKNOWN) for letter in text.lower()] for text in texts]
+    rows = [[PRINTABLE.get(letter, UNKNOWN) for letter in text.lower()] for text in texts]
     for k, row in enumerate(rows):
         strangers = sorted({letter for letter, at in zip(texts[k].lower(), row, strict=True) if at == UNKNOWN})
         if strangers and (
