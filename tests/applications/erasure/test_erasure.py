@@ -170,7 +170,7 @@ def test_the_contrasts_two_signs_on_two_tokens(x64):
 @functools.cache
 def tiny_problem(**options):
     words = digits.Words(jax.random.normal(jax.random.key(1), (len(digits.WORDS), 32)))
-    net = Flux(**{**SMALL, "in_channels": 12, "num_layers": 1, "num_single_layers": 0, "joint_attention_dim": 32})
+    net = Flux(**{**SMALL, "in_channels": 12, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 32})
     shapes = net.shapes()
     keys = jax.random.split(jax.random.key(2), len(shapes))
     frozen = {n: 0.1 * jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), keys, strict=True)}
@@ -183,6 +183,7 @@ def tiny_problem(**options):
     return erasure(TextToImage(net, 4, 4), frozen, words, **given)
 
 
+@pytest.mark.slow
 def test_levels_are_their_terms_and_the_base_stays():
     app = tiny_problem()
     assert app.x0 is None and len(app.y0) == 4
