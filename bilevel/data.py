@@ -550,8 +550,7 @@ class Shared(Source, leaves=("source",)):
 
 def warn_of_one_object(upper: Any, lower: Any) -> None:
     """A warning where one random source stands in both levels, which draw from it by themselves."""
-    inner = lambda data: inner(data.source) if isinstance(data, Keyed) else data  # noqa: E731
-    upper, lower = inner(upper), inner(lower)
+    upper, lower = (data.source if isinstance(data, Keyed) else data for data in (upper, lower))
     if upper is lower and isinstance(upper, Source) and upper.random and not upper.shared:
         cure = (
             "make two objects, each of an iterable of its own"

@@ -5,6 +5,7 @@ Kernels and their loops.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import jax
@@ -45,7 +46,7 @@ def agents(size=None):
 @pytest.mark.parametrize("size", [None, 2])
 def test_a_stacked_level_is_each_agents_own(who, size, x64):
     source = agents(size)
-    problem = Problem(curved, curved, source, source)
+    problem = Problem(curved, curved, copy.copy(source), source)
     many = problem.levels(5, who).lower
     number = np.arange(3) if isinstance(who, str) else who
     rng = np.random.default_rng(1)
@@ -75,11 +76,11 @@ def test_full_batches_pooled_are_the_mean_over_agents(x64):
 
 def test_the_streams_of_a_level_are_independent_and_named():
     source = data.Minibatches(np.arange(1000), 50)
-    level = Problem(total, total, source, source).levels(3).lower
+    level = Problem(total, total, copy.copy(source), source).levels(3).lower
     batches = [level.batch, *(level.stream(tag).batch for tag in Draw)]
     assert len({tuple(np.asarray(batch).tolist()) for batch in batches}) == len(batches)
     assert len(set(Draw)) == len(Draw.__members__)
-    upper = Problem(total, total, source, source).levels(3).upper
+    upper = Problem(total, total, copy.copy(source), source).levels(3).upper
     assert not np.array_equal(upper.batch, level.batch)
 
 

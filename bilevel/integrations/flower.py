@@ -113,8 +113,8 @@ def _unpack(content: RecordDict, like: PyTree, needed: Callable[[str], bool] = l
     Raises:
       _BrokenError: an array is no array of finite numbers of its shape, or a needed one is missing.
     """
-    arrays = content.array_records.get("arrays", {})
-    found = []
+    arrays = dict[str, Any](content.array_records.get("arrays", {}))
+    found: list[Any] = []
     for name, expected in _named(like):
         if name in arrays:
             found.append(_parsed(name, arrays[name], np.shape(expected), np.dtype(jnp.result_type(expected))))
