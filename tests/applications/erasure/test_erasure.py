@@ -207,6 +207,7 @@ def away(app):
     return {n: 0.3 * jax.random.normal(jax.random.key(k), a.shape) for k, (n, a) in enumerate(app.y0.items())}
 
 
+@pytest.mark.slow
 def test_weights_and_gates_are_in_the_lower_loss():
     app = weighted(tiny_problem(), tiny_problem(), decay=0.1)
     level, y = app.problem.draw_lower(0), away(app)
