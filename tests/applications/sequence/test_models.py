@@ -444,6 +444,7 @@ def small(**changes):
     return HierarchicalTransformer(**{**options, **changes})
 
 
+@pytest.mark.slow
 def test_relevance_is_at_least_the_identity_and_zero_at_padding(x64):
     model, batch = small(), interviews()
     params = model.init(jax.random.key(0))
@@ -466,6 +467,7 @@ def test_relevance_is_at_least_the_identity_and_zero_at_padding(x64):
     close(R[:, 1:], np.broadcast_to(np.eye(4), (2, 4, 4))[:, 1:], 0)
 
 
+@pytest.mark.slow
 def test_relevance_follows_sentences_where_they_have_no_positions(x64):
     model, order = small(positions=False), np.array([2, 0, 1])
     params = model.init(jax.random.key(0))

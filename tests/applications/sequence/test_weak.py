@@ -457,6 +457,7 @@ def test_questions_point_at_their_answers():
         cloze([context], templates=("verb",))
 
 
+@pytest.mark.slow
 def test_a_reader_reads_encoded_questions():
     made, _ = cloze(["In 1903, Marie Curie won a prize. It was worth 12 coins."])
     encoded = encode_questions(made, Vocabulary(("marie", "prize")))
