@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import Literal
 
+from bilevel._traces import reached
 from bilevel.level import Level
 from bilevel.typing import PyTree
 
@@ -179,21 +179,7 @@ def depends(fn: Any, *args: PyTree, on: int = 0) -> bool:
     sizes = [len(jax.tree.leaves(arg)) for arg in args]
     first = sum(sizes[:on])
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    return any(_reached(jaxpr, [first <= i < first + sizes[on] for i in range(len(jaxpr.invars))]))
-
-
-def _reached(jaxpr: Any, inputs: list[bool]) -> list[bool]:
-    """Which outputs depend on the marked inputs."""
-    marked = {v for v, on in zip(jaxpr.invars, inputs, strict=True) if on}
-    is_marked = lambda v: not isinstance(v, Literal) and v in marked  # noqa: E731
-    for equation in jaxpr.eqns:
-        on = [is_marked(v) for v in equation.invars]
-        if equation.primitive.name in ("jit", "pjit"):
-            out = _reached(equation.params["jaxpr"].jaxpr, on)
-        else:
-            out = [any(on)] * len(equation.outvars)
-        marked.update(v for v, reached in zip(equation.outvars, out, strict=True) if reached)
-    return [is_marked(v) for v in jaxpr.outvars]
+    return any(reached(jaxpr, [first <= i < first + sizes[on] for i in range(len(jaxpr.invars))]))
 
 
 def is_affine(fn: Any, *args: PyTree) -> bool:

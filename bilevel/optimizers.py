@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from bilevel import derivatives
 from bilevel._forward import forward_only
 from bilevel._module import state
 from bilevel._roots import with_roots
+from bilevel._traces import equations
 from bilevel.typing import Project, PyTree, Scalar
 
 __all__ = [
@@ -160,25 +160,13 @@ def stiff_at_rest(rule: Any, variable: PyTree) -> bool:
         return norm(slope), jnp.where(first > 0, first, later)  # a warm-up begins with a step of zero
 
     try:
-        names = {
-            equation.primitive.name for equation in _equations(jax.make_jaxpr(update)(ones, full.init(ones)).jaxpr)
-        }
+        names = {equation.primitive.name for equation in equations(jax.make_jaxpr(update)(ones, full.init(ones)).jaxpr)}
         if "div" not in names and not names & {"rsqrt", "pow"}:
             return False
         at_rest, elsewhere = map(float, jax.jit(sizes)())
     except Exception:  # a rule that wants more than a gradient, or withdraws steps: not differentiated anyway
         return False
     return at_rest > 1e3 * elsewhere
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a trace, those inside others too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for part in equation.params.values():
-            inner = getattr(part, "jaxpr", part)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
 
 
 AT_REST = (

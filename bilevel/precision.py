@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel._module import state
+from bilevel._traces import equations, inner, reached
 from bilevel.data import as_source
 from bilevel.frozen import Cut, fixed_functions
 from bilevel.level import takes_batch
@@ -128,7 +129,7 @@ def _in_one_dtype(problem: Problem, x: PyTree, y: PyTree) -> Working:
             lifted[name] = _Projection(fn, given, dtype)
     prox: Any = problem.prox_lower
     if prox is not None and not _keeps(lambda y: prox(masters[0], y, 1.0), masters[1]):
-        lifted["prox_lower"] = _Prox(prox, dtypes[0], dtypes[1], dtype)
+        lifted["prox_lower"] = _InGiven(prox, dtypes[0], dtypes[1], dtype)
     return Working(dataclasses.replace(problem, **lifted), *masters, dtypes)
 
 
@@ -230,8 +231,8 @@ def _refuse_sums(name: str, jaxpr: Any, variables: int) -> None:
     There the derivative of a `pmean` in a shared x is each device's own and not the mean of theirs: every device would
     go its own way, without a word.
     """
-    axes = _summed(jaxpr, [i < variables for i in range(len(jaxpr.invars))])[1]
-    if axes and not _any_of(jaxpr, _TRACKED):
+    axes = _summed(jaxpr, [i < variables for i in range(len(jaxpr.invars))])
+    if axes and not any(equation.primitive.name in _TRACKED for equation in equations(jaxpr)):
         raise ProblemError(
             f"{name} takes a mean, a sum or a copy over the devices of {', '.join(map(repr, sorted(axes)))} inside a "
             "shard_map with check_vma=False (or a pmap, or a vmap with axis_name), where its gradient in a shared x "
@@ -241,36 +242,22 @@ def _refuse_sums(name: str, jaxpr: Any, variables: int) -> None:
         )
 
 
-def _summed(jaxpr: Any, inputs: list[bool]) -> tuple[list[bool], set[str]]:
-    """Which outputs depend on the marked inputs, and the named axes along which such values are put together."""
-    marked = {v for v, on in zip(jaxpr.invars, inputs, strict=True) if on}
-    is_marked = lambda v: not hasattr(v, "val") and v in marked  # noqa: E731  literals have a val
+def _summed(jaxpr: Any, inputs: list[bool]) -> set[str]:
+    """The named axes along which values that depend on the marked inputs are put together."""
     axes: set[str] = set()
-    for equation in jaxpr.eqns:
-        on, name = [is_marked(v) for v in equation.invars], equation.primitive.name
-        out = [any(on)] * len(equation.outvars)
-        if name in ("jit", "pjit"):
-            out, inside = _summed(equation.params["jaxpr"].jaxpr, on)
-            axes |= inside
-        elif name != "shard_map" and any(on):  # one in the loss itself is whole in itself
-            if name in _COLLECTIVE:
-                given = equation.params.get("axes", equation.params.get("axis_name", ()))
-                given = given if isinstance(given, (tuple, list)) else (given,)
-                axes |= {axis for axis in given if isinstance(axis, str)}
-            for inner in _inner(equation):
-                axes |= _summed(inner, [True] * len(inner.invars))[1]
-        marked.update(v for v, reached in zip(equation.outvars, out, strict=True) if reached)
-    return [is_marked(v) for v in jaxpr.outvars], axes
 
+    def visit(equation: Any) -> None:
+        if equation.primitive.name == "shard_map":  # one in the loss itself is whole in itself
+            return
+        if equation.primitive.name in _COLLECTIVE:
+            given = equation.params.get("axes", equation.params.get("axis_name", ()))
+            given = given if isinstance(given, (tuple, list)) else (given,)
+            axes.update(axis for axis in given if isinstance(axis, str))
+        for body in inner(equation):
+            reached(body, [True] * len(body.invars), visit)
 
-def _any_of(jaxpr: Any, names: frozenset[str]) -> bool:
-    return any(e.primitive.name in names or any(_any_of(i, names) for i in _inner(e)) for e in jaxpr.eqns)
-
-
-def _inner(equation: Any) -> list[Any]:
-    """The traces within an equation."""
-    parts = [part for value in equation.params.values() for part in (value if type(value) is tuple else (value,))]
-    return [getattr(part, "jaxpr", part) for part in parts if hasattr(getattr(part, "jaxpr", part), "eqns")]
+    reached(jaxpr, inputs, visit)
+    return axes
 
 
 def _refuse_split(outputs: dict[str, list[Any]], x: PyTree, y: PyTree) -> None:
@@ -320,15 +307,16 @@ def _keeps(fn: Callable[[PyTree], PyTree], value: PyTree) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _InGiven:
-    """A function of (x, y[, batch]) that is given x and y in the user's dtypes, and answers in the working one."""
+    """A function of (x, y[, batch]), or a prox, that is given x and y in the user's dtypes and answers in the working
+    one."""
 
     fn: Callable[..., PyTree]
     x: Dtypes
     y: Dtypes
     dtype: Any
 
-    def __call__(self, x: PyTree, y: PyTree, *batch: PyTree) -> PyTree:
-        return _all(self.fn(_as(x, self.x), _as(y, self.y), *batch), self.dtype)
+    def __call__(self, x: PyTree, y: PyTree, *more: PyTree) -> PyTree:
+        return _all(self.fn(_as(x, self.x), _as(y, self.y), *more), self.dtype)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -345,16 +333,3 @@ class _Projection:
 
     def __call__(self, z: PyTree) -> PyTree:
         return _all(self.fn(_as(z, self.given)), self.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prox:
-    """A prox that takes the user's dtypes alone."""
-
-    fn: Callable[..., PyTree]
-    x: Dtypes
-    y: Dtypes
-    dtype: Any
-
-    def __call__(self, x: PyTree, y: PyTree, scaling: Any) -> PyTree:
-        return _all(self.fn(_as(x, self.x), _as(y, self.y), scaling), self.dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel._pickling import storable
+from bilevel._traces import inner
 from bilevel.captures import Functions, taken
 from bilevel.data import ProblemError, Source, as_arrays, as_source, warn_of_one_object
 from bilevel.frozen import as_frozen
@@ -288,9 +289,7 @@ def _traffic(jaxpr: Any) -> int:
     """Bytes of all that a traced function computes on its way; the body of a loop as often as it is known to run."""
     total = 0
     for equation in jaxpr.eqns:
-        parts = [part for value in equation.params.values() for part in (value if type(value) is tuple else (value,))]
-        bodies = [getattr(part, "jaxpr", part) for part in parts if hasattr(getattr(part, "jaxpr", part), "eqns")]
-        if bodies:
+        if bodies := inner(equation):
             total += sum(map(_traffic, bodies)) * int(equation.params.get("length", 1))
         else:
             total += sum(int(np.prod(out.aval.shape)) * out.aval.dtype.itemsize for out in equation.outvars)

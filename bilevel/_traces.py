@@ -1,0 +1,40 @@
+"""Reading what JAX has traced: the equations within equations, and what depends on what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jax.extend.core import Literal
+
+__all__ = ["equations", "inner", "reached"]
+
+
+def inner(equation: Any) -> list[Any]:
+    """The traces within an equation: a loop's body, a branch, a called function."""
+    parts = [part for value in equation.params.values() for part in (value if type(value) is tuple else (value,))]
+    return [getattr(part, "jaxpr", part) for part in parts if hasattr(getattr(part, "jaxpr", part), "eqns")]
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a trace, those inside others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for body in inner(equation):
+            yield from equations(body)
+
+
+def reached(jaxpr: Any, inputs: list[bool], visit: Callable[[Any], None] = lambda equation: None) -> list[bool]:
+    """Which outputs depend on the marked inputs; `visit` is called with each equation that one of them reaches."""
+    marked = {v for v, on in zip(jaxpr.invars, inputs, strict=True) if on}
+    is_marked = lambda v: not isinstance(v, Literal) and v in marked  # noqa: E731
+    for equation in jaxpr.eqns:
+        on = [is_marked(v) for v in equation.invars]
+        if equation.primitive.name in ("jit", "pjit"):
+            out = reached(equation.params["jaxpr"].jaxpr, on, visit)
+        else:
+            out = [any(on)] * len(equation.outvars)
+            if any(on):
+                visit(equation)
+        marked.update(v for v, reaches in zip(equation.outvars, out, strict=True) if reaches)
+    return [is_marked(v) for v in jaxpr.outvars]
