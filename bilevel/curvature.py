@@ -14,6 +14,7 @@ by one leaves that much room. All functions are pure and run under `jit`, `vmap`
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +23,14 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from bilevel.derivatives import norm
+from bilevel.derivatives import linearised, norm
 from bilevel.typing import PyTree, Scalar
 
 LinearMap = Callable[[PyTree], PyTree]
 
 __all__ = [
-    "dominant_eigenvalue", "extreme_eigenvalues", "hessian_norm", "jacobian_norm", "probe_estimate", "secant_estimate",
-    "spectral_norm", "unit_direction",
+    "dominant_eigenvalue", "extreme_eigenvalues", "hessian_norm", "jacobian_norm", "lower_spectrum", "probe_estimate",
+    "secant_estimate", "spectral_norm", "unit_direction",
 ]  # fmt: skip
 
 
@@ -82,6 +83,12 @@ def extreme_eigenvalues(
     off = jnp.diag(jnp.where(used[1:], beta[:-1], 0), 1)
     values = jnp.linalg.eigvalsh(jnp.diag(jnp.where(used, alpha, alpha[0])) + off + off.T)
     return values[0], values[-1]
+
+
+@functools.partial(jax.jit, static_argnames="dense")
+def lower_spectrum(problem: Any, x: PyTree, y: PyTree, dense: int = 64) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest eigenvalue of f_yy(x, y) of a `Problem` on all samples, by `extreme_eigenvalues`."""
+    return extreme_eigenvalues(linearised(problem.full_lower(), x, y).hvp, y, dense=dense)
 
 
 def dominant_eigenvalue(

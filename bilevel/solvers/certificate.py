@@ -27,9 +27,8 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from bilevel import derivatives
 from bilevel.constraints import Constraints
-from bilevel.curvature import extreme_eigenvalues
+from bilevel.curvature import lower_spectrum
 from bilevel.keys import as_step_key
 from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
@@ -111,7 +110,7 @@ def verdict(
     bias, capped = metrics.get("bias", 0.0), metrics.get("multiplier_at_cap", 0.0)
     change, penalised = get("polished_change"), "penalty" in metrics
     undecided = above("gain", margin, "noise_upper")
-    convex = get("curvature_least") > 1e-6 * abs(get("curvature_greatest")) > 0  # around y, where it was looked at
+    convex = _bend(found) == 1
     settled = (
         result is Result.MAX_STEPS
         and metrics.get("hypergradient_norm", np.inf) <= asked * (1 + abs(metrics.get("upper_loss", 0.0)))
@@ -247,6 +246,15 @@ def verdict(
     return result, " ".join(said)
 
 
+def _bend(found: dict[str, float]) -> int | None:
+    """f(x, .) around y: 1 strongly convex, 0 flat in a direction, -1 curved downwards in one; None: not known."""
+    if "curvature_least" not in found:
+        return None
+    rounding = 1e-6 * abs(found["curvature_greatest"])
+    least = found["curvature_least"]
+    return 1 if least > rounding > 0 else 0 if least > -rounding else -1 if least < -rounding else None
+
+
 # ---------------------------------------------------------------- the search
 
 
@@ -291,7 +299,7 @@ def certify(
     at, found = _examined(problem, units, x, y, curved=curved)
     numbers = {name: float(value) for name, value in found.items()}
     better = None
-    concave = numbers.get("curvature_least", 0.0) < -1e-6 * abs(numbers.get("curvature_greatest", 0.0))
+    concave = _bend(numbers) == -1
     whole = tol is not None or result is Result.CONVERGED
     if numbers["finite"] and (whole or rows or concave or "penalty" in metrics):
         search = _Search(problem, units, at, numbers)
@@ -360,8 +368,7 @@ def _of_small(
         and not (program.p + program.q)
     ):
         # Another y as low, or the same minimum met more closely: the curvature around y tells.
-        hvp = derivatives.linearised(problem.full_lower(), x, y).hvp
-        found["curvature_least"], found["curvature_greatest"] = map(float, extreme_eigenvalues(hvp, y, dense=300))
+        found["curvature_least"], found["curvature_greatest"] = map(float, lower_spectrum(problem, x, y, dense=300))
     unchecked: tuple[str, ...] = ()
     better = None if lower.better is None else (x, lower.better)
     if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
@@ -445,8 +452,7 @@ def _examined(
         "unit_lower": units.lower,
     }
     if curved:
-        hvp = derivatives.linearised(problem.full_lower(), x, y).hvp
-        found["curvature_least"], found["curvature_greatest"] = extreme_eigenvalues(hvp, y)
+        found["curvature_least"], found["curvature_greatest"] = lower_spectrum(problem, x, y)
     return (u, w), found
 
 
@@ -471,7 +477,7 @@ class _Search:
         self._room = 128 if self.flat_u.size + self.flat_w.size <= 1000 else 8
         fine = jnp.finfo(self.flat_w.dtype).eps < 1e-10
         dense = self.flat_w.size <= _DENSE
-        self._convex = found.get("curvature_least", -1.0) > -1e-6 * abs(found.get("curvature_greatest", 0.0))
+        self._convex = _bend(found) in (0, 1)
         self.weights = (1e-7, 1e-8) if fine and dense else (1e-5, 1e-6) if fine else (1e-3, 1e-4)
         self.better: tuple[PyTree, PyTree] | None = None
         self.others: list[jax.Array] = []

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import derivatives
 from bilevel._module import name_of
 from bilevel.constraints import Constraints, depends, is_affine
-from bilevel.curvature import extreme_eigenvalues
+from bilevel.curvature import lower_spectrum
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers.small.stationarity import refusal
 from bilevel.typing import PyTree
@@ -96,15 +95,10 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
     )
     if facts.constrained or facts.stochastic or facts.simple or facts.unknowns > _DENSE:
         return facts
-    low, high = (float(value) for value in _curvature(problem, x, y))
+    low, high = map(float, lower_spectrum(problem, x, y, dense=_DENSE))
     flat = 1e-9 * abs(high) if jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).eps < 1e-10 else 1e-5 * abs(high)
     kind = "convex" if low > flat else "flat" if low >= -flat else "indefinite" if np.isfinite(low) else ""
     return dataclasses.replace(facts, curvature=kind)
-
-
-@jax.jit
-def _curvature(problem: Problem, x: PyTree, y: PyTree) -> Any:
-    return extreme_eigenvalues(derivatives.linearised(problem.full_lower(), x, y).hvp, y, dense=_DENSE)
 
 
 class Choice(NamedTuple):
