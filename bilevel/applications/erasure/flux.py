@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel.applications.layers.weights import read_safetensors
+from bilevel.applications.layers.weights import check_weights, read_safetensors
 
 Parameters = dict[str, Array]
 
@@ -212,15 +212,7 @@ class Flux:
 
             given = from_original(self, given)
         shapes = self.shapes(stacked=not any(map(_NUMBERED.match, given)))
-        missing, extra = sorted(shapes.keys() - given.keys()), sorted(given.keys() - shapes.keys())
-        if missing or extra:
-            raise ValueError(
-                f"The weights are not those of {self}: missing {missing[:3]} ({len(missing)} in all), unknown "
-                f"{extra[:3]} ({len(extra)} in all). Give the weights' own configuration."
-            )
-        for name, shape in shapes.items():
-            if tuple(given[name].shape) != shape:
-                raise ValueError(f"{name} has the shape {tuple(given[name].shape)}, and {self} needs {shape}.")
+        check_weights(given, shapes, self)
         return {name: jnp.asarray(array, dtype) for name, array in self.stack(given).items()}
 
     def stack(self, params: Mapping[str, Any]) -> dict[str, Any]:

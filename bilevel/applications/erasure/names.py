@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.applications.erasure.flux import Flux
+from bilevel.applications.layers.weights import check_weights
 
 _DUAL = {
     "img_mod.lin": ("norm1.linear",),
@@ -91,18 +92,11 @@ def from_original(flux: Flux, weights: Mapping[str, Any]) -> dict[str, np.ndarra
     """
     table, shapes = original_names(flux), flux.shapes(stacked=False)
     flat: dict[str, np.ndarray] = {}
-    missing, extra = sorted(table.keys() - weights.keys()), sorted(weights.keys() - table.keys())
-    if missing or extra:
-        raise ValueError(
-            f"The weights are not those of {flux}: missing {missing[:3]} ({len(missing)} in all), unknown {extra[:3]} "
-            f"({len(extra)} in all). Give the weights' own configuration."
-        )
+    rows = {original: [shapes[name][0] for name in names] for original, names in table.items()}
+    fused = {original: (sum(rows[original]), *shapes[names[0]][1:]) for original, names in table.items()}
+    check_weights(weights, fused, flux)
     for original, names in table.items():
-        rows = [shapes[name][0] for name in names]
-        array, needed = np.asarray(weights[original]), (sum(rows), *shapes[names[0]][1:])
-        if array.shape != needed:
-            raise ValueError(f"{original} has the shape {array.shape}, and {flux} needs {needed}.")
-        parts = _swap(original, np.split(array, np.cumsum(rows)[:-1]))
+        parts = _swap(original, np.split(np.asarray(weights[original]), np.cumsum(rows[original])[:-1]))
         flat.update(zip(names, parts, strict=True))
     return flat
 

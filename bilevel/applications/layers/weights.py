@@ -57,6 +57,28 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def check_weights(
+    given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], owner: Any, whose: str = "the weights' own"
+) -> None:
+    """Raise a `ValueError` where named arrays are not those of a network, by name and shape.
+
+    Args:
+        given: arrays by name.
+        shapes: the network's.
+        owner: the network.
+        whose: configuration would fit, in words.
+    """
+    missing, extra = sorted(shapes.keys() - given.keys()), sorted(given.keys() - shapes.keys())
+    if missing or extra:
+        raise ValueError(
+            f"The weights are not those of {owner}: missing {missing[:3]} ({len(missing)} in all), unknown {extra[:3]} "
+            f"({len(extra)} in all). Give {whose} configuration."
+        )
+    for name, shape in shapes.items():
+        if np.shape(given[name]) != shape:
+            raise ValueError(f"{name} has the shape {np.shape(given[name])}, and {owner} needs {shape}.")
+
+
 def write_safetensors(
     path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: Mapping[str, str] = {}
 ) -> None:

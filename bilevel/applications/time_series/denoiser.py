@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.applications.layers.weights import check_weights
+
 Parameters = dict[str, Array]
 
 DEAD = "feature2emb.pos_emb.pe"
@@ -120,15 +122,7 @@ class Denoiser:
         given = {name.removeprefix("P_").replace("__", "."): np.asarray(value) for name, value in weights.items()}
         given.pop(DEAD, None)
         shapes = self.shapes()
-        missing, extra = sorted(shapes.keys() - given.keys()), sorted(given.keys() - shapes.keys())
-        if missing or extra:
-            raise ValueError(
-                f"The weights are not those of {self}: missing {missing[:3]} ({len(missing)} in all), "
-                f"unknown {extra[:3]} ({len(extra)} in all). Give the original's configuration."
-            )
-        for name, shape in shapes.items():
-            if given[name].shape != shape:
-                raise ValueError(f"{name} has the shape {given[name].shape}, and {self} needs {shape}.")
+        check_weights(given, shapes, self, "the original's")
         return {name: jnp.asarray(given[name]) for name in shapes}
 
     def __call__(self, params: Parameters, x: Array, t: Array) -> Array:
