@@ -398,13 +398,17 @@ def _fitting(state: Any, first: Any, solver: Any) -> Any:
     )
 
 
+# Their `init` places data on devices, and looks at values (a step against the network's eigenvalues).
+_EAGER = ("bilevel.solvers.decentralized", "bilevel.solvers.federated")
+
+
 def _starts_in_one_program(solver: Any, problem: Problem, x: Any, y: Any) -> bool:
-    """Whether `init` is compiled as a whole: not where it works on the host, nor a user's own."""
+    """Whether `init` is compiled as a whole: not where it needs values or several devices, nor a user's own."""
     home = type(solver).__module__
-    eager = ("bilevel.solvers.decentralized", "bilevel.solvers.federated", "bilevel.solvers.small")
+    if isinstance(solver, HostSolver) or not home.startswith("bilevel.solvers.") or home.startswith(_EAGER):
+        return False
     leaves = [leaf for leaf in jax.tree.leaves((problem, x, y)) if isinstance(leaf, jax.Array)]
-    one = all(len(leaf.devices()) == 1 for leaf in leaves)
-    return home.startswith("bilevel.solvers.") and not home.startswith(eager) and one
+    return all(len(leaf.devices()) == 1 for leaf in leaves)
 
 
 @jax.jit

@@ -122,7 +122,7 @@ def proximal_gradient(
 
 
 @state
-class Reached:
+class ProximalMemory:
     """What the solver remembers: its last step's length (0 before the first), and what its tolerance is a share of."""
 
     size: Scalar
@@ -160,7 +160,7 @@ class ProximalGradient:
     def init(self, y: PyTree) -> LowerState:
         """y, and no length yet."""
         zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(y)))
-        return LowerState(y, Reached(zero, zero))
+        return LowerState(y, ProximalMemory(zero, zero))
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
         """Run from `state`."""
@@ -170,5 +170,6 @@ class ProximalGradient:
             lambda y: level(x, y), state.y, level.project, prox, steps=self.steps, tol=self.tol,
             size=state.memory.size, reach=state.memory.first / 10,
         )  # fmt: skip
-        memory = jax.tree.map(lambda new, old: new.astype(old.dtype), Reached(found.size, found.first), state.memory)
+        found_now = ProximalMemory(found.size, found.first)
+        memory = jax.tree.map(lambda new, old: new.astype(old.dtype), found_now, state.memory)
         return forward_only(LowerState(found.y, memory), NO_REVERSE)

@@ -101,57 +101,49 @@ class Combination(Protocol):
         """What it remembers after the step; `before` is F before the step and `now()` F after it, on the same batch."""
 
 
-@hyperparameters
-class _Fixed:
-    """a = weight, b = 1."""
-
-    weight: float
+class _Memoryless:
+    """A combination that remembers nothing."""
 
     def init(self, dtype: Any) -> None:
         return None
-
-    def weights(self, memory: None, step: Any, F_y: PyTree, f_y: PyTree) -> tuple[Any, Any]:
-        return self.weight, 1.0
 
     def after(self, memory: None, before: Scalar, now: Any) -> None:
         return None
 
 
 @hyperparameters
-class _Growing:
+class _Fixed(_Memoryless):
+    """a = weight, b = 1."""
+
+    weight: float
+
+    def weights(self, memory: None, step: Any, F_y: PyTree, f_y: PyTree) -> tuple[Any, Any]:
+        return self.weight, 1.0
+
+
+@hyperparameters
+class _Growing(_Memoryless):
     """a = 1 / c, b = 1, with c = start (1 + k / period)^power."""
 
     start: float
     period: float
     power: float
 
-    def init(self, dtype: Any) -> None:
-        return None
-
     def weights(self, memory: None, step: Any, F_y: PyTree, f_y: PyTree) -> tuple[Any, Any]:
         return 1 / (self.start * (1 + step / self.period) ** self.power), 1.0
 
-    def after(self, memory: None, before: Scalar, now: Any) -> None:
-        return None
-
 
 @hyperparameters
-class _Barrier:
+class _Barrier(_Memoryless):
     """a = 1, b = max((phi - <F_y, f_y>) / |f_y|^2, 0), phi = barrier |f_y|^2."""
 
     barrier: float
     cap: float
 
-    def init(self, dtype: Any) -> None:
-        return None
-
     def weights(self, memory: None, step: Any, F_y: PyTree, f_y: PyTree) -> tuple[Any, Any]:
         steep, along = optax.tree.norm(f_y, squared=True), optax.tree.vdot(F_y, f_y)
         share = along / jnp.where(steep > 0, steep, 1)
         return 1.0, jnp.where(steep > 0, jnp.clip(self.barrier - share, 0.0, self.cap), 0.0)
-
-    def after(self, memory: None, before: Scalar, now: Any) -> None:
-        return None
 
 
 @hyperparameters
