@@ -1,0 +1,118 @@
+"""Small programmes are few, and compiled by settings that compile fast; what they compute is the same."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel import Problem, _compiling, solve, solvers
+from bilevel.keys import StepKey, as_step_key
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def two_variables() -> Problem:
+    return Problem(lambda x, y: jnp.sum((y - 1.5) ** 2) + 0.1 * jnp.sum(x**2), lambda x, y: jnp.sum((y - x) ** 2))
+
+
+def with_a_row() -> Problem:
+    return Problem(
+        lambda x, y: (y - 1.5) ** 2 + 0.1 * x**2, lambda x, y: (y - x) ** 2 + 0.1 * y**4,
+        constraint=lambda x, y: y - 3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "problem", "zero"),
+    [
+        (lambda: None, two_variables, np.zeros(2, np.float32)),
+        (solvers.SOBA, two_variables, np.zeros(2, np.float32)),
+        (solvers.F2BA, two_variables, np.zeros(2, np.float32)),
+        (solvers.LVHBA, with_a_row, np.float32(0)),
+    ],
+)
+def test_a_first_answer_is_five_programmes_and_a_second_none(make, problem, zero) -> None:
+    start, other = jnp.asarray(zero), jnp.asarray(zero + 1)
+    jax.clear_caches()
+    count = 0
+
+    def seen(name: str, *_: object, **__: object) -> None:
+        nonlocal count
+        count += name == COMPILED
+
+    jax.monitoring.register_event_duration_secs_listener(seen)
+    solve(problem(), start, start, make(), steps=20, progress=False)
+    assert 1 <= count <= 5
+    count = 0
+    solve(problem(), other, start, make(), steps=20, progress=False)
+    assert count == 0
+
+
+@pytest.mark.parametrize("make", [lambda: None, solvers.SOBA, solvers.F2BA])
+def test_the_fast_settings_change_rounding_alone(make, monkeypatch) -> None:
+    start = jnp.zeros(2)
+    fast = solve(two_variables(), start, start, make(), steps=30, progress=False)
+    monkeypatch.setattr(_compiling, "_ROWS", [(0, {})])
+    jax.clear_caches()
+    slow = solve(two_variables(), start, start, make(), steps=30, progress=False)
+    assert fast.steps == slow.steps and fast.result is slow.result
+    np.testing.assert_allclose(fast.x, slow.x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(fast.y, slow.y, rtol=1e-5, atol=1e-6)
+
+
+def test_settings_go_by_what_the_losses_compute(monkeypatch) -> None:
+    if jax.default_backend() != "cpu":
+        pytest.skip("the settings are the CPU's")
+    monkeypatch.setattr(_compiling, "_UNKNOWN", set())
+    with _compiling.sized():
+        assert _compiling._settings() == ()  # nothing is known yet
+        _compiling.computes(100)
+        assert len(_compiling._settings()) == 2
+        _compiling.computes(2**19)
+        assert len(_compiling._settings()) == 1
+        _compiling.computes(2**21)
+        assert _compiling._settings() == ()
+    assert _compiling._settings() == ()
+
+
+def test_a_setting_that_this_jaxlib_does_not_have_is_left_out(monkeypatch) -> None:
+    monkeypatch.setattr(_compiling, "_ROWS", [(2**20, {"xla_of_another_year": True})])
+    monkeypatch.setattr(_compiling, "_UNKNOWN", set())
+    double = _compiling.jit(lambda v: 2 * v)
+    with _compiling.sized():
+        _compiling.computes(1)
+        assert double(jnp.float32(3)) == 6
+        if jax.default_backend() == "cpu":
+            assert {"xla_of_another_year"} == _compiling._UNKNOWN
+        assert double(jnp.float32(4)) == 8
+
+
+def test_other_errors_of_a_programme_are_raised() -> None:
+    with pytest.raises(RuntimeError, match="by itself"):
+        _compiling.jit(_raises)(jnp.float32(1))
+
+
+def _raises(v: jax.Array) -> jax.Array:
+    raise RuntimeError("by itself")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7, 123456789, 2**31 - 1])
+def test_a_seed_is_the_key_that_jax_makes_of_it(seed) -> None:
+    ours, theirs = as_step_key(seed).base, jax.random.key(seed)
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(jax.random.key_data(ours), jax.random.key_data(theirs))
+
+
+@pytest.mark.parametrize("tags", [(0,), (3, 15), (14, 0, 9)])
+def test_streams_on_the_host_are_those_in_a_trace(tags) -> None:
+    def folded(key: StepKey) -> StepKey:
+        for tag in tags:
+            key = key.fold_in(tag)
+        return key
+
+    host = folded(as_step_key(5, 3))
+    assert isinstance(host.stream, np.uint32)
+    traced = jax.jit(folded)(as_step_key(5, 3))
+    assert int(host.stream) == int(traced.stream) and int(host.step) == int(traced.step) == 3
