@@ -23,7 +23,7 @@ __all__ = ["computes", "jit", "sized"]
 _EMITTERS = "xla_cpu_use_fusion_emitters"
 _ROWS: list[tuple[float, dict[str, Any]]] = [
     (2**10, {_EMITTERS: False, "xla_backend_optimization_level": 0}),
-    (2**20, {_EMITTERS: False}),
+    (2**22, {_EMITTERS: False}),
 ]
 _UNKNOWN: set[str] = set()
 """Settings that this jaxlib does not have (it said so)."""

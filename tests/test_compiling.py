@@ -72,7 +72,7 @@ def test_settings_go_by_what_the_losses_compute(monkeypatch) -> None:
         assert len(_compiling._settings()) == 2
         _compiling.computes(2**19)
         assert len(_compiling._settings()) == 1
-        _compiling.computes(2**21)
+        _compiling.computes(2**23)
         assert _compiling._settings() == ()
     assert _compiling._settings() == ()
 
