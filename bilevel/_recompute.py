@@ -25,7 +25,7 @@ import numpy as np
 
 from bilevel.typing import PyTree
 
-__all__ = ["Schedule", "repeated", "schedule"]
+__all__ = ["Schedule", "repeated", "schedule", "split"]
 
 
 class Schedule(NamedTuple):
@@ -103,8 +103,21 @@ def _ahead(steps: int, free: int) -> int:
     return max(1, min(math.comb(s + r - 1, s), steps - math.comb(s + r - 2, s - 1)))
 
 
-def repeated(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, first: int, last: int, keep: int) -> PyTree:
-    """`for i in range(first, last): state = body(state, i)`, differentiable in reverse with `keep` states.
+def split(tree: PyTree) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], PyTree]]:
+    """The leaves of a tree that have derivatives, the others, and the function that puts them together again."""
+    leaves, structure = jax.tree.flatten(tree)
+    real = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def join(floats: list[Any], others: list[Any]) -> PyTree:
+        both = {True: iter(floats), False: iter(others)}
+        return jax.tree.unflatten(structure, [next(both[on]) for on in real])
+
+    take = lambda which: [leaf for leaf, on in zip(leaves, real, strict=True) if on is which]  # noqa: E731
+    return take(True), take(False), join
+
+
+def repeated(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, steps: int, keep: int) -> PyTree:
+    """`for i in range(steps): state = body(state, i)`, differentiable in reverse with `keep` states.
 
     What `body` captures is differentiated too, where somebody asks for it. Higher derivatives of that derivative, in
     both modes, are those of the loop with all states kept.
@@ -112,30 +125,25 @@ def repeated(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, first: 
     Args:
       body: (state, i) -> state, of the same shapes and dtypes.
       state: any pytree of arrays.
-      first, last: of i.
-      keep: the number of states, from 1 to last - first.
+      steps: how many.
+      keep: the number of states, from 1 to `steps`.
     """
-    leaves, structure = jax.tree.flatten(jax.tree.map(_strong, state))
-    real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-    take = lambda which, values: [v for v, on in zip(values, real, strict=True) if on is which]  # noqa: E731
-
-    def whole(floats: list[Any], others: list[Any]) -> PyTree:
-        both = {True: iter(floats), False: iter(others)}
-        return jax.tree.unflatten(structure, [next(both[on]) for on in real])
+    state = jax.tree.map(_strong, state)
+    floats, others, join = split(state)
 
     def flat(i: Any, floats: list[Any], others: list[Any]) -> tuple[list[Any], list[Any]]:
-        new, form = jax.tree.flatten(jax.tree.map(_strong, body(whole(floats, others), i)))
-        if str(form) != str(structure):
-            raise TypeError(f"A step has to keep the form of its state: it made {form} of {structure}.")
-        return take(True, new), take(False, new)
+        new = jax.tree.map(_strong, body(join(floats, others), i))
+        was, now = jax.tree.structure(state), jax.tree.structure(new)
+        if str(was) != str(now):
+            raise TypeError(f"A step has to keep the form of its state: it made {now} of {was}.")
+        return split(new)[:2]
 
-    floats, others = take(True, leaves), take(False, leaves)
     # What the body captures must be an argument: a custom derivative sees nothing else.
-    traced = jax.make_jaxpr(flat)(jnp.int32(first), floats, others)
-    run = _Run(traced.jaxpr, len(floats), first, schedule(last - first, keep), keep)
+    traced = jax.make_jaxpr(flat)(jnp.int32(0), floats, others)
+    run = _Run(traced.jaxpr, len(floats), schedule(steps, keep), keep)
     captured = dict(enumerate(traced.consts))
     active = {i: c for i, c in captured.items() if jnp.issubdtype(jnp.result_type(c), jnp.inexact)}
-    return whole(*run(floats, others, active, {i: c for i, c in captured.items() if i not in active}))
+    return join(*run(floats, others, active, {i: c for i, c in captured.items() if i not in active}))
 
 
 def _strong(leaf: Any) -> jax.Array:
@@ -149,14 +157,14 @@ class _Run:
     Captured arrays are dictionaries by their number: which of them are differentiated is thus the form of the argument.
     """
 
-    def __init__(self, jaxpr: Any, floats: int, first: int, plan: Schedule, keep: int) -> None:
-        self.jaxpr, self.floats, self.first, self.plan, self.keep = jaxpr, floats, first, plan, keep
+    def __init__(self, jaxpr: Any, floats: int, plan: Schedule, keep: int) -> None:
+        self.jaxpr, self.floats, self.plan, self.keep = jaxpr, floats, plan, keep
         self.count = len(plan.begin)
 
     def step(self, t: Any, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
         both = active | passive
         consts = [both[i] for i in range(len(both))]
-        new = jax.core.eval_jaxpr(self.jaxpr, consts, jnp.asarray(self.first + t, jnp.int32), *floats, *others)
+        new = jax.core.eval_jaxpr(self.jaxpr, consts, jnp.asarray(t, jnp.int32), *floats, *others)
         return new[: self.floats], new[self.floats :]
 
     def __call__(self, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:

@@ -118,7 +118,8 @@ class Unrolled:
             )
         solver = solver.differentiable() if hasattr(solver, "differentiable") else solver
         level, run = lower.mixed_mode() if self.checkpoint else lower, solver
-        keep = self._kept(solver)
+        steps = getattr(solver, "steps", 0) if self.last is None else self.last
+        keep = self.kept(solver, steps)
         if self.last is not None:
             run, start = last_steps("Unrolled", self.last, solver, lower, x, start, keep)
         elif keep is not None:
@@ -131,8 +132,8 @@ class Unrolled:
         (value, found), gradient = jax.value_and_grad(objective, has_aux=True)(x)
         return Estimate(value, gradient, found, carry, lower_metrics(lower, x, found.y))
 
-    def _kept(self, solver: Any) -> int | None:
-        """How many states are kept of a run of this solver; None: all."""
+    def kept(self, solver: Any, steps: int) -> int | None:
+        """How many states are kept of so many steps of a solver; None: all."""
         if self.checkpoint is False:
             return None
         if not hasattr(solver, "advance"):
@@ -143,7 +144,6 @@ class Unrolled:
                 "and needs one made of steps: lower.GradientDescent(...) or lower.MomentumSGD(...), not "
                 f"{type(solver).__name__}."
             )
-        steps: int = solver.steps if self.last is None else self.last
         if self.checkpoint is True:
             return None if steps <= _FEW else _SCHEDULES["sqrt"](steps)
         if isinstance(self.checkpoint, str):
