@@ -43,7 +43,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "Checkpoints", "fingerprint"]
+__all__ = ["CheckpointError", "Checkpoints", "fingerprint", "placed"]
 
 logger = logging.getLogger("bilevel")
 
@@ -345,12 +345,15 @@ class Checkpoints:
                 self._sweep()
             yield
 
-    def restore(self, template: Any, step: int | None = None) -> tuple[int, Any, History] | None:
+    def restore(
+        self, template: Any, step: int | None = None, up_to: int | None = None
+    ) -> tuple[int, Any, History] | None:
         """The newest good checkpoint, or that of a step.
 
         Args:
           template: a state of the run's solver; gives the structure, and the devices that each array is put on.
           step: which one; None: the newest good one.
+          up_to: no later one than this.
 
         Returns:
           `(step, state, history)`, or None where the directory holds no (such) checkpoint.
@@ -358,7 +361,7 @@ class Checkpoints:
         Raises:
           CheckpointError: the newest readable one is another run's, or all are torn.
         """
-        found = [s for s in self._found() if step is None or s == step]
+        found = [s for s in self._found() if step in (None, s) and (up_to is None or s <= up_to)]
         for step in reversed(found):
             path = self.path / f"step_{step}"
             try:
@@ -383,6 +386,12 @@ class Checkpoints:
         raise CheckpointError(
             f"The checkpoint {str(path)!r} is of another run: {listed}. Give another directory, or delete this one."
         )
+
+    def drop(self, step: int) -> None:
+        """Delete the checkpoint of a step, where there is one of this run."""
+        path = self.path / f"step_{step}"
+        if jax.process_index() == 0 and self._is_ours(path):
+            self._discard(path)
 
     def save(self, step: int, state: Any, history: History) -> None:
         """Write a checkpoint, then drop all but the newest `keep`; a Ctrl-C is let through when that is done.
@@ -452,7 +461,9 @@ class Checkpoints:
         writing.rename(path)
         shutil.rmtree(writing.parent, ignore_errors=True)
         self._torn.discard(step)
-        ours = [s for s in self._found() if s not in self._torn and self._is_ours(self.path / f"step_{s}")]
+        if len(found := self._found()) <= self.keep:
+            return
+        ours = [s for s in found if s not in self._torn and self._is_ours(self.path / f"step_{s}")]
         for old in ours[: -self.keep]:
             self._discard(self.path / f"step_{old}")
 
@@ -541,7 +552,7 @@ class Checkpoints:
                 f"bilevel {meta['fingerprint'].get('package')}, this is {self.fingerprint.get('package')}. "
                 "Give another directory, or delete this one."
             )
-        return jax.tree_util.tree_unflatten(structure, [_placed(stored[name], leaf) for name, leaf in wanted.items()])
+        return jax.tree_util.tree_unflatten(structure, [placed(stored[name], leaf) for name, leaf in wanted.items()])
 
     def _history(self, meta: dict[str, Any], arrays: list[np.ndarray]) -> History:
         parts: dict[str, dict[str, np.ndarray]] = {"history": {}, "steps": {}, "state": {}}
@@ -555,7 +566,7 @@ def _holds_anything(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(f.is_file() and f.stat().st_size for f in path.rglob("*")))
 
 
-def _placed(array: np.ndarray, like: Any) -> Any:
+def placed(array: np.ndarray, like: Any) -> Any:
     """The array as the template's leaf is: its type, and on its devices."""
     if isinstance(like, jax.Array):
         value = (

@@ -24,6 +24,7 @@ SHRUNK = {"prox_lower": lambda x, y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - 0
 ESTIMATORS = {
     "Unrolled": (hypergradients.Unrolled(), GD),
     "Unrolled, plain": (hypergradients.Unrolled(checkpoint=False), GD),
+    "Unrolled, two states kept": (hypergradients.Unrolled(checkpoint=2), GD),
     "Unrolled, momentum": (hypergradients.Unrolled(), lower.MomentumSGD(0.05, steps=4)),
     "Unrolled, Adam": (hypergradients.Unrolled(), lower.GradientDescent(optax.adam(0.1, eps_root=1e-6), 4)),
     "Unrolled, Newton": (hypergradients.Unrolled(), lower.Newton()),

@@ -61,7 +61,7 @@ def first_carry(estimator: Estimator, lower: Level, x: PyTree, start: LowerState
 
 
 def last_steps(
-    owner: str, last: int, solver: Any, level: Level, x: PyTree, start: LowerState
+    owner: str, last: int, solver: Any, level: Level, x: PyTree, start: LowerState, keep: int | None = None
 ) -> tuple[Any, LowerState]:
     """(the last steps of the lower solver's run as a solver, where they begin): the others are not differentiated.
 
@@ -69,6 +69,7 @@ def last_steps(
       owner: the estimator, for its errors.
       last: how many steps.
       solver, level, x, start: of the run.
+      keep: how many of their states are kept in reverse mode, as in `lower.repeat`.
     """
     if not hasattr(solver, "advance"):
         raise ValueError(
@@ -82,7 +83,7 @@ def last_steps(
         )
     first = solver.steps - last
     middle = repeat(solver, level, x, solver.begin(x, start), 0, first)
-    return (lambda level, x, state: solver.end(repeat(solver, level, x, state, first))), middle
+    return (lambda level, x, state: solver.end(repeat(solver, level, x, state, first, keep=keep))), middle
 
 
 def check_estimator(owner: str, estimator: Any) -> None:

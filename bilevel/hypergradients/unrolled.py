@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+import math
+from typing import Any, ClassVar
 
 import jax
 
@@ -11,9 +12,16 @@ from bilevel._module import hyperparameters
 from bilevel.hypergradients._base import Estimate, last_steps, lower_metrics
 from bilevel.hypergradients.forward import Forward
 from bilevel.level import Level
-from bilevel.lower import Identity, LowerState
+from bilevel.lower import Identity, LowerState, repeat
 from bilevel.optimizers import check_count
 from bilevel.typing import LowerSolver, PyTree
+
+_SCHEDULES = {
+    "all": lambda steps: steps,
+    "sqrt": lambda steps: math.ceil(math.sqrt(2 * steps)),
+    "log": lambda steps: max(1, math.ceil(math.log2(steps))),
+}
+_FEW = 256  # steps up to which all states are kept
 
 
 @hyperparameters
@@ -29,11 +37,24 @@ class Unrolled:
         bias is O((1 - mu eta)^K). K = 1 is one-step differentiation.
       mode: "reverse", or "forward", which is `Forward(last)`: for few upper variables, at a memory that does not grow
         with T.
-      checkpoint: keep only (y_t, moments) of each step in reverse mode and recompute within it, with the gradient's own
-        second derivative taken in mixed mode (`derivatives.mixed_mode_gradient`). False: plain reverse mode.
+      checkpoint: which states s_t = (y_t, moments) are kept in reverse mode:
 
-    Cost per call: reverse, T gradients and T (HVP + cross product), memory T copies of y and the optimiser's moments;
-    forward, p T HVPs. Works through any differentiable optimiser. Where a parameter's
+            "all"      T of them; a step alone is computed again
+            "sqrt"     sqrt(2 T) of them: one more gradient per step
+            "log"      log2(T) of them: a few more gradients per step (under 5 up to T = 100,000)
+            a number   so many of the T, from 1 to T
+
+        with the steps between them computed again as often as the binomial schedule needs for the number, the fewest
+        there are. True: "all" up to 256 steps, "sqrt" beyond, where it is less than a tenth of the states for a
+        quarter of the time; a lower solver that is not made of steps: as it is. In all of these the gradient's own
+        second derivative is taken in mixed mode (`derivatives.mixed_mode_gradient`). False: plain reverse mode, which
+        keeps all that each step computes.
+
+    All schedules are the same derivative. Derivatives of the estimate itself keep all states.
+
+    Cost per call: reverse, T gradients and T (gradient + HVP + cross product), and the schedule's further gradients;
+    memory, the schedule's states and one step; forward, p T HVPs. Works through any differentiable optimiser. Where a
+    parameter's
     gradient is zero, rules that divide by its root (Adam, clipping by a norm) are differentiated as if the root had the
     derivative zero there; with `eps_root > 0` Adam's is what it is.
 
@@ -45,9 +66,23 @@ class Unrolled:
 
     last: int | None = None
     mode: str = "reverse"
-    checkpoint: bool = True
+    checkpoint: bool | str | int = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.checkpoint, str) and self.checkpoint not in _SCHEDULES:
+            names = ", ".join(map(repr, _SCHEDULES))
+            raise ValueError(
+                f"Unrolled(checkpoint={self.checkpoint!r}): the states to keep are {names}, a number of them, True (by "
+                "the number of steps) or False (plain reverse mode)."
+            )
+        if not isinstance(self.checkpoint, (bool, str)):
+            count = 0 if self.checkpoint is None else self.checkpoint
+            check_count("Unrolled", "the number of states to keep is a positive integer", checkpoint=count)
+        if self.mode == "forward" and not isinstance(self.checkpoint, bool):
+            raise ValueError(
+                f"Unrolled(mode='forward', checkpoint={self.checkpoint!r}): forward mode keeps no states at all. Leave "
+                "checkpoint out."
+            )
         if self.mode not in ("reverse", "forward"):
             raise ValueError(f"Unrolled(mode={self.mode!r}): the mode is 'reverse' or 'forward'.")
         rule = "the number of differentiated steps is a positive integer, or None for all"
@@ -83,8 +118,12 @@ class Unrolled:
             )
         solver = solver.differentiable() if hasattr(solver, "differentiable") else solver
         level, run = lower.mixed_mode() if self.checkpoint else lower, solver
+        steps = getattr(solver, "steps", 0) if self.last is None else self.last
+        keep = self.kept(solver, steps)
         if self.last is not None:
-            run, start = last_steps("Unrolled", self.last, solver, lower, x, start)
+            run, start = last_steps("Unrolled", self.last, solver, lower, x, start, keep)
+        elif keep is not None:
+            run = _Keeping(solver, keep)
 
         def objective(x: PyTree) -> tuple[jax.Array, LowerState]:
             found = run(level, x, start)
@@ -92,6 +131,39 @@ class Unrolled:
 
         (value, found), gradient = jax.value_and_grad(objective, has_aux=True)(x)
         return Estimate(value, gradient, found, carry, lower_metrics(lower, x, found.y))
+
+    def kept(self, solver: Any, steps: int) -> int | None:
+        """How many states are kept of so many steps of a solver; None: all."""
+        if self.checkpoint is False:
+            return None
+        if not hasattr(solver, "advance"):
+            if self.checkpoint in (True, "all"):
+                return None
+            raise ValueError(
+                f"Unrolled(checkpoint={self.checkpoint!r}) keeps some of the states between the lower solver's steps, "
+                "and needs one made of steps: lower.GradientDescent(...) or lower.MomentumSGD(...), not "
+                f"{type(solver).__name__}."
+            )
+        if self.checkpoint is True:
+            return None if steps <= _FEW else _SCHEDULES["sqrt"](steps)
+        if isinstance(self.checkpoint, str):
+            return min(steps, _SCHEDULES[self.checkpoint](steps))
+        if self.checkpoint > steps:
+            raise ValueError(
+                f"Unrolled(checkpoint={self.checkpoint}) keeps {self.checkpoint} states, and the run that is "
+                f"differentiated has {steps} steps: give a number up to {steps}, or 'all'."
+            )
+        return int(self.checkpoint)
+
+
+class _Keeping:
+    """A lower solver made of steps, of whose states some are kept."""
+
+    def __init__(self, solver: Any, keep: int) -> None:
+        self.solver, self.keep, self.init = solver, keep, solver.init
+
+    def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
+        return self.solver.end(repeat(self.solver, level, x, self.solver.begin(x, state), keep=self.keep))
 
 
 def OneStep() -> Unrolled:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from bilevel._forward import forward_only
 from bilevel._module import state
+from bilevel._recompute import repeated
 from bilevel.level import Level
 from bilevel.typing import PyTree, Scalar
 
@@ -49,18 +50,29 @@ class Kernel(Protocol):
 
 
 def repeat(
-    kernel: Kernel, level: Level, x: PyTree, state: LowerState, first: int = 0, last: int | None = None
+    kernel: Kernel,
+    level: Level,
+    x: PyTree,
+    state: LowerState,
+    first: Any = 0,
+    count: int | None = None,
+    keep: int | None = None,
 ) -> LowerState:
-    """Steps first, ..., last - 1 of a run of `kernel.steps` steps, each on its own batch; all of them by default.
+    """`count` steps of a run of `kernel.steps`, from step `first` on, each on its own batch; by default to its end.
 
-    Differentiable in both modes; in reverse only each step's state is kept, and the step itself computed again.
+    Differentiable in both modes; in reverse only each step's state is kept, and the step itself computed again. With
+    `keep` states alone (in reverse mode only) the others are computed again too. `first` may be traced where there is a
+    `count`.
     """
-    last = kernel.steps if last is None else last
+    count = kernel.steps - first if count is None else count
 
-    def body(state: LowerState, i: Any) -> tuple[LowerState, None]:
-        return kernel.advance(level.redraw(i, kernel.steps), x, state)[0], None
+    def step(state: LowerState, i: Any) -> LowerState:
+        return kernel.advance(level.redraw(first + i, kernel.steps), x, state)[0]
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, first + jnp.arange(last - first))[0]
+    if keep is not None and count > keep:
+        return repeated(step, state, count, keep)
+    body = lambda state, i: (step(state, i), None)  # noqa: E731
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, jnp.arange(count))[0]
 
 
 def until(kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any) -> LowerState:

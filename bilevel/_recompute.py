@@ -1,0 +1,292 @@
+"""A long loop whose reverse derivative keeps a given number of its states, and computes the others again.
+
+Reverse mode needs the states of a loop s_{t+1} = Phi_t(s_t) from the last to the first. Kept all, they are T copies.
+With `keep` of them the loop is run forward once, some of its states kept; step t is then taken back from the nearest
+kept state before it, and what is kept along the way takes the places that have become free. Which states, is the
+binomial schedule (`schedule`): for a given number it needs the fewest steps. sqrt(2 T) states need each step at most
+twice (and once more where it is taken back), log2(T) states a few times.
+
+The program holds a step three times (forward, forward again, backward), however long the loop is and whatever is kept:
+the schedule is a table that it reads.
+
+Reference: Griewank, Walther, "Algorithm 799: Revolve", ACM Transactions on Mathematical Software 26(1), 2000.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.typing import PyTree
+
+__all__ = ["Schedule", "repeated", "schedule", "split"]
+
+
+class Schedule(NamedTuple):
+    """The order of a loop's steps in reverse mode with few states. Places are 0, ..., keep - 1; one more is scratch.
+
+    Attributes:
+      first: the states that the forward run keeps, in this order in the places 0, 1, ...; state 0 is the first.
+      begin: for each step, from the last to the first, the place of the state that is gone on from.
+      at: that state's number.
+      rows: where its rows begin in `to` and `place`, and after the last one where all end.
+      to, place: states that are computed again on the way to the step, and where each is kept.
+      steps: how many steps are computed again, in all.
+    """
+
+    first: np.ndarray
+    begin: np.ndarray
+    at: np.ndarray
+    rows: np.ndarray
+    to: np.ndarray
+    place: np.ndarray
+    steps: int
+
+
+@functools.cache
+def schedule(steps: int, keep: int) -> Schedule:
+    """The binomial schedule of `steps` steps with `keep` states, the first one among them."""
+    scratch = keep
+    first, begin, at, rows, to, place = [0], [], [], [0], [], []
+    # Stretches of steps [a, b), the state a in its place; the last of them is taken back first.
+    stretches, free = [(0, steps, 0)], list(range(keep - 1, 0, -1))
+    while stretches:
+        a, b, held = stretches.pop()
+        begin.append(held)
+        at.append(a)
+        while b - a > 1 and free:
+            middle = a + _ahead(b - a, len(free))
+            stretches.append((a, middle, held))
+            a, held = middle, free.pop()
+            if len(begin) == 1:
+                first.append(a)
+            else:
+                to.append(a)
+                place.append(held)
+        if b - a > 1:  # nothing is free: each step of the stretch from its beginning
+            stretches.append((a, b - 1, held))
+            to.append(b - 1)
+            place.append(scratch)
+        elif held:
+            free.append(held)
+        rows.append(len(to))
+    begin[0], at[0] = len(first) - 1, first[-1]
+    again = int(np.sum(np.asarray(to, np.int64) - _starts(at, rows, to)))
+    tables = [np.asarray(values, np.int32) for values in (first, begin, at, rows, to, place)]
+    return Schedule(*tables, steps=again)  # type: ignore[arg-type]
+
+
+def _starts(at: list[int], rows: list[int], to: list[int]) -> np.ndarray:
+    """The state that each row begins with: the row before it, or what its step went on from."""
+    starts = np.asarray([0, *to[:-1]] if to else [], np.int64)
+    for number, state in enumerate(at):
+        if rows[number] < rows[number + 1]:
+            starts[rows[number]] = state
+    return starts
+
+
+def _ahead(steps: int, free: int) -> int:
+    """How far ahead the next state is kept, with so many free places.
+
+    With s = free + 1 and B(s, r) = C(s + r, s) the longest stretch that is taken back with each step computed at most r
+    times, it is as far as B(s, r - 1), and leaves at least B(s - 1, r - 1) behind it.
+    """
+    s, r = free + 1, 1
+    while math.comb(s + r, s) < steps:
+        r += 1
+    return max(1, min(math.comb(s + r - 1, s), steps - math.comb(s + r - 2, s - 1)))
+
+
+def split(tree: PyTree) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], PyTree]]:
+    """The leaves of a tree that have derivatives, the others, and the function that puts them together again."""
+    leaves, structure = jax.tree.flatten(tree)
+    real = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def join(floats: list[Any], others: list[Any]) -> PyTree:
+        both = {True: iter(floats), False: iter(others)}
+        return jax.tree.unflatten(structure, [next(both[on]) for on in real])
+
+    take = lambda which: [leaf for leaf, on in zip(leaves, real, strict=True) if on is which]  # noqa: E731
+    return take(True), take(False), join
+
+
+def repeated(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, steps: int, keep: int) -> PyTree:
+    """`for i in range(steps): state = body(state, i)`, differentiable in reverse with `keep` states.
+
+    What `body` captures is differentiated too, where somebody asks for it. Higher derivatives of that derivative, in
+    both modes, are those of the loop with all states kept.
+
+    Args:
+      body: (state, i) -> state, of the same shapes and dtypes.
+      state: any pytree of arrays.
+      steps: how many.
+      keep: the number of states, from 1 to `steps`.
+    """
+    state = jax.tree.map(_strong, state)
+    floats, others, join = split(state)
+
+    def flat(i: Any, floats: list[Any], others: list[Any]) -> tuple[list[Any], list[Any]]:
+        new = jax.tree.map(_strong, body(join(floats, others), i))
+        was, now = jax.tree.structure(state), jax.tree.structure(new)
+        if str(was) != str(now):
+            raise TypeError(f"A step has to keep the form of its state: it made {now} of {was}.")
+        return split(new)[:2]
+
+    # What the body captures must be an argument: a custom derivative sees nothing else.
+    traced = jax.make_jaxpr(flat)(jnp.int32(0), floats, others)
+    run = _Run(traced.jaxpr, len(floats), schedule(steps, keep), keep)
+    captured = dict(enumerate(traced.consts))
+    active = {i: c for i, c in captured.items() if jnp.issubdtype(jnp.result_type(c), jnp.inexact)}
+    return join(*run(floats, others, active, {i: c for i, c in captured.items() if i not in active}))
+
+
+def _strong(leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
+
+
+class _Run:
+    """The loop as a function of its state (`floats`, `others`) and of what its step captured, floats first.
+
+    Captured arrays are dictionaries by their number: which of them are differentiated is thus the form of the argument.
+    """
+
+    def __init__(self, jaxpr: Any, floats: int, plan: Schedule, keep: int) -> None:
+        self.jaxpr, self.floats, self.plan, self.keep = jaxpr, floats, plan, keep
+        self.count = len(plan.begin)
+
+    def step(self, t: Any, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
+        both = active | passive
+        consts = [both[i] for i in range(len(both))]
+        new = jax.core.eval_jaxpr(self.jaxpr, consts, jnp.asarray(t, jnp.int32), *floats, *others)
+        return new[: self.floats], new[self.floats :]
+
+    def __call__(self, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
+        @jax.custom_vjp
+        def run(floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
+            go = lambda t, state: self.step(t, state[0], state[1], active, passive)  # noqa: E731
+            return jax.lax.fori_loop(0, self.count, go, (floats, others))
+
+        def forward(floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
+            value = lambda tree: jax.tree.map(lambda p: p.value, tree, is_leaf=_is_primal)  # noqa: E731
+            asked = {i: c.value for i, c in active.items() if c.perturbed}
+            rest = {i: c.value for i, c in active.items() if not c.perturbed} | value(passive)
+            given = value(floats), value(others), asked, rest
+            ends, kept = self.sweep(*given)
+            return ends, (given, kept)
+
+        def backward(residuals: Any, cotangents: Any) -> Any:
+            given, kept = residuals
+            cotangents = [_instantiated(c) for c in cotangents[0]]
+            of_state, of_captured = self.pullback(*given, kept, cotangents)
+            return of_state, [None] * len(given[1]), {i: of_captured.get(i) for i in active}, {i: None for i in passive}
+
+        run.defvjp(forward, backward, symbolic_zeros=True)
+        return run(floats, others, active, passive)
+
+    # Two loops of a length that is known in their tables alone: their own derivatives are those of plain scans.
+
+    def sweep(self, *given: Any) -> tuple[Any, Any]:
+        """The end of the loop, and the states that its schedule keeps."""
+        sweep = jax.custom_jvp(self._sweep)
+
+        @sweep.defjvp
+        def _(primals: Any, tangents: Any) -> Any:
+            _, along = jax.jvp(self._plain_forward, primals, tangents)
+            ends, kept = sweep(*primals)
+            return (ends, kept), (along, jax.tree.map(_no_tangent, kept))  # what is kept is a note, and no argument
+
+        return sweep(*given)
+
+    def pullback(self, *given: Any) -> tuple[Any, Any]:
+        """The cotangents of the first state and of what is captured, from those of the end."""
+        pullback = jax.custom_jvp(self._pullback)
+
+        @pullback.defjvp
+        def _(primals: Any, tangents: Any) -> Any:
+            without = lambda args: (*args[:4], args[5])  # noqa: E731  # without what is kept
+            _, along = jax.jvp(self._plain_pullback, without(primals), without(tangents))
+            return pullback(*primals), along
+
+        return pullback(*given)
+
+    def _plain(self, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
+        def body(state: Any, t: Any) -> tuple[Any, None]:
+            return self.step(t, state[0], state[1], active, passive), None
+
+        steps = jnp.arange(self.count)
+        return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), (floats, others), steps)[0]
+
+    def _plain_forward(self, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
+        """The same by the rules of reverse mode, which a step may have of its own (and none of forward mode)."""
+        plain = lambda floats, active: self._plain(floats, others, active, passive)  # noqa: E731
+        ends, _, others = jax.vjp(plain, floats, active, has_aux=True)
+        return ends, others
+
+    def _plain_pullback(self, floats: Any, others: Any, active: Any, passive: Any, cotangents: Any) -> tuple[Any, Any]:
+        back = jax.vjp(lambda floats, active: self._plain(floats, others, active, passive)[0], floats, active)[1]
+        return back(cotangents)
+
+    def _sweep(self, *given: Any) -> tuple[Any, Any]:
+        floats, others, active, passive = given
+        state = floats, others
+        kept = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.keep + 1, *leaf.shape)), state)
+        stops = jnp.asarray([*self.plan.first[1:], self.count], jnp.int32)
+        places = jnp.asarray([*range(1, len(self.plan.first)), self.keep], jnp.int32)
+        return self._advanced(state, kept, 0, (0, len(stops)), stops, places, active, passive)
+
+    def _pullback(
+        self, floats: Any, others: Any, active: Any, passive: Any, kept: Any, cotangents: Any
+    ) -> tuple[Any, Any]:
+        plan = jax.tree.map(jnp.asarray, self.plan._replace(steps=0))
+
+        def back(k: Any, carry: Any) -> Any:
+            kept, of_state, of_captured = carry
+            state = jax.tree.map(lambda rows: rows[plan.begin[k]], kept)
+            rows = plan.rows[k], plan.rows[k + 1]
+            state, kept = self._advanced(state, kept, plan.at[k], rows, plan.to, plan.place, active, passive)
+            t = self.count - 1 - k
+            one = lambda floats, active: self.step(t, floats, state[1], active, passive)[0]  # noqa: E731
+            of_state, more = jax.vjp(one, state[0], active)[1](of_state)
+            return kept, of_state, jax.tree.map(jnp.add, of_captured, more)
+
+        none = jax.tree.map(jnp.zeros_like, active)
+        _, of_state, of_captured = jax.lax.fori_loop(0, self.count, back, (kept, cotangents, none))
+        return of_state, of_captured
+
+    def _advanced(
+        self, state: Any, kept: Any, at: Any, rows: Any, to: Any, place: Any, active: Any, passive: Any
+    ) -> tuple[Any, Any]:
+        """From state number `at` on to those of the rows, each of which is kept in its place."""
+
+        def row(r: Any, carry: Any) -> Any:
+            state, kept, at = carry
+            go = lambda t, state: self.step(t, state[0], state[1], active, passive)  # noqa: E731
+            state = jax.lax.fori_loop(at, to[r], go, state)
+            write = lambda rows, leaf: jax.lax.dynamic_update_index_in_dim(rows, leaf, place[r], 0)  # noqa: E731
+            return state, jax.tree.map(write, kept, state), to[r]
+
+        state, kept, _ = jax.lax.fori_loop(rows[0], rows[1], row, (state, kept, jnp.asarray(at, jnp.int32)))
+        return state, kept
+
+
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
+
+
+def _instantiated(cotangent: Any) -> Any:
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
+
+
+def _no_tangent(leaf: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    return np.zeros(leaf.shape, jax.dtypes.float0)

@@ -1,0 +1,164 @@
+"""Whole runs in reverse mode: every schedule of kept states is the same derivative, in the memory that it says."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilevel import Problem, data, lower
+from bilevel._recompute import schedule
+from bilevel._traces import equations
+from bilevel.hypergradients import Unrolled, value_and_hypergradient
+
+ROWS = np.random.default_rng(0).normal(size=(24, 3))
+TARGETS = np.random.default_rng(1).normal(size=24)
+
+
+def test_a_schedule_visits_every_step_and_needs_the_fewest():
+    @functools.cache
+    def fewest(steps, free):
+        if steps == 1 or not free:
+            return steps * (steps - 1) // 2
+        return min(m + fewest(steps - m, free - 1) + fewest(m, free) for m in range(1, steps))
+
+    for steps in range(1, 40):
+        for keep in range(1, steps + 1):
+            plan, again = schedule(steps, keep), 0
+            kept = dict(enumerate(plan.first))
+            for k in range(steps):
+                state = kept[plan.begin[k]]
+                assert state == plan.at[k]
+                for row in range(plan.rows[k], plan.rows[k + 1]):
+                    again += plan.to[row] - state
+                    state = kept[plan.place[row]] = plan.to[row]
+                assert state == steps - 1 - k
+            assert len(kept) <= keep + 1  # one is scratch
+            assert again == plan.steps
+            assert again + plan.first[-1] == fewest(steps, keep - 1)
+
+
+def weighed(x, y, batch):
+    rows, targets, i = batch
+    return jnp.mean(jax.nn.sigmoid(x["w"])[i] * (jnp.tanh(rows @ y["a"]) * y["b"] - targets) ** 2) + x["r"] * jnp.sum(
+        y["a"] ** 2
+    )
+
+
+def plain(x, y, batch):
+    rows, targets, _ = batch
+    return jnp.mean((jnp.tanh(rows @ y["a"]) * y["b"] - targets) ** 2)
+
+
+def training(dtype, sets=None):
+    everything = (ROWS.astype(dtype), TARGETS.astype(dtype), np.arange(24))
+    return (
+        Problem(plain, weighed, everything, data.Minibatches(everything, 5), **(sets or {})),
+        {"w": jnp.zeros(24, dtype), "r": jnp.asarray(0.1, dtype)},
+        {"a": jnp.ones(3, dtype), "b": jnp.asarray(0.5, dtype)},
+    )
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+ADAM = optax.adam(optax.cosine_decay_schedule(0.05, 23), eps_root=1e-8)
+BOX = {"project_lower": lambda y: jax.tree.map(lambda v: jnp.clip(v, -0.6, 0.9), y)}
+FROM_X = lower.GradientDescent(0.1, 23, start=lambda x, y: {"a": y["a"] * x["r"], "b": x["r"]})
+ADAM_RUN = lower.GradientDescent(ADAM, 23)
+ANEW = lower.Reinitialized(ADAM_RUN, lambda key: {"a": jax.random.normal(key, (3,)), "b": jnp.ones(())})
+CASES = {
+    "Adam, a schedule": (ADAM_RUN, {}, {}, (False, "sqrt", "log", 1)),
+    "momentum": (lower.MomentumSGD(0.05, steps=23), {}, {}, ("log",)),
+    "projected": (lower.GradientDescent(0.1, 23), BOX, {}, ("sqrt",)),
+    "last": (lower.GradientDescent(ADAM, 30), {}, {"last": 23}, ("log",)),
+    "a start that depends on x": (FROM_X, {}, {}, ("log",)),
+    "begun anew": (ANEW, {}, {}, ("log",)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_schedules_are_one_derivative(name, x64):
+    solver, sets, options, others = CASES[name]
+    problem, x, y = training(np.float64, sets)
+    of = lambda keep: jax.jit(value_and_hypergradient(problem, Unrolled(checkpoint=keep, **options), solver))(x, y)
+    whole = of("all")
+    assert np.abs(flat(whole.gradient)).max() > 1e-4
+    for keep in others:
+        found = of(keep)
+        np.testing.assert_allclose(flat(found.gradient), flat(whole.gradient), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(flat(found.lower), flat(whole.lower), rtol=1e-13)
+        assert float(found.value) == pytest.approx(float(whole.value), rel=1e-14)
+
+
+def test_in_float32_too():
+    problem, x, y = training(np.float32)
+    of = lambda keep: jax.jit(value_and_hypergradient(problem, Unrolled(checkpoint=keep), ADAM_RUN))(x, y).gradient
+    np.testing.assert_allclose(flat(of("sqrt")), flat(of("all")), rtol=1e-6, atol=1e-7)
+
+
+def temporaries(keep, steps, width):
+    """Those of a compiled metagradient, in copies of y and Adam's two moments."""
+    problem = Problem(lambda x, y: jnp.sum(jnp.sin(y)), lambda x, y: jnp.sum(jnp.log(jnp.cosh(y - x))))
+    of = value_and_hypergradient(problem, Unrolled(checkpoint=keep), lower.GradientDescent(optax.adam(0.1), steps))
+    x = jnp.zeros(width)
+    return jax.jit(lambda x, y: of(x, y).gradient).lower(x, x).compile().memory_analysis().temp_size_in_bytes / (
+        3 * x.nbytes
+    )
+
+
+def test_memory_is_that_of_the_schedule():
+    steps, width = 400, 1000
+    copies = {keep: temporaries(keep, steps, width) for keep in ("all", "sqrt", "log", 50, True)}
+    assert copies["all"] > steps
+    assert copies["sqrt"] < 2 * steps**0.5
+    assert copies["log"] < np.log2(steps) + 12
+    assert 50 < copies[50] < 62
+    assert copies[True] == copies["sqrt"]  # beyond 256 steps
+    assert temporaries(True, 256, width) == temporaries("all", 256, width)
+
+
+def test_the_programme_does_not_grow_with_the_run():
+    def size(steps, keep):
+        problem = Problem(lambda x, y: jnp.sum(jnp.sin(y)), lambda x, y: jnp.sum((y - x) ** 2))
+        of = value_and_hypergradient(problem, Unrolled(checkpoint=keep), lower.GradientDescent(0.1, steps))
+        return len(list(equations(jax.make_jaxpr(lambda x: of(x, x).gradient)(jnp.zeros(2)).jaxpr)))
+
+    assert size(20, "log") == size(5000, "log") == size(5000, "sqrt")
+
+
+def test_stacked_runs_and_captured_values(x64):
+    """Under vmap; and differentiated in what a loss captures, which keeps all states and is right."""
+    solver = lower.GradientDescent(optax.adam(0.1, eps_root=1e-6), 7)
+
+    def gradient(x, scale, keep):
+        problem = Problem(lambda x, y: jnp.sum((y - scale) ** 2), lambda x, y: jnp.sum(scale * (y - x) ** 2 + y**4))
+        return value_and_hypergradient(problem, Unrolled(checkpoint=keep), solver)(x, jnp.array([0.1, 0.2])).gradient
+
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
+    stacked = jax.jit(jax.vmap(lambda x: gradient(x, 1.3, 2)))(xs)
+    np.testing.assert_allclose(stacked, [gradient(x, 1.3, "all") for x in xs], rtol=1e-12)
+    total = lambda scale, keep: jnp.sum(jnp.sin(gradient(xs[0], scale, keep)))
+    both = lambda keep: jax.jit(lambda s: (jax.grad(total)(s, keep), jax.jacfwd(total)(s, keep)))(1.3)
+    np.testing.assert_allclose(both(2), both("all"), rtol=1e-11)
+
+
+def test_what_cannot_be_kept_is_said():
+    problem, x, y = training(np.float32)
+    with pytest.raises(ValueError, match=r"keeps 24 states, and the run that is differentiated has 23 steps: give a"):
+        value_and_hypergradient(problem, Unrolled(checkpoint=24), lower.GradientDescent(0.1, 23))(x, y)
+    with pytest.raises(ValueError, match=r"keeps 9 states, and the run that is differentiated has 5 steps"):
+        value_and_hypergradient(problem, Unrolled(last=5, checkpoint=9), lower.GradientDescent(0.1, 23))(x, y)
+    with pytest.raises(ValueError, match=r"checkpoint='half'\): the states to keep are 'all', 'sqrt', 'log', a number"):
+        Unrolled(checkpoint="half")
+    with pytest.raises(ValueError, match=r"checkpoint=0\): the number of states to keep is a positive integer"):
+        Unrolled(checkpoint=0)
+    with pytest.raises(ValueError, match=r"forward mode keeps no states at all"):
+        Unrolled(mode="forward", checkpoint="sqrt")
+    with pytest.raises(ValueError, match=r"needs one made of steps: .* not Function"):
+        value_and_hypergradient(problem, Unrolled(checkpoint="log"), lambda level, x, y: y)(x, y)
