@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from known_problems import CASES, Case
 
-from bilevel import Solution, solve
+from bilevel import Problem, Solution, solve
+from bilevel.result import Result
+from bilevel.solvers import certificate
+from bilevel.solvers.certificate import certify
 
 # In the quick lane; all of them are slow together.
 QUICK = (
@@ -91,3 +94,22 @@ def test_float32_says_converged_only_where_it_is_right():
     found = solved(case)
     assert np.asarray(found.y).dtype == np.float32
     assert found.result.name != "CONVERGED" or not case.wrong(found.x, found.y)
+
+
+@pytest.mark.parametrize("x, result", [(0.0, Result.NOT_STATIONARY), (10 / 11, Result.CONVERGED)])
+def test_a_run_with_steps_left_gets_the_same_verdict_from_fewer_solves(x, result, monkeypatch):
+    """min |y - 1|^2 + .1 |x|^2 with y = x: x = 10 / 11. What is not there yet is seen from the first few solves."""
+    problem = Problem(lambda x, y: jnp.mean((y - 1) ** 2) + 0.1 * jnp.mean(x**2), lambda x, y: jnp.mean((y - x) ** 2))
+    at, solves = jnp.full(400, x), []
+    reach = certificate._Search._reach
+    monkeypatch.setattr(
+        certificate._Search, "_reach", lambda self, us, *more: (solves.append(len(us)), reach(self, us, *more))[1]
+    )
+    ends, counts = [], []
+    for left in (True, False):
+        solves.clear()
+        ends.append(certify(problem, at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-3, left))
+        counts.append(sum(solves))
+    assert [end.result for end in ends] == [result, result]
+    assert ends[0].unsettled is (result is Result.NOT_STATIONARY)
+    assert counts[0] < counts[1] if result is Result.NOT_STATIONARY else counts[0] > counts[1]
