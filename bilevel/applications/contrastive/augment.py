@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-SIDE = 8
+from bilevel.applications.contrastive.digits import SIDE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from bilevel import datasets
@@ -12,7 +13,7 @@ from bilevel import datasets
 DIGEST = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
 """SHA-256 of the 1797 images and labels as bytes."""
 
-CLASSES = 10
+SIDE, CLASSES = 8, 10
 TRUSTED, TEST = 150, 297
 
 
@@ -36,7 +37,7 @@ class Split(NamedTuple):
 
 
 def load(data: Any = "digits") -> tuple[np.ndarray, np.ndarray]:
-    """Images (1797, 8, 8) in 0..1 and labels (1797,).
+    """Images (1797, 8, 8) in 0..1, of the precision that JAX is set to, and labels (1797,).
 
     Args:
         data: "digits", or these very digits as `datasets.digits()` returns them.
@@ -58,7 +59,7 @@ def load(data: Any = "digits") -> tuple[np.ndarray, np.ndarray]:
             f"data={what}: this study evaluates defences on scikit-learn's 8x8 digits and takes no other data. Leave "
             'the argument out, or give data="digits".'
         )
-    return images.reshape(-1, 8, 8).astype(np.float32) / 16, labels.astype(np.int32)
+    return images.reshape(-1, SIDE, SIDE).astype(jnp.result_type(float)) / 16, labels.astype(np.int32)
 
 
 def split(seed: int, target: int, share: float, data: Any = "digits") -> Split:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Parameters = dict[str, Any]
+from bilevel.applications.contrastive.digits import SIDE
 
-SIDE = 8
+Parameters = dict[str, Any]
 
 
 def layer(key: Array, n_in: int, n_out: int) -> dict[str, Array]:
@@ -127,7 +127,10 @@ def _check_widths(owner: Any, widths: tuple[Any, ...]) -> None:
 
 
 def head(key: Array, n_in: int, hidden: int, n_out: int) -> Parameters:
-    """A projector or predictor: linear, batch normalisation, ReLU, linear."""
+    """A projector or predictor: linear, batch normalisation, GELU, linear.
+
+    GELU where the papers have ReLU: the encoders have it too, and an implicit hypergradient needs second derivatives.
+    """
     first, second = jax.random.split(key)
     return {"first": layer(first, n_in, hidden), "second": layer(second, hidden, n_out)}
 
@@ -139,4 +142,4 @@ def apply_head(params: Parameters, x: Array) -> Array:
     """
     x = linear(params["first"], x)
     x = (x - x.mean(0)) * jax.lax.rsqrt(x.var(0) + 1e-5)
-    return linear(params["second"], jax.nn.relu(x))
+    return linear(params["second"], jax.nn.gelu(x))

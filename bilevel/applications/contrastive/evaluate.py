@@ -10,9 +10,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from bilevel.applications.contrastive.digits import CLASSES
 from bilevel.applications.contrastive.losses import normalised
-
-CLASSES = 10
 
 
 def probe(features: Array, labels: Array, decay: float = 1e-3, steps: int = 200) -> dict[str, Array]:

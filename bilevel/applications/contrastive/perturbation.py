@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel.applications.contrastive.encoders import SIDE, Parameters, layer, linear
+from bilevel.applications.contrastive.digits import SIDE
+from bilevel.applications.contrastive.encoders import Parameters, layer, linear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ import optax
 from jax import Array
 
 from bilevel import Problem, data, lower, run
+from bilevel.applications.contrastive._routes import Held
 from bilevel.applications.contrastive.augment import Augmentation
 from bilevel.applications.contrastive.encoders import MLP, Parameters, apply_head, head
 from bilevel.applications.contrastive.losses import byol, nt_xent, simsiam
-from bilevel.applications.contrastive.routes import Held
 from bilevel.solvers import HypergradientDescent
 
 METHODS = ("simclr", "simsiam", "byol")
@@ -101,7 +101,10 @@ class Pretraining:
         adam = optax.adam(self.rate)
         if self.method != "byol":
             return adam
-        slow = lambda k: (1 - self.momentum) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(k / steps, 1.0)))  # noqa: E731
+        whole = float(steps)  # optax counts in int32, whose quotients are float32 under x64 too
+        slow = lambda k: (  # noqa: E731
+            (1 - self.momentum) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(jnp.asarray(k, float) / whole, 1)))
+        )
         parts = {"online": adam, "target": optax.sgd(slow)}
         label = lambda tree: {name: "target" if name == "target" else "online" for name in tree}  # noqa: E731
         return optax.partition(parts, label)

@@ -11,11 +11,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 pytest.importorskip("sklearn")
 
-from bilevel import datasets, hypergradients, linear, lower, solve
+from bilevel import data, datasets, hypergradients, linear, lower, solve
 from bilevel.applications import Application, contrastive
 from bilevel.applications.contrastive import (
     DEFENCES,
@@ -25,7 +27,6 @@ from bilevel.applications.contrastive import (
     Conv,
     Perturbation,
     Pretraining,
-    alignment,
     auroc,
     byol,
     defences,
@@ -34,12 +35,14 @@ from bilevel.applications.contrastive import (
     nt_xent,
     probe,
     robustness_study,
-    route,
     simsiam,
     tpr_at,
     wilson,
 )
+from bilevel.applications.contrastive._problem import alignment, problem_of
+from bilevel.applications.contrastive._routes import route
 from bilevel.applications.contrastive.defences.suspect import small_outlier
+from bilevel.applications.contrastive.digits import split
 from bilevel.applications.contrastive.encoders import apply_head, head
 from bilevel.hypergradients import value_and_hypergradient
 
@@ -148,7 +151,7 @@ def test_encoders_by_hand(x64):
 def test_a_head_normalises_by_its_batch(x64):
     params, x = head(jax.random.key(0), 4, 6, 3), RNG.normal(size=(7, 4)) * 5 + 2
     hidden = x @ np.asarray(params["first"]["w"])
-    hidden = np.maximum((hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5), 0)
+    hidden = np.asarray(jax.nn.gelu((hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)))
     np.testing.assert_allclose(apply_head(params, jnp.asarray(x)), hidden @ params["second"]["w"], rtol=1e-10)
 
 
@@ -157,20 +160,21 @@ def tiny(method="simclr", **options):
 
 
 def test_byols_target_is_the_average_of_the_online_network(x64):
-    """xi <- m xi + (1 - m) theta, with the theta before the step, m rising from .9 to 1 (in float32)."""
+    """xi <- m xi + (1 - m) theta, with the theta before the step, m rising from .9 to 1."""
     learner = tiny("byol", momentum=0.9)
     params, rule = learner.init(jax.random.key(0)), learner.rule(4)
     params = {**params, "target": jax.tree.map(lambda a: a + 1.0, params["target"])}
     memory, views = rule.init(params), jnp.asarray(RNG.uniform(size=(2, 12, 8, 8)))
+    step = jax.jit(lambda params, memory: rule.update(jax.grad(learner.loss)(params, *views), memory, params))
     for k in range(4):
-        updates, memory = rule.update(jax.grad(learner.loss)(params, *views), memory, params)
+        updates, memory = step(params, memory)
         new = jax.tree.map(jnp.add, params, updates)
         m = 1 - 0.1 * 0.5 * (1 + np.cos(np.pi * k / 4))
         for part in ("encoder", "projector"):
             expected = jax.tree.map(
                 lambda xi, theta, m=m: m * xi + (1 - m) * theta, params["target"][part], params[part]
             )
-            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-7), new["target"][part], expected)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), new["target"][part], expected)
             assert not np.allclose(new["encoder"]["layer0"]["w"], params["encoder"]["layer0"]["w"])
         params = new
 
@@ -214,30 +218,63 @@ def test_judging_is_by_the_book(x64):
     np.testing.assert_allclose(small_outlier(sizes), 9 / 1.4826, rtol=1e-9)
 
 
-def test_routes_differ_in_what_they_differentiate(x64):
-    app = alignment(0, share=0.04, perturbation=Perturbation(0.3, 4), pretraining=tiny())
-    cast = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float64), tree)
-    x, y = cast(app.x0), cast(app.y0)
-    make = lambda key: cast(app.pretraining.init(key))
-    found = {}
-    for name in ("alternating", "one-step", "unrolled"):
-        solver = route(name, app.pretraining.rule(10), make, inner=2, every=3)
-        estimate = jax.jit(value_and_hypergradient(app.problem, solver.hypergradient, solver.lower_solver))(x, y)
-        found[name] = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(estimate.gradient)])
-        value = estimate.value
-    # all of them at the same surrogate: two steps from the same draw
-    surrogate = estimate.lower.y
-    np.testing.assert_allclose(value, app.problem.draw_upper(0)(x, surrogate), rtol=1e-9)
-    held = jax.grad(app.problem.draw_upper(0))(x, surrogate)
-    held = jnp.concatenate([jnp.ravel(h) for h in jax.tree.leaves(held)])
-    # the images are float32, and so are their views
-    np.testing.assert_allclose(found["alternating"], held, rtol=1e-4, atol=1e-8)
-    assert all(
-        float(jnp.abs(found[a] - found[b]).max()) > 0
-        for a, b in (("alternating", "one-step"), ("one-step", "unrolled"))
-    )
+def frozen(anchor=0.0, decay=1e-4):
+    """A small problem in float64, every second image of its pool flagged; at one key its draws are frozen."""
+    digits = split(0, 0, 0.04)
+    rows = np.concatenate([np.flatnonzero(digits.flags)[:10], np.flatnonzero(~digits.flags)[:10]])
+    pool, labels, flags = (part[rows] for part in (digits.pool, digits.pool_labels, digits.flags))
+    assert pool.dtype == np.float64 and flags.sum() == 10
+    learner = Pretraining("simclr", MLP((4,), 4), 8, batch=16, decay=decay, temperature=1.0)
+    g = Perturbation(0.3, 3)
+    x, y = g.init(jax.random.key(0)), learner.init(jax.random.key(3))
+    digits = digits._replace(pool=pool, pool_labels=labels, flags=flags)
+    return learner, x, y, problem_of(g, learner, digits, 0, anchor, y)
+
+
+def against_central_differences(problem, estimator, solver, x, y, step=1e-5):
+    """The estimate at x; its gradient, and F_x with y held, flat; and by direction (slope, central difference of F)."""
+    found = jax.jit(lambda problem, x: value_and_hypergradient(problem, estimator, solver)(x, y))
+    estimate = found(problem, x)
+    at, unravel = ravel_pytree(x)
+    gradient = ravel_pytree(estimate.gradient)[0]
+    held = ravel_pytree(jax.grad(problem.draw_upper(0))(x, estimate.lower.y))[0]
+    pairs = []
+    for direction in (np.random.default_rng(0).normal(size=at.size), np.asarray(gradient - held)):
+        direction = direction / np.linalg.norm(direction)
+        ends = [float(found(problem, unravel(at + sign * step * direction)).value) for sign in (1, -1)]
+        pairs.append((float(gradient @ direction), (ends[0] - ends[1]) / (2 * step)))
+    return estimate, gradient, held, pairs
+
+
+def test_the_implicit_hypergradient_is_the_derivative_of_the_lower_level_solved_again(x64):
+    """Frozen draws, float64; the anchor makes the lower minimiser isolated, and Newton's method finds it."""
+    _, x, y, problem = frozen(anchor=40.0, decay=1e-2)
+    implicit = hypergradients.Implicit(linear.CG(tol=1e-12))
+    estimate, gradient, held, pairs = against_central_differences(problem, implicit, lower.Newton(dense=1), x, y)
+    assert estimate.metrics["lower_residual"] < 1e-10
+    assert estimate.metrics["negative_curvature"] == 0
+    for slope, difference in pairs:
+        np.testing.assert_allclose(slope, difference, rtol=1e-7)
+    assert np.linalg.norm(gradient - held) > 0.5 * np.linalg.norm(held)  # y follows x, and much comes of it
+
+
+def test_the_unrolled_route_is_the_derivative_through_its_steps_and_the_alternation_holds_y(x64):
+    """Two gradient steps (Adam's first is a sign, no difference sees its slope) from a draw that replaces y."""
+    learner, x, y, problem = frozen()
+    make = lambda name: route(name, optax.sgd(0.05), learner.init, inner=2, every=3)
+    solver = make("unrolled")
+    assert isinstance(solver.lower_solver, lower.Reinitialized)
+    estimate, _, held, pairs = against_central_differences(problem, solver.hypergradient, solver.lower_solver, x, y)
+    for slope, difference in pairs:
+        np.testing.assert_allclose(slope, difference, rtol=1e-6)
+    alternating = make("alternating").hypergradient
+    (upper, below), identity = problem.levels(data.as_step_key(0)), lower.Identity()
+    at_the_same = alternating(upper, below, identity, x, identity.init(estimate.lower.y), ())
+    np.testing.assert_allclose(ravel_pytree(at_the_same.gradient)[0], held, rtol=1e-12)
+    np.testing.assert_allclose(at_the_same.value, estimate.value, rtol=1e-12)
+    assert isinstance(make("frozen").lower_solver, lower.Identity)
     with pytest.raises(ValueError, match="route 'best': the routes to a hypergradient are alternating, unrolled"):
-        route("best", app.pretraining.rule(1), make)
+        make("best")
 
 
 def test_spectral_scores_are_numpys_svd(x64):
@@ -308,10 +345,18 @@ REFUSED = [
     ),
     ({"defences": ()}, "attacks are shown beside defences alone, so name at least one"),
     ({"defences": ("prayer",)}, "defences: 'prayer' is none of DECREE, SSL-Cleanse"),
-    ({"attacks": ()}, "name at least one route, each once"),
-    ({"attacks": ("luck",)}, "attacks: 'luck' is no route to a hypergradient"),
+    ({"defences": ("CLP", "CLP")}, "name at least one, each once; they are DECREE"),
+    ({"defences": "CLP"}, "defences='CLP': give a sequence of names, such as ('DECREE',)"),
+    ({"defences": None}, "defences=None: give a sequence of names"),
+    ({"attacks": ()}, "one of them is defended against, so name at least one, each once"),
+    ({"attacks": ("luck",)}, "attacks: 'luck' is none of alternating, unrolled"),
+    ({"attacks": "frozen"}, "attacks='frozen': give a sequence of names, such as ('alternating',)"),
     ({"attacked": "frozen", "attacks": ("unrolled",)}, "attacked='frozen' is not among the attacks unrolled"),
     ({"seeds": (0, 0)}, "give different integers that are not negative"),
+    ({"seeds": 3}, "seeds=3: give different integers that are not negative, at least one, as a tuple"),
+    ({"seeds": (-1,)}, "seeds=(-1,): give different integers"),
+    ({"seeds": (0.5,)}, "seeds=(0.5,): give different integers"),
+    ({"pretraining": "simclr"}, "pretraining='simclr': give a Pretraining, such as Pretraining('byol', Conv())"),
     ({"rounds": 0}, "rounds=0: a positive integer is needed"),
 ]
 

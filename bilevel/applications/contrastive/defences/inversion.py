@@ -10,10 +10,9 @@ import optax
 from jax import Array
 
 from bilevel.applications.contrastive.defences.suspect import Found, Suspect, descend, small_outlier
-from bilevel.applications.contrastive.evaluate import CLASSES, cross_entropy, logits
+from bilevel.applications.contrastive.digits import CLASSES, SIDE
+from bilevel.applications.contrastive.evaluate import cross_entropy, logits
 from bilevel.applications.contrastive.losses import cosine, normalised
-
-SIDE = 8
 
 
 def patched(raw: dict[str, Array], images: Array) -> Array:

@@ -6,6 +6,7 @@ sum over encoders, which share nothing, so that one run of `solve` is a run for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,11 @@ from bilevel.applications.application import Application
 from bilevel.applications.contrastive.augment import Augmentation
 from bilevel.applications.contrastive.defences.pruning import fine_tuned
 from bilevel.applications.contrastive.defences.suspect import Found, Suspect, descend
-from bilevel.applications.contrastive.evaluate import cross_entropy
+from bilevel.applications.contrastive.digits import SIDE
+from bilevel.applications.contrastive.evaluate import cross_entropy, logits
 from bilevel.applications.contrastive.losses import cosine
 from bilevel.hypergradients import Implicit, OneStep, Unrolled
 from bilevel.solvers import HypergradientDescent
-
-SIDE = 8
 
 
 def _many(loss: Callable[..., Array], stacked: bool) -> Callable[..., Array]:
@@ -33,7 +33,7 @@ def _many(loss: Callable[..., Array], stacked: bool) -> Callable[..., Array]:
 
 
 class Parts(data.Source):
-    """Full batches in parts of unequal lengths."""
+    """Full batches in parts of unequal lengths, which bare arrays may not have."""
 
     random, count = False, None  # type: ignore[assignment]
 
@@ -52,17 +52,19 @@ def ibau(
     labels: Array,
     *,
     penalty: float = 1.0,
+    portion: float = 1.0,
     bound: float | None = 0.3,
     stacked: bool = False,
 ) -> Application[Any, Array]:
     """I-BAU: unlearn the perturbation that the classifier is most sensitive to.
 
-        min over theta  CE(theta; x + delta*)
+        min over theta  (1 - portion) CE(theta; x) + portion CE(theta; x + delta*)
         delta* in argmax over delta  CE(theta; x + delta) - penalty/2 |delta|^2
 
-    One perturbation delta for all images. The authors bound it by its norm; here a quadratic penalty makes the maximum
-    one where theta leaves it strictly concave, and the box |delta| <= bound holds always (None: no box). x = theta,
-    y = delta.
+    One perturbation delta for all images. The paper has portion = 1; the authors' code perturbs a random hundredth of
+    the images above, whose mean is portion = .01. They bound delta by its norm; here a quadratic penalty (theirs is
+    .002) makes the maximum one where theta leaves it strictly concave, and the box |delta| <= bound holds always (None:
+    no box). x = theta, y = delta.
 
     Args:
         classify: `(params, images) -> scores` (n, classes).
@@ -72,12 +74,15 @@ def ibau(
     Reference: Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", ICLR 2022.
     """
 
-    def upper(theta: Any, delta: Array, batch: Any) -> Array:
+    def at(theta: Any, delta: Array | float, batch: Any) -> Array:
         images, labels = batch
         return cross_entropy(classify(theta, images + delta), labels)
 
+    def upper(theta: Any, delta: Array, batch: Any) -> Array:
+        return portion * at(theta, delta, batch) + (1 - portion) * at(theta, 0.0, batch)
+
     def below(theta: Any, delta: Array, batch: Any) -> Array:
-        return 0.5 * penalty * jnp.sum(delta**2) - upper(theta, delta, batch)
+        return 0.5 * penalty * jnp.sum(delta**2) - at(theta, delta, batch)
 
     batch = (jnp.asarray(images), jnp.asarray(labels))
     problem = Problem(
@@ -233,6 +238,38 @@ def asset_solver(count: int, temperature: float = 10.0, rate: float = 1e-3) -> H
 def offsets(encode: Callable[[Any, Array], Array], before: Any, after: Any, images: Array) -> Array:
     """ASSET's scores, 1 - cos(f_after(x), f_before(x)), of images (n, 8, 8)."""
     return 1 - cosine(encode(after, images), encode(before, images))
+
+
+def of_ibau(encode: Any, suspects: Suspect) -> tuple[Application[Any, Array], Any, Callable[[Any], Found]]:
+    """I-BAU on encoders and their probes: the problem, its solver, and what a solution says."""
+
+    def classify(params: Any, images: Array) -> Array:
+        return logits(params[1], encode(params[0], images))
+
+    start = (suspects.encoder, suspects.probe)
+    app = ibau(classify, start, suspects.trusted, suspects.trusted_labels, stacked=True)
+    return app, ibau_solver(), lambda x: Found(encoder=x[0], probe=x[1])
+
+
+def of_asset(encode: Any, suspects: Suspect) -> tuple[Application[Any, Array], Any, Callable[[Any], Found]]:
+    """ASSET on encoders' pools: the same. A sample's score is its offset, cut where 5 % of the trusted images are."""
+    app = asset(encode, suspects.encoder, suspects.trusted, suspects.pool, stacked=True)
+
+    def read(x: Any) -> Found:
+        scores, held = (
+            jax.vmap(functools.partial(offsets, encode))(suspects.encoder, x, images)
+            for images in (suspects.pool, suspects.trusted)
+        )
+        cut = jnp.quantile(held, 0.95, axis=1)
+        return Found(statistic=jnp.mean(scores > cut[:, None], 1), scores=scores, cut=cut)
+
+    return app, asset_solver(suspects.pool.shape[1]), read
+
+
+def of_unlearning(encode: Any, suspects: Suspect) -> tuple[Application[Any, Array], Any, Callable[[Any], Found]]:
+    """Label-free unlearning of encoders: the same."""
+    app = unlearning(encode, suspects.encoder, suspects.trusted, stacked=True)
+    return app, unlearning_solver(), lambda x: Found(encoder=x)
 
 
 def fine_tuning(encode: Any, suspect: Suspect, key: Array, *, steps: int = 200) -> Found:

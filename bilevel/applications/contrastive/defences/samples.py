@@ -11,11 +11,10 @@ from jax import Array
 
 from bilevel.applications.contrastive.defences.inversion import k_means
 from bilevel.applications.contrastive.defences.suspect import Found, Suspect, descend
+from bilevel.applications.contrastive.digits import CLASSES, SIDE
 from bilevel.applications.contrastive.encoders import layer, linear
-from bilevel.applications.contrastive.evaluate import CLASSES, logits
+from bilevel.applications.contrastive.evaluate import logits
 from bilevel.applications.contrastive.losses import cosine
-
-SIDE = 8
 
 
 def spectral_scores(features: Array, member: Array) -> Array:
@@ -33,8 +32,8 @@ def spectral_scores(features: Array, member: Array) -> Array:
     return (centred @ first) ** 2
 
 
-def spectral(encode: Any, suspect: Suspect, key: Array, *, share: float = 0.04) -> Found:
-    """Spectral signatures by pseudo-class (the probe's label): the top 1.5 `share` of all scores is cut.
+def spectral(encode: Any, suspect: Suspect, key: Array) -> Found:
+    """Spectral signatures by pseudo-class (the probe's label): the top 1.5 shares of all scores are cut.
 
     A score is the squared projection over its pseudo-class's mean one, so that classes compare. The statistic is the
     largest class's share of variance along its first direction, flagged above .5 (ours: the paper decides on samples).
@@ -52,7 +51,9 @@ def spectral(encode: Any, suspect: Suspect, key: Array, *, share: float = 0.04) 
 
     scores, shares = jax.vmap(of_class)(jnp.arange(CLASSES))
     scores = scores.sum(0)
-    return Found(statistic=shares.max(), scores=scores, cut=jnp.quantile(scores, 1 - 1.5 * share))
+    return Found(
+        statistic=shares.max(), scores=scores, cut=jnp.quantile(scores, jnp.maximum(1 - 1.5 * suspect.share, 0))
+    )
 
 
 def activation_clustering(encode: Any, suspect: Suspect, key: Array, *, smallest: float = 0.35) -> Found:

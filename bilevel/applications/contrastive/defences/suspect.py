@@ -21,6 +21,7 @@ class Suspect(NamedTuple):
         flags: which of them are perturbed: for the evaluation of a defence, which must not look at them.
         trusted, trusted_labels: clean images with labels.
         test, test_labels, triggered: held-out images, and the same images perturbed.
+        share: of the pool that may be perturbed, which the spectral signatures are told.
     """
 
     encoder: Any
@@ -32,6 +33,7 @@ class Suspect(NamedTuple):
     test: Array
     test_labels: Array
     triggered: Array
+    share: Array | float
 
 
 @dataclasses.dataclass(frozen=True)

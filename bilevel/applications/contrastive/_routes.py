@@ -1,4 +1,7 @@
-"""The ways to a hypergradient of the alignment that are compared: how the surrogate is moved and differentiated."""
+"""The ways to a hypergradient of the alignment that are compared: how the surrogate is moved and differentiated.
+
+Private, but for their names: `robustness_study` runs them, beside the defences.
+"""
 
 from __future__ import annotations
 

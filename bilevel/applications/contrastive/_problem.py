@@ -1,6 +1,6 @@
 """The bilevel problem under study, on the digits alone: a bounded perturbation above a contrastive pretraining.
 
-Its constructor is used by `robustness_study`, which shows what it finds beside the defences.
+Private: `robustness_study` solves it, and shows what it finds beside the defences.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from bilevel import Problem, data
@@ -43,6 +44,7 @@ def alignment(
     share: float = 0.03,
     perturbation: Perturbation | None = None,
     pretraining: Pretraining | None = None,
+    anchor: float = 0.0,
     data: Any = "digits",
 ) -> Alignment:
     """Align perturbed digits with a class, through the pretraining of the encoder.
@@ -52,12 +54,18 @@ def alignment(
 
     x = psi, y = theta and its heads. x is any image of the pool, x_r one of the target class, t1 and t2 augmentations.
 
+    The lower minimisers are not isolated: cosines see neither the length of the projections nor a rotation of them, and
+    the decay does not see a rotation either (and shrinks the length for ever). The implicit function theorem needs an
+    isolated one, which `anchor` gives: the term anchor/2 |y - y0|^2 makes the lower level strongly convex about its
+    start. What SimSiam and BYOL hold by a stop_gradient is held in second derivatives too.
+
     Args:
         seed: of the split of the digits and of the variables' starts.
         target: the class, 0 to 9.
         share: of the pool that is flagged; all of the target class, as in the work that the paper follows (the paper's
             own choice of images is not on record).
         perturbation, pretraining: g (bound 8/255) and the lower level (SimCLR on an MLP).
+        anchor: of the lower level to its start y0; 0: none.
         data: "digits"; nothing else is taken.
 
     Raises:
@@ -68,11 +76,12 @@ def alignment(
     g, learner = perturbation or Perturbation(), pretraining or Pretraining()
     digits = split(seed, target, share, data)
     of_x, of_y = jax.random.split(jax.random.key(seed))
-    problem = problem_of(g, learner, digits, target)
+    y0 = learner.init(of_y)
+    problem = problem_of(g, learner, digits, target, anchor, y0)
     return Alignment(
         problem,
         g.init(of_x),
-        learner.init(of_y),
+        y0,
         name="trigger alignment",
         description="a bounded perturbation of digits is chosen above, an encoder is pretrained on them below",
         source="Sun et al., ICLR 2024; digits of the UCI machine learning repository",
@@ -82,7 +91,9 @@ def alignment(
     )
 
 
-def problem_of(g: Perturbation, learner: Pretraining, digits: Split, target: int) -> Problem:
+def problem_of(
+    g: Perturbation, learner: Pretraining, digits: Split, target: int, anchor: float = 0.0, centre: Any = None
+) -> Problem:
     """The problem on a split; with stacked splits, `vmap` over it is one problem per seed."""
 
     def upper(psi: Parameters, theta: Parameters, batch: Any) -> Array:
@@ -93,7 +104,8 @@ def problem_of(g: Perturbation, learner: Pretraining, digits: Split, target: int
 
     def lower(psi: Parameters, theta: Parameters, batch: Any) -> Array:
         (images, flags), first, second = batch
-        return learner.on(theta, jnp.where(flags[:, None, None], g(psi, images), images), first, second)
+        loss = learner.on(theta, jnp.where(flags[:, None, None], g(psi, images), images), first, second)
+        return loss + 0.5 * anchor * optax.tree.norm(optax.tree.sub(theta, centre), squared=True) if anchor else loss
 
     def draw(key: Array, arrays: Any) -> Any:
         pool, labels = map(jnp.asarray, arrays)
