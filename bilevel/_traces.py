@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from jax.extend.core import Literal
 
-__all__ = ["equations", "inner", "reached"]
+__all__ = ["equations", "inner", "reached", "traffic"]
 
 
 def inner(equation: Any) -> list[Any]:
@@ -38,3 +39,14 @@ def reached(jaxpr: Any, inputs: list[bool], visit: Callable[[Any], None] = lambd
                 visit(equation)
         marked.update(v for v, reaches in zip(equation.outvars, out, strict=True) if reaches)
     return [is_marked(v) for v in jaxpr.outvars]
+
+
+def traffic(jaxpr: Any) -> int:
+    """Bytes of all that a traced function computes on its way; the body of a loop as often as it is known to run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if bodies := inner(equation):
+            total += sum(map(traffic, bodies)) * int(equation.params.get("length", 1))
+        else:
+            total += sum(int(np.prod(out.aval.shape)) * out.aval.dtype.itemsize for out in equation.outvars)
+    return total

@@ -14,7 +14,6 @@ by one leaves that much room. All functions are pure and run under `jit`, `vmap`
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from bilevel import _compiling
 from bilevel.derivatives import linearised, norm
 from bilevel.typing import PyTree, Scalar
 
@@ -85,10 +85,12 @@ def extreme_eigenvalues(
     return values[0], values[-1]
 
 
-@functools.partial(jax.jit, static_argnames="dense")
 def lower_spectrum(problem: Any, x: PyTree, y: PyTree, dense: int = 64) -> tuple[jax.Array, jax.Array]:
     """The smallest and the largest eigenvalue of f_yy(x, y) of a `Problem` on all samples, by `extreme_eigenvalues`."""
     return extreme_eigenvalues(linearised(problem.full_lower(), x, y).hvp, y, dense=dense)
+
+
+compiled_spectrum = _compiling.jit(lower_spectrum, static_argnames=("dense",))
 
 
 def dominant_eigenvalue(

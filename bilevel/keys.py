@@ -41,13 +41,13 @@ class StepKey:
 
     Attributes:
       base: the run's PRNG key, the same at every step.
-      step: uint32, the index of the draw.
-      stream: uint32, tells independent uses within one step apart.
+      step: uint32, the index of the draw; a number of numpy's on the host, where it then compiles nothing.
+      stream: uint32, likewise; tells independent uses within one step apart.
     """
 
     base: jax.Array
-    step: jax.Array
-    stream: jax.Array
+    step: Any
+    stream: Any
 
     @property
     def random(self) -> jax.Array:
@@ -56,7 +56,12 @@ class StepKey:
 
     def fold_in(self, tag: int) -> StepKey:
         """The same step in another stream (`Draw` names them): draws that are independent of this one's."""
-        return StepKey(self.base, self.step, mix(self.stream * jnp.uint32(0x01000193) + jnp.uint32(int(tag) + 1)))
+        mixed: Any
+        if isinstance(self.stream, np.generic):  # on the host, where nothing is compiled for it
+            mixed = np.uint32(_mix(int(self.stream) * 0x01000193 + int(tag) + 1))
+        else:
+            mixed = mix(self.stream * jnp.uint32(0x01000193) + jnp.uint32(int(tag) + 1))
+        return StepKey(self.base, self.step, mixed)
 
     def inner(self, i: Any, total: int) -> StepKey:
         """The key of inner step `i` of `total`: draw number `step * total + i` of the same stream."""
@@ -72,7 +77,7 @@ def as_step_key(key: Any, step: Any = 0) -> StepKey:
     if isinstance(key, StepKey):
         return key
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        key = jax.random.key(int(key))
+        key = _seeded(int(key))
     kind, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
     raw = kind == jnp.uint32 and shape in ((2,), (4,))
@@ -81,13 +86,29 @@ def as_step_key(key: Any, step: Any = 0) -> StepKey:
         raise TypeError(f"key={what}: one key is needed, a seed such as 0 or jax.random.key(0).")
     if not typed:
         key = jax.random.wrap_key_data(key)
-    return StepKey(key, jnp.asarray(step, jnp.uint32), jnp.uint32(0))
+    traced = isinstance(step, jax.Array)
+    return StepKey(key, step.astype(jnp.uint32) if traced else np.uint32(step), np.uint32(0))
+
+
+def _seeded(seed: int) -> jax.Array:
+    """`jax.random.key(seed)`, for which JAX compiles two programmes; here the words of its default are written down."""
+    if jax.config.jax_default_prng_impl == "threefry2x32" and 0 <= seed < 2**31:  # type: ignore[attr-defined]
+        return jax.random.wrap_key_data(np.array([0, seed], np.uint32))  # type: ignore[arg-type]
+    return jax.random.key(seed)
 
 
 def mix(h: jax.Array) -> jax.Array:
     """A bijective hash of 32 bits (multiplications and shifts only, so that it fuses with what follows)."""
     h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
     h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
+    return h ^ (h >> 16)
+
+
+def _mix(h: int) -> int:
+    """`mix` of a Python number."""
+    h &= 0xFFFFFFFF
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return h ^ (h >> 16)
 
 

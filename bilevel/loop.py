@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import _compiling
 from bilevel._settings import settings
 from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
@@ -129,7 +130,7 @@ class Loop:
         return Chunk(new, behind, steps, recorded, result, why)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "use_tol", "careful"))
+@_compiling.jit(static_argnames=("capacity", "use_tol", "careful"))
 def _advance(
     problem: Problem,
     solver: Any,

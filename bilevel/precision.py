@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel._module import state
-from bilevel._traces import equations, inner, reached
+from bilevel._traces import equations, inner, reached, traffic
 from bilevel.data import as_source
 from bilevel.frozen import Cut, fixed_functions
 from bilevel.level import takes_batch
@@ -41,6 +41,7 @@ class Working(NamedTuple):
       problem: the problem; its functions take the master copies.
       x, y: the master copies of the start.
       dtypes: the user's dtypes of the leaves of x and of y; None where they are the working dtype itself.
+      bytes: about what one evaluation of the losses and constraints on a batch computes, and all samples hold.
       cut: how y lost its constant parts; None where it has none.
       constants: those parts.
     """
@@ -49,6 +50,7 @@ class Working(NamedTuple):
     x: PyTree
     y: PyTree
     dtypes: tuple[Dtypes, Dtypes] | None
+    bytes: float
     cut: Cut | None = None
     constants: Any = ()
 
@@ -110,10 +112,10 @@ def _in_one_dtype(problem: Problem, x: PyTree, y: PyTree) -> Working:
     leaves = jax.tree.leaves((x, y))
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for leaf in leaves))
-    outputs = _outputs(problem, x, y)
+    outputs, computed = _outputs(problem, x, y)
     _refuse_split(outputs, x, y)
     if all(out.dtype == dtype for out in [*map(jnp.asarray, leaves), *itertools.chain(*outputs.values())]):
-        return Working(problem, x, y, None)
+        return Working(problem, x, y, None, computed)
     of = lambda tree: tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree))  # noqa: E731
     dtypes = of(x), of(y)
     cast = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, dtype))
@@ -130,7 +132,7 @@ def _in_one_dtype(problem: Problem, x: PyTree, y: PyTree) -> Working:
     prox: Any = problem.prox_lower
     if prox is not None and not _keeps(lambda y: prox(masters[0], y, 1.0), masters[1]):
         lifted["prox_lower"] = _InGiven(prox, dtypes[0], dtypes[1], dtype)
-    return Working(dataclasses.replace(problem, **lifted), *masters, dtypes)
+    return Working(dataclasses.replace(problem, **lifted), *masters, dtypes, computed)
 
 
 @contextlib.contextmanager
@@ -201,10 +203,13 @@ def _has_gradient(problem: Problem, level: str, x: PyTree, y: PyTree) -> bool:
     return True
 
 
-def _outputs(problem: Problem, x: PyTree, y: PyTree) -> dict[str, list[Any]]:
-    """The leaves that each loss and constraint returns, by name, with shape, dtype and axes."""
+def _outputs(problem: Problem, x: PyTree, y: PyTree) -> tuple[dict[str, list[Any]], float]:
+    """The leaves that each loss and constraint returns, by name, with shape, dtype and axes; and `Working.bytes`."""
     upper, lower = problem.sources
     found = {}
+    computed = float(
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, y, problem)) if isinstance(leaf, jax.Array))
+    )
     for name in ("upper", "lower", "constraint", "equality", "upper_constraint", "upper_equality"):
         fn, source = getattr(problem, name), upper if name.startswith("upper") else lower
         if fn is None:
@@ -215,7 +220,8 @@ def _outputs(problem: Problem, x: PyTree, y: PyTree) -> dict[str, list[Any]]:
         traced, shapes = jax.make_jaxpr(call, return_shape=True)(x, y, source)
         _refuse_sums(name, traced.jaxpr, len(jax.tree.leaves((x, y))))
         found[name] = jax.tree.leaves(shapes)
-    return found
+        computed += traffic(traced.jaxpr)
+    return found, computed
 
 
 # What goes from device to device inside shard_map and its relatives; the first two in one that keeps account of it.

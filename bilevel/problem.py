@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel._pickling import storable
-from bilevel._traces import inner
+from bilevel._traces import traffic
 from bilevel.captures import Functions, taken
 from bilevel.data import ProblemError, Source, as_arrays, as_source, warn_of_one_object
 from bilevel.frozen import as_frozen
@@ -206,7 +206,7 @@ class Problem(Generic[X, Y]):
             return math.inf
         samples = sum(leaf.size * leaf.dtype.itemsize for s in self.sources for leaf in jax.tree.leaves(s.arrays))
         try:
-            return samples + sum(_traffic(jax.make_jaxpr(level)(x, y).jaxpr) for level in self.full_levels())
+            return samples + sum(traffic(jax.make_jaxpr(level)(x, y).jaxpr) for level in self.full_levels())
         except (TypeError, ValueError, IndexError):  # batches of one size alone
             return math.inf
 
@@ -285,17 +285,6 @@ def _unflatten(aux: Any, children: Any) -> Problem:
 jax.tree_util.register_pytree_with_keys(Problem, _flatten, _unflatten)
 
 
-def _traffic(jaxpr: Any) -> int:
-    """Bytes of all that a traced function computes on its way; the body of a loop as often as it is known to run."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if bodies := inner(equation):
-            total += sum(map(_traffic, bodies)) * int(equation.params.get("length", 1))
-        else:
-            total += sum(int(np.prod(out.aval.shape)) * out.aval.dtype.itemsize for out in equation.outvars)
-    return total
-
-
 def _shapes_on(name: str, fn: Callable[..., PyTree], source: Source, x: PyTree, y: PyTree) -> PyTree:
     """The shapes of fn(x, y), or of fn(x, y, batch) where there are data."""
     if not source.given:
@@ -339,6 +328,8 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
                 f"{name}{jax.tree_util.keystr(path)} has dtype {leaf.dtype} (an array of Python objects or text): "
                 "variables are floating-point arrays; give one leaf an array of numbers each."
             )
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            return jax.device_put(leaf, leaf.sharding, may_alias=False)  # a copy for which nothing is compiled
         return jnp.array(leaf, copy=True)
 
     def of_numbers(node: Any) -> bool:
@@ -425,8 +416,16 @@ def _check_variable(name: str, tree: PyTree) -> None:
                 f"{where} has dtype {dtype}; variables are floating-point (gradients are taken in them): "
                 f"write jnp.asarray({where}, float)."
             )
-        if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(leaf))):
+        if not isinstance(leaf, jax.core.Tracer) and not _all_finite(leaf):
             raise ProblemError(f"{where} is not finite (a NaN or an infinity): start from finite values.")
+
+
+def _all_finite(leaf: Any) -> bool:
+    """Whether there is no NaN and no infinity; looked at where the numbers are, on a CPU without compiling anything."""
+    here = not isinstance(leaf, jax.Array) or (
+        leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
+    )
+    return bool(np.isfinite(np.asarray(leaf)).all() if here else jnp.isfinite(leaf).all())
 
 
 def _check_data(name: str, source: Source) -> None:

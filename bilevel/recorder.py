@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import _compiling
 from bilevel.captures import Functions, taken
 from bilevel.history import History
 from bilevel.loop import Chunk
@@ -348,6 +349,6 @@ class Measures:
         return due
 
 
-@jax.jit
+@_compiling.jit
 def _measure(functions: Functions, x: PyTree, y: PyTree, data: dict[str, Any]) -> Metrics:
     return {name: fn(x, y, data[name]) if name in data else fn(x, y) for name, fn in functions.by_name.items()}

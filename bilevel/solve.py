@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import host
+from bilevel import _compiling, host
 from bilevel._module import name_of
 from bilevel._settings import settings, users_settings
 from bilevel.keys import StepKey, as_step_key
@@ -63,6 +63,7 @@ _TIGHTER = 4
 
 
 @settings()
+@_compiling.sized()
 def solve(
     problem: Problem[X, Y],
     x0: X | None = None,
@@ -251,14 +252,14 @@ def _settle(
         numbers = {name: float(value) for name, value in run.history.last().items() if np.ndim(value) == 0}
         x, y = (_pooled(tree, like) for tree, like in zip((run.state.x, run.state.y), start, strict=True))
         try:
-            found = certify(streams.peeked(), x, y, start, ended, numbers, tol)
+            left = run.result is Result.CONVERGED and run.done < run.schedule.steps and trial < _TIGHTER
+            found = certify(streams.peeked(), x, y, start, ended, numbers, tol, left)
         except KeyboardInterrupt:  # the run is there, and what was not looked at is said
             run.interrupted()
             found = Certificate(run.result, unchecked=("The end was not looked at: Ctrl-C.",))
         towards = getattr(solver, "towards", None)
         onward = found.better is not None and towards is not None and found.result in _MENDABLE
-        again = run.result is Result.CONVERGED and (found.unsettled or onward) and run.done < run.schedule.steps
-        if tol is None or asked is None or not again or trial == _TIGHTER:
+        if tol is None or asked is None or not left or not (found.unsettled or onward):
             break
         asked, run.result = asked / 30, Result.MAX_STEPS
         if towards is not None and found.better is not None:
@@ -283,7 +284,20 @@ def _multipliers(solver: Any, streams: Streams, state: Any) -> dict[str, Any]:
     known = getattr(state, "multipliers", None)
     if isinstance(known, dict):
         return known
-    return solver.multipliers(streams.peeked(), state) if hasattr(solver, "multipliers") else {}
+    problem = streams.peeked()
+    if not hasattr(solver, "multipliers"):
+        return {}
+    if _starts_in_one_program(solver, problem, state.x, state.y):
+        if problem.constraint is None and problem.equality is None:
+            return {}
+        return _their_multipliers(problem, as_argument(solver), state)
+    return solver.multipliers(problem, state)
+
+
+@_compiling.jit
+def _their_multipliers(problem: Problem, solver: Any, state: Any) -> dict[str, Any]:
+    """What the solver makes of its state."""
+    return as_solver(solver).multipliers(problem, state)
 
 
 def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | None) -> tuple[Working, Solver, str]:
@@ -305,6 +319,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         problem.validate(x, y)
         problem = jax.tree.map(jnp.asarray, problem.captured(x, y))
         found = working(problem, x, y)
+    _compiling.computes(found.bytes)
     if solver is not None:
         refuse_standing(solver, found.y, certified=tol is not None)
     problem, (x, y) = found.problem, found.problem.projected(found.x, found.y)
@@ -411,7 +426,7 @@ def _starts_in_one_program(solver: Any, problem: Problem, x: Any, y: Any) -> boo
     return all(len(leaf.devices()) == 1 for leaf in leaves)
 
 
-@jax.jit
+@_compiling.jit
 def _init(problem: Problem, solver: Any, x: Any, y: Any, base: StepKey) -> Any:
     """The first state."""
     return as_solver(solver).init(problem, x, y, at_step(base, 0))

@@ -14,23 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import derivatives
+from bilevel import _compiling, derivatives
 from bilevel.level import Level
 from bilevel.problem import Problem
 from bilevel.typing import PyTree, Scalar
 
-__all__ = ["Units", "natural_units", "normalised", "rms", "times"]
+__all__ = [
+    "Units", "changes", "moves", "natural_units", "normalised", "rms", "times", "units_of_losses", "units_of_variables",
+]  # fmt: skip
 
 
 class Units(NamedTuple):
     """What a change of 1 in x, y, F and f is, and F and f where they were taken (they are measured from there)."""
 
-    x: Scalar
-    y: Scalar
-    upper: Scalar
-    lower: Scalar
-    upper_here: Scalar
-    lower_here: Scalar
+    x: Any
+    y: Any
+    upper: Any
+    lower: Any
+    upper_here: Any
+    lower_here: Any
 
 
 def rms(tree: PyTree) -> jax.Array:
@@ -55,6 +57,12 @@ def natural_units(problem: Problem, x: PyTree, y: PyTree, x0: PyTree, y0: PyTree
     of f, or of F, along its gradient; for x the change that moves y by its unit, or that step of F. Those of F and f:
     the median change between here and points one unit away.
     """
+    lengths = units_of_variables(problem, x, y, x0, y0)
+    return units_of_losses(lengths, *_changes(problem, x, y, *moves(x, y, lengths)))
+
+
+def units_of_variables(problem: Problem, x: PyTree, y: PyTree, x0: PyTree, y0: PyTree) -> tuple[Any, Any]:
+    """Those of x and y of `natural_units`, in the variables' dtypes."""
     unit_x, unit_y = _plain(x, x0) if jax.tree.leaves(x) else np.float64(1.0), _plain(y, y0)
     if not all(unit > 0 and np.isfinite(unit) for unit in (unit_x, unit_y)):
         steps = {name: np.float64(step) for name, step in _steps(problem, x, y).items()}
@@ -62,21 +70,28 @@ def natural_units(problem: Problem, x: PyTree, y: PyTree, x0: PyTree, y0: PyTree
         with np.errstate(divide="ignore"):
             moves_y = unit_y * _first(1 / steps["follows"], np.float64(0.0))
         unit_x = _first(unit_x, moves_y, steps["upper_x"], np.float64(1.0))
-    # Drawn on the host: a compiled normal distribution takes longer to compile than the losses do.
+    of_x, of_y = (jnp.result_type(float, *jax.tree.leaves(tree)) for tree in (x, y))
+    return np.asarray(unit_x, of_x), np.asarray(unit_y, of_y)
+
+
+def moves(x: PyTree, y: PyTree, lengths: tuple[Any, Any]) -> tuple[PyTree, PyTree]:
+    """Random moves of x and of y, of one unit, stacked; drawn on the host, since a compiled normal distribution takes
+    longer to compile than the losses do."""
     random = np.random.default_rng(5)
     draw = lambda at, unit: jax.tree.map(  # noqa: E731
-        lambda leaf: (unit * random.standard_normal((_AWAY, *leaf.shape))).astype(leaf.dtype), at
+        lambda leaf: (np.float64(unit) * random.standard_normal((_AWAY, *leaf.shape))).astype(leaf.dtype), at
     )
-    here, changes = _changes(problem, x, y, draw(x, unit_x), draw(y, unit_y))
+    return draw(x, lengths[0]), draw(y, lengths[1])
+
+
+def units_of_losses(lengths: tuple[Any, Any], here: tuple[Any, Any], found: tuple[Any, Any]) -> Units:
+    """All units, from those of x and y and the `changes` after the moves."""
     upper, lower = (
         _first(np.nanmedian(change) if np.isfinite(change).any() else np.float64(0.0), np.abs(value), np.float64(1.0))
-        for change, value in zip(map(np.asarray, changes), map(np.float64, here), strict=True)
+        for change, value in zip(map(np.asarray, found), map(np.float64, here), strict=True)
     )
-    as_own = lambda unit, own: jnp.asarray(unit, own.dtype)  # noqa: E731
-    of_x, of_y = (jnp.result_type(float, *jax.tree.leaves(tree)) for tree in (x, y))
-    return Units(
-        jnp.asarray(unit_x, of_x), jnp.asarray(unit_y, of_y), as_own(upper, here[0]), as_own(lower, here[1]), *here
-    )
+    as_own = lambda unit, own: np.asarray(unit, own.dtype)  # noqa: E731
+    return Units(*lengths, as_own(upper, here[0]), as_own(lower, here[1]), *here)
 
 
 _AWAY = 9
@@ -98,7 +113,7 @@ def _first(*values: np.float64) -> np.float64:
     return next((value for value in values if value > 0 and np.isfinite(value)), values[-1])
 
 
-@jax.jit
+@_compiling.jit
 def _steps(problem: Problem, x: PyTree, y: PyTree) -> dict[str, Scalar]:
     """Lengths of the steps to where quadratic models turn: of f and F in y, of F in x, and of y when x moves by one."""
     upper, lower = problem.full_levels()
@@ -116,8 +131,7 @@ def _steps(problem: Problem, x: PyTree, y: PyTree) -> dict[str, Scalar]:
     return {**found, "follows": _cauchy(force, hvp), "upper_x": step(lambda x: upper(x, y), x)}
 
 
-@jax.jit
-def _changes(
+def changes(
     problem: Problem, x: PyTree, y: PyTree, moves_x: PyTree, moves_y: PyTree
 ) -> tuple[tuple[Scalar, Scalar], tuple[jax.Array, jax.Array]]:
     """F and f here, and by how much they differ after each move (in the sets; NaN where that is not finite)."""
@@ -128,11 +142,14 @@ def _changes(
         there_x, there_y = optax.tree.add(x, moves[0]), optax.tree.add(y, moves[1])
         there_x = there_x if upper.project is None else upper.project(there_x)
         there_y = there_y if lower.project is None else lower.project(there_y)
-        changes = upper(there_x, there_y) - here[0], lower(x, there_y) - here[1]
-        of_upper, of_lower = (jnp.where(jnp.isfinite(change), jnp.abs(change), jnp.nan) for change in changes)
+        both = upper(there_x, there_y) - here[0], lower(x, there_y) - here[1]
+        of_upper, of_lower = (jnp.where(jnp.isfinite(change), jnp.abs(change), jnp.nan) for change in both)
         return of_upper, of_lower
 
     return here, jax.lax.map(away, (moves_x, moves_y))
+
+
+_changes = _compiling.jit(changes)
 
 
 def _cauchy(gradient: PyTree, hvp: Any) -> Scalar:

@@ -27,14 +27,15 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
+from bilevel import _compiling
 from bilevel.constraints import Constraints
-from bilevel.curvature import lower_spectrum
+from bilevel.curvature import compiled_spectrum, lower_spectrum
 from bilevel.keys import as_step_key
 from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
 from bilevel.result import Result
-from bilevel.solvers._units import Units, natural_units, normalised, rms, times
+from bilevel.solvers._units import Units, changes, moves, normalised, rms, times, units_of_losses, units_of_variables
 from bilevel.solvers.small.mpcc import MPCC
 from bilevel.solvers.small.program import Program
 from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
@@ -266,11 +267,14 @@ def certify(
     result: Result,
     metrics: dict[str, float],
     tol: float | None,
+    steps_left: bool = False,
 ) -> Certificate:
     """Check the end (x, y) of a run from `start` that ended by `result`, with `metrics` of its last step.
 
     With a tolerance everything in this module's table that size allows, up to 10,000 unknowns; without one, up to 2,000
     on full batches, values, sets and rows, and the lower level from y where it is constrained, penalised or not convex.
+    Of a run that has `steps_left`, an end that is not there yet is said as soon as it is seen, before the other starts
+    and directions.
     """
     if jax.process_count() > 1:
         return Certificate(result, unchecked=("The end was not looked at: the run is spread over several processes.",))
@@ -295,16 +299,25 @@ def certify(
     rows = problem.constraint is not None or problem.equality is not None
     n = optax.tree.size(y)
     curved = not nonsmooth and not rows and n <= _CURVED
-    units = natural_units(problem, x, y, *start)
-    at, found = _examined(problem, units, x, y, curved=curved)
-    numbers = {name: float(value) for name, value in found.items()}
+    lengths = units_of_variables(problem, x, y, *start)
+    at, here, changed, found = _examined(problem, lengths, x, y, moves(x, y, lengths), curved=curved)
+    units = units_of_losses(lengths, here, changed)
+    numbers = {name: float(value) for name, value in found.items()} | _in_units(units)
     better = None
     concave = _bend(numbers) == -1
     whole = tol is not None or result is Result.CONVERGED
     if numbers["finite"] and (whole or rows or concave or "penalty" in metrics):
         search = _Search(problem, units, at, numbers)
+        movable = whole and bool(jax.tree.leaves(x))
+        if movable and steps_left:
+            search.minimise(starts=1, choose=True)
+            if np.isfinite(numbers["gap"]):
+                search.move(everywhere=False)
+            seen = _concluded(dict(numbers), result, metrics, tol, unchecked, search.better)
+            if seen.unsettled:
+                return seen
         search.minimise(starts=1 if not whole and not concave else 8 if n <= _MANY_STARTS else 4, choose=whole)
-        if whole and jax.tree.leaves(x) and np.isfinite(numbers["gap"]):
+        if movable and np.isfinite(numbers["gap"]):
             search.move()
         better = search.better
     return _concluded(numbers, result, metrics, tol, unchecked, better)
@@ -368,7 +381,7 @@ def _of_small(
         and not (program.p + program.q)
     ):
         # Another y as low, or the same minimum met more closely: the curvature around y tells.
-        found["curvature_least"], found["curvature_greatest"] = map(float, lower_spectrum(problem, x, y, dense=300))
+        found["curvature_least"], found["curvature_greatest"] = map(float, compiled_spectrum(problem, x, y, dense=300))
     unchecked: tuple[str, ...] = ()
     better = None if lower.better is None else (x, lower.better)
     if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
@@ -421,43 +434,46 @@ def _obstacles(problem: Problem, x: PyTree, y: PyTree, tol: float | None) -> tup
     return ()
 
 
-@functools.partial(jax.jit, static_argnames="curved")
+@_compiling.jit(static_argnames=("curved",))
 def _examined(
-    problem: Problem, units: Units, x: PyTree, y: PyTree, curved: bool
-) -> tuple[tuple[PyTree, PyTree], dict[str, Scalar]]:
-    """The point in its units, and what is seen without a solve."""
-    upper_here, lower_here = units.upper_here, units.lower_here
-    u, w = times(1 / units.x, x), times(1 / units.y, y)
-    above, below = normalised(problem, units)
+    problem: Problem, lengths: tuple[Any, Any], x: PyTree, y: PyTree, away: tuple[PyTree, PyTree], curved: bool
+) -> tuple[tuple[PyTree, PyTree], tuple[Scalar, Scalar], tuple[jax.Array, jax.Array], dict[str, Scalar]]:
+    """The point in units of x and y, what `changes` returns, and what is seen without a solve."""
+    here, changed = changes(problem, x, y, *away)
+    u, w = times(1 / lengths[0], x), times(1 / lengths[1], y)
+    above, below = normalised(problem, Units(*lengths, 1.0, 1.0, *here))
     outside = [
         rms(optax.tree.sub(z, level.project(z)))
         for level, z in ((above, u), (below, w))
         if level.project is not None and jax.tree.leaves(z)
     ]
     broken = Constraints(above, u, w).at(u, w).violation(u, w), Constraints(below, u, w).at(u, w).violation(u, w)
-    eps = {name: 1e3 * jnp.finfo(value.dtype).eps for name, value in (("upper", upper_here), ("lower", lower_here))}
     found = {
-        "upper_loss": upper_here,
-        "lower_loss": lower_here,
-        "finite": jnp.isfinite(upper_here)
-        & jnp.isfinite(lower_here)
-        & jnp.isfinite(broken[0])
-        & jnp.isfinite(broken[1]),
+        "finite": functools.reduce(jnp.logical_and, map(jnp.isfinite, (*here, *broken))),
         "outside": functools.reduce(jnp.maximum, outside, jnp.zeros(())),
         "upper_violation": broken[0],
         "violation": broken[1],
-        "noise_upper": eps["upper"] * jnp.abs(upper_here) / units.upper,
-        "noise_lower": eps["lower"] * jnp.abs(lower_here) / units.lower,
-        "unit_upper": units.upper,
-        "unit_lower": units.lower,
     }
     if curved:
         found["curvature_least"], found["curvature_greatest"] = lower_spectrum(problem, x, y)
-    return (u, w), found
+    return (u, w), here, changed, found
+
+
+def _in_units(units: Units) -> dict[str, float]:
+    """The losses, their units, and what rounding makes of them in these."""
+    found: dict[str, float] = {}
+    for name, unit, here in (
+        ("upper", units.upper, units.upper_here),
+        ("lower", units.lower, units.lower_here),
+    ):
+        noise = 1e3 * float(jnp.finfo(here.dtype).eps) * abs(float(here)) / float(unit)
+        found |= {f"{name}_loss": float(here), f"unit_{name}": float(unit), f"noise_{name}": noise}
+    return found
 
 
 class _Reached(NamedTuple):
-    """Lower solves, stacked: where they ended, by how much F and f differ from here, what they break."""
+    """Lower solves, stacked: where they ended, by how much F and f differ from here, what they break, and what the rows
+    that are broken here are worth by their multipliers: a point gains at most multiplier times excess."""
 
     w: Any
     multipliers: Any
@@ -465,6 +481,7 @@ class _Reached(NamedTuple):
     upper: Any
     violation: Any
     upper_violation: Any
+    owed: Any
 
 
 class _Search:
@@ -472,15 +489,14 @@ class _Search:
 
     def __init__(self, problem: Problem, units: Units, at: tuple[PyTree, PyTree], found: dict[str, float]) -> None:
         self.problem, self.units, self.at, self.found = problem, units, at, found
-        self.flat_u, self._unravel_u = ravel_pytree(at[0])
-        self.flat_w, self._unravel_w = ravel_pytree(at[1])
+        self.flat_u, self.flat_w = map(_flat, at)  # numpy's: on the host nothing is compiled for what is small
         self._room = 128 if self.flat_u.size + self.flat_w.size <= 1000 else 8
         fine = jnp.finfo(self.flat_w.dtype).eps < 1e-10
         dense = self.flat_w.size <= _DENSE
         self._convex = _bend(found) in (0, 1)
         self.weights = (1e-7, 1e-8) if fine and dense else (1e-5, 1e-6) if fine else (1e-3, 1e-4)
         self.better: tuple[PyTree, PyTree] | None = None
-        self.others: list[jax.Array] = []
+        self.others: list[np.ndarray] = []
         self._base: tuple[_Reached, int]
         self._tilted: tuple[Any, Any, float] | None = None
 
@@ -489,8 +505,8 @@ class _Search:
         for first in range(0, len(us), self._room):
             some = slice(first, first + self._room)
             count = len(us[some])
-            pad = lambda rows: jnp.stack([*rows, *[rows[0]] * (self._room - count)])  # noqa: E731
-            filled = jnp.asarray([*weights[some], *[0.0] * (self._room - count)])
+            pad = lambda rows: np.stack([*rows, *[rows[0]] * (self._room - count)])  # noqa: E731
+            filled = np.asarray([*weights[some], *[0.0] * (self._room - count)], self.flat_w.dtype)
             out = _reached(
                 self.problem, self.units, *self.at, pad(us[some]), pad(ws[some]), filled, count, self._convex
             )
@@ -502,7 +518,7 @@ class _Search:
         found, u, w = self.found, self.flat_u, self.flat_w
         random = np.random.default_rng(7)
         ws = [w] + [
-            w + jnp.asarray(0.3 * 3.3 ** (i % 4) * random.standard_normal(w.shape), w.dtype) for i in range(starts - 1)
+            w + (0.3 * 3.3 ** (i % 4) * random.standard_normal(w.shape)).astype(w.dtype) for i in range(starts - 1)
         ]
         weights = [0.0] * starts
         prox = self.problem.prox_lower is not None
@@ -518,7 +534,7 @@ class _Search:
         lowest = float(value[best])
         far = np.abs(solved.w[best]).max() > 1e5
         found["bounded"] = float(lowest > -1e5 and not far and bool(np.isfinite(solved.lower).any()))
-        gap = -lowest + float(_owed(self.problem, self.units, *self.at, jnp.asarray(solved.multipliers[best])))
+        gap = -lowest + float(solved.owed[best])
         if prox:
             gap = float(_proximal_gap(self.problem, self.units, *self.at))
         found["gap"], found["polished_gap"] = gap, gap * found["unit_lower"]
@@ -528,9 +544,7 @@ class _Search:
         tie = max(1e-9, found["noise_lower"]) if self.weights[0] < 1e-6 else max(1e-6, found["noise_lower"])
         tied = usable & (value <= lowest + tie) & np.isfinite(solved.upper)
         change = 0.0
-        here_first = int(
-            np.argmin(np.where(usable, np.abs(solved.w - np.asarray(w)).max(axis=1) + 1e9 * ~tied, np.inf))
-        )
+        here_first = int(np.argmin(np.where(usable, np.abs(solved.w - w).max(axis=1) + 1e9 * ~tied, np.inf)))
         if tied.any():
             chosen = int(np.argmin(np.where(tied, solved.upper, np.inf)))
             # Where y is not exact, the choice is judged from the minimiser that belongs to it.
@@ -555,36 +569,38 @@ class _Search:
         separate = [
             solved.w[j] for j in np.flatnonzero(tied) if np.abs(solved.w[j] - solved.w[best]).max() > 1e-3 and j != best
         ]
-        self.others = [jnp.asarray(other) for other in separate[:1]]
+        self.others = separate[:1]
         if tilt and np.isfinite(reached.upper[starts]):
             self._tilted = (reached.w[starts], reached.multipliers[starts], self.weights[0])
 
     def _keep(self, u: PyTree, w: Any) -> None:
-        self.better = (times(self.units.x, u), times(self.units.y, self._unravel_w(jnp.asarray(w))))
+        self.better = (times(self.units.x, u), times(self.units.y, _unflat(w, self.at[1])))
 
-    def move(self) -> None:
-        """Move x, solve the lower level there, and see whether F is lower."""
-        found, u = self.found, np.asarray(self.flat_u)
+    def move(self, everywhere: bool = True) -> None:
+        """Move x, solve the lower level there, and see whether F is lower; not `everywhere`: along the slope alone."""
+        found, u = self.found, self.flat_u
         solved, best = self._base
-        warm = [jnp.asarray(solved.w[best]), *self.others]
+        warm = [solved.w[best], *self.others]
         random = np.random.default_rng(11)
-        few = u.size <= _FEW
-        directions = [random.standard_normal(u.shape) for _ in range(3 if u.size <= 1000 else 1)]
+        few = u.size <= _FEW and everywhere
+        blind = 3 if u.size <= _MANY_STARTS else 1  # a random direction sees little of many unknowns' slope
+        directions = [random.standard_normal(u.shape) for _ in range(blind if everywhere else 0)]
         if few:
             directions += [sign * row for row in np.eye(u.size) for sign in (1.0, -1.0)]
         if self._tilted is not None:
             w1, lam1, weight = self._tilted
             flat = _slope(
-                self.problem, self.units, *self.at, warm[0], jnp.asarray(solved.multipliers[best]), jnp.asarray(w1),
-                jnp.asarray(lam1), weight,
+                self.problem, self.units, *self.at, warm[0], solved.multipliers[best], w1, lam1, weight
             )  # fmt: skip
-            slope = np.asarray(ravel_pytree(flat)[0])
+            slope = _flat(flat)
             length = np.linalg.norm(slope)
             if np.isfinite(length) and length > 0:
                 directions.insert(0, -slope / length * u.size**0.5)
         sizes = [(size, "near") for size in _NEAR] + ([(size, "far") for size in _FAR] if few else [])
         tries = [(size, kind, u + size * d) for d in directions for size, kind in sizes]
-        moved = _projected(self.problem, self.units, self.at[0], [jnp.asarray(t[2], self.flat_u.dtype) for t in tries])
+        if not tries:
+            return
+        moved = _projected(self.problem, self.units, self.at[0], [t[2].astype(u.dtype) for t in tries])
         us = [target for target in moved for _ in warm]
         reached = self._reach(us, [w for _ in moved for w in warm], [0.0] * len(us))
         width = len(warm)
@@ -607,7 +623,7 @@ class _Search:
             if relative > lowest[kind]:
                 lowest[kind], drop[kind] = relative, fall * found["unit_upper"]
                 if kind == "far" or lowest["far"] == 0.0:
-                    self._keep(self._unravel_u(moved[i]), reached.w[rows][j])
+                    self._keep(_unflat(moved[i], self.at[0]), reached.w[rows][j])
         found["near"], found["descent"] = lowest["near"], drop["near"]
         if few:
             found["far"], found["beaten"] = lowest["far"], drop["far"]
@@ -617,7 +633,7 @@ _DENSE = 100
 """The most lower unknowns for which any smooth lower level is solved by Newton steps with the whole Hessian."""
 
 
-@functools.partial(jax.jit, static_argnames="convex")
+@_compiling.jit(static_argnames=("convex",))
 def _reached(
     problem: Problem, units: Units, u: PyTree, w: PyTree, us: Any, ws: Any, weights: Any, count: Any, convex: bool
 ) -> _Reached:
@@ -627,6 +643,7 @@ def _reached(
     """
     upper, lower = normalised(problem, units)
     rows, above = Constraints(lower, u, w).at(u, w), Constraints(upper, u, w).at(u, w)
+    excess = rows(u, w) if rows.count else jnp.zeros((0,), ws.dtype)
     unravel_u, unravel_w = ravel_pytree(u)[1], ravel_pytree(w)[1]
     smooth = lower.project is None and lower.prox is None and not rows.count and (convex or ws.shape[1] <= _DENSE)
 
@@ -646,26 +663,19 @@ def _reached(
             solved = augmented_lagrangian(lower.with_loss(value), rows, u, unravel_w(ws[j]), tol=tol)
             w, multipliers, broken = solved.y, solved.multipliers, solved.violation
         new = _Reached(
-            ravel_pytree(w)[0], multipliers, lower(u, w), upper(u, w), broken, above.violation(u, w)
+            ravel_pytree(w)[0], multipliers, lower(u, w), upper(u, w), broken, above.violation(u, w),
+            jnp.vdot(multipliers, excess),
         )  # fmt: skip
         return _Reached(*(old.at[j].set(leaf.astype(old.dtype)) for old, leaf in zip(out, new, strict=True)))
 
     n = us.shape[0]
     empty = _Reached(
-        jnp.zeros_like(ws), jnp.zeros((n, rows.count), ws.dtype), *(jnp.zeros((n,), ws.dtype) for _ in range(4))
+        jnp.zeros_like(ws), jnp.zeros((n, rows.count), ws.dtype), *(jnp.zeros((n,), ws.dtype) for _ in range(5))
     )  # fmt: skip
     return jax.lax.fori_loop(0, count, one, empty)
 
 
-@jax.jit
-def _owed(problem: Problem, units: Units, u: PyTree, w: PyTree, multipliers: jax.Array) -> Scalar:
-    """What the point's broken rows are worth: a point that breaks its rows gains at most multiplier times excess."""
-    lower = normalised(problem, units)[1]
-    rows = Constraints(lower, u, w).at(u, w)
-    return jnp.vdot(multipliers, rows(u, w)) if rows.count else jnp.zeros(())
-
-
-@jax.jit
+@_compiling.jit
 def _proximal_gap(problem: Problem, units: Units, u: PyTree, w: PyTree) -> Scalar:
     """Half the squared proximal gradient, in place of the gap: a nonsmooth term's value is not known, only its prox."""
     lower = normalised(problem, units)[1]
@@ -674,7 +684,7 @@ def _proximal_gap(problem: Problem, units: Units, u: PyTree, w: PyTree) -> Scala
     return optax.tree.norm(optax.tree.sub(w, moved), squared=True) / 2
 
 
-@jax.jit
+@_compiling.jit
 def _slope(
     problem: Problem, units: Units, u: PyTree, w: PyTree, w0: Any, lam0: Any, w1: Any, lam1: Any, weight: Any
 ) -> PyTree:
@@ -692,14 +702,31 @@ def _slope(
     return jax.tree.map(lambda d, a, b: d + (a - b) / weight, direct, there, here)
 
 
-def _projected(problem: Problem, units: Units, like: PyTree, flats: list[jax.Array]) -> list[jax.Array]:
+def _flat(tree: PyTree) -> np.ndarray:
+    """All numbers of a tree in one vector, in the order of `ravel_pytree`."""
+    leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves) if leaves else np.zeros(0, np.float32)
+
+
+def _unflat(flat: Any, like: PyTree) -> PyTree:
+    """The tree of which `_flat` made this."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    parts = np.split(np.asarray(flat), ends[:-1]) if leaves else []
+    return jax.tree.unflatten(
+        treedef,
+        [jnp.asarray(part.reshape(leaf.shape).astype(leaf.dtype)) for part, leaf in zip(parts, leaves, strict=True)],
+    )
+
+
+def _projected(problem: Problem, units: Units, like: PyTree, flats: list[np.ndarray]) -> list[np.ndarray]:
     """Points of X nearest to these."""
     if problem.project_upper is None:
         return flats
-    return list(_onto(problem, units, like, jnp.stack(flats)))
+    return list(np.asarray(_onto(problem, units, like, np.stack(flats))))
 
 
-@jax.jit
+@_compiling.jit
 def _onto(problem: Problem, units: Units, like: PyTree, flats: jax.Array) -> jax.Array:
     upper, unravel = normalised(problem, units)[0], ravel_pytree(like)[1]
     return jax.lax.map(lambda flat: ravel_pytree(upper.project(unravel(flat)))[0], flats)  # type: ignore[misc]

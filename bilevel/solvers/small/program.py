@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel import sets
+from bilevel import _compiling, sets
 from bilevel.constraints import depends
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
@@ -127,7 +127,7 @@ def _all_rows(
     return upper(x, y), lower(x, y), *upper_rows, *lower_rows
 
 
-@functools.partial(jax.jit, static_argnames="layout")
+@_compiling.jit(static_argnames=("layout",))
 def _evaluate(problem: Problem, bounds: tuple[Bounds, Bounds], z: jax.Array, layout: Layout) -> tuple[Any, Any]:
     (n, m), p = layout.sizes, layout.rows[2]
 
@@ -241,7 +241,7 @@ class Program:
         with self.precision():
             x, y = self.trees(self.start)
             if self.double:
-                x, y = jax.tree.map(lambda leaf: leaf.astype(float), (x, y))
+                x, y = jax.tree.map(lambda leaf: np.asarray(leaf, float), (x, y))
 
             def slopes(y: PyTree, x: PyTree, tangent: PyTree) -> Any:
                 parts = lambda y: (lower(x, y), _rows(lower, self._bounds[1], y, x, y))  # noqa: E731
@@ -313,7 +313,7 @@ class Program:
         raw, leaves, first = xy * self.columns[: self.n + self.m], [], 0
         for shape, dtype in zip(self.layout.shapes, self.dtypes, strict=True):
             size = int(np.prod(shape))
-            leaves.append(jnp.asarray(raw[first : first + size].reshape(shape), dtype))
+            leaves.append(jnp.asarray(raw[first : first + size].reshape(shape).astype(dtype)))
             first += size
         cut = self.layout.x.num_leaves
         return jax.tree.unflatten(self.layout.x, leaves[:cut]), jax.tree.unflatten(self.layout.y, leaves[cut:])
