@@ -54,8 +54,11 @@ class Augmentation:
         """The views (n, 8, 8) of images (n, 8, 8): linear interpolation, zeros beyond the border."""
         grid, middle = jnp.arange(SIDE, dtype=images.dtype), (SIDE - 1) / 2
         at = middle + draws["offset"][..., None] + (grid - middle) * draws["scale"][:, None, None]
-        weights = jnp.maximum(0, 1 - jnp.abs(at[..., None] - grid))  # (n, 2, 8, 8): of row and column
-        views = jnp.einsum("nij,njk,nlk->nil", weights[:, 0], images, weights[:, 1])
+        rows = jnp.maximum(0, 1 - jnp.abs(at[:, 0, :, None] - grid))  # (n, view, pixel)
+        columns = jnp.maximum(0, 1 - jnp.abs(at[:, 1, None, :] - grid[:, None]))  # (n, pixel, view)
+        # Sums of products of whole arrays: many products of 8x8 matrices take as long as the encoder's gradient.
+        views = sum(rows[:, :, k, None] * images[:, k, None, :] for k in range(SIDE))
+        views = sum(views[:, :, k, None] * columns[:, k, None, :] for k in range(SIDE))
         mean = views.mean((1, 2), keepdims=True)
         c, b = draws["contrast"][:, None, None], draws["brightness"][:, None, None]
         return c * (views - mean) + mean + b + draws["noise"]

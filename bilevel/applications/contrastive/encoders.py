@@ -33,8 +33,8 @@ class MLP:
         width: of the features.
     """
 
-    hidden: tuple[int, ...] = (96,)
-    width: int = 48
+    hidden: tuple[int, ...] = (64,)
+    width: int = 32
 
     def __post_init__(self) -> None:
         _check_widths(self, (*self.hidden, self.width))
@@ -74,7 +74,7 @@ class Conv:
     """
 
     channels: tuple[int, ...] = (8, 16)
-    width: int = 48
+    width: int = 32
 
     def __post_init__(self) -> None:
         _check_widths(self, (*self.channels, self.width))

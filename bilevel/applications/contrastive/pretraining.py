@@ -43,12 +43,12 @@ class Pretraining:
 
     method: str = "simclr"
     encoder: Any = dataclasses.field(default_factory=MLP)
-    projection: int = 32
+    projection: int = 16
     temperature: float = 0.5
     momentum: float = 0.99
     decay: float = 1e-4
     rate: float = 3e-3
-    batch: int = 96
+    batch: int = 64
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:

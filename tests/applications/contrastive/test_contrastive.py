@@ -23,6 +23,7 @@ from bilevel.applications.contrastive import (
     DEFENCES,
     METHODS,
     MLP,
+    ROUTES,
     Augmentation,
     Conv,
     Perturbation,
@@ -389,37 +390,60 @@ def test_nothing_of_the_application_writes_or_has_a_command_line():
     assert not list(folder.rglob("__main__.py"))
 
 
-def test_the_study_shows_attack_and_defence_together(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def small_study(seeds, attacks, defences, **options):
     learner = Pretraining("simclr", MLP((8,), 6), 4, batch=16)
-    chosen = ("spectral signatures", "blur", "CLP", "Neural Cleanse, additive")
-    study = robustness_study(
-        (0, 1), pretraining=learner, attacks=("alternating", "frozen"), defences=chosen, steps=10, rounds=2, inner=2
-    )
-    assert set(study.attacks) == {"fixed", "alternating", "frozen"}
-    assert tuple(study.defences) == chosen
-    assert study.attacks["fixed"].surrogate is None
+    sizes = {"steps": 10, "rounds": 2, "inner": 2, "repair_steps": 2}
+    return robustness_study(seeds, pretraining=learner, attacks=attacks, defences=defences, **sizes, **options)
+
+
+def check_columns(study):
+    """Both halves are there for each seed, with intervals, and the table says it all."""
+    n = len(study.seeds)
     for attack in study.attacks.values():
-        assert attack.accuracy.trials == 2 * 297 and attack.success.trials < attack.accuracy.trials
+        assert attack.accuracy.trials == n * 297 and attack.success.trials < attack.accuracy.trials
         low, high = attack.success.interval
         assert 0 <= low <= attack.success.value <= high <= 1
+        assert len(attack.success.by_seed) == len(attack.together) == n
+    assert study.attacks["fixed"].surrogate is None
     for name, d in study.defences.items():
-        assert len(d.statistic) == 2 and len(d.clean_statistic) == 3
-        assert np.isfinite(d.statistic).all() and 0 <= d.false_positives <= 1
-        assert (d.auroc is None) == (name in ("CLP", "Neural Cleanse, additive"))
-        assert (d.after is None) == (name not in ("CLP", "blur"))
-        assert d.kind == DEFENCES[name].kind
+        rule = DEFENCES[name]
+        assert len(d.statistic) == n and len(d.clean_statistic) == 3
+        assert np.isfinite([*d.statistic, *d.clean_statistic]).all() and 0 <= d.false_positives <= 1
+        flags = [value < d.threshold if rule.below else value > d.threshold for value in d.clean_statistic]
+        assert d.false_positives == pytest.approx(np.mean(flags))
+        assert (d.auroc is None) == (d.tpr is None) == (rule.kind in ("encoder", "repair"))
+        assert (d.after is None) == (rule.kind in ("encoder", "pool", "input"))
+        assert d.kind == rule.kind and d.seconds > 0
     changed = np.abs(study.pictures["perturbed"] - study.pictures["images"])
     assert 0 < changed.max() <= 0.25
     printed = repr(study)
-    for word in ("attack success", "FPR", "AUROC", "Claims", "frozen surrogate", *chosen, *study.attacks):
+    for word in ("attack success", "FPR", "AUROC", "Claims", *study.defences, *study.attacks, *map(str, study.claims)):
         assert word in printed
-    assert len(study.claims) == 3 and all(len(c.difference) == 2 for c in study.claims)
+
+
+def test_the_study_shows_attack_and_defence_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = ("spectral signatures", "CLP")
+    study = small_study((0, 1), ("frozen",), chosen)
+    assert set(study.attacks) == {"fixed", "frozen"}
+    assert tuple(study.defences) == chosen
+    check_columns(study)
+    assert [len(c.difference) for c in study.claims] == [2, 2]
     with pytest.raises(TypeError, match="A Study stays in memory"):
         pickle.dumps(study)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_every_route_and_every_defence_has_its_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = small_study((3,), ROUTES, tuple(DEFENCES), target=7, attacked="implicit")
+    assert set(study.attacks) == {"fixed", *ROUTES}
+    check_columns(study)
+    assert len(study.claims) == 1 + 4 + 1 + 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_at_least_ten_defences_and_the_bilevel_ones_among_them():
     assert len(DEFENCES) >= 10
-    assert {name for name, rule in DEFENCES.items() if rule.run is None} == {"ASSET", "I-BAU", "label-free unlearning"}
+    assert {name for name, rule in DEFENCES.items() if rule.bilevel} == {"ASSET", "I-BAU", "label-free unlearning"}
