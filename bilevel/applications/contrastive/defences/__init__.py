@@ -1,0 +1,34 @@
+"""Defences: detectors of encoders and of samples, preprocessing, and repairs, three of which are bilevel problems."""
+
+from bilevel.applications.contrastive.defences.catalogue import DEFENCES, Rule
+from bilevel.applications.contrastive.defences.inversion import decree, k_means, neural_cleanse, patched, ssl_cleanse
+from bilevel.applications.contrastive.defences.pruning import anp, clp, fine_pruning, lipschitz_bounds
+from bilevel.applications.contrastive.defences.repair import (
+    asset,
+    asset_solver,
+    distillation,
+    fine_tuning,
+    ibau,
+    ibau_solver,
+    offsets,
+    unlearning,
+    unlearning_solver,
+)
+from bilevel.applications.contrastive.defences.samples import (
+    activation_clustering,
+    blurred,
+    masking_trajectory,
+    preprocessing,
+    quantised,
+    reconstruction,
+    spectral,
+    spectral_scores,
+)
+from bilevel.applications.contrastive.defences.suspect import Found, Suspect
+
+__all__ = [
+    "DEFENCES", "Found", "Rule", "Suspect", "activation_clustering", "anp", "asset", "asset_solver", "blurred", "clp",
+    "decree", "distillation", "fine_pruning", "fine_tuning", "ibau", "ibau_solver", "k_means", "lipschitz_bounds",
+    "masking_trajectory", "neural_cleanse", "offsets", "patched", "preprocessing", "quantised", "reconstruction",
+    "spectral", "spectral_scores", "ssl_cleanse", "unlearning", "unlearning_solver",
+]  # fmt: skip

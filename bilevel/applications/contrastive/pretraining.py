@@ -1,0 +1,138 @@
+"""Pretraining: one of three contrastive losses on any encoder, as a lower level, and the rule that trains it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from bilevel import Problem, data, lower, run
+from bilevel.applications.contrastive._routes import Held
+from bilevel.applications.contrastive.augment import Augmentation
+from bilevel.applications.contrastive.encoders import MLP, Parameters, apply_head, head
+from bilevel.applications.contrastive.losses import byol, nt_xent, simsiam
+from bilevel.solvers import HypergradientDescent
+
+METHODS = ("simclr", "simsiam", "byol")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """A contrastive pretraining: parameters, its loss of a batch of views, and its step rule.
+
+    The parameters are those of "encoder" and "projector", with SimSiam and BYOL a "predictor" as well, and with BYOL a
+    "target", the slow copy xi of encoder and projector. Its average xi <- m xi + (1 - m) theta is a gradient step of
+    length 1 - m on the term |xi - sg theta|^2 / 2, which the loss holds: BYOL is a lower level like the others,
+    whose `rule` moves the target so and all else by Adam.
+
+    Args:
+        method: "simclr", "simsiam" or "byol".
+        encoder: `MLP`, `Conv`, or an object like them.
+        projection: the width of the projections.
+        temperature: of SimCLR.
+        momentum: m, of BYOL, at the start; it rises to 1 over `steps` of the rule.
+        decay: of the weights, as a term decay / 2 |y|^2 of the loss (without BYOL's target).
+        rate: of Adam.
+        batch: images per step.
+        augmentation: what the views are.
+    """
+
+    method: str = "simclr"
+    encoder: Any = dataclasses.field(default_factory=MLP)
+    projection: int = 16
+    temperature: float = 0.5
+    momentum: float = 0.99
+    decay: float = 1e-4
+    rate: float = 3e-3
+    batch: int = 64
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"Pretraining(method={self.method!r}): the methods are {', '.join(METHODS)}.")
+        if not isinstance(self.batch, int) or self.batch < 2:
+            raise ValueError(f"Pretraining(batch={self.batch!r}): a contrast needs two images at least.")
+        for name in ("temperature", "rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Pretraining({name}={getattr(self, name)!r}): a positive number is needed.")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"Pretraining(momentum={self.momentum!r}): an average's momentum lies in 0..1.")
+
+    def init(self, key: Array) -> Parameters:
+        """Parameters before the first step."""
+        of_encoder, of_projector, of_predictor = jax.random.split(key, 3)
+        d = self.projection
+        params = {
+            "encoder": self.encoder.init(of_encoder),
+            "projector": head(of_projector, self.encoder.width, 2 * d, d),
+        }
+        if self.method == "byol":
+            params["target"] = jax.tree.map(jnp.copy, dict(params))
+        if self.method != "simclr":
+            params["predictor"] = head(of_predictor, d, d, d)
+        return params
+
+    def loss(self, params: Parameters, first: Array, second: Array) -> Array:
+        """The loss of two views (batch, 8, 8) of the same images."""
+
+        def project(params: Parameters, view: Array) -> Array:
+            return apply_head(params["projector"], self.encoder(params["encoder"], view))
+
+        z1, z2 = project(params, first), project(params, second)
+        online = {name: part for name, part in params.items() if name != "target"}
+        decay = 0.5 * self.decay * optax.tree.norm(online, squared=True)
+        if self.method == "simclr":
+            return nt_xent(z1, z2, self.temperature) + decay
+        p1, p2 = apply_head(params["predictor"], z1), apply_head(params["predictor"], z2)
+        if self.method == "simsiam":
+            return simsiam(p1, p2, z1, z2) + decay
+        slow = params["target"]
+        theta = jax.lax.stop_gradient({name: params[name] for name in slow})
+        average = 0.5 * optax.tree.norm(optax.tree.sub(slow, theta), squared=True)
+        held = jax.lax.stop_gradient(slow)
+        return byol(p1, p2, project(held, first), project(held, second)) + average + decay
+
+    def rule(self, steps: int) -> optax.GradientTransformation:
+        """The step rule of a pretraining of `steps` steps: Adam, and for BYOL's target its average."""
+        adam = optax.adam(self.rate)
+        if self.method != "byol":
+            return adam
+        whole = float(steps)  # optax counts in int32, whose quotients are float32 under x64 too
+        slow = lambda k: (  # noqa: E731
+            (1 - self.momentum) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(jnp.asarray(k, float) / whole, 1)))
+        )
+        parts = {"online": adam, "target": optax.sgd(slow)}
+        label = lambda tree: {name: "target" if name == "target" else "online" for name in tree}  # noqa: E731
+        return optax.partition(parts, label)
+
+    def views(self, arrays: Any) -> data.Sampler:
+        """Batches drawn in the compiled loop: `arrays` at `batch` random samples, and the draws of two views."""
+
+        def draw(key: Array, arrays: Any) -> Any:
+            of_rows, *of_views = jax.random.split(key, 3)
+            count = jax.tree.leaves(arrays)[0].shape[0]
+            rows = jax.random.randint(of_rows, (self.batch,), 0, count)
+            first, second = (self.augmentation.draw(k, self.batch) for k in of_views)
+            return jax.tree.map(lambda a: jnp.asarray(a)[rows], arrays), first, second
+
+        return data.Sampler(draw, arrays)
+
+    def on(self, params: Parameters, images: Array, first: Any, second: Any) -> Array:
+        """The loss on images, whose two views were drawn."""
+        apply = self.augmentation.apply
+        return self.loss(params, apply(first, images), apply(second, images))
+
+    def train(self, images: Array, key: Array, steps: int, start: Parameters | None = None) -> Parameters:
+        """Parameters after `steps` steps on images (n, 8, 8): pure, `vmap` over images, keys and starts."""
+        problem = Problem(
+            lambda x, y: jnp.sum(0.0 * x), lambda x, y, batch: self.on(y, *batch), lower_data=self.views(images)
+        )
+        of_start, of_run = jax.random.split(key)
+        y0 = self.init(of_start) if start is None else start
+        solver = HypergradientDescent(Held(), lower.GradientDescent(self.rule(steps), steps), optax.set_to_zero())
+        state, _ = run(problem, solver, jnp.zeros(1), y0, 1, of_run)
+        return state.y

@@ -1,0 +1,449 @@
+"""The contrastive losses, encoders and defences against closed forms; the study's limits and its columns."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import pickle
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+pytest.importorskip("sklearn")
+
+from bilevel import data, datasets, hypergradients, linear, lower, solve
+from bilevel.applications import Application, contrastive
+from bilevel.applications.contrastive import (
+    DEFENCES,
+    METHODS,
+    MLP,
+    ROUTES,
+    Augmentation,
+    Conv,
+    Perturbation,
+    Pretraining,
+    auroc,
+    byol,
+    defences,
+    knn,
+    logits,
+    nt_xent,
+    probe,
+    robustness_study,
+    simsiam,
+    tpr_at,
+    wilson,
+)
+from bilevel.applications.contrastive._problem import alignment, problem_of
+from bilevel.applications.contrastive._routes import route
+from bilevel.applications.contrastive.defences.suspect import small_outlier
+from bilevel.applications.contrastive.digits import split
+from bilevel.applications.contrastive.encoders import apply_head, head
+from bilevel.hypergradients import value_and_hypergradient
+
+RNG = np.random.default_rng(0)
+
+
+def unit(z):
+    return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+def test_losses_are_numpys(x64):
+    p1, p2, z1, z2 = RNG.normal(size=(4, 5, 3))
+    cos = lambda a, b: (unit(a) * unit(b)).sum(-1)
+    a = [jnp.asarray(part) for part in (p1, p2, z1, z2)]
+    np.testing.assert_allclose(simsiam(*a), -0.5 * (cos(p1, z2) + cos(p2, z1)).mean(), rtol=1e-12)
+    np.testing.assert_allclose(byol(*a), ((2 - 2 * cos(p1, z2)) + (2 - 2 * cos(p2, z1))).mean() / 2, rtol=1e-12)
+    z, expected = unit(np.concatenate([z1, z2])), 0.0
+    for i in range(10):
+        weights = np.exp(z @ z[i] / 0.7)
+        expected -= np.log(weights[(i + 5) % 10] / (weights.sum() - weights[i])) / 10
+    np.testing.assert_allclose(nt_xent(*a[2:], 0.7), expected, rtol=1e-12)
+    # nothing is learnt through what is held: SimSiam's projections, BYOL's targets
+    for loss in (simsiam, byol):
+        assert not any(np.any(g) for g in jax.grad(loss, argnums=(2, 3))(*a))
+    assert np.isfinite(jax.grad(nt_xent)(jnp.zeros((4, 3)), a[3][:4])).all()
+
+
+def test_simsiams_collapse_has_the_least_loss_and_simclrs_not(x64):
+    same = jnp.ones((6, 4))
+    np.testing.assert_allclose(simsiam(same, same, same, same), -1)
+    np.testing.assert_allclose(nt_xent(same, same), np.log(11))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_bound_holds_exactly_for_any_parameters(dtype, x64):
+    images = np.concatenate([RNG.uniform(size=(200, 8, 8)), RNG.integers(0, 17, (200, 8, 8)) / 16]).astype(dtype)
+    for bound in (8 / 255, 0.1, 1 / 3, 1e-9, 1.0):
+        g = Perturbation(bound, hidden=16)
+        params = jax.tree.map(lambda a: a.astype(dtype), g.init(jax.random.key(0)))
+        for scale in (0.0, 1.0, 1e3, 1e30, -1e30, np.inf, np.nan):
+            changed = np.asarray(g(jax.tree.map(lambda a, s=scale: a * s, params), jnp.asarray(images)))
+            assert changed.dtype == dtype and changed.min() >= 0 and changed.max() <= 1
+            exact = np.abs(changed.astype(np.longdouble) - images.astype(np.longdouble))
+            assert exact.max() <= bound
+        pattern = 30 * np.sign(RNG.normal(size=64))
+        fixed = np.asarray(
+            g(jax.tree.map(lambda a: a.astype(dtype), g.fixed(pattern)), jnp.full((1, 8, 8), 0.5, dtype))
+        )
+        difference = np.clip(0.5 + bound * np.sign(pattern).reshape(8, 8), 0, 1) - 0.5
+        np.testing.assert_allclose(fixed[0] - 0.5, difference, atol=1e-6)
+
+
+def test_bounds_outside_of_their_range_are_refused():
+    for bound in (0, -0.1, 1.5, np.nan, "a", True, None):
+        with pytest.raises(ValueError, match=r"bound=.*an L-infinity bound lies in \(0, 1\]"):
+            Perturbation(bound)
+    with pytest.raises(ValueError, match=r"bound=2: pixels lie in 0\.\.1"):
+        robustness_study(bound=2)
+
+
+def test_augmentations_are_what_they_say(x64):
+    images = jnp.asarray(RNG.uniform(size=(3, 8, 8)))
+    nothing = Augmentation(0.0, 1.0, 0.0, 0.0, 0.0)
+    np.testing.assert_allclose(nothing.apply(nothing.draw(jax.random.key(0), 3), images), images, atol=1e-12)
+    draws = {**nothing.draw(jax.random.key(0), 3), "offset": jnp.array([[1.0, 0.0]] * 3)}
+    shifted = nothing.apply(draws, images)
+    np.testing.assert_allclose(shifted[:, :7], images[:, 1:], atol=1e-12)
+    np.testing.assert_allclose(shifted[:, 7], 0, atol=1e-12)
+    jitter = Augmentation(0.0, 1.0, 0.5, 0.2, 0.1)
+    draws = jitter.draw(jax.random.key(1), 3)
+    mean = images.mean((1, 2), keepdims=True)
+    c, b = draws["contrast"][:, None, None], draws["brightness"][:, None, None]
+    np.testing.assert_allclose(jitter.apply(draws, images), c * (images - mean) + mean + b + draws["noise"], atol=1e-12)
+    many = Augmentation().draw(jax.random.key(2), 4000)
+    assert many["scale"].min() >= 0.75 and many["scale"].max() <= 1
+    assert np.abs(many["offset"]).max() <= 1 + 0.25 * 3.5
+    assert np.asarray(many["noise"]).std() == pytest.approx(0.05, rel=0.02)
+    with pytest.raises(ValueError, match="the crop's share lies in"):
+        Augmentation(crop=0.0)
+
+
+def test_encoders_by_hand(x64):
+    image = jnp.asarray(RNG.normal(size=(2, 8, 8)))
+    conv = Conv((3,), 5)
+    params = jax.tree.map(lambda a: a + 0.1, conv.init(jax.random.key(0)))
+    padded, kernel = np.pad(image, ((0, 0), (1, 1), (1, 1))), np.asarray(params["layer0"]["w"]).reshape(3, 3, 3)
+    by_hand = np.zeros((2, 8, 8, 3))
+    for i in range(8):
+        for j in range(8):
+            by_hand[:, i, j] = np.einsum("nab,abc->nc", padded[:, i : i + 3, j : j + 3], kernel) + 0.1
+    active = np.asarray(jax.nn.gelu(jnp.asarray(by_hand)))
+    pooled = active.reshape(2, 4, 2, 4, 2, 3).mean((2, 4)).reshape(2, -1)
+    expected = pooled @ params["layer1"]["w"] + params["layer1"]["b"]
+    np.testing.assert_allclose(conv(params, image), expected, rtol=1e-10)
+    np.testing.assert_allclose(conv.activations(params, image)[0][0], active.mean((1, 2)), rtol=1e-10)
+    assert [w.shape for w in Conv((3, 4), 5).kernels(Conv((3, 4), 5).init(jax.random.key(0)))] == [(3, 1, 9), (4, 3, 9)]
+    mlp = MLP((6,), 4)
+    params = mlp.init(jax.random.key(0))
+    hidden = jax.nn.gelu(image.reshape(2, 64) @ params["layer0"]["w"])
+    np.testing.assert_allclose(mlp(params, image), hidden @ params["layer1"]["w"], rtol=1e-10)
+    for wrong in (lambda: MLP((0,)), lambda: Conv((4,) * 4), lambda: MLP((3.5,))):
+        with pytest.raises(ValueError, match=r"positive integers|one to three convolutions"):
+            wrong()
+
+
+def test_a_head_normalises_by_its_batch(x64):
+    params, x = head(jax.random.key(0), 4, 6, 3), RNG.normal(size=(7, 4)) * 5 + 2
+    hidden = x @ np.asarray(params["first"]["w"])
+    hidden = np.asarray(jax.nn.gelu((hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)))
+    np.testing.assert_allclose(apply_head(params, jnp.asarray(x)), hidden @ params["second"]["w"], rtol=1e-10)
+
+
+def tiny(method="simclr", **options):
+    return Pretraining(method, MLP((6,), 4), 4, batch=12, **options)
+
+
+def test_byols_target_is_the_average_of_the_online_network(x64):
+    """xi <- m xi + (1 - m) theta, with the theta before the step, m rising from .9 to 1."""
+    learner = tiny("byol", momentum=0.9)
+    params, rule = learner.init(jax.random.key(0)), learner.rule(4)
+    params = {**params, "target": jax.tree.map(lambda a: a + 1.0, params["target"])}
+    memory, views = rule.init(params), jnp.asarray(RNG.uniform(size=(2, 12, 8, 8)))
+    step = jax.jit(lambda params, memory: rule.update(jax.grad(learner.loss)(params, *views), memory, params))
+    for k in range(4):
+        updates, memory = step(params, memory)
+        new = jax.tree.map(jnp.add, params, updates)
+        m = 1 - 0.1 * 0.5 * (1 + np.cos(np.pi * k / 4))
+        for part in ("encoder", "projector"):
+            expected = jax.tree.map(
+                lambda xi, theta, m=m: m * xi + (1 - m) * theta, params["target"][part], params[part]
+            )
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), new["target"][part], expected)
+            assert not np.allclose(new["encoder"]["layer0"]["w"], params["encoder"]["layer0"]["w"])
+        params = new
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pretraining_teaches_every_method(method):
+    """The probe's accuracy after 150 steps, on held-out digits, against that of the encoder it began from."""
+    app = alignment(0, share=0.02, pretraining=Pretraining(method, MLP((48,), 24), 16, batch=64))
+    d, encode = app.digits, app.pretraining.encoder
+
+    @jax.jit
+    def accuracy(params):
+        f = functools.partial(encode, params["encoder"])
+        right = logits(probe(f(d.trusted), d.trusted_labels), f(d.test)).argmax(-1) == d.test_labels
+        return right.mean(), (knn(f(d.trusted), d.trusted_labels, f(d.test)) == d.test_labels).mean()
+
+    trained = jax.jit(lambda key: app.pretraining.train(jnp.asarray(d.pool), key, 150))(jax.random.key(1))
+    by_probe, by_neighbours = accuracy(trained)
+    assert by_probe > 0.8
+    assert by_neighbours > 0.65
+    spread = encode(trained["encoder"], d.test).std(0)
+    assert (spread > 1e-2).mean() > 0.5  # no collapse
+
+
+def test_judging_is_by_the_book(x64):
+    low, high = wilson(8, 10)
+    for p in (low, high):
+        np.testing.assert_allclose(abs(p - 0.8), 1.96 * np.sqrt(p * (1 - p) / 10), rtol=1e-10)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+    scores, positive = RNG.integers(0, 9, 60).astype(float), RNG.uniform(size=60) < 0.3
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
+    np.testing.assert_allclose(auroc(jnp.asarray(scores), jnp.asarray(positive)), np.mean(pairs), rtol=1e-12)
+    scores = np.concatenate([np.arange(100.0), [94.5, 95.5, 200.0, -3.0]])
+    found = tpr_at(jnp.asarray(scores), jnp.arange(104) >= 100)
+    np.testing.assert_allclose(found, 0.75)  # of the negatives 95, ..., 99 are above the threshold 94
+    features, labels = RNG.normal(size=(40, 5)), np.arange(40) % 10
+    assert (knn(jnp.asarray(features), labels, jnp.asarray(3 * features), 1) == labels).all()
+    with pytest.raises(ValueError, match=r"knn\(k=41\): between 1 and 40"):
+        knn(jnp.asarray(features), labels, jnp.asarray(features), 41)
+    sizes = jnp.array([1.0, 9.0, 10.0, 11.0, 12.0])
+    np.testing.assert_allclose(small_outlier(sizes), 9 / 1.4826, rtol=1e-9)
+
+
+def frozen(anchor=0.0, decay=1e-4):
+    """A small problem in float64, every second image of its pool flagged; at one key its draws are frozen."""
+    digits = split(0, 0, 0.04)
+    rows = np.concatenate([np.flatnonzero(digits.flags)[:10], np.flatnonzero(~digits.flags)[:10]])
+    pool, labels, flags = (part[rows] for part in (digits.pool, digits.pool_labels, digits.flags))
+    assert pool.dtype == np.float64 and flags.sum() == 10
+    learner = Pretraining("simclr", MLP((4,), 4), 8, batch=16, decay=decay, temperature=1.0)
+    g = Perturbation(0.3, 3)
+    x, y = g.init(jax.random.key(0)), learner.init(jax.random.key(3))
+    digits = digits._replace(pool=pool, pool_labels=labels, flags=flags)
+    return learner, x, y, problem_of(g, learner, digits, 0, anchor, y)
+
+
+def against_central_differences(problem, estimator, solver, x, y, step=1e-5):
+    """The estimate at x; its gradient, and F_x with y held, flat; and by direction (slope, central difference of F)."""
+    found = jax.jit(lambda problem, x: value_and_hypergradient(problem, estimator, solver)(x, y))
+    estimate = found(problem, x)
+    at, unravel = ravel_pytree(x)
+    gradient = ravel_pytree(estimate.gradient)[0]
+    held = ravel_pytree(jax.grad(problem.draw_upper(0))(x, estimate.lower.y))[0]
+    pairs = []
+    for direction in (np.random.default_rng(0).normal(size=at.size), np.asarray(gradient - held)):
+        direction = direction / np.linalg.norm(direction)
+        ends = [float(found(problem, unravel(at + sign * step * direction)).value) for sign in (1, -1)]
+        pairs.append((float(gradient @ direction), (ends[0] - ends[1]) / (2 * step)))
+    return estimate, gradient, held, pairs
+
+
+def test_the_implicit_hypergradient_is_the_derivative_of_the_lower_level_solved_again(x64):
+    """Frozen draws, float64; the anchor makes the lower minimiser isolated, and Newton's method finds it."""
+    _, x, y, problem = frozen(anchor=40.0, decay=1e-2)
+    implicit = hypergradients.Implicit(linear.CG(tol=1e-12))
+    estimate, gradient, held, pairs = against_central_differences(problem, implicit, lower.Newton(dense=1), x, y)
+    assert estimate.metrics["lower_residual"] < 1e-10
+    assert estimate.metrics["negative_curvature"] == 0
+    for slope, difference in pairs:
+        np.testing.assert_allclose(slope, difference, rtol=1e-7)
+    assert np.linalg.norm(gradient - held) > 0.5 * np.linalg.norm(held)  # y follows x, and much comes of it
+
+
+def test_the_unrolled_route_is_the_derivative_through_its_steps_and_the_alternation_holds_y(x64):
+    """Two gradient steps (Adam's first is a sign, no difference sees its slope) from a draw that replaces y."""
+    learner, x, y, problem = frozen()
+    make = lambda name: route(name, optax.sgd(0.05), learner.init, inner=2, every=3)
+    solver = make("unrolled")
+    assert isinstance(solver.lower_solver, lower.Reinitialized)
+    estimate, _, held, pairs = against_central_differences(problem, solver.hypergradient, solver.lower_solver, x, y)
+    for slope, difference in pairs:
+        np.testing.assert_allclose(slope, difference, rtol=1e-6)
+    alternating = make("alternating").hypergradient
+    (upper, below), identity = problem.levels(data.as_step_key(0)), lower.Identity()
+    at_the_same = alternating(upper, below, identity, x, identity.init(estimate.lower.y), ())
+    np.testing.assert_allclose(ravel_pytree(at_the_same.gradient)[0], held, rtol=1e-12)
+    np.testing.assert_allclose(at_the_same.value, estimate.value, rtol=1e-12)
+    assert isinstance(make("frozen").lower_solver, lower.Identity)
+    with pytest.raises(ValueError, match="route 'best': the routes to a hypergradient are alternating, unrolled"):
+        make("best")
+
+
+def test_spectral_scores_are_numpys_svd(x64):
+    features, member = RNG.normal(size=(30, 4)) * [3, 1, 1, 1], RNG.uniform(size=30) < 0.6
+    chosen = features[member] - features[member].mean(0)
+    first = np.linalg.svd(chosen)[2][0]
+    scores = defences.spectral_scores(jnp.asarray(features), jnp.asarray(member))
+    np.testing.assert_allclose(scores[member], (chosen @ first) ** 2, rtol=1e-8)
+    assert not np.asarray(scores)[~member].any()
+
+
+def test_ibaus_hypergradient_is_the_closed_form_of_a_linear_classifier(x64):
+    """All of class 0, two classes: delta* = -a w with c a = mean sigma(a |w|^2 - m_i), w = W_0 - W_1."""
+    images, c = RNG.uniform(size=(9, 8, 8)), 3.0
+    weights = 0.15 * RNG.normal(size=(64, 2))  # |w|^2 is about 3, well below 4 c
+    classify = lambda params, x: x.reshape(len(x), 64) @ params
+    app = defences.ibau(classify, jnp.asarray(weights), images, np.zeros(9, int), penalty=c, bound=None)
+    assert isinstance(app, Application) and "I-BAU" in repr(app)
+    flat = images.reshape(9, 64)
+    w = weights[:, 0] - weights[:, 1]
+    margins, square, a = flat @ w, w @ w, 0.0
+    sigma = lambda t: 1 / (1 + np.exp(-t))
+    for _ in range(200):  # a contraction, |w|^2 < 4 c
+        a = sigma(a * square - margins).mean() / c
+    s = sigma(a * square - margins)  # -dF/d(margin_i) times n
+    curve = (s * (1 - s)).mean()
+    # F = mean softplus(a |w|^2 - m_i), s_i its slopes; a follows w by the implicit derivative of its equation
+    slope = ((s * (1 - s))[:, None] * (2 * a * w - flat)).mean(0) / (c - curve * square)
+    expected = s.mean() * square * slope + (s[:, None] * (2 * a * w - flat)).mean(0)
+    solver = lower.Newton()
+    found = value_and_hypergradient(app.problem, hypergradients.Implicit(), solver)(app.x0, app.y0)
+    np.testing.assert_allclose(found.lower.y.ravel(), -a * w, rtol=1e-8)
+    np.testing.assert_allclose(found.gradient, np.stack([expected, -expected], 1), rtol=1e-7)
+    series = hypergradients.Implicit(linear.Neumann(step_size=1 / c, steps=80))  # the authors' fixed point, in full
+    found = value_and_hypergradient(app.problem, series, solver)(app.x0, app.y0)
+    np.testing.assert_allclose(found.gradient[:, 0], expected, rtol=1e-7)
+
+
+def test_many_encoders_are_each_alone(x64):
+    """A run of a stacked problem is a run for each encoder."""
+    encode = MLP((5,), 3)
+    params = [jax.tree.map(lambda a: a.astype(jnp.float64), encode.init(jax.random.key(k))) for k in range(2)]
+    base, pool = jnp.asarray(RNG.uniform(size=(2, 12, 8, 8))), jnp.asarray(RNG.uniform(size=(2, 20, 8, 8)))
+    # off the start, where every offset is zero and so is its gradient
+    stack = lambda trees: jax.tree.map(lambda *a: jnp.stack(a), *trees)
+    away = lambda tree: jax.tree.map(lambda a: a + 0.01, tree)
+    solver = defences.asset_solver(20, rate=1e-2)
+    ends = []
+    for theta, b, s, stacked in [(stack(params), base, pool, True), *zip(params, base, pool, [False] * 2, strict=True)]:
+        app = defences.asset(encode, theta, b, s, stacked=stacked)
+        solution = solve(app.problem, away(app.x0), app.y0, solver, steps=3, progress=False)
+        np.testing.assert_allclose(solution.y.sum(-1), 1, rtol=1e-12)  # on the simplex, of each
+        ends.append(solution.x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-10), ends[0], stack(ends[1:]))
+
+
+REFUSED = [
+    ({"data": "cifar10"}, "data='cifar10': this study evaluates defences on scikit-learn's 8x8 digits and takes no"),
+    ({"data": (np.zeros((5, 64)), np.zeros(5))}, "data=a tuple: this study evaluates defences"),
+    ({"target": 10}, "target=10: this class does not occur among the digits; their classes are 0 to 9"),
+    ({"target": True}, "target=True: this class does not occur"),
+    ({"bound": 0}, "bound=0: pixels lie in"),
+    ({"share": 0.2}, "share=0.2 is 270 of 1350 images, all of one class, which has"),
+    ({"share": 0.0}, "share=0.0: the share of the pool that is perturbed lies in"),
+    (
+        {"clean_encoders": 2},
+        "clean_encoders=2: a defence's false-positive rate is measured on at least 3 clean encoders",
+    ),
+    ({"defences": ()}, "attacks are shown beside defences alone, so name at least one"),
+    ({"defences": ("prayer",)}, "defences: 'prayer' is none of DECREE, SSL-Cleanse"),
+    ({"defences": ("CLP", "CLP")}, "name at least one, each once; they are DECREE"),
+    ({"defences": "CLP"}, "defences='CLP': give a sequence of names, such as ('DECREE',)"),
+    ({"defences": None}, "defences=None: give a sequence of names"),
+    ({"attacks": ()}, "one of them is defended against, so name at least one, each once"),
+    ({"attacks": ("luck",)}, "attacks: 'luck' is none of alternating, unrolled"),
+    ({"attacks": "frozen"}, "attacks='frozen': give a sequence of names, such as ('alternating',)"),
+    ({"attacked": "frozen", "attacks": ("unrolled",)}, "attacked='frozen' is not among the attacks unrolled"),
+    ({"seeds": (0, 0)}, "give different integers that are not negative"),
+    ({"seeds": 3}, "seeds=3: give different integers that are not negative, at least one, as a tuple"),
+    ({"seeds": (-1,)}, "seeds=(-1,): give different integers"),
+    ({"seeds": (0.5,)}, "seeds=(0.5,): give different integers"),
+    ({"pretraining": "simclr"}, "pretraining='simclr': give a Pretraining, such as Pretraining('byol', Conv())"),
+    ({"rounds": 0}, "rounds=0: a positive integer is needed"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED)
+def test_what_the_study_refuses(options, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        robustness_study(**options)
+
+
+def test_the_digits_are_known_by_their_content():
+    images, labels = datasets.digits()
+    alignment(data=(images, labels))
+    images[0, 0] += 1
+    with pytest.raises(ValueError, match="takes no other data"):
+        alignment(data=(images, labels))
+
+
+def test_nothing_of_the_application_writes_or_has_a_command_line():
+    """No call that opens, saves or parses arguments stands in its code, and it runs as no module."""
+    folder = Path(contrastive.__file__).parent
+    calls = {"open", "save", "savez", "savetxt", "tofile", "dump", "dumps", "write", "write_text", "write_bytes",
+             "ArgumentParser", "to_csv", "checkpoint", "imsave", "savefig"}  # fmt: skip
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                assert name not in calls, (file.name, name)
+                assert not any(k.arg == "checkpoint" for k in node.keywords), file.name
+    assert not list(folder.rglob("__main__.py"))
+
+
+def small_study(seeds, attacks, defences, **options):
+    learner = Pretraining("simclr", MLP((8,), 6), 4, batch=16)
+    sizes = {"steps": 10, "rounds": 2, "inner": 2, "repair_steps": 2}
+    return robustness_study(seeds, pretraining=learner, attacks=attacks, defences=defences, **sizes, **options)
+
+
+def check_columns(study):
+    """Both halves are there for each seed, with intervals, and the table says it all."""
+    n = len(study.seeds)
+    for attack in study.attacks.values():
+        assert attack.accuracy.trials == n * 297 and attack.success.trials < attack.accuracy.trials
+        low, high = attack.success.interval
+        assert 0 <= low <= attack.success.value <= high <= 1
+        assert len(attack.success.by_seed) == len(attack.together) == n
+    assert study.attacks["fixed"].surrogate is None
+    for name, d in study.defences.items():
+        rule = DEFENCES[name]
+        assert len(d.statistic) == n and len(d.clean_statistic) == 3
+        assert np.isfinite([*d.statistic, *d.clean_statistic]).all() and 0 <= d.false_positives <= 1
+        flags = [value < d.threshold if rule.below else value > d.threshold for value in d.clean_statistic]
+        assert d.false_positives == pytest.approx(np.mean(flags))
+        assert (d.auroc is None) == (d.tpr is None) == (rule.kind in ("encoder", "repair"))
+        assert (d.after is None) == (rule.kind in ("encoder", "pool", "input"))
+        assert d.kind == rule.kind and d.seconds > 0
+    changed = np.abs(study.pictures["perturbed"] - study.pictures["images"])
+    assert 0 < changed.max() <= 0.25
+    printed = repr(study)
+    for word in ("attack success", "FPR", "AUROC", "Claims", *study.defences, *study.attacks, *map(str, study.claims)):
+        assert word in printed
+
+
+def test_the_study_shows_attack_and_defence_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chosen = ("spectral signatures", "CLP")
+    study = small_study((0, 1), ("frozen",), chosen)
+    assert set(study.attacks) == {"fixed", "frozen"}
+    assert tuple(study.defences) == chosen
+    check_columns(study)
+    assert [len(c.difference) for c in study.claims] == [2, 2]
+    with pytest.raises(TypeError, match="A Study stays in memory"):
+        pickle.dumps(study)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_every_route_and_every_defence_has_its_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = small_study((3,), ROUTES, tuple(DEFENCES), target=7, attacked="implicit")
+    assert set(study.attacks) == {"fixed", *ROUTES}
+    check_columns(study)
+    assert len(study.claims) == 1 + 4 + 1 + 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_at_least_ten_defences_and_the_bilevel_ones_among_them():
+    assert len(DEFENCES) >= 10
+    assert {name for name, rule in DEFENCES.items() if rule.bilevel} == {"ASSET", "I-BAU", "label-free unlearning"}
