@@ -78,8 +78,8 @@ def schedule(steps: int, keep: int) -> Schedule:
         rows.append(len(to))
     begin[0], at[0] = len(first) - 1, first[-1]
     again = int(np.sum(np.asarray(to, np.int64) - _starts(at, rows, to)))
-    tables = [np.asarray(values, np.int32) for values in (first, begin, at, rows, to, place)]
-    return Schedule(*tables, steps=again)  # type: ignore[arg-type]
+    table = lambda values: np.asarray(values, np.int32)  # noqa: E731
+    return Schedule(table(first), table(begin), table(at), table(rows), table(to), table(place), again)
 
 
 def _starts(at: list[int], rows: list[int], to: list[int]) -> np.ndarray:

@@ -171,7 +171,7 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
     found = []
     for name in dict.fromkeys((*now, *then)):
         old, new = then.get(name), now.get(name)
-        if old == new:
+        if old == new or _number(old) == _number(new):
             continue
         advice = next(((prefix, text) for prefix, text in _ADVISORY if name.startswith(prefix)), None)
         if advice is not None:
@@ -188,6 +188,11 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
             start = max(0, same - 30)
             found.append(f"{name.removesuffix(' array')} was {_excerpt(old, start)}, is now {_excerpt(new, start)}")
     return found
+
+
+def _number(text: str | None) -> str | None:
+    """The text with whole numbers as such: a schedule of optax makes 60.0 of its 60 when it is first called."""
+    return text if text is None else re.sub(r"(?<![\w.])(-?\d+)\.0(?!\d)", r"\1", text)
 
 
 def _excerpt(text: str, start: int) -> str:
@@ -479,7 +484,8 @@ class Checkpoints:
             then = self._said(path)["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        kept = lambda found: {k: v for k, v in found.items() if not k.startswith(tuple(p for p, _ in _ADVISORY))}  # noqa: E731
+        advisory = tuple(prefix for prefix, _ in _ADVISORY)
+        kept = lambda found: {k: _number(v) for k, v in found.items() if not k.startswith(advisory)}  # noqa: E731
         return isinstance(then, dict) and kept(then) == kept(self.fingerprint)
 
     def _found(self) -> list[int]:

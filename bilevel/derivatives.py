@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from bilevel._products import merge_products
+from bilevel._reverse import reverse_over_reverse
 from bilevel.typing import PyTree
 
 Loss = Callable[[PyTree, PyTree], jax.Array]
 
 __all__ = [
     "Linearised", "cross_product", "gradient_and_cross", "gradient_and_products", "hvp", "linearised",
-    "mixed_mode_gradient",
+    "mixed_mode_gradient", "reverse_over_reverse",
 ]  # fmt: skip
 
 

@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel import derivatives
 from bilevel._module import state
 from bilevel._traces import equations, inner, reached, traffic
+from bilevel.captures import Apart
 from bilevel.data import as_source
 from bilevel.frozen import Cut, fixed_functions
 from bilevel.level import takes_batch
@@ -112,8 +114,10 @@ def _in_one_dtype(problem: Problem, x: PyTree, y: PyTree) -> Working:
     leaves = jax.tree.leaves((x, y))
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for leaf in leaves))
-    outputs, computed = _outputs(problem, x, y)
+    outputs, own, computed = _outputs(problem, x, y)
     _refuse_split(outputs, x, y)
+    by_reverse = {name: ByReverse(getattr(problem, name), name) for name in own if not _forward(problem, name, x, y)}
+    problem = dataclasses.replace(problem, **by_reverse) if by_reverse else problem
     if all(out.dtype == dtype for out in [*map(jnp.asarray, leaves), *itertools.chain(*outputs.values())]):
         return Working(problem, x, y, None, computed)
     of = lambda tree: tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree))  # noqa: E731
@@ -193,20 +197,65 @@ def undefined_at(problem: Problem, x: PyTree, y: PyTree) -> str:
 
 
 def _has_gradient(problem: Problem, level: str, x: PyTree, y: PyTree) -> bool:
-    source = problem.sources[level == "lower"]
-    fn = getattr(problem, level)
-    call = (lambda x, y, s: fn(x, y, s.example())) if source.given else (lambda x, y, s: fn(x, y))
     try:
-        jax.eval_shape(lambda x, y, s: jax.grad(call, (0, 1))(x, y, s), x, y, source)
+        _traced(problem, level, lambda call, s: jax.grad(call, (0, 1))(x, y, s))
     except ValueError:
         return False
     return True
 
 
-def _outputs(problem: Problem, x: PyTree, y: PyTree) -> tuple[dict[str, list[Any]], float]:
-    """The leaves that each loss and constraint returns, by name, with shape, dtype and axes; and `Working.bytes`."""
+def _forward(problem: Problem, level: str, x: PyTree, y: PyTree) -> bool:
+    """Whether a loss's gradient has a derivative in forward mode: tried, in a trace alone."""
+    try:
+        both = lambda call, s: jax.jvp(lambda y: jax.grad(call, (0, 1))(x, y, s), (y,), (y,))  # noqa: E731
+        traced = _traced(problem, level, both)
+    except Exception:  # whatever a kernel without a derivative says
+        return False
+    # How JAX writes down the tangent of a custom_vjp; it raises its error when that is evaluated.
+    return all(equation.primitive.name != "custom_lin" for equation in equations(traced))
+
+
+def _traced(problem: Problem, level: str, ask: Callable[[Callable[..., Any], Any], Any]) -> Any:
+    """The trace of a question about a level's loss, which is a function of (x, y, source)."""
+    fn, source = getattr(problem, level), problem.sources[level == "lower"]
+    call = (lambda x, y, s: fn(x, y, s.example())) if source.given else (lambda x, y, s: fn(x, y))
+    return jax.make_jaxpr(lambda s: ask(call, s))(source).jaxpr
+
+
+@dataclasses.dataclass(frozen=True)
+class ByReverse(Apart):
+    """A loss whose products are taken reverse over reverse (`derivatives.reverse_over_reverse`).
+
+    Attributes:
+      fn: the loss.
+      level: "upper" or "lower".
+    """
+
+    fn: Callable[..., Any]
+    level: str
+
+    def __call__(self, *args: Any) -> Any:
+        """The loss."""
+        return derivatives.reverse_over_reverse(self.fn, f"{self.level}, the {self.level} level's loss,")(*args)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.fn)
+
+
+jax.tree_util.register_pytree_node(
+    ByReverse,
+    lambda loss: ((loss.fn,), (None, loss.level)) if isinstance(loss.fn, Apart) else ((), (loss.fn, loss.level)),
+    lambda aux, children: ByReverse((*children, aux[0])[0], aux[1]),  # type: ignore[arg-type]
+)
+
+
+def _outputs(problem: Problem, x: PyTree, y: PyTree) -> tuple[dict[str, list[Any]], list[str], float]:
+    """The leaves that each loss and constraint returns, by name, with shape, dtype and axes; the losses that have parts
+    with a reverse mode of their own; and `Working.bytes`."""
     upper, lower = problem.sources
-    found = {}
+    found: dict[str, list[Any]] = {}
+    own: list[str] = []
     computed = float(
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, y, problem)) if isinstance(leaf, jax.Array))
     )
@@ -221,7 +270,11 @@ def _outputs(problem: Problem, x: PyTree, y: PyTree) -> tuple[dict[str, list[Any
         _refuse_sums(name, traced.jaxpr, len(jax.tree.leaves((x, y))))
         found[name] = jax.tree.leaves(shapes)
         computed += traffic(traced.jaxpr)
-    return found, computed
+        if name in ("upper", "lower") and any(
+            e.primitive.name.startswith("custom_vjp") for e in equations(traced.jaxpr)
+        ):
+            own.append(name)
+    return found, own, computed
 
 
 # What goes from device to device inside shard_map and its relatives; the first two in one that keeps account of it.

@@ -154,7 +154,7 @@ def _checked(problem: Any, x: Any, y0: Any, lower_solver: Any, segment: Any) -> 
             "metagradient is the host of compiled segments and cannot itself stand under jit, vmap or grad: call it "
             "outside, or take hypergradients.Unrolled, the same derivative as a pure function."
         )
-    solver = as_lower_solver(lower_solver)
+    solver: Any = as_lower_solver(lower_solver)
     if not all(hasattr(solver, name) for name in ("advance", "begin", "end", "steps")):
         raise ValueError(
             "metagradient takes a training apart into segments of steps, and needs a lower solver made of steps: "
