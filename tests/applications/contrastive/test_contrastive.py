@@ -296,10 +296,12 @@ def test_spectral_scores_are_numpys_svd(x64):
 
 def test_ibaus_hypergradient_is_the_closed_form_of_a_linear_classifier(x64):
     """All of class 0, two classes: delta* = -a w with c a = mean sigma(a |w|^2 - m_i), w = W_0 - W_1."""
-    images, c = RNG.uniform(size=(9, 8, 8)), 3.0
+    images, c, portion = RNG.uniform(size=(9, 8, 8)), 3.0, 0.7
     weights = 0.15 * RNG.normal(size=(64, 2))  # |w|^2 is about 3, well below 4 c
     classify = lambda params, x: x.reshape(len(x), 64) @ params
-    app = defences.ibau(classify, jnp.asarray(weights), images, np.zeros(9, int), penalty=c, bound=None)
+    app = defences.ibau(
+        classify, jnp.asarray(weights), images, np.zeros(9, int), penalty=c, portion=portion, bound=None
+    )
     assert isinstance(app, Application) and "I-BAU" in repr(app)
     flat = images.reshape(9, 64)
     w = weights[:, 0] - weights[:, 1]
@@ -312,6 +314,7 @@ def test_ibaus_hypergradient_is_the_closed_form_of_a_linear_classifier(x64):
     # F = mean softplus(a |w|^2 - m_i), s_i its slopes; a follows w by the implicit derivative of its equation
     slope = ((s * (1 - s))[:, None] * (2 * a * w - flat)).mean(0) / (c - curve * square)
     expected = s.mean() * square * slope + (s[:, None] * (2 * a * w - flat)).mean(0)
+    expected = portion * expected - (1 - portion) * (sigma(-margins)[:, None] * flat).mean(0)  # and the clean images'
     solver = lower.Newton()
     found = value_and_hypergradient(app.problem, hypergradients.Implicit(), solver)(app.x0, app.y0)
     np.testing.assert_allclose(found.lower.y.ravel(), -a * w, rtol=1e-8)
