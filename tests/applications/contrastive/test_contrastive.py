@@ -25,6 +25,7 @@ from bilevel.applications.contrastive import (
     MLP,
     ROUTES,
     Augmentation,
+    Claim,
     Conv,
     Perturbation,
     Pretraining,
@@ -457,3 +458,29 @@ def test_every_route_and_every_defence_has_its_columns(tmp_path, monkeypatch):
 def test_at_least_ten_defences_and_the_bilevel_ones_among_them():
     assert len(DEFENCES) >= 10
     assert {name for name, rule in DEFENCES.items() if rule.bilevel} == {"ASSET", "I-BAU", "label-free unlearning"}
+
+
+@pytest.mark.slow
+def test_the_orderings_that_papers_claim_come_out_as_the_page_says():
+    """Three seeds of the study with its defaults. What fails is reported: by the study, and on its page."""
+    page = (Path(__file__).parents[3] / "docs/applications/contrastive.md").read_text()
+    study = robustness_study(attacks=("alternating", "frozen"), defences=("label-free unlearning", "fine-tuning"))
+    fixed, frozen, victims, repairs = study.claims
+    assert "optimised perturbation (alternating)" in fixed.claim and fixed.holds and fixed.apart
+    assert "label-free unlearning leaves less" in repairs.claim and repairs.holds and repairs.apart
+    assert "pretrained with it than on clean ones" in victims.claim and victims.holds and victims.apart
+    assert "frozen surrogate" in frozen.claim and not (frozen.holds and frozen.apart)
+    for claim in (fixed, victims, repairs):
+        assert f"holds: {claim.claim} (" in page
+    assert f"FAILS: {frozen.claim} (" in page
+    for attack in study.attacks.values():
+        low, high = attack.success.interval
+        share, n = attack.success.value, attack.success.trials
+        for end in (low, high):
+            np.testing.assert_allclose(abs(share - end), 1.96 * np.sqrt(end * (1 - end) / n), rtol=1e-8)
+
+
+def test_a_claim_says_whether_it_holds():
+    assert str(Claim("a beats b", (0.1, 0.2), True)) == "holds: a beats b (+0.100, +0.200)"
+    assert str(Claim("a beats b", (0.1, 0.2), False)).startswith("holds on each seed, intervals overlap: ")
+    assert str(Claim("a beats b", (0.1, -0.2), True)) == "FAILS: a beats b (+0.100, -0.200)"
