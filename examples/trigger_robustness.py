@@ -28,7 +28,7 @@ def main(given=None):
     parser.add_argument("--bound", type=float, default=0.25, help="L-infinity, of pixels in 0..1")
     parser.add_argument("--share", type=float, default=0.04, help="of the pool that is perturbed")
     parser.add_argument("--steps", type=int, default=500, help="of each pretraining")
-    parser.add_argument("--rounds", type=int, default=100, help="of the tuning")
+    parser.add_argument("--rounds", type=int, default=300, help="of the tuning")
     parser.add_argument("--repair-steps", type=int, default=100, help="of the bilevel defences")
     parser.add_argument("--attacks", nargs="+", choices=ROUTES, default=list(ROUTES))
     parser.add_argument("--defences", nargs="+", choices=list(DEFENCES), default=list(DEFENCES))

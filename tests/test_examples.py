@@ -195,3 +195,17 @@ def test_decays_below_optuna_lower_the_validation_loss(tmp_path):
     untuned = example.evaluate({"depth": 1, "width": 16}, train, valid, 0)[0]
     assert rows["hypergradients below Optuna"][0][0] < untuned
     assert out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_robustness_of_defences_is_printed_and_drawn_and_nothing_else_is_written(tmp_path, capsys, monkeypatch):
+    example, out = load("trigger_robustness"), tmp_path / "robustness.png"
+    monkeypatch.chdir(tmp_path)
+    small = ["--steps", "20", "--rounds", "4", "--repair-steps", "2", "--attacks", "alternating", "--out", str(out)]
+    study = example.main([*small, "--defences", "CLP", "quantisation", "ASSET"])
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("alternating", "fixed", "ASSET", "AUROC", "FPR", "Claims"))
+    assert len(study.seeds) == 3
+    assert str(study.attacks["alternating"].success) in printed
+    assert [file.name for file in tmp_path.iterdir()] == ["robustness.png"]
+    assert out.stat().st_size > 10_000

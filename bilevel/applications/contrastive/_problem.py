@@ -97,24 +97,22 @@ def problem_of(
     """The problem on a split; with stacked splits, `vmap` over it is one problem per seed."""
 
     def upper(psi: Parameters, theta: Parameters, batch: Any) -> Array:
-        (images, references), first, second = batch
-        apply = learner.augmentation.apply
-        f = lambda view: learner.encoder(theta["encoder"], view)  # noqa: E731
-        return -jnp.mean(cosine(f(apply(first, g(psi, images))), f(apply(second, references))))
+        (images, references), draws = batch
+        features = learner.encoder(theta["encoder"], learner.augmented(g(psi, images), references, draws))
+        return -jnp.mean(cosine(*features))
 
     def lower(psi: Parameters, theta: Parameters, batch: Any) -> Array:
-        (images, flags), first, second = batch
-        loss = learner.on(theta, jnp.where(flags[:, None, None], g(psi, images), images), first, second)
+        (images, flags), draws = batch
+        loss = learner.on(theta, jnp.where(flags[:, None, None], g(psi, images), images), draws)
         return loss + 0.5 * anchor * optax.tree.norm(optax.tree.sub(theta, centre), squared=True) if anchor else loss
 
     def draw(key: Array, arrays: Any) -> Any:
         pool, labels = map(jnp.asarray, arrays)
-        of_images, of_references, *of_views = jax.random.split(key, 4)
+        of_images, of_references, of_views = jax.random.split(key, 3)
         images = pool[jax.random.randint(of_images, (learner.batch,), 0, pool.shape[0])]
         chance = jnp.where(labels == target, 0.0, -jnp.inf)
         references = pool[jax.random.categorical(of_references, chance, shape=(learner.batch,))]
-        first, second = (learner.augmentation.draw(k, learner.batch) for k in of_views)
-        return (images, references), first, second
+        return (images, references), learner.augmentation.draw(of_views, 2 * learner.batch)
 
     return Problem(
         upper,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -77,24 +78,27 @@ class Pretraining:
         return params
 
     def loss(self, params: Parameters, first: Array, second: Array) -> Array:
-        """The loss of two views (batch, 8, 8) of the same images."""
+        """The loss of two views (batch, 8, 8) of the same images. Heads normalise by the statistics of each view."""
 
-        def project(params: Parameters, view: Array) -> Array:
-            return apply_head(params["projector"], self.encoder(params["encoder"], view))
+        def through(name: str, params: Parameters, z: Array) -> Array:
+            return jax.vmap(functools.partial(apply_head, params[name]))(z)
 
-        z1, z2 = project(params, first), project(params, second)
+        def project(params: Parameters) -> Array:
+            return through("projector", params, self.encoder(params["encoder"], views))
+
+        views = jnp.stack([first, second])
+        z = project(params)
         online = {name: part for name, part in params.items() if name != "target"}
         decay = 0.5 * self.decay * optax.tree.norm(online, squared=True)
         if self.method == "simclr":
-            return nt_xent(z1, z2, self.temperature) + decay
-        p1, p2 = apply_head(params["predictor"], z1), apply_head(params["predictor"], z2)
+            return nt_xent(*z, self.temperature) + decay
+        p = through("predictor", params, z)
         if self.method == "simsiam":
-            return simsiam(p1, p2, z1, z2) + decay
+            return simsiam(*p, *z) + decay
         slow = params["target"]
         theta = jax.lax.stop_gradient({name: params[name] for name in slow})
         average = 0.5 * optax.tree.norm(optax.tree.sub(slow, theta), squared=True)
-        held = jax.lax.stop_gradient(slow)
-        return byol(p1, p2, project(held, first), project(held, second)) + average + decay
+        return byol(*p, *project(jax.lax.stop_gradient(slow))) + average + decay
 
     def rule(self, steps: int) -> optax.GradientTransformation:
         """The step rule of a pretraining of `steps` steps: Adam, and for BYOL's target its average."""
@@ -113,18 +117,22 @@ class Pretraining:
         """Batches drawn in the compiled loop: `arrays` at `batch` random samples, and the draws of two views."""
 
         def draw(key: Array, arrays: Any) -> Any:
-            of_rows, *of_views = jax.random.split(key, 3)
-            count = jax.tree.leaves(arrays)[0].shape[0]
-            rows = jax.random.randint(of_rows, (self.batch,), 0, count)
-            first, second = (self.augmentation.draw(k, self.batch) for k in of_views)
-            return jax.tree.map(lambda a: jnp.asarray(a)[rows], arrays), first, second
+            of_rows, of_views = jax.random.split(key)
+            rows = jax.random.randint(of_rows, (self.batch,), 0, jax.tree.leaves(arrays)[0].shape[0])
+            return jax.tree.map(lambda a: jnp.asarray(a)[rows], arrays), self.augmentation.draw(
+                of_views, 2 * self.batch
+            )
 
         return data.Sampler(draw, arrays)
 
-    def on(self, params: Parameters, images: Array, first: Any, second: Any) -> Array:
+    def augmented(self, first: Array, second: Array, draws: Any) -> Array:
+        """Views (2, batch, 8, 8) of two batches of images (batch, 8, 8)."""
+        views = self.augmentation.apply(draws, jnp.concatenate([first, second]))
+        return views.reshape(2, -1, *views.shape[1:])
+
+    def on(self, params: Parameters, images: Array, draws: Any) -> Array:
         """The loss on images, whose two views were drawn."""
-        apply = self.augmentation.apply
-        return self.loss(params, apply(first, images), apply(second, images))
+        return self.loss(params, *self.augmented(images, images, draws))
 
     def train(self, images: Array, key: Array, steps: int, start: Parameters | None = None) -> Parameters:
         """Parameters after `steps` steps on images (n, 8, 8): pure, `vmap` over images, keys and starts."""

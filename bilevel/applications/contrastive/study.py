@@ -45,9 +45,9 @@ def robustness_study(
     defences: Sequence[str] = tuple(DEFENCES),
     clean_encoders: int = FEWEST_CLEAN,
     steps: int = 500,
-    rounds: int = 100,
+    rounds: int = 300,
     inner: int = 5,
-    every: int = 40,
+    every: int = 100,
     repair_steps: int = 100,
     data: Any = "digits",
 ) -> Study:
@@ -98,7 +98,7 @@ def robustness_study(
     psis = jax.tree.map(lambda *parts: jnp.concatenate(parts), *perturbations.values())
     tiled = _tile(digits, len(names))
     pools = _flagged(g, psis, tiled.pool, tiled.flags)
-    keys = jnp.concatenate([_keys(seeds, 4 + k) for k in range(len(names))])
+    keys = jnp.concatenate([_keys(seeds, 4 + ("fixed", *ROUTES).index(name)) for name in names])
     victims = _train(learner, steps, pools, keys)["encoder"]
     triggered = _perturbed(g, psis, tiled.test)
 

@@ -51,8 +51,8 @@ def ibau(
     images: Array,
     labels: Array,
     *,
-    penalty: float = 1.0,
-    portion: float = 1.0,
+    penalty: float = 3.0,
+    portion: float = 0.5,
     bound: float | None = 0.3,
     stacked: bool = False,
 ) -> Application[Any, Array]:
@@ -103,7 +103,7 @@ def ibau(
     )
 
 
-def ibau_solver(rate: float = 1e-3, inner: int = 5, terms: int = 5, step: float = 0.5) -> HypergradientDescent:
+def ibau_solver(rate: float = 3e-4, inner: int = 5, terms: int = 5, step: float = 0.15) -> HypergradientDescent:
     """The authors' way: some ascent steps, and the hypergradient by `terms` of the fixed point's series."""
     estimator = Implicit(linear.Neumann(step_size=1.0, steps=terms), step=step)
     return HypergradientDescent(estimator, lower.GradientDescent(step, inner), optax.adam(rate))
