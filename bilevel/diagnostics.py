@@ -1,4 +1,5 @@
-"""Look before a long run: the lower level's curvature, and each hypergradient against central differences."""
+"""Look before a long run: the lower level's curvature, each hypergradient against central differences, and whether the
+derivative of a training says anything."""
 
 from __future__ import annotations
 
@@ -10,18 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from bilevel import derivatives, hypergradients, linear
+from bilevel._settings import settings
 from bilevel.curvature import extreme_eigenvalues, unit_direction
 from bilevel.hypergradients import Implicit, value_and_hypergradient
-from bilevel.lower import LBFGS, GradientDescent
+from bilevel.keys import Draw, as_step_key
+from bilevel.lower import LBFGS, GradientDescent, as_lower_solver
+from bilevel.optimizers import check_count
 from bilevel.precision import working
 from bilevel.problem import Problem, ProblemError, as_variable
 from bilevel.solvers.default import default_solver
 from bilevel.solvers.single_loop import SABA
 from bilevel.typing import PyTree
 
-__all__ = ["Check", "EstimatorCheck", "check"]
+__all__ = ["Check", "EstimatorCheck", "Metasmoothness", "check", "metasmoothness"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +170,121 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
         table_bytes=SABA().table_bytes(problem, x, y) if problem.stochastic else 0,
         warnings=warnings,
     )
+
+
+# ---------------------------------------------------------------- is the derivative of a training of use
+
+
+@dataclasses.dataclass(frozen=True)
+class Metasmoothness:
+    """What `metasmoothness` found; `print` it.
+
+    Attributes:
+      smoothness: the mean over the directions, from -1 to 1.
+      values: one per direction.
+      change: how far a step moves the trained y, |A(x + u) - A(x)| / |A(x)|, the mean over the directions.
+      warnings: sentences; none where metagradients of this training can be trusted over such steps.
+    """
+
+    smoothness: float
+    values: np.ndarray
+    change: float
+    warnings: list[str]
+
+    def __str__(self) -> str:
+        among = f", {len(self.values)} directions from {self.values.min():.2f} to {self.values.max():.2f}"
+        lines = [
+            f"Metasmoothness {self.smoothness:.3f}{among if len(self.values) > 1 else ''}; "
+            f"a step changes the trained y by {self.change:.2g} of its length",
+        ]
+        return "\n".join(lines + [f"Warning: {w}" for w in self.warnings])
+
+
+_SMOOTH = 0.7
+
+
+@settings()
+def metasmoothness(
+    problem: Problem,
+    x: PyTree,
+    y0: PyTree,
+    lower_solver: Any,
+    *,
+    along: PyTree | None = None,
+    size: float = 0.1,
+    directions: int = 4,
+    key: Any = 0,
+) -> Metasmoothness:
+    """Whether the derivative of a whole training tells what a step in x does, before it is relied on.
+
+    A training can be differentiated exactly and yet its derivative say nothing about any step one would take: with a
+    large learning rate the trained y is a rugged function of x. With A(x) = y_T(x) and two steps u in a row,
+
+        d = A(x + u) - A(x),    d' = A(x + 2 u) - A(x + u),    S = sum over i of |d_i| sign(d_i) sign(d'_i) / |d|_1,
+
+    1 where the second step moves every parameter the way the first did, 0 where the two have nothing to do with each
+    other. Below 0.7 a warning names the cures. It is a property of the training (rule, learning rate, batches, length,
+    network) and of the length of u; three trainings for each direction, and no derivative.
+
+    Args:
+      problem, x, y0: as in `hypergradients.value_and_hypergradient`; y0 is where the training begins.
+      lower_solver: the training, such as `lower.GradientDescent(optax.adam(1e-3), 1000)`.
+      along: the step u, shaped like x (for weights of samples: -1 for those that are left out); None: random signs
+        times `size`, and so many `directions` of them.
+      size: of the random steps, in units of x.
+      directions: how many random steps.
+      key: of the draws of the training (the same in all trainings), and of the random steps.
+
+    Reference: Engstrom, Ilyas, Chen, Feldmann, Moses, Madry, "Optimizing ML Training with Metagradient Descent", 2025.
+    """
+    x, y = as_variable("x", x), as_variable("y0", y0)
+    problem.validate(x, y)
+    check_count("metasmoothness", directions=directions)
+    solver: Any = as_lower_solver(lower_solver)
+    if along is None:
+        leaves, structure = jax.tree.flatten(x)
+        keys = jax.random.split(as_step_key(key).fold_in(Draw.DIRECTIONS).random, (directions, len(leaves)))
+        signs = [
+            [size * jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(row, leaves, strict=True)]
+            for row in keys
+        ]
+        steps = [jax.tree.unflatten(structure, row) for row in signs]
+    else:
+        steps = [as_variable("along", along)]
+        shape = lambda tree: (jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+        if shape(steps[0]) != shape(x):
+            raise ValueError("metasmoothness(along=...): the step has to be shaped like x.")
+    found = working(problem, x, y)
+
+    @jax.jit
+    def trained(problem: Problem, x: PyTree, y: PyTree) -> jax.Array:
+        state = solver(problem.levels(as_step_key(key)).lower, x, solver.init(y))
+        return ravel_pytree(state.y)[0]
+
+    at = lambda u, times: trained(found.problem, optax.tree.add_scale(found.x, times, u), found.y)  # noqa: E731
+    first = at(optax.tree.zeros_like(found.x), 0)
+    values, changes = [], []
+    for u in steps:
+        u = jax.tree.map(lambda u, x: jnp.asarray(u, x.dtype), u, found.x)
+        second, third = at(u, 1), at(u, 2)
+        d, later = np.asarray(second - first, np.float64), np.asarray(third - second, np.float64)
+        total = np.abs(d).sum()
+        values.append(float(np.sum(np.abs(d) * np.sign(d) * np.sign(later)) / total) if total > 0 else np.nan)
+        changes.append(float(np.linalg.norm(d) / max(float(jnp.linalg.norm(first)), 1e-30)))
+    smoothness, change, warnings = float(np.mean(values)), float(np.mean(changes)), list[str]()
+    if not np.isfinite(change):
+        warnings.append("the training diverges: lower its step size.")
+    elif np.isnan(smoothness):
+        warnings.append(
+            "the trained y does not depend on x along this step at all: look for an x that the loss ignores."
+        )
+    elif smoothness < _SMOOTH:
+        warnings.append(
+            f"the training is not smooth in x (metasmoothness {smoothness:.2f}, below {_SMOOTH}): its metagradient is "
+            "exact and says little about steps of this size. Lower the learning rate or let it decay, take larger "
+            "batches, a larger eps in Adam, or smooth activations; or ask for shorter steps."
+        )
+    return Metasmoothness(smoothness, np.asarray(values), change, warnings)
 
 
 def _describe(tree: PyTree) -> str:

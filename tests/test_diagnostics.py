@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from problems import Ridge
 
-from bilevel import Problem, ProblemError, data
+from bilevel import Problem, ProblemError, data, diagnostics, lower
 from bilevel.diagnostics import check
 
 
@@ -57,3 +57,40 @@ def test_bad_starts_are_refused():
         check(Problem(upper=lambda x, y: jnp.sum(y), lower=lambda x, y: jnp.sum(jnp.log(y))), np.zeros(1), -np.ones(1))
     with pytest.raises(ProblemError, match="a loss is one scalar"):
         check(Problem(upper=lambda x, y: y, lower=lambda x, y: jnp.sum(y)), np.zeros(1), np.ones(2))
+
+
+# ---------------------------------------------------------------- metasmoothness
+
+
+def rough(rate):
+    """y <- y - rate (y^3 - y - x / 10), a few steps: chaotic where rate is large."""
+    problem = Problem(lambda x, y: jnp.sum(y), lambda x, y: jnp.sum(y**4 / 4 - y**2 / 2 - x * y / 10))
+    training = lower.GradientDescent(rate, 40)
+    return diagnostics.metasmoothness(problem, jnp.zeros(20), jnp.full(20, 0.3), training, size=0.5)
+
+
+def test_metasmoothness_tells_a_smooth_training_from_a_chaotic_one():
+    smooth, chaotic = rough(0.1), rough(1.4)
+    assert smooth.smoothness > 0.99
+    assert not smooth.warnings
+    assert chaotic.smoothness < 0.5
+    assert "is not smooth in x" in str(chaotic)
+    assert len(smooth.values) == 4
+    np.testing.assert_allclose(smooth.smoothness, smooth.values.mean())
+
+
+def test_metasmoothness_along_a_step_in_closed_form():
+    """One gradient step: A(x) = (c x^2, x); two steps in a row agree in sign unless x^2 turns between them."""
+    problem = Problem(lambda x, y: jnp.sum(y), lambda x, y: -jnp.sum(y[0] * x**2) - jnp.sum(y[1] * x))
+    found = lambda at: diagnostics.metasmoothness(
+        problem, jnp.asarray(at), jnp.zeros(2), lower.GradientDescent(1.0, 1), along=jnp.asarray(1.0)
+    )
+    assert found(0.5).smoothness == pytest.approx(1)
+    # from -1.2: d = (0.04 - 1.44, 1), d' = (0.64 - 0.04, 1)
+    assert found(-1.2).smoothness == pytest.approx((1 - 1.4) / 2.4, rel=1e-5)
+    with pytest.raises(ValueError, match="has to be shaped like x"):
+        diagnostics.metasmoothness(problem, jnp.ones(2), jnp.zeros(2), 0.1, along=jnp.ones(3))
+    flat = Problem(lambda x, y: jnp.sum(y), lambda x, y: jnp.sum(y**2) + 0 * x)
+    still = diagnostics.metasmoothness(flat, jnp.asarray(1.0), jnp.ones(2), 0.1)
+    assert "does not depend on x along this step" in still.warnings[0]
+    assert "diverges" in str(rough(50.0))

@@ -209,3 +209,19 @@ def test_the_robustness_of_defences_is_printed_and_drawn_and_nothing_else_is_wri
     assert str(study.attacks["alternating"].success) in printed
     assert [file.name for file in tmp_path.iterdir()] == ["robustness.png"]
     assert out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_attribution_scores_are_what_training_again_shows(tmp_path, capsys):
+    attribution = load("attribution")
+    out = tmp_path / "attribution.png"
+    sizes = ["--samples", "150", "--steps", "200", "--groups", "12", "--size", "8", "--batch", "25"]
+    rows = attribution.main([*sizes, "--out", str(out)])
+    smooth, scores, _, _, correlation = rows["smooth"]
+    assert smooth.smoothness > 0.9
+    assert not smooth.warnings
+    assert correlation > 0.9
+    assert scores.shape == (150,)
+    assert rows["not smooth"][0].smoothness < smooth.smoothness - 0.2
+    assert "Warning: the training is not smooth in x" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000
