@@ -386,7 +386,9 @@ def members(rounds, most):
                 f"{last[key]:>{width}.1e} " if key in last else f"{'':>{width}} "
                 for key, width in (("hypergradient_norm", 9), ("gap", 9), ("violation", 10))
             )
-            c = f"{last['penalty']:.0f}" if last else f"{OFFICIAL['c0'] * steps ** OFFICIAL['p']:.1f}"
+            c = f"{OFFICIAL['c0'] * steps ** OFFICIAL['p']:.1f}"
+            if last:
+                c = f"{last['penalty']:.0f}" if "penalty" in last else "-"
             reached = _first_within(problem, solver, start, steps, solution, scale, found)
             print(f"  {name:<12} {steps:>6} {reached:>8} {error:>11.1e} {shown}{c:>8} {each:>8.1f}")
 

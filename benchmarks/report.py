@@ -30,7 +30,7 @@ HEAD = """# Results of the benchmarks
 
 What the scripts in `benchmarks/` printed, each with the command, the machine and the day. `python -m benchmarks.report`
 makes this page anew, `python -m benchmarks.report NAME` one section of it. Times are CPU time of one process group in
-which the sides took turns; compare within a section, never across.
+which the sides took turns, where a section says nothing else; compare within a section, never across.
 """
 _SECTION = re.compile(r"^## (\w+)\n", re.MULTILINE)
 
