@@ -136,6 +136,10 @@ def _evaluated(jaxpr: Any) -> Callable[..., jax.Array]:
 
 
 def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm over all leaves, 0 for none; XLA vectorises inner products, and sums of squares not."""
-    leaves = jax.tree.leaves(tree)
-    return jnp.sqrt(sum(jnp.vdot(leaf, leaf).real for leaf in leaves)) if leaves else jnp.zeros(())
+    """The Euclidean norm over all leaves, 0 for none; XLA vectorises inner products, and sums of squares not.
+
+    As products over all axes and not of flat arrays, for which leaves that lie over a mesh would be gathered.
+    """
+    leaves = list(map(jnp.asarray, jax.tree.leaves(tree)))
+    inner = lambda leaf: jnp.tensordot(jnp.conj(leaf), leaf, leaf.ndim).real  # noqa: E731
+    return jnp.sqrt(sum(map(inner, leaves))) if leaves else jnp.zeros(())
