@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from bilevel.applications.detection.matching import assign, overlaps
-
-Boxes = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+from bilevel.applications.detection.rows import Boxes, by_image, checked
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """COCO's ten overlaps from which on a box counts as found."""
@@ -74,8 +72,14 @@ def average_precision(
         ValueError: other numbers of images; boxes, scores or classes of other lengths; NaN, infinite numbers or swapped
             corners, by image and row.
     """
-    found = [_checked(image, k, "prediction") for k, image in enumerate(_images(predictions, "predictions"))]
-    truth = [_checked(image, k, "annotation") for k, image in enumerate(_images(annotations, "annotations"))]
+    found = [
+        checked(image, f"Image {k}, prediction", "classes", "scores")
+        for k, image in enumerate(by_image(predictions, "predictions"))
+    ]
+    truth = []
+    for k, image in enumerate(by_image(annotations, "annotations")):
+        crowd = np.asarray(image.get("crowd", np.zeros(len(image.get("boxes", ()))))).astype(bool)
+        truth.append({**checked(image, f"Image {k}, annotation", "classes"), "crowd": crowd})
     if len(found) != len(truth):
         raise ValueError(
             f"average_precision: {len(found)} images have predictions and {len(truth)} annotations. Give both for the "
@@ -197,19 +201,19 @@ def track_scores(found: Boxes, truth: Boxes, threshold: float = 0.5) -> TrackSco
     Raises:
         ValueError: other numbers of frames, an id twice in a frame, or broken boxes, by frame and row.
     """
-    tracks = [_checked(image, k, "found", "ids") for k, image in enumerate(_images(found, "found"))]
-    objects = [_checked(image, k, "true", "ids") for k, image in enumerate(_images(truth, "truth"))]
+    tracks = [checked(image, f"Frame {k}, found", "ids") for k, image in enumerate(by_image(found, "found"))]
+    objects = [checked(image, f"Frame {k}, true", "ids") for k, image in enumerate(by_image(truth, "truth"))]
     if len(tracks) != len(objects):
         raise ValueError(
             f"track_scores: {len(tracks)} frames were found and {len(objects)} are true. Give both for the same frames."
         )
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold} was given; an overlap lies above 0 and is 1 at most.")
-    for name, frames in (("found", tracks), ("truth", objects)):
+    for name, frames in (("found", tracks), ("true", objects)):
         for k, frame in enumerate(frames):
             names, counts = np.unique(frame["ids"], return_counts=True)
             if (counts > 1).any():
-                raise ValueError(f"{name}, frame {k}: the id {names[counts > 1][0]} stands there twice.")
+                raise ValueError(f"Frame {k}, {name}: the id {names[counts > 1][0]} stands there twice.")
     last: dict[int, int] = {}  # by object the track it was last matched to
     together: dict[tuple[int, int], int] = {}  # frames in which an object and a track overlap
     matches = switches = 0
@@ -255,61 +259,6 @@ def _agreeing(together: dict[tuple[int, int], int]) -> int:
 def _ratio(a: float, b: float) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.float64(a) / np.float64(b))
-
-
-def _images(boxes: Boxes, name: str) -> Iterator[dict[str, np.ndarray]]:
-    """Image by image the rows that are no padding."""
-    kinds = ("boxes", "scores", "classes", "ids", "crowd", "mask")
-    if isinstance(boxes, Mapping):
-        arrays = {key: np.asarray(boxes[key]) for key in kinds if key in boxes}
-        if "boxes" in arrays and (arrays["boxes"].ndim != 3 or arrays["boxes"].shape[-1] != 4):
-            raise ValueError(
-                f"{name}['boxes'] has the shape {arrays['boxes'].shape}; (images, boxes, 4) was expected, with padding "
-                "told by 'mask'. For other numbers of boxes give a sequence of one mapping per image."
-            )
-        count = len(arrays.get("boxes", ()))
-        if any(len(array) != count for array in arrays.values()):
-            counts = ", ".join(f"{key!r} {len(array)}" for key, array in arrays.items())
-            raise ValueError(f"{name} disagrees on the number of images: {counts}. Make them equal.")
-        boxes = [{key: array[k] for key, array in arrays.items()} for k in range(count)]
-    for k, image in enumerate(boxes):
-        rows = {key: np.asarray(image[key]) for key in kinds if key in image}
-        if "boxes" in rows and rows["boxes"].size == 0:
-            rows["boxes"] = rows["boxes"].reshape(-1, 4)
-        if len({np.shape(array)[:1] for array in rows.values()}) > 1:
-            counts = ", ".join(f"{key!r} {np.shape(array)}" for key, array in rows.items())
-            raise ValueError(f"{name}, image {k} disagrees on the number of rows: {counts}. Make them equal.")
-        mask = rows.pop("mask", None)
-        yield rows if mask is None else {key: array[mask.astype(bool)] for key, array in rows.items()}
-
-
-def _checked(image: dict[str, np.ndarray], k: int, what: str, label: str = "classes") -> dict[str, np.ndarray]:
-    """An image's rows in float64 and whole numbers; an error by image and row where one is no box."""
-    needed = ["boxes", label, *(["scores"] if what == "prediction" else [])]
-    missing = [key for key in needed if key not in image]
-    if missing:
-        raise ValueError(f"Image {k}: a {what} has no {', '.join(map(repr, missing))}; it has {', '.join(image)}.")
-    boxes = np.asarray(image["boxes"], np.float64)
-    if boxes.ndim != 2 or boxes.shape[-1] != 4:
-        raise ValueError(f"Image {k}: the {what} boxes have the shape {boxes.shape}; (boxes, 4) was expected.")
-    for row, box in enumerate(boxes):
-        if not np.isfinite(box).all() or (box[2:] < box[:2]).any():
-            raise ValueError(
-                f"Image {k}, {what} {row}: {box.tolist()} is no box. Corners are x1, y1, x2, y2 in pixels, finite, "
-                "with x1 <= x2 and y1 <= y2; padding is told by 'mask'."
-            )
-    rows: dict[str, np.ndarray] = {"boxes": boxes}
-    numbers = image[label]
-    if numbers.size and not (np.isfinite(numbers).all() and (numbers == np.round(numbers)).all()):
-        raise ValueError(f"Image {k}: the {label} of a {what} are no whole numbers: {numbers.tolist()}.")
-    rows[label] = numbers.astype(int).reshape(-1)
-    if what == "prediction":
-        rows["scores"] = np.asarray(image["scores"], np.float64).reshape(-1)
-        if not np.isfinite(rows["scores"]).all():
-            raise ValueError(f"Image {k}: the scores {rows['scores'].tolist()} of the predictions are not all finite.")
-    else:
-        rows["crowd"] = np.asarray(image.get("crowd", np.zeros(len(boxes), bool)), bool)
-    return rows
 
 
 def _only(image: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:

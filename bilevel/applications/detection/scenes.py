@@ -171,7 +171,7 @@ class Corruption(NamedTuple):
     @property
     def images(self) -> np.ndarray:
         """The images with anything wrong, (n,)."""
-        return self.any.any(1)
+        return np.asarray(self.any.any(1))
 
 
 def corrupt(

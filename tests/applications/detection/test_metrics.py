@@ -149,21 +149,22 @@ def test_padded_arrays_and_sequences_are_one(seed=3):
 
 
 BOX = [[0.0, 0.0, 5.0, 5.0]]
+ONE = [{"boxes": BOX, "classes": [0]}]
 
 
 @pytest.mark.parametrize(
     ("found", "truth", "message"),
     [
-        ([{"boxes": [[0, 0, np.nan, 5]], "classes": [0], "scores": [1]}], [{"boxes": BOX, "classes": [0]}],
+        ([{"boxes": [[0, 0, np.nan, 5]], "classes": [0], "scores": [1]}], ONE,
          r"Image 0, prediction 0: \[0.0, 0.0, nan, 5.0\] is no box"),
         ([{"boxes": BOX, "classes": [0], "scores": [1]}], [{"boxes": [BOX[0], [5, 0, 0, 5]], "classes": [0, 0]}],
          r"Image 0, annotation 1: \[5.0, 0.0, 0.0, 5.0\] is no box"),
-        ([{"boxes": BOX, "classes": [0], "scores": [np.inf]}], [{"boxes": BOX, "classes": [0]}], "not all finite"),
-        ([{"boxes": BOX, "classes": [0]}], [{"boxes": BOX, "classes": [0]}], "a prediction has no 'scores'"),
-        ([], [{"boxes": BOX, "classes": [0]}], "0 images have predictions and 1 annotations"),
-        ([{"boxes": BOX, "classes": [0, 1], "scores": [1]}], [{"boxes": BOX, "classes": [0]}], "disagrees on"),
-        ([{"boxes": BOX, "classes": [0.5], "scores": [1]}], [{"boxes": BOX, "classes": [0]}], "no whole numbers"),
-        ({"boxes": BOX, "classes": [0], "scores": [1]}, [{"boxes": BOX, "classes": [0]}], r"\(images, boxes, 4\)"),
+        ([{"boxes": BOX, "classes": [0], "scores": [np.inf]}], ONE, "Image 0, prediction: 'scores' holds inf"),
+        (ONE, ONE, "Image 0, prediction: no 'scores' among boxes, classes"),
+        ([], ONE, "0 images have predictions and 1 annotations"),
+        ([{"boxes": BOX, "classes": [0, 1], "scores": [1]}], ONE, "disagrees on"),
+        ([{"boxes": BOX, "classes": [0.5], "scores": [1]}], ONE, "'classes' holds 0.5; give whole"),
+        ({"boxes": BOX, "classes": [0], "scores": [1]}, ONE, r"\(images, boxes, 4\)"),
     ],
 )  # fmt: skip
 def test_what_is_no_box_is_named(found, truth, message):
@@ -235,7 +236,7 @@ def test_track_scores_by_hand():
     nothing = [{"boxes": box(), "ids": []}]
     assert np.isnan(track_scores(nothing, nothing).mota)
     assert track_scores(nothing, truth[:1]).mota == 0
-    with pytest.raises(ValueError, match="found, frame 0: the id 1 stands there twice"):
+    with pytest.raises(ValueError, match="Frame 0, found: the id 1 stands there twice"):
         track_scores([{"boxes": box(0, 0, 1, 1, 2, 2, 3, 3), "ids": [1, 1]}], truth[:1])
     with pytest.raises(ValueError, match="4 frames were found and 1 are true"):
         track_scores(found, truth[:1])
