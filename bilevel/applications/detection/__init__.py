@@ -1,0 +1,1 @@
+"""Detectors with bi-level routing attention, and learning which annotations to trust."""
