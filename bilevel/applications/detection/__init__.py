@@ -1,1 +1,1 @@
-"""Detectors with bi-level routing attention, and learning which annotations to trust."""
+"""Detectors with routing attention, what they find and follow, and which annotations to trust."""
