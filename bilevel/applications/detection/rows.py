@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 
-Boxes = Mapping[str, Any] | Sequence[Mapping[str, Any]]
-"""Padded: arrays with a leading axis of images (or frames) and one of rows, "mask" being false where a row is padding.
-Or a sequence with a mapping for each image, without padding."""
+Boxes = Mapping[str, Any] | Sequence[Mapping[str, Any]] | Any
+"""Padded: arrays with a leading axis of images (or frames) and one of rows, "mask" being false where a row is padding,
+by name in a mapping or as attributes (`suppress` gives such `Detections`). Or a sequence with a mapping for each image,
+without padding."""
 
 
 def by_image(boxes: Boxes, name: str) -> Iterator[dict[str, np.ndarray]]:
     """Image by image the rows that are no padding."""
     kinds = ("boxes", "scores", "classes", "ids", "crowd", "mask")
+    if not isinstance(boxes, (Mapping, Sequence)) and hasattr(boxes, "boxes"):
+        boxes = {key: getattr(boxes, key) for key in kinds if hasattr(boxes, key)}
     if isinstance(boxes, Mapping):
         arrays = {key: np.asarray(boxes[key]) for key in kinds if key in boxes}
         if "boxes" in arrays and (arrays["boxes"].ndim != 3 or arrays["boxes"].shape[-1] != 4):

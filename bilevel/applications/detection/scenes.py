@@ -5,6 +5,7 @@ What is seen is real, where it stands is drawn: no set of annotated photographs 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -228,6 +229,223 @@ def corrupt(
     return {**batch, "classes": new_classes, "boxes": new_boxes}, Corruption(
         spoilt if labels else nothing, spoilt if boxes else nothing
     )
+
+
+class Behaviour(NamedTuple):
+    """A state of an identity, and how it shows.
+
+    Attributes:
+        name: in a word or two.
+        sign: the class of the item that is held.
+        swing: how often per frame it moves to and fro; 0: it is held still.
+    """
+
+    name: str
+    sign: int
+    swing: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Film:
+    """Moving scenes with P identities over T frames.
+
+    Attributes:
+        image: float32 (T, size, size, 3) in 0..1.
+        boxes: of the persons, float32 (T, P, 4).
+        mask: whether a person can be seen, (T, P): it is there, and not hidden by nearer ones.
+        behaviour: numbers of the behaviours, int32 (T, P); also of those that can't be seen.
+        sign_boxes: of what they hold, float32 (T, P, 4).
+        signs: its class, int32 (T, P).
+        sign_mask: whether it can be seen, (T, P).
+        behaviours: all that there are.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    mask: np.ndarray
+    behaviour: np.ndarray
+    sign_boxes: np.ndarray
+    signs: np.ndarray
+    sign_mask: np.ndarray
+    behaviours: tuple[Behaviour, ...]
+
+    def __repr__(self) -> str:
+        frames, persons = self.mask.shape
+        names = ", ".join(each.name for each in self.behaviours)
+        return f"Film({frames} frames of {self.image.shape[1]} pixels, {persons} identities; {names})"
+
+    def batch(self) -> Batch:
+        """Its frames for a detector: class 0 is a person, 1 + k a sign of class k; M = 2 P."""
+        return {
+            "image": self.image,
+            "boxes": np.concatenate([self.boxes, self.sign_boxes], 1),
+            "classes": np.concatenate([np.zeros_like(self.signs), 1 + self.signs], 1),
+            "mask": np.concatenate([self.mask, self.sign_mask], 1),
+        }
+
+    def truth(self) -> list[Batch]:
+        """For each frame the persons who can be seen: "boxes", "ids" (from 1) and "labels", their behaviours."""
+        return [
+            {"boxes": boxes[seen], "ids": 1 + np.flatnonzero(seen), "labels": doing[seen]}
+            for boxes, seen, doing in zip(self.boxes, self.mask, self.behaviour, strict=True)
+        ]
+
+
+def moving_scenes(
+    bodies: Items,
+    signs: Items,
+    behaviours: Sequence[Behaviour],
+    *,
+    seed: int,
+    frames: int = 60,
+    size: int = 96,
+    identities: int = 4,
+    sides: tuple[float, float] = (0.28, 0.38),
+    speed: float = 0.012,
+    dwell: float = 20.0,
+    hidden: float = 0.25,
+    clutter: int = 6,
+) -> Film:
+    """A film of persons who walk about and do one thing after the other.
+
+    A person is one item with one tint, the same in all frames, that walks at nearly constant velocity and turns at the
+    border; nearer ones (lower on the canvas) hide those behind. What a person does shows by what it holds in front of
+    it, an item of the behaviour's class on a dark plate, and by how that moves. Some persons come late, some go early.
+
+    Args:
+        bodies: the persons' items.
+        signs: what they hold, its classes being those of `behaviours`.
+        behaviours: at least two.
+        seed: of all draws.
+        frames: T.
+        size: of the square canvas, in pixels.
+        identities: P.
+        sides: the longer side of a person as a share of the canvas, from and to.
+        speed: mean length of a step, as a share of the canvas.
+        dwell: frames that a behaviour lasts on average (at least a quarter of that).
+        hidden: the chance that a sign is not shown in a frame.
+        clutter: scraps on the ground.
+
+    Raises:
+        ValueError: an argument out of its range, a behaviour whose sign there is no item of.
+    """
+    _check(bodies, size, frames)
+    _check(signs, size, frames)
+    if identities < 1 or not 0 <= hidden < 1 or dwell < 1 or speed < 0:
+        raise ValueError(
+            f"identities={identities}, hidden={hidden}, dwell={dwell} and speed={speed} were given; expected are 1 at "
+            "least, a chance below 1, 1 at least, and no negative speed."
+        )
+    lacking = [each for each in behaviours if each.sign not in signs.labels]
+    if len(behaviours) < 2 or lacking:
+        what = (
+            f"there is no item of the class {lacking[0].sign} for {lacking[0].name!r}"
+            if lacking
+            else "give two or more"
+        )
+        raise ValueError(f"behaviours of the names {[each.name for each in behaviours]}: {what}.")
+    rng = np.random.default_rng(seed)
+    blank = lambda kind, *rest: np.zeros((frames, identities, *rest), kind)  # noqa: E731
+    film = Film(
+        image=np.zeros((frames, size, size, 3), np.float32),
+        boxes=blank(np.float32, 4),
+        mask=blank(bool),
+        behaviour=blank(np.int32),
+        sign_boxes=blank(np.float32, 4),
+        signs=blank(np.int32),
+        sign_mask=blank(bool),
+        behaviours=tuple(behaviours),
+    )
+    ground = _ground(rng, size)
+    _scraps(ground, signs, clutter, rng)
+    people = [_Person.draw(rng, bodies, signs, film, sides, speed, dwell) for _ in range(identities)]
+    film.behaviour[:] = np.stack([person.doing for person in people], 1)
+    for t in range(frames):
+        canvas = ground.copy()
+        there = [k for k, person in enumerate(people) if person.first <= t < person.last]
+        for k in sorted(there, key=lambda k: people[k].path[t, 1] + len(people[k].body)):  # the nearest is painted last
+            people[k].paint(canvas, film, t, k, rng, rng.random() < hidden)
+        film.image[t] = _noisy(canvas, rng)
+    return film
+
+
+class _Person(NamedTuple):
+    """One identity: its looks, its path and what it does."""
+
+    body: np.ndarray
+    colour: np.ndarray
+    signs: list[np.ndarray]  # one for each behaviour
+    sign_colour: np.ndarray
+    path: np.ndarray  # (T, 2), where the body begins
+    doing: np.ndarray  # (T,)
+    phase: float
+    first: int
+    last: int
+
+    @classmethod
+    def draw(
+        cls,
+        rng: np.random.Generator,
+        bodies: Items,
+        signs: Items,
+        film: Film,
+        sides: tuple[float, float],
+        speed: float,
+        dwell: float,
+    ) -> _Person:
+        """Choose its looks, and draw its path and what it does."""
+        frames, size = film.image.shape[:2]
+        body = _scaled(bodies.images[rng.integers(len(bodies.labels))], rng.uniform(*sides) * size)
+        held = [rng.choice(np.flatnonzero(signs.labels == each.sign)) for each in film.behaviours]
+        items = [_scaled(signs.images[which], 0.5 * max(body.shape)) for which in held]
+        border = np.array([size - body.shape[1], size - body.shape[0]], float)
+        angle = rng.uniform(0, 2 * np.pi)
+        place, velocity = rng.uniform(0, border), speed * size * np.array([np.cos(angle), np.sin(angle)])
+        path = np.zeros((frames, 2))
+        for t in range(frames):
+            path[t] = place
+            place = place + velocity
+            velocity = np.where((place < 0) | (place > border), -velocity, velocity) + rng.normal(
+                0, 0.1 * speed * size, 2
+            )
+            velocity *= min(1, 2 * speed * size / max(np.hypot(*velocity), 1e-9))
+            place = np.clip(place, 0, border)
+        doing, left = np.zeros(frames, np.int32), 0.0
+        for t in range(frames):
+            if left <= 0:
+                others = np.arange(len(film.behaviours))
+                doing[t] = rng.choice(others if t == 0 else others[others != doing[t - 1]])
+                left = max(dwell / 4, rng.exponential(dwell * 0.75) + dwell / 4)
+            else:
+                doing[t] = doing[t - 1]
+            left -= 1
+        late, early = rng.random(2) < 0.25
+        first = int(rng.integers(frames // 6, frames // 3 + 1)) if late else 0
+        last = frames - int(rng.integers(frames // 6, frames // 3 + 1)) if early else frames
+        return cls(body, _tint(rng), items, _tint(rng), path, doing, rng.uniform(0, 1), first, last)
+
+    def paint(self, canvas: np.ndarray, film: Film, t: int, k: int, rng: np.random.Generator, hidden: bool) -> None:
+        """Draw this person over the canvas, and write down what can be seen of it and no more of those behind."""
+        size = len(canvas)
+        x, y = (int(v) for v in np.round(self.path[t]))
+        box = np.array([x, y, x + self.body.shape[1], y + self.body.shape[0]], np.float32)
+        _paste(canvas, self.body, x, y, self.colour * np.float32(rng.uniform(0.9, 1)))
+        film.boxes[t, k], film.mask[t, k] = box, True
+        behaviour, sign = film.behaviours[self.doing[t]], self.signs[self.doing[t]]
+        room = max(0, self.body.shape[1] - sign.shape[1] - 2)
+        swing = np.sin(2 * np.pi * (behaviour.swing * t + self.phase)) if behaviour.swing else 0.0
+        left = int(np.clip(x + 1 + round(room / 2 * (1 + swing)), 0, size - sign.shape[1]))
+        top = int(np.clip(y + 0.9 * (self.body.shape[0] - sign.shape[0]), 0, size - sign.shape[0]))
+        held = np.array([left, top, left + sign.shape[1], top + sign.shape[0]], np.float32)
+        film.sign_boxes[t, k], film.signs[t, k], film.sign_mask[t, k] = held, behaviour.sign, not hidden
+        if not hidden:
+            plate = np.full([side + 2 for side in sign.shape], 0.85, np.float32)
+            _paste(canvas, plate, left - 1, top - 1, np.full(3, 0.05, np.float32))
+            _paste(canvas, sign, left, top, self.sign_colour)
+        for mask, boxes in ((film.mask, film.boxes), (film.sign_mask, film.sign_boxes)):
+            behind = np.arange(len(mask[t])) != k
+            gone = covered(boxes[t], box[None])[:, 0] > 0.6
+            mask[t] &= ~(behind & gone)
 
 
 def _misplaced(box: np.ndarray, width: int, height: int, overlap: float, rng: np.random.Generator) -> np.ndarray:

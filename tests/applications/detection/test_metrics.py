@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import types
 
 import numpy as np
 import pytest
@@ -146,6 +147,8 @@ def test_padded_arrays_and_sequences_are_one(seed=3):
 
     a, b = average_precision(found, truth), average_precision(padded(found, 7), padded(truth, 7))
     np.testing.assert_array_equal(a.precision, b.precision)
+    as_attributes = types.SimpleNamespace(**padded(found, 7))
+    np.testing.assert_array_equal(average_precision(as_attributes, truth).precision, a.precision)
 
 
 BOX = [[0.0, 0.0, 5.0, 5.0]]

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from bilevel.applications.detection.matching import covered, overlaps
-from bilevel.applications.detection.scenes import Items, corrupt, digit_items, fashion_items, scenes
+from bilevel.applications.detection.scenes import (
+    Behaviour,
+    Items,
+    corrupt,
+    digit_items,
+    fashion_items,
+    moving_scenes,
+    scenes,
+)
 from bilevel.datasets import DatasetNotFoundError
 
 
@@ -134,3 +142,78 @@ def test_a_box_that_fills_its_image_can_be_spoilt():
 def test_arguments_out_of_range_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(scenes(bars(), 2, seed=0))
+
+
+BEHAVIOURS = (Behaviour("three", 0), Behaviour("three, moving", 0, 0.25), Behaviour("seven", 1))
+
+
+def still(**options):
+    """A film of filled rectangles over a ground without scraps."""
+    return moving_scenes(bars(), digit_items((3, 7)), BEHAVIOURS, seed=2, clutter=0, **options)
+
+
+def test_a_film_is_what_its_annotations_say():
+    pytest.importorskip("sklearn")
+    film = still(frames=40, identities=3, size=64, hidden=0.3)
+    assert film.image.shape == (40, 64, 64, 3) and film.image.min() >= 0 and film.image.max() <= 1
+    assert repr(film) == "Film(40 frames of 64 pixels, 3 identities; three, three, moving, seven)"
+    np.testing.assert_array_equal(film.signs[film.mask], np.array([0, 0, 1])[film.behaviour[film.mask]])
+    for t in range(40):
+        held = film.sign_mask[t] & film.mask[t]
+        assert (np.diag(covered(film.sign_boxes[t], film.boxes[t]))[held] > 0.99).all()
+        for k in np.flatnonzero(film.mask[t]):
+            x1, y1, x2, y2 = film.boxes[t, k].astype(int)
+            assert film.image[t, y1:y2, x1:x2].max(-1).mean() > 0.45  # a light body there, under its sign or another
+    # A body keeps its size and its way: it never jumps.
+    boxes = film.boxes[:, 0][film.mask[:, 0]]
+    sides = boxes[:, 2:] - boxes[:, :2]
+    assert (sides == sides[0]).all()
+    gaps = np.diff(np.flatnonzero(film.mask[:, 0]))
+    steps = np.abs(np.diff(boxes[:, :2], axis=0)).max(1)
+    assert (steps <= 3 * gaps + 1).all() and steps.sum() > 10
+    assert 0.1 < 1 - film.sign_mask[film.mask].mean() < 0.6
+    again = still(frames=40, identities=3, size=64, hidden=0.3)
+    np.testing.assert_array_equal(film.image, again.image)
+
+
+def test_behaviours_last_and_change_and_one_of_them_swings():
+    pytest.importorskip("sklearn")
+    film = still(frames=200, identities=4, dwell=12, hidden=0.0)
+    lengths = []
+    for k in range(4):
+        change = np.flatnonzero(np.diff(film.behaviour[:, k]))
+        lengths += np.diff(change).tolist()
+    assert min(lengths) >= 3 and 8 < np.mean(lengths) < 17
+    offset = film.sign_boxes[..., 0] - film.boxes[..., 0]
+    for number, moves in ((0, False), (1, True)):
+        same = (film.behaviour[1:] == number) & (film.behaviour[:-1] == number) & film.mask[1:] & film.mask[:-1]
+        steps = np.abs(np.diff(offset, axis=0))[same]
+        assert (steps.mean() > 1) == moves
+
+
+def test_what_a_film_gives_to_a_detector_and_to_a_judge():
+    pytest.importorskip("sklearn")
+    film = still(frames=30, identities=3)
+    batch, truth = film.batch(), film.truth()
+    assert batch["boxes"].shape == (30, 6, 4) and batch["classes"].max() == 2
+    assert (batch["classes"][:, :3] == 0).all() and (batch["classes"][:, 3:] >= 1).all()
+    for t, frame in enumerate(truth):
+        np.testing.assert_array_equal(frame["boxes"], film.boxes[t, frame["ids"] - 1])
+        np.testing.assert_array_equal(frame["labels"], film.behaviour[t, frame["ids"] - 1])
+        assert len(frame["ids"]) == film.mask[t].sum()
+    assert any(len(frame["ids"]) < 3 for frame in truth)  # who comes late, goes early, or is hidden
+
+
+@pytest.mark.parametrize(
+    ("behaviours", "options", "message"),
+    [
+        (BEHAVIOURS[:1], {}, "give two or more"),
+        ((*BEHAVIOURS, Behaviour("nine", 5)), {}, "there is no item of the class 5 for 'nine'"),
+        (BEHAVIOURS, {"identities": 0}, "identities=0"),
+        (BEHAVIOURS, {"hidden": 1.0}, r"hidden=1.0"),
+    ],
+)
+def test_films_that_cannot_be_made_are_named(behaviours, options, message):
+    pytest.importorskip("sklearn")
+    with pytest.raises(ValueError, match=message):
+        moving_scenes(bars(), digit_items((3, 7)), behaviours, seed=0, **options)
