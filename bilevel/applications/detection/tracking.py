@@ -399,29 +399,46 @@ def timeline(fused: Sequence[Frame]) -> dict[int, np.ndarray]:
     return lines
 
 
-def behaviour_accuracy(
+class Line(NamedTuple):
+    """What one identity does, and what was said of it, both (T,).
+
+    Attributes:
+        true: its behaviour; -1 where it can't be seen.
+        said: the label of the track on it; -1 where there is none.
+    """
+
+    true: np.ndarray
+    said: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the frames in which it can be seen where the label is right; not tracked is wrong."""
+        there = self.true >= 0
+        return float((self.true == self.said)[there].mean())
+
+
+def by_identity(
     tracks: Sequence[Frame], fused: Sequence[Frame], truth: Sequence[Frame], threshold: float = 0.5
-) -> dict[int, float]:
-    """By true identity the share of the frames it is in where the track on it has the right label.
+) -> dict[int, Line]:
+    """What was said of each true identity.
 
     In each frame tracks are given to identities: as many pairs as can be with an overlap of at least the threshold, at
-    the least total 1 - IoU. A frame in which an identity is not tracked counts as wrong.
+    the least total 1 - IoU.
 
     Args:
         tracks: from `follow`.
         fused: from `Fusion`, row by row as `tracks`.
-        truth: for each frame "boxes" (n, 4), "ids" (n,) and "labels" (n,).
+        truth: for each frame "boxes" (n, 4), "ids" (n,) and "labels" (n,) of those who can be seen.
         threshold: the least intersection over union.
     """
     if not len(tracks) == len(fused) == len(truth):
         raise ValueError(f"{len(tracks)} frames of tracks, {len(fused)} of labels, {len(truth)} true; give as many.")
-    right: dict[int, int] = {}
-    present: dict[int, int] = {}
-    for found, said, true in zip(tracks, fused, truth, strict=True):
+    names = sorted({int(name) for frame in truth for name in frame["ids"]})
+    lines = {name: Line(np.full(len(truth), -1), np.full(len(truth), -1)) for name in names}
+    for k, (found, said, true) in enumerate(zip(tracks, fused, truth, strict=True)):
         labels = np.full(len(true["ids"]), -1)
         i, j = assign(1 - overlaps(true["boxes"], found["boxes"]), 1 - threshold, most=True)
         labels[i] = said["labels"][j]
         for name, label, wanted in zip(true["ids"], labels, true["labels"], strict=True):
-            present[int(name)] = present.get(int(name), 0) + 1
-            right[int(name)] = right.get(int(name), 0) + int(label == wanted)
-    return {name: right[name] / count for name, count in sorted(present.items())}
+            lines[int(name)].true[k], lines[int(name)].said[k] = wanted, label
+    return lines

@@ -11,7 +11,7 @@ from bilevel.applications.detection.tracking import (
     Fusion,
     Kalman,
     Tracker,
-    behaviour_accuracy,
+    by_identity,
     follow,
     of_classes,
     timeline,
@@ -198,9 +198,13 @@ def test_accuracy_is_by_identity():
     fused = Fusion(rate=1.0)(tracks, [sign(0, 0.9), sign(1, 0.9), NO_SIGN, sign(1, 0.9)], 2)
     there = {"boxes": np.array([box(50, 50, 30, 60), box(200, 50)]), "ids": np.array([7, 8])}
     truth = [{**there, "labels": np.array([0, 0])}] * 2 + [{**there, "labels": np.array([1, 0])}] * 2
-    assert behaviour_accuracy(tracks, fused, truth) == {7: 0.5, 8: 0.0}
+    lines = by_identity(tracks, fused, truth)
+    assert [lines[7].true.tolist(), lines[7].said.tolist()] == [[0, 0, 1, 1], [0, 1, -1, 1]]
+    assert {name: line.accuracy for name, line in lines.items()} == {7: 0.5, 8: 0.0}
+    came_late = by_identity(tracks, fused, [{key: value[:0] for key, value in truth[0].items()}, *truth[1:]])
+    assert came_late[7].accuracy == 1 / 3
     with pytest.raises(ValueError, match="4 frames of tracks, 4 of labels, 1 true"):
-        behaviour_accuracy(tracks, fused, truth[:1])
+        by_identity(tracks, fused, truth[:1])
 
 
 def test_scores_of_all_behaviours_instead_of_classes_and_what_does_not_fit():
