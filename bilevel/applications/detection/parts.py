@@ -66,8 +66,8 @@ class GroupNorm(nnx.Module):
     """
 
     def __init__(self, features: int):
-        self.scale = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
         self.size = GROUP if features % GROUP == 0 else features
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -513,8 +513,8 @@ class Head(nnx.Module):
         self.class1 = ConvBlock(features_in, class_width, 3, rngs=rngs, **block)
         self.class2 = ConvBlock(class_width, class_width, 3, rngs=rngs, **block)
         self.class3 = Conv(class_width, classes, 1, stride=1, padding=0, rngs=rngs)
-        self.box3.bias[...] = jnp.ones(4 * bins)
-        self.class3.bias[...] = jnp.full(classes, class_bias)
+        self.box3.bias = nnx.Param(jnp.ones(4 * bins, jnp.float32))
+        self.class3.bias = nnx.Param(jnp.full(classes, class_bias, jnp.float32))
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """(batch, rows, columns, in) -> (batch, rows, columns, 4 bins + classes)."""
