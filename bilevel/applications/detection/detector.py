@@ -114,9 +114,10 @@ class Detector(nnx.Module):
         Returns:
             `Predictions`; with return_routing a pair with the routings.
         """
-        height, width = images.shape[1:3]
+        images = jnp.asarray(images)
         largest = max(self.strides)
-        if images.ndim != 4 or height % largest or width % largest or not height or not width:
+        height, width = images.shape[1:3] if images.ndim == 4 else (0, 0)
+        if height % largest or width % largest or not height:
             raise ValueError(
                 f"Images of shape {images.shape}; this detector takes (batch, height, width, 3) with sides divisible "
                 f"by {largest}, its largest stride. Pad them (letterbox), boxes included."

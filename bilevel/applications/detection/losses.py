@@ -101,7 +101,7 @@ class Targets:
     index: Array
 
 
-def assign(
+def task_aligned(
     scores: Array,
     boxes: Array,
     points: Array,
@@ -205,7 +205,7 @@ def loss(
             a box of weight 0 leaves its anchors out of the loss, neither foreground nor background; or of each image,
             (batch,): multiplies all its terms.
         class_weights: (C,): multiplies the terms of that class's logits, and box and bins of boxes of that class.
-        targets: those of `assign`, frozen; by default they are assigned to these predictions.
+        targets: those of `task_aligned`, frozen; by default they are assigned to these predictions.
         per: "batch" has one Z, which couples the images; "image" has one each, so that a weight of an image scales its
             own loss alone; the result is then one number for each image, without the number of images as a factor.
         kind: which overlap.
@@ -228,7 +228,7 @@ def loss(
         raise ValueError(f'per={per!r} is neither "batch" nor "image".')
     units, strides = predictions.units, predictions.strides
     if targets is None:
-        targets = assign(predictions.scores, units * strides, predictions.points, batch, topk=topk)
+        targets = task_aligned(predictions.scores, units * strides, predictions.points, batch, topk=topk)
     scores, foreground = targets.scores, targets.foreground
     summed = (lambda a: a.sum((1, 2))) if per == "image" else jnp.sum
     over = (lambda a: a.sum(1)) if per == "image" else jnp.sum

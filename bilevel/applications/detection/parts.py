@@ -66,8 +66,8 @@ class GroupNorm(nnx.Module):
     """
 
     def __init__(self, features: int):
-        self.scale = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
         self.size = GROUP if features % GROUP == 0 else features
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -140,8 +140,7 @@ class ConvBlock(nnx.Module):
     def fold(self) -> None:
         """Put batch normalisation by the running statistics into the convolution: kernel and bias take over."""
         if isinstance(self.norm, BatchNorm):
-            kernel, bias = _folded(self.conv, self.norm)
-            _set(self.conv, kernel, bias)
+            self.conv = _with_bias(self.conv, *_folded(self.conv, self.norm))
             self.norm = None
 
 
@@ -162,9 +161,10 @@ def _folded(conv: Conv, norm: BatchNorm) -> tuple[Array, Array]:
     return conv.kernel[...] * factor, norm.bias[...] - norm.mean[...] * factor
 
 
-def _set(conv: Conv, kernel: Array, bias: Array) -> None:
-    conv.kernel[...] = kernel
-    conv.bias = nnx.Param(bias)
+def _with_bias(conv: Conv, kernel: Array, bias: Array) -> Conv:
+    new = Conv(*kernel.shape[2:], kernel.shape[0], stride=conv.stride, padding=conv.padding, rngs=nnx.Rngs(0))
+    new.kernel, new.bias = nnx.Param(kernel), nnx.Param(bias)
+    return new
 
 
 class RepConv(nnx.Module):
@@ -216,7 +216,7 @@ class RepConv(nnx.Module):
         if isinstance(self.dense_norm, BatchNorm):
             kernel, bias = _folded(self.dense, self.dense_norm)
             point, point_bias = _folded(self.point, self.point_norm)
-            _set(self.dense, kernel.at[1, 1].add(point[0, 0]), bias + point_bias)
+            self.dense = _with_bias(self.dense, kernel.at[1, 1].add(point[0, 0]), bias + point_bias)
             self.dense_norm = None
         else:
             self.dense.kernel[...] = self._summed()
@@ -513,8 +513,8 @@ class Head(nnx.Module):
         self.class1 = ConvBlock(features_in, class_width, 3, rngs=rngs, **block)
         self.class2 = ConvBlock(class_width, class_width, 3, rngs=rngs, **block)
         self.class3 = Conv(class_width, classes, 1, stride=1, padding=0, rngs=rngs)
-        self.box3.bias[...] = jnp.ones(4 * bins)
-        self.class3.bias[...] = jnp.full(classes, class_bias)
+        self.box3.bias = nnx.Param(jnp.ones(4 * bins, jnp.float32))
+        self.class3.bias = nnx.Param(jnp.full(classes, class_bias, jnp.float32))
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """(batch, rows, columns, in) -> (batch, rows, columns, 4 bins + classes)."""
