@@ -28,7 +28,7 @@ from bilevel import Problem, data, hyperparameters
 from bilevel.applications.application import Application
 from bilevel.applications.detection.boxes import Detections, Overlap, suppress
 from bilevel.applications.detection.detector import Detector, bgf_nano
-from bilevel.applications.detection.losses import Gains, Predictions, loss, task_aligned
+from bilevel.applications.detection.losses import GAINS, Gains, Predictions, loss, task_aligned
 from bilevel.integrations.flax import Apply, from_nnx
 from bilevel.keys import Draw
 
@@ -36,6 +36,7 @@ PyTree = Any
 Batch = Mapping[str, Any]
 Part = Literal["images", "boxes", "classes", "gains"]
 PARTS = ("images", "boxes", "classes", "gains")
+UPPER_GAINS = Gains(1.0, 1.0, 0.25)
 ARRAYS = ("image", "boxes", "classes", "mask")
 
 
@@ -73,8 +74,8 @@ def trust(
     test: Batch | None = None,
     batch: int = 16,
     decay: float = 1e-4,
-    gains: Any = Gains(),
-    upper_gains: Any = Gains(1.0, 1.0, 0.25),
+    gains: Any = GAINS,
+    upper_gains: Any = UPPER_GAINS,
     kind: Overlap = "ciou",
     topk: int = 10,
     seed: int = 0,
@@ -88,7 +89,7 @@ def trust(
     where L is `losses.loss` with a normaliser for each image. Of x there is, and of the weights follows,
 
         images    (n,)    w_i = sigmoid(x_i)                     boxes   (n, M)   sigmoid(x_ij)
-        classes   (C,)    C softmax(x), of mean 1                gains   (3,)     the given gains' sum softmax(x + log gains)
+        classes   (C,)    C softmax(x), of mean 1                gains   (3,)     softmax(x + log gains) sum(gains)
 
     Args:
         train: "image" (n, H, W, 3) in 0..1, "boxes" (n, M, 4) as (x1, y1, x2, y2) in pixels, "classes" (n, M), "mask"
