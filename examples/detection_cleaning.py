@@ -24,19 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevel import data, run, solvers
+from bilevel import data, run
 from bilevel.applications import detection
-from bilevel.hypergradients import FiniteDifference
-from bilevel.lower import GradientDescent
 
 CLOTHES = (1, 5, 8)  # trousers, sandals, bags
 METHODS = ("annotations as given", "clean images alone", "weights learnt", "true annotations")
-
-
-def make_solver(rate):
-    """One step of y and one of x in turn; both gradients, and their product, at one y: all targets are frozen there."""
-    estimator = FiniteDifference(virtual_step=1e-3, radius=None)
-    return solvers.HypergradientDescent(estimator, GradientDescent(learning_rule(rate), 1), optax.adam(0.1))
 
 
 def learning_rule(rate):
@@ -56,10 +48,11 @@ def train(problem, x, y, key, steps, rate):
     return jax.lax.scan(step, (y, rule.init(y)), jnp.arange(steps))[0][0]
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "rate"))
-def learn(problem, x, y, key, steps, rate):
-    """Weights and network together."""
-    return run(problem, make_solver(rate), x, y, steps, key)
+@functools.partial(jax.jit, static_argnames=("app", "steps", "rate"))
+def learn(app, problem, x, y, key, steps, rate):
+    """Weights and network together: one step of each in turn."""
+    solver = detection.OneGradient(app, learning_rule(rate), optax.adam(0.1))
+    return run(problem, solver, x, y, steps, key)
 
 
 @functools.partial(jax.jit, static_argnames="app")
@@ -130,11 +123,11 @@ def main(given=None):
         truth, noisy, wrong, clean, test, names = make_data(args, seed)
         if app is None:
             app = detection.trust(noisy, clean, len(names), learn="images", batch=args.batch)
-            count = detection.parameter_count(app.y0)
+            count = sum(map(np.size, jax.tree.leaves(app.y0)))
             print(f"{args.train} training images, {wrong.sum()} wrong; {args.clean} clean; {count:,} parameters")
         key, problem = jax.random.key(seed), swapped(app, noisy, args.train)
         problem = dataclasses.replace(problem, upper_data=data.Minibatches(clean, args.batch))
-        state, _ = learn(problem, app.x0, app.y0, key, args.learning, args.lr)
+        state, _ = learn(app, problem, app.x0, app.y0, key, args.learning, args.lr)
         weights = np.asarray(app.weights(state.x)["images"])
         ones = logit(np.ones(args.train))
         fit = lambda samples, x: train(swapped(app, samples, args.train), x, app.y0, key, args.steps, args.lr)

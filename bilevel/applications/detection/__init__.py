@@ -74,6 +74,7 @@ from bilevel.applications.detection.parts import (
 )
 from bilevel.applications.detection.problem import (
     FrozenUpper,
+    OneGradient,
     Trust,
     checked,
     trust,
@@ -132,6 +133,7 @@ __all__ = [
     "Letterbox",
     "Line",
     "Losses",
+    "OneGradient",
     "Predictions",
     "RepConv",
     "Routed",

@@ -424,7 +424,7 @@ class SPPCSPC(nnx.Module):
         features_in: int,
         features_out: int,
         *,
-        attention: dict[str, Any] | None = {},
+        attention: Mapping[str, Any] | None = ORIGINAL,
         rngs: nnx.Rngs,
         **block: Any,
     ):
