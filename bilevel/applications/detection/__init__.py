@@ -5,9 +5,11 @@ from bilevel.applications.detection.augment import (
     Letterbox,
     augmented,
     flip,
+    from_hsv,
     jitter,
     letterbox,
     mosaic,
+    to_hsv,
     zoom,
 )
 from bilevel.applications.detection.boxes import (
@@ -52,7 +54,11 @@ from bilevel.applications.detection.metrics import (
     average_precision,
     track_scores,
 )
-from bilevel.applications.detection.names import load_original, multiply_adds, name_table
+from bilevel.applications.detection.names import (
+    load_original,
+    multiply_adds,
+    name_table,
+)
 from bilevel.applications.detection.parts import (
     ELAN,
     SPPCSPC,
@@ -66,7 +72,13 @@ from bilevel.applications.detection.parts import (
     RepConv,
     Routed,
 )
-from bilevel.applications.detection.problem import FrozenUpper, Trust, checked, trust
+from bilevel.applications.detection.problem import (
+    FrozenUpper,
+    OneGradient,
+    Trust,
+    checked,
+    trust,
+)
 from bilevel.applications.detection.scenes import (
     Behaviour,
     Corruption,
@@ -76,6 +88,7 @@ from bilevel.applications.detection.scenes import (
     digit_items,
     fashion_items,
     moving_scenes,
+    scenes,
 )
 from bilevel.applications.detection.tracking import (
     Clip,
@@ -120,6 +133,7 @@ __all__ = [
     "Letterbox",
     "Line",
     "Losses",
+    "OneGradient",
     "Predictions",
     "RepConv",
     "Routed",
@@ -144,6 +158,7 @@ __all__ = [
     "flip",
     "follow",
     "from_distances",
+    "from_hsv",
     "from_maps",
     "fused",
     "jitter",
@@ -159,10 +174,12 @@ __all__ = [
     "pairwise",
     "parameter_count",
     "queen_fusion",
+    "scenes",
     "suppress",
     "task_aligned",
     "timeline",
     "to_distances",
+    "to_hsv",
     "track_scores",
     "trust",
     "yolo_folder",

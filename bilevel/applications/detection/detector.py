@@ -20,9 +20,10 @@ from flax import nnx
 from jax import Array
 
 from bilevel.applications.biformer import Routing
-from bilevel.applications.detection.losses import Predictions, from_maps
+from bilevel.applications.detection.losses import from_maps
 from bilevel.applications.detection.parts import (
     ELAN,
+    ORIGINAL,
     SPPCSPC,
     SPPF,
     C2f,
@@ -334,7 +335,7 @@ def yolov7_bra(
     classes: int,
     *,
     width: float = 1.0,
-    attention: dict[str, Any] | None = {},
+    attention: Mapping[str, Any] | None = ORIGINAL,
     norm: Norm = "batch",
     bins: int = 16,
     image: int = 640,
@@ -400,7 +401,9 @@ def yolov7_bra(
     return Detector(rows.rows, outputs, strides, heads, bins=bins, classes=classes)
 
 
-def yolov7_nano(classes: int, *, width: float = 1 / 16, norm: Norm = "group", image: int = 64, rngs: nnx.Rngs) -> Detector:
+def yolov7_nano(
+    classes: int, *, width: float = 1 / 16, norm: Norm = "group", image: int = 64, rngs: nnx.Rngs
+) -> Detector:
     """`yolov7_bra` in a size for two cores: 8 bins, residual attention of 4 heads among 2 x 2 regions, 84 anchors."""
     attention = {"regions": 2, "heads": 4, "chosen": 2, "residual": True}
     return yolov7_bra(

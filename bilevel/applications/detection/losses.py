@@ -113,7 +113,7 @@ def task_aligned(
 ) -> Targets:
     """Task-aligned assignment: give each annotated box the anchors that already say its class and its place best.
 
-        m = score of the box's class^alpha  max(CIoU(box, predicted box), 0)^beta      for anchors inside the box, else 0
+        m = score of the box's class^alpha  max(CIoU(box, predicted box), 0)^beta    for anchors inside the box, else 0
 
     A box has its topk anchors by m that lie inside it; an anchor that several boxes have goes to that of highest CIoU
     among those it lies in. The target is the one-hot label times m max CIoU / max m, both maxima over the box's
@@ -161,6 +161,9 @@ class Gains(NamedTuple):
     bins: Any = 1.5
 
 
+GAINS = Gains()
+
+
 @state
 class Losses:
     """The three parts without gains, and their weighted sum.
@@ -179,7 +182,7 @@ def loss(
     predictions: Predictions,
     batch: Mapping[str, Any],
     *,
-    gains: Any = Gains(),
+    gains: Any = GAINS,
     weights: Array | None = None,
     class_weights: Array | None = None,
     targets: Targets | None = None,

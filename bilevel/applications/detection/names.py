@@ -130,7 +130,9 @@ def _part(module: Any, height: int, width: int) -> tuple[int, tuple[int, int], i
         count, grid, channels = _part(module.conv, height, width)
         return count + (2 * math.prod(grid) * channels if module.norm is not None else 0), grid, channels
     if isinstance(module, RepConv):
-        branches = [(conv, norm) for conv, norm in ((module.dense, module.dense_norm), (module.point, module.point_norm))]
+        branches = [
+            (conv, norm) for conv, norm in ((module.dense, module.dense_norm), (module.point, module.point_norm))
+        ]
         channels = module.dense.kernel.shape[-1]
         total = 0
         for conv, norm in branches:

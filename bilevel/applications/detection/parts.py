@@ -11,7 +11,9 @@ Sources: Xu et al., "DAMO-YOLO", 2022 (`CSPStage`, the neck); Ding et al., "RepV
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from bilevel.applications.layers import BatchNorm, Conv, convolve
 
 Norm = Literal["batch", "group"]
 NORMS = ("batch", "group")
+ORIGINAL: Mapping[str, Any] = MappingProxyType({})  # options of attention: its own
 GROUP = 8  # channels, at most, of a group
 
 
@@ -53,7 +56,7 @@ def _(size: int, primals: tuple[Array], tangents: tuple[Array]) -> Any:
 
 
 def _group_mean(x: Array, size: int) -> Array:
-    """The mean over pixels and groups of channels, at each channel: (batch, pixels, channels) -> (batch, 1, channels)."""
+    """The mean over pixels and a group, at each channel: (batch, pixels, channels) -> (batch, 1, channels)."""
     _, pixels, channels = x.shape
     groups = np.kron(np.eye(channels // size), np.full((size, size), 1 / (size * pixels)))
     return jnp.matmul(x.sum(1), jnp.asarray(groups, x.dtype), precision=lax.Precision.HIGHEST)[:, None]
@@ -76,7 +79,7 @@ class GroupNorm(nnx.Module):
 
 
 def group_normalise(x: Array, scale: Array, bias: Array, size: int) -> Array:
-    """Standardised groups of `size` channels, times `scale`, and `bias`: (batch, height, width, channels) -> the same."""
+    """Standardised groups of `size` channels, times `scale`, plus `bias`: (batch, height, width, channels)."""
     normal, _ = standardise(x.reshape(x.shape[0], -1, x.shape[-1]), size)
     return (normal * scale + bias).reshape(x.shape)
 
@@ -111,7 +114,7 @@ class ConvBlock(nnx.Module):
         rngs: for the initial values.
     """
 
-    NAMES = {"conv": "conv", "norm": "bn"}
+    NAMES: ClassVar = {"conv": "conv", "norm": "bn"}
 
     def __init__(
         self,
@@ -178,7 +181,12 @@ class RepConv(nnx.Module):
     training is one convolution too.
     """
 
-    NAMES = {"dense": "rbr_dense.conv", "dense_norm": "rbr_dense.bn", "point": "rbr_1x1.conv", "point_norm": "rbr_1x1.bn"}
+    NAMES: ClassVar = {
+        "dense": "rbr_dense.conv",
+        "dense_norm": "rbr_dense.bn",
+        "point": "rbr_1x1.conv",
+        "point_norm": "rbr_1x1.bn",
+    }
 
     def __init__(
         self,
@@ -226,7 +234,7 @@ class RepConv(nnx.Module):
 class Bottleneck(nnx.Module):
     """Two 3x3 blocks, and the input added to them where `shortcut`."""
 
-    NAMES = {"first": "cv1", "second": "cv2"}
+    NAMES: ClassVar = {"first": "cv1", "second": "cv2"}
 
     def __init__(self, features: int, *, shortcut: bool, rngs: nnx.Rngs, **block: Any):
         self.first = ConvBlock(features, features, 3, rngs=rngs, **block)
@@ -250,10 +258,17 @@ class C2f(nnx.Module):
         rngs: for the initial values.
     """
 
-    NAMES = {"enter": "cv1", "leave": "cv2", "block": "m"}
+    NAMES: ClassVar = {"enter": "cv1", "leave": "cv2", "block": "m"}
 
     def __init__(
-        self, features_in: int, features_out: int, count: int = 1, *, shortcut: bool = False, rngs: nnx.Rngs, **block: Any
+        self,
+        features_in: int,
+        features_out: int,
+        count: int = 1,
+        *,
+        shortcut: bool = False,
+        rngs: nnx.Rngs,
+        **block: Any,
     ):
         half = features_out // 2
         self.enter = ConvBlock(features_in, 2 * half, rngs=rngs, **block)
@@ -271,7 +286,7 @@ class C2f(nnx.Module):
 class ReversedBlock(nnx.Module):
     """x + 3x3 block of a `RepConv` of x: DAMO-YOLO's basic block, hidden ratio 1."""
 
-    NAMES = {"first": "conv2", "second": "conv1"}  # the original counts from the back
+    NAMES: ClassVar = {"first": "conv2", "second": "conv1"}  # the original counts from the back
 
     def __init__(self, features: int, *, rngs: nnx.Rngs, **block: Any):
         self.first = RepConv(features, features, rngs=rngs, **block)
@@ -285,7 +300,7 @@ class ReversedBlock(nnx.Module):
 class CSPStage(nnx.Module):
     """DAMO-YOLO's stage: two 1x1 blocks; n reversed blocks on the second; 1x1 block of the first and all outputs."""
 
-    NAMES = {"skip": "conv1", "enter": "conv2", "leave": "conv3", "block": "convs"}
+    NAMES: ClassVar = {"skip": "conv1", "enter": "conv2", "leave": "conv3", "block": "convs"}
 
     def __init__(self, features_in: int, features_out: int, count: int = 1, *, rngs: nnx.Rngs, **block: Any):
         half = features_out // 2
@@ -328,7 +343,7 @@ def halving_pool(x: Array) -> Array:
 class SPPF(nnx.Module):
     """1x1 block to half the channels, three 5x5 maxima one of the other, 1x1 block of all four."""
 
-    NAMES = {"enter": "cv1", "leave": "cv2"}
+    NAMES: ClassVar = {"enter": "cv1", "leave": "cv2"}
 
     def __init__(self, features_in: int, features_out: int, size: int = 5, *, rngs: nnx.Rngs, **block: Any):
         half = features_in // 2
@@ -375,7 +390,7 @@ class Routed(nnx.Module):
         self.attention = RoutingAttention(features, heads, regions, topk=chosen, rngs=rngs, **options)
         self.residual = residual
 
-    NAMES = {"attention": ""}
+    NAMES: ClassVar = {"attention": ""}
 
     def __call__(
         self, x: Array, *, train: bool = False, routing_index: Array | None = None, return_routing: bool = False
@@ -394,18 +409,24 @@ class SPPCSPC(nnx.Module):
 
     Args:
         features_in, features_out: channels; all inner ones are features_out.
-        attention: options of `Routed`, or None for YOLOv7's own block without it.
+        attention: options of `Routed`, here with 7 x 7 regions; None: YOLOv7's own block without it.
         block: of every `ConvBlock`: norm, epsilon, momentum.
         rngs: for the initial values.
     """
 
-    NAMES = {
+    NAMES: ClassVar = {
         "enter": "cv1", "side": "cv2", "widen": "cv3", "narrow": "cv4", "pooled": "cv5", "mix": "cv6", "leave": "cv7",
         "attention": "att",
     }  # fmt: skip
 
     def __init__(
-        self, features_in: int, features_out: int, *, attention: dict[str, Any] | None = {}, rngs: nnx.Rngs, **block: Any
+        self,
+        features_in: int,
+        features_out: int,
+        *,
+        attention: Mapping[str, Any] | None = ORIGINAL,
+        rngs: nnx.Rngs,
+        **block: Any,
     ):
         make = lambda i, size=1, n=1: ConvBlock(n * i, features_out, size, rngs=rngs, **block)  # noqa: E731
         self.enter, self.side = make(features_in), make(features_in)
@@ -444,7 +465,12 @@ class ELAN(nnx.Module):
         rngs: for the initial values.
     """
 
-    NAMES = {"skip": "0", "enter": "1", "block": "", "leave": "7"}  # rows of the original, counted from this one's
+    NAMES: ClassVar = {
+        "skip": "0",
+        "enter": "1",
+        "block": "",
+        "leave": "7",
+    }  # rows of the original, counted from this one's
 
     def __init__(
         self, features_in: int, features_out: int, *, enter: int, inner: int, depth: int, every: int, rngs: nnx.Rngs,
@@ -471,7 +497,7 @@ class ELAN(nnx.Module):
 class Halving(nnx.Module):
     """YOLOv7's way to half the side: 1x1 block of the 2x2 maxima, beside a 1x1 and a 3x3 block of stride 2."""
 
-    NAMES = {"pooled": "1", "enter": "2", "strided": "3"}  # rows of the original, counted from this one's
+    NAMES: ClassVar = {"pooled": "1", "enter": "2", "strided": "3"}  # rows of the original, counted from this one's
 
     def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs, **block: Any):
         half = features_out // 2
@@ -498,7 +524,7 @@ class Head(nnx.Module):
         rngs: for the initial values.
     """
 
-    NAMES = {
+    NAMES: ClassVar = {
         "box1": "cv2.{level}.0", "box2": "cv2.{level}.1", "box3": "cv2.{level}.2",
         "class1": "cv3.{level}.0", "class2": "cv3.{level}.1", "class3": "cv3.{level}.2",
     }  # fmt: skip

@@ -24,11 +24,11 @@ import optax
 from flax import nnx
 from jax import Array, lax
 
-from bilevel import Problem, data, hyperparameters
+from bilevel import Problem, data, hyperparameters, state
 from bilevel.applications.application import Application
 from bilevel.applications.detection.boxes import Detections, Overlap, suppress
 from bilevel.applications.detection.detector import Detector, bgf_nano
-from bilevel.applications.detection.losses import Gains, Predictions, loss, task_aligned
+from bilevel.applications.detection.losses import GAINS, Gains, Predictions, loss, task_aligned
 from bilevel.integrations.flax import Apply, from_nnx
 from bilevel.keys import Draw
 
@@ -36,6 +36,7 @@ PyTree = Any
 Batch = Mapping[str, Any]
 Part = Literal["images", "boxes", "classes", "gains"]
 PARTS = ("images", "boxes", "classes", "gains")
+UPPER_GAINS = Gains(1.0, 1.0, 0.25)
 ARRAYS = ("image", "boxes", "classes", "mask")
 
 
@@ -50,6 +51,10 @@ class Trust(Application[dict[str, Array], PyTree]):
         freeze: `(y, batch) -> batch` with the targets and the routing that it has under y.
         frozen: `(y, upper batch, lower batch) -> Problem` whose data are these batches, frozen at y.
         loss: `(y, batch) ->` the upper loss of a batch.
+        weighted: `(y, batch, weights) ->` the loss of which both levels are made, weights being those of the batch's
+            images, boxes, the classes and the gains.
+        lower_weights, upper_weights: `(x, batch) ->` and `batch ->` those of the two levels.
+        decay: weight decay of the lower level.
     """
 
     apply: Apply
@@ -58,6 +63,10 @@ class Trust(Application[dict[str, Array], PyTree]):
     freeze: Callable[[PyTree, Batch], dict[str, Any]]
     frozen: Callable[[PyTree, Batch, Batch], Problem]
     loss: Callable[[PyTree, Batch], Array]
+    weighted: Callable[[PyTree, Batch, Mapping[str, Array]], Array]
+    lower_weights: Callable[[Any, Batch], dict[str, Array]]
+    upper_weights: Callable[[Batch], dict[str, Array]]
+    decay: float
     name: str = "trust in annotations"
     description: str = "Weights of annotations, images or classes, or the loss's gains; a detector trained under them."
     source: str = 'Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML 2018'
@@ -73,8 +82,8 @@ def trust(
     test: Batch | None = None,
     batch: int = 16,
     decay: float = 1e-4,
-    gains: Any = Gains(),
-    upper_gains: Any = Gains(1.0, 1.0, 0.25),
+    gains: Any = GAINS,
+    upper_gains: Any = UPPER_GAINS,
     kind: Overlap = "ciou",
     topk: int = 10,
     seed: int = 0,
@@ -88,7 +97,7 @@ def trust(
     where L is `losses.loss` with a normaliser for each image. Of x there is, and of the weights follows,
 
         images    (n,)    w_i = sigmoid(x_i)                     boxes   (n, M)   sigmoid(x_ij)
-        classes   (C,)    C softmax(x), of mean 1                gains   (3,)     the given gains' sum softmax(x + log gains)
+        classes   (C,)    C softmax(x), of mean 1                gains   (3,)     softmax(x + log gains) sum(gains)
 
     Args:
         train: "image" (n, H, W, 3) in 0..1, "boxes" (n, M, 4) as (x1, y1, x2, y2) in pixels, "classes" (n, M), "mask"
@@ -150,20 +159,31 @@ def trust(
         )  # fmt: skip
         return found.total
 
+    def weighted(y: PyTree, batch: Batch, w: Mapping[str, Array]) -> Array:
+        total = each(y, batch, w["gains"], weights=w["boxes"], class_weights=w["classes"])
+        return (w["images"] * total).mean()
+
+    def plain_weights(batch: Batch, gains: Any) -> dict[str, Array]:
+        ones = jnp.ones(batch["mask"].shape)
+        of_gains = jnp.stack([jnp.asarray(g, jnp.result_type(float)) for g in Gains(*gains)])
+        return {"images": ones[:, 0], "boxes": ones, "classes": jnp.ones(classes), "gains": of_gains}
+
+    def lower_weights(x: Any, batch: Batch) -> dict[str, Array]:
+        mine = {part: x[part][batch["row"]] if part in ("images", "boxes") else x[part] for part in parts}
+        return {**plain_weights(batch, gains), **weights(mine)}
+
+    def upper_weights(batch: Batch) -> dict[str, Array]:
+        return plain_weights(batch, upper_gains)
+
     def clean_loss(y: PyTree, batch: Batch) -> Array:
-        return each(y, batch, upper_gains).mean()
+        return weighted(y, batch, upper_weights(batch))
 
     def upper(x: Any, y: PyTree, batch: Batch) -> Array:
         return clean_loss(y, batch)
 
     def lower(x: Any, y: PyTree, batch: Batch) -> Array:
-        rows = batch["row"]
-        mine = {part: x[part][rows] if part in ("images", "boxes") else x[part] for part in parts}
-        w = weights(mine)
-        total = each(
-            y, batch, w.get("gains", gains), weights=w.get("boxes"), class_weights=w.get("classes")
-        )  # fmt: skip
-        return (w.get("images", 1.0) * total).mean() + 0.5 * decay * optax.tree.norm(y, squared=True)
+        loss = weighted(y, batch, lower_weights(x, batch))
+        return loss + 0.5 * decay * optax.tree.norm(y, squared=True)
 
     def freeze(y: PyTree, batch: Batch) -> dict[str, Any]:
         predictions, routings = apply(y, batch["image"], train=True, return_routing=True)
@@ -191,7 +211,7 @@ def trust(
     metrics = {"loss": (lambda x, y, batch: clean_loss(y, batch), held)}
     return Trust(
         problem, x0, y0, metrics, apply=apply, weights=weights, detect=detect, freeze=freeze, frozen=frozen,
-        loss=clean_loss,
+        loss=clean_loss, weighted=weighted, lower_weights=lower_weights, upper_weights=upper_weights, decay=decay,
     )  # fmt: skip
 
 
@@ -222,6 +242,74 @@ class FrozenUpper:
     def _at(self, problem: Problem, y: PyTree, key: Any) -> Problem:
         batch = problem.sources[0].draw(data.as_step_key(key).fold_in(Draw.UPPER))
         return dataclasses.replace(problem, upper_data=self.freeze(y, batch))
+
+
+@state
+class Alternated:
+    """x and y and the memories of their step rules."""
+
+    x: PyTree
+    y: PyTree
+    memories: tuple[PyTree, PyTree]
+
+
+@hyperparameters
+class OneGradient:
+    """T1-T2 for a `Trust`, one compiled gradient of the detector for both levels.
+
+        g, F_y = f_y(x, y), F_y(y)          the same programme, first on a training batch and then on a clean one
+        x <- upper_optimizer(-f_xy F_y)     f_xy v = d/dx of the derivative of f along v: one forward pass, and no HVP
+        y <- lower_optimizer(g)
+
+    Compiling is what a small detector costs: this is a quarter of what `solvers.T1T2` has to compile, which linearises
+    the whole lower gradient. Everything is looked at in one y, so that targets and routing are frozen within a
+    hypergradient.
+
+    Args:
+        app: the `Trust`; both levels have batches of one size.
+        lower_optimizer, upper_optimizer: optax rules.
+
+    Source: Luketina et al., ICML 2016 (T1-T2); Ren et al., ICML 2018.
+    """
+
+    app: Any
+    lower_optimizer: Any
+    upper_optimizer: Any
+
+    def init(self, problem: Problem, x: PyTree, y: PyTree, key: Any) -> Alternated:
+        """The rules' own starts."""
+        return Alternated(x, y, (self.upper_optimizer.init(x), self.lower_optimizer.init(y)))
+
+    def step(self, problem: Problem, now: Alternated, key: Any) -> tuple[Alternated, dict[str, Array]]:
+        """One step of x and one of y."""
+        app, x, y, key = self.app, now.x, now.y, data.as_step_key(key)
+        clean, train = (
+            source.draw(key.fold_in(draw))
+            for source, draw in zip(problem.sources, (Draw.UPPER, Draw.LOWER), strict=True)
+        )
+        if clean["mask"].shape != train["mask"].shape:
+            raise ValueError(
+                f"OneGradient takes batches of one size and at most as many boxes; the levels' masks are "
+                f"{train['mask'].shape} and {clean['mask'].shape}. Change the batch size, or pad the boxes."
+            )
+        pairs = [
+            ({name: batch[name] for name in ARRAYS}, w)
+            for batch, w in ((train, app.lower_weights(x, train)), (clean, app.upper_weights(clean)))
+        ]
+        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), *pairs)
+        values, gradients = lax.map(lambda pair: jax.value_and_grad(app.weighted)(y, *pair), both)
+        lower_y, v = (jax.tree.map(lambda a, i=i: a[i], gradients) for i in range(2))
+
+        def along(x: PyTree) -> Array:
+            return jax.jvp(lambda y: app.weighted(y, pairs[0][0], app.lower_weights(x, train)), (y,), (v,))[1]
+
+        hypergradient = optax.tree.scale(-1.0, jax.grad(along)(x))
+        lower_y = optax.tree.add_scale(lower_y, app.decay, y)
+        of_x, x_memory = self.upper_optimizer.update(hypergradient, now.memories[0], x)
+        of_y, y_memory = self.lower_optimizer.update(lower_y, now.memories[1], y)
+        after = Alternated(optax.apply_updates(x, of_x), optax.apply_updates(y, of_y), (x_memory, y_memory))
+        metrics = {"upper_loss": values[1], "hypergradient_norm": optax.tree.norm(hypergradient)}
+        return after, {**metrics, "lower_residual": optax.tree.norm(lower_y)}
 
 
 def checked(batch: Batch, classes: int, name: str = "batch") -> dict[str, np.ndarray]:

@@ -192,7 +192,9 @@ def test_images_have_losses_of_their_own_and_weights_scale_their_terms():
     weighted = loss(found, BATCH, per="image", weights=jnp.array([0.25, 2.0]))
     np.testing.assert_allclose(weighted.total, each.total * jnp.array([0.25, 2.0]), rtol=1e-5)
     np.testing.assert_allclose(
-        loss(found, BATCH, per="image", weights=jnp.ones((2, 2)), class_weights=jnp.ones(3)).total, each.total, rtol=1e-6
+        loss(found, BATCH, per="image", weights=jnp.ones((2, 2)), class_weights=jnp.ones(3)).total,
+        each.total,
+        rtol=1e-6,
     )
     gains = loss(found, BATCH, gains=Gains(2.0, 0.0, 0.0))
     np.testing.assert_allclose(gains.total, 2 * 2 * gains.box, rtol=1e-6)

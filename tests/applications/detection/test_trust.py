@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ import optax
 import pytest
 from flax import nnx
 
-from bilevel import hypergradients, lower, run, solvers
+from bilevel import data, hypergradients, lower
 from bilevel.applications import Application
 from bilevel.applications.detection import (
     ConvBlock,
     Detector,
     FrozenUpper,
     Head,
+    OneGradient,
     RepConv,
     Routed,
     checked,
@@ -25,6 +27,8 @@ from bilevel.applications.detection import (
     trust,
 )
 from bilevel.applications.detection.detector import Row
+from bilevel.derivatives import cross_product
+from bilevel.keys import Draw
 
 RNG = np.random.default_rng(0)
 EVERYTHING = ("images", "boxes", "classes", "gains")
@@ -129,14 +133,60 @@ def test_the_levels_are_the_formulas_and_the_weights_what_they_are_said_to_be():
     assert found.boxes.shape == (4, 5, 4) and found.mask.all()
 
 
-def test_a_solver_that_freezes_runs_and_learns():
+class Look:
+    """A solver that does nothing but to look at the upper level, one unit further along."""
+
+    def init(self, problem, x, y, key):
+        return SimpleNamespace(x=x, y=y)
+
+    def step(self, problem, state, key):
+        further = jax.tree.map(lambda a: a + 0.02, state.y)
+        return state, problem.draw_upper(key)(state.x, further)
+
+
+def test_a_solver_that_freezes_sees_the_targets_and_the_routing_of_where_it_begins():
     app = trust(TRAIN, CLEAN, 2, learn="images", detector=small_detector(), batch=2)
-    solver = solvers.T1T2(optax.adam(1e-2), optax.adam(0.1))
-    state, metrics = jax.jit(lambda p, x, y: run(p, FrozenUpper(solver, app.freeze), x, y, 3, 0))(
-        app.problem, app.x0, app.y0
-    )
-    assert len(metrics["upper_loss"]) == 3 and np.isfinite(metrics["upper_loss"]).all()
-    assert (np.asarray(state.x["images"]) != 0).any() and np.isfinite(state.x["images"]).all()
+    key = data.as_step_key(0)
+    solver = FrozenUpper(Look(), app.freeze)
+    batch = app.problem.sources[0].draw(key.fold_in(Draw.UPPER))
+
+    @jax.jit
+    def values(problem, y):
+        further = jax.tree.map(lambda a: a + 0.02, y)
+        state = solver.init(problem, app.x0, y, key)
+        frozen = app.loss(further, app.freeze(y, batch))
+        return solver.step(problem, state, key)[1], frozen, app.loss(further, batch)
+
+    seen, frozen, live = values(app.problem, app.y0)
+    np.testing.assert_allclose(seen, frozen, rtol=1e-6)
+    assert abs(seen - live) > 1e-5
+
+
+def test_one_compiled_gradient_takes_the_steps_of_its_formula():
+    app = trust(TRAIN, CLEAN, 2, learn=("boxes", "gains"), detector=small_detector(), batch=4, decay=0.1)
+    x = jax.tree.map(lambda a: jnp.asarray(RNG.standard_normal(a.shape), jnp.float32), app.x0)
+    solver, key = OneGradient(app, optax.sgd(0.5), optax.sgd(2.0)), data.as_step_key(0)
+
+    @jax.jit
+    def both(problem, x, y):
+        upper, lower = problem.levels(key)
+        v = jax.grad(upper, argnums=1)(x, y)
+        by_hand = cross_product(lower, x, y, v), jax.grad(lower, argnums=1)(x, y)
+        return solver.step(problem, solver.init(problem, x, y, key), key)[0], *by_hand
+
+    after, cross, lower_y = both(app.problem, x, app.y0)
+    for new, old, gradient, rate in ((after.x, x, cross, -2.0), (after.y, app.y0, lower_y, 0.5)):
+        moved = jax.tree.map(lambda a, b: a - b, new, old)
+        size = max(float(np.abs(g).max()) for g in jax.tree.leaves(gradient))
+        jax.tree.map(
+            lambda m, g, size=size, rate=rate: np.testing.assert_allclose(m, -rate * g, atol=1e-4 * size),
+            moved,
+            gradient,
+        )
+    uneven = dataclasses.replace(app.problem, lower_data={**TRAIN, "row": np.arange(4, dtype=np.int32)})
+    uneven = dataclasses.replace(uneven, upper_data=jax.tree.map(lambda a: a[:2], CLEAN))
+    with pytest.raises(ValueError, match="takes batches of one size"):
+        solver.step(uneven, solver.init(uneven, x, app.y0, key), key)
 
 
 def broken(**changes):
