@@ -301,6 +301,7 @@ def moving_scenes(
     size: int = 96,
     identities: int = 4,
     sides: tuple[float, float] = (0.28, 0.38),
+    held: float = 0.5,
     speed: float = 0.012,
     dwell: float = 20.0,
     hidden: float = 0.25,
@@ -321,6 +322,7 @@ def moving_scenes(
         size: of the square canvas, in pixels.
         identities: P.
         sides: the longer side of a person as a share of the canvas, from and to.
+        held: the longer side of a sign as a share of the person's.
         speed: mean length of a step, as a share of the canvas.
         dwell: frames that a behaviour lasts on average (at least a quarter of that).
         hidden: the chance that a sign is not shown in a frame.
@@ -331,6 +333,10 @@ def moving_scenes(
     """
     _check(bodies, size, frames)
     _check(signs, size, frames)
+    if not (0 < sides[0] <= sides[1] <= 1 and 0 < held <= 1):
+        raise ValueError(
+            f"sides={sides} and held={held} were given; shares lie above 0 and are 1 at most, from and to."
+        )
     if identities < 1 or not 0 <= hidden < 1 or dwell < 1 or speed < 0:
         raise ValueError(
             f"identities={identities}, hidden={hidden}, dwell={dwell} and speed={speed} were given; expected are 1 at "
@@ -358,7 +364,7 @@ def moving_scenes(
     )
     ground = _ground(rng, size)
     _scraps(ground, signs, clutter, rng)
-    people = [_Person.draw(rng, bodies, signs, film, sides, speed, dwell) for _ in range(identities)]
+    people = [_Person.draw(rng, bodies, signs, film, sides, held, speed, dwell) for _ in range(identities)]
     film.behaviour[:] = np.stack([person.doing for person in people], 1)
     for t in range(frames):
         canvas = ground.copy()
@@ -390,14 +396,15 @@ class _Person(NamedTuple):
         signs: Items,
         film: Film,
         sides: tuple[float, float],
+        held: float,
         speed: float,
         dwell: float,
     ) -> _Person:
         """Choose its looks, and draw its path and what it does."""
         frames, size = film.image.shape[:2]
         body = _scaled(bodies.images[rng.integers(len(bodies.labels))], rng.uniform(*sides) * size)
-        held = [rng.choice(np.flatnonzero(signs.labels == each.sign)) for each in film.behaviours]
-        items = [_scaled(signs.images[which], 0.5 * max(body.shape)) for which in held]
+        chosen = [rng.choice(np.flatnonzero(signs.labels == each.sign)) for each in film.behaviours]
+        items = [_scaled(signs.images[which], held * max(body.shape)) for which in chosen]
         border = np.array([size - body.shape[1], size - body.shape[0]], float)
         angle = rng.uniform(0, 2 * np.pi)
         place, velocity = rng.uniform(0, border), speed * size * np.array([np.cos(angle), np.sin(angle)])

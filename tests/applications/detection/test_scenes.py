@@ -211,6 +211,7 @@ def test_what_a_film_gives_to_a_detector_and_to_a_judge():
         ((*BEHAVIOURS, Behaviour("nine", 5)), {}, "there is no item of the class 5 for 'nine'"),
         (BEHAVIOURS, {"identities": 0}, "identities=0"),
         (BEHAVIOURS, {"hidden": 1.0}, r"hidden=1.0"),
+        (BEHAVIOURS, {"held": 0.0}, r"held=0.0"),
     ],
 )
 def test_films_that_cannot_be_made_are_named(behaviours, options, message):
