@@ -76,7 +76,7 @@ def from_maps(maps: Sequence[Array], strides: Sequence[int], bins: int) -> Predi
     if width <= 4 * bins:
         raise ValueError(f"A map has {width} channels; {bins} bins for each of four sides and the classes need more.")
     flat = jnp.concatenate([m.reshape(m.shape[0], -1, width) for m in maps], axis=1)
-    points, sizes = anchors([m.shape[1:3] for m in maps], strides)
+    points, sizes = anchors([(m.shape[1], m.shape[2]) for m in maps], strides)
     return Predictions(
         flat[..., : 4 * bins].reshape(*flat.shape[:2], 4, bins),
         flat[..., 4 * bins :],

@@ -114,8 +114,8 @@ def multiply_adds(detector: Detector, height: int = 640, width: int = 640) -> in
         else:
             channels = sum(widths[s] for s in row.sources)
         sizes[i], widths[i] = (h, w), channels
-    for level, row in enumerate(detector.outputs):
-        h, w = sizes[row]
+    for level, output in enumerate(detector.outputs):
+        h, w = sizes[output]
         total += _part(getattr(detector, f"head{level}"), h, w)[0] + h * w * 4 * detector.bins
     return total
 

@@ -130,7 +130,7 @@ class ConvBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.conv = Conv(features_in, features_out, size, stride=stride, padding=size // 2, bias=False, rngs=rngs)
-        self.norm = make_norm(norm, features_out, epsilon, momentum)
+        self.norm: Any = make_norm(norm, features_out, epsilon, momentum)
         self.active = active
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
@@ -165,7 +165,8 @@ def _folded(conv: Conv, norm: BatchNorm) -> tuple[Array, Array]:
 
 
 def _with_bias(conv: Conv, kernel: Array, bias: Array) -> Conv:
-    new = Conv(*kernel.shape[2:], kernel.shape[0], stride=conv.stride, padding=conv.padding, rngs=nnx.Rngs(0))
+    size, _, features_in, features_out = kernel.shape
+    new = Conv(features_in, features_out, size, stride=conv.stride, padding=conv.padding, rngs=nnx.Rngs(0))
     new.kernel, new.bias = nnx.Param(kernel), nnx.Param(bias)
     return new
 
@@ -199,9 +200,9 @@ class RepConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dense = Conv(features_in, features_out, 3, stride=1, padding=1, bias=False, rngs=rngs)
-        self.dense_norm = make_norm(norm, features_out, epsilon, momentum)
-        self.point = Conv(features_in, features_out, 1, stride=1, padding=0, bias=False, rngs=rngs)
-        self.point_norm = make_norm(norm, features_out, epsilon, momentum) if norm == "batch" else None
+        self.dense_norm: Any = make_norm(norm, features_out, epsilon, momentum)
+        self.point: Any = Conv(features_in, features_out, 1, stride=1, padding=0, bias=False, rngs=rngs)
+        self.point_norm: Any = make_norm(norm, features_out, epsilon, momentum) if norm == "batch" else None
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """(batch, height, width, in) -> (batch, height, width, out)."""

@@ -121,7 +121,7 @@ def trust(
         ValueError: annotations that are none (swapped corners, outside of the image, NaN, unknown classes), named by
             the image; an empty or unknown `learn`.
     """
-    parts = (learn,) if isinstance(learn, str) else tuple(learn)
+    parts: tuple[str, ...] = (learn,) if isinstance(learn, str) else tuple(learn)
     unknown = [part for part in parts if part not in PARTS]
     if not parts or unknown or len(set(parts)) < len(parts):
         raise ValueError(f"learn={learn!r}: give one or several of {', '.join(PARTS)}, each once.")
