@@ -2,7 +2,7 @@
 
 from bilevel.applications.biformer.attend import choose_backend, routed_attention
 from bilevel.applications.biformer.attention import ConvAttention, FullAttention, Routing, RoutingAttention
-from bilevel.applications.biformer.flops import multiply_adds
+from bilevel.applications.biformer.flops import attention_multiply_adds, multiply_adds
 from bilevel.applications.biformer.load import load_original, name_table, read_checkpoint
 from bilevel.applications.biformer.model import (
     BiFormer,
@@ -30,6 +30,7 @@ __all__ = [
     "FullAttention",
     "Routing",
     "RoutingAttention",
+    "attention_multiply_adds",
     "biformer_base",
     "biformer_small",
     "biformer_stl",

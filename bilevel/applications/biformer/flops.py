@@ -17,7 +17,8 @@ def _depthwise(kernel: Any, positions: int) -> int:
     return positions * rows * columns * channels
 
 
-def _attention(attention: Any, height: int, width: int) -> int:
+def attention_multiply_adds(attention: Any, height: int, width: int) -> int:
+    """Multiply-adds of one of the attention modules on a map of that size, by the rules of `multiply_adds`."""
     if isinstance(attention, ConvAttention):
         positions = height * width
         mix = _depthwise(attention.mix.kernel, positions)
@@ -65,7 +66,7 @@ def multiply_adds(model: BiFormer, height: int = 224, width: int = 224) -> int:
             normed = norm.scale.shape[0]
             total += 2 * normed * (height * width if normed == dim_out else before)
         block, positions = stage.blocks, height * width
-        per_block = _attention(block.attn, height, width)
+        per_block = attention_multiply_adds(block.attn, height, width)
         per_block += _linear(block.mlp.fc1, positions) + _linear(block.mlp.fc2, positions)
         per_block += 2 * 5 * positions * stage.dim
         for conv in (block.pos_embed, block.mlp.dwconv):

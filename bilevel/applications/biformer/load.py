@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 from flax import nnx
 
 from bilevel.applications.biformer.attention import ConvAttention, FullAttention, RoutingAttention
 from bilevel.applications.biformer.model import STAGES, BiFormer
+from bilevel.applications.layers import set_weights
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -33,7 +33,6 @@ ATTENTION = {
     "full": {"qkv": "attn.qkv", "proj": "attn.proj", "lepe": "attn.lepe"},
     "conv": {"project_in": "attn.1", "mix": "attn.2", "project_out": "attn.3"},
 }
-LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
 def _attention_kind(attention: Any) -> str:
@@ -71,28 +70,6 @@ def name_table(model: BiFormer | nnx.Module) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def _to_ours(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """PyTorch's (out, in), (out, in, kh, kw), depthwise (C, 1, kh, kw) as (in, out), (kh, kw, in, out), (kh, kw, C)."""
-    if weight.ndim == 4 and len(shape) == 2:
-        weight = weight[:, :, 0, 0]
-    if weight.ndim == 2:
-        return weight.T
-    if weight.ndim == 4:
-        return weight[:, 0].transpose(1, 2, 0) if len(shape) == 3 else weight.transpose(2, 3, 1, 0)
-    return weight
-
-
-def _names(path: Any) -> list[str]:
-    return [str(entry.key) for entry in path if hasattr(entry, "key")]
-
-
-def _theirs(model_table: Mapping[str, tuple[str, ...]], path: list[str]) -> tuple[str, ...]:
-    if ".".join(path) in model_table:  # a bare parameter, gamma
-        return model_table[".".join(path)]
-    *module, leaf = path
-    return tuple(f"{name}.{LEAF[leaf]}" for name in model_table[".".join(module)])
-
-
 def load_original(model: Module, weights: Mapping[str, Any]) -> Module:
     """Set the parameters and running statistics of `model` from the authors' names; returns the model.
 
@@ -103,31 +80,7 @@ def load_original(model: Module, weights: Mapping[str, Any]) -> Module:
     Raises:
         KeyError: a weight is missing. ValueError: a shape differs, or weights are left over.
     """
-    table = name_table(model)
-    left = {name for name in weights if not name.endswith("num_batches_tracked")}
-    values = nnx.state(model)
-    paths, structure = jax.tree_util.tree_flatten_with_path(values)
-    leaves = []
-    for path, old in paths:
-        names = _theirs(table, _names(path))
-        stacked = "blocks" in _names(path)
-        shape = old.shape[1:] if stacked else old.shape
-        parts = []
-        for name in names:
-            if name not in weights:
-                raise KeyError(f"The weights lack {name}, which is {'.'.join(_names(path))} here.")
-            part = _to_ours(np.asarray(weights[name]), shape)
-            if part.shape != shape:
-                raise ValueError(f"{name} has shape {np.shape(weights[name])}; {'.'.join(_names(path))} needs {shape}.")
-            parts.append(part)
-            left.discard(name)
-        leaves.append(jax.numpy.asarray(np.stack(parts) if stacked else parts[0], old.dtype))
-    if left:
-        raise ValueError(
-            f"The model has no place for {', '.join(sorted(left)[:5])} ({len(left)} in all): another configuration?"
-        )
-    nnx.update(model, structure.unflatten(leaves))  # type: ignore[attr-defined]
-    return model
+    return set_weights(model, name_table(model), weights, stacked=lambda path: "blocks" in path)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:

@@ -9,11 +9,13 @@ from bilevel.applications.layers.modules import (
     Conv,
     DepthwiseConv,
     LayerNorm,
+    convolve,
     drop_path,
     gelu,
     linear,
     pointwise,
 )
+from bilevel.applications.layers.state_dicts import set_weights
 from bilevel.applications.layers.weights import read_safetensors, write_safetensors
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Conv",
     "DepthwiseConv",
     "LayerNorm",
+    "convolve",
     "depthwise",
     "depthwise_conv",
     "depthwise_flat",
@@ -31,6 +34,7 @@ __all__ = [
     "normal",
     "pointwise",
     "read_safetensors",
+    "set_weights",
     "share_right",
     "uniform_fan_in",
     "write_safetensors",

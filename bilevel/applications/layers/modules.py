@@ -54,27 +54,41 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1.0 + lax.erf(x * jnp.asarray(math.sqrt(0.5), x.dtype)))
 
 
+def convolve(x: Array, kernel: Array, *, stride: int = 1, padding: int = 0) -> Array:
+    """A dense convolution with symmetric padding: NHWC and a kernel (rows, columns, in, out)."""
+    dtype = jnp.promote_types(x.dtype, kernel.dtype)
+    return lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        (stride, stride),
+        ((padding, padding),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
 class Conv(nnx.Module):
     """A dense convolution with symmetric padding (at stride 2, Flax's SAME pads one side only). NHWC."""
 
-    def __init__(self, features_in: int, features_out: int, size: int, *, stride: int, padding: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        size: int,
+        *,
+        stride: int,
+        padding: int,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
         start = uniform_fan_in(features_in * size * size)
         self.kernel = nnx.Param(start(rngs.params(), (size, size, features_in, features_out)))
-        self.bias = nnx.Param(start(rngs.params(), (features_out,)))
+        self.bias = nnx.Param(start(rngs.params(), (features_out,))) if bias else None
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: Array) -> Array:
         """(batch, height, width, in) -> (batch, height', width', out)."""
-        kernel, bias = self.kernel[...], self.bias[...]
-        dtype = jnp.promote_types(x.dtype, kernel.dtype)
-        out = lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel.astype(dtype),
-            (self.stride, self.stride),
-            ((self.padding, self.padding),) * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return out + bias
+        out = convolve(x, self.kernel[...], stride=self.stride, padding=self.padding)
+        return out if self.bias is None else out + self.bias[...]
 
 
 class DepthwiseConv(nnx.Module):
