@@ -91,7 +91,7 @@ class Pretraining:
         online = {name: part for name, part in params.items() if name != "target"}
         decay = 0.5 * self.decay * optax.tree.norm(online, squared=True)
         if self.method == "simclr":
-            return nt_xent(*z, self.temperature) + decay
+            return nt_xent(z[0], z[1], self.temperature) + decay
         p = through("predictor", params, z)
         if self.method == "simsiam":
             return simsiam(*p, *z) + decay
