@@ -12,10 +12,10 @@ import optax
 from jax import Array
 
 from bilevel import Problem, data, lower, run
-from bilevel.applications.contrastive._routes import Held
 from bilevel.applications.contrastive.augment import Augmentation
 from bilevel.applications.contrastive.encoders import MLP, Parameters, apply_head, head
 from bilevel.applications.contrastive.losses import byol, nt_xent, simsiam
+from bilevel.applications.contrastive.routes import Held
 from bilevel.solvers import HypergradientDescent
 
 METHODS = ("simclr", "simsiam", "byol")
