@@ -1,7 +1,7 @@
 """What three seeds of the robustness study cost, over one: they are vmapped, so that most of the cost is shared.
 
-The first call of a process compiles everything, for each number of seeds in a fresh process of its own; a second call of
-the same shapes compiles nothing. Both ratios are of CPU time. One seed has three clean encoders too, which the false
+The first call of a process compiles everything, for each number of seeds in a fresh process of its own; a second call
+of the same shapes compiles nothing. Both ratios are of CPU time. One seed has three clean encoders too, which the false
 positives need.
 
     python benchmarks/robustness.py            # the defaults of robustness_study: some minutes

@@ -1,6 +1,5 @@
 """Contrastive pretraining, and a study of which defences hold against perturbations tuned through it; digits alone."""
 
-from bilevel.applications.contrastive._routes import ROUTES
 from bilevel.applications.contrastive.augment import Augmentation
 from bilevel.applications.contrastive.defences import DEFENCES
 from bilevel.applications.contrastive.encoders import MLP, Conv
@@ -9,6 +8,7 @@ from bilevel.applications.contrastive.losses import byol, cosine, nt_xent, simsi
 from bilevel.applications.contrastive.perturbation import Perturbation
 from bilevel.applications.contrastive.pretraining import METHODS, Pretraining
 from bilevel.applications.contrastive.report import Attack, Claim, Defence, Share, Study
+from bilevel.applications.contrastive.routes import ROUTES
 from bilevel.applications.contrastive.study import robustness_study
 
 __all__ = [

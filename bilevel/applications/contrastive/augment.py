@@ -57,8 +57,11 @@ class Augmentation:
         rows = jnp.maximum(0, 1 - jnp.abs(at[:, 0, :, None] - grid))  # (n, view, pixel)
         columns = jnp.maximum(0, 1 - jnp.abs(at[:, 1, None, :] - grid[:, None]))  # (n, pixel, view)
         # Sums of products of whole arrays: many products of 8x8 matrices take as long as the encoder's gradient.
-        views = sum(rows[:, :, k, None] * images[:, k, None, :] for k in range(SIDE))
-        views = sum(views[:, :, k, None] * columns[:, k, None, :] for k in range(SIDE))
+        half, views = jnp.zeros_like(images), jnp.zeros_like(images)
+        for k in range(SIDE):
+            half = half + rows[:, :, k, None] * images[:, k, None, :]
+        for k in range(SIDE):
+            views = views + half[:, :, k, None] * columns[:, k, None, :]
         mean = views.mean((1, 2), keepdims=True)
         c, b = draws["contrast"][:, None, None], draws["brightness"][:, None, None]
         return c * (views - mean) + mean + b + draws["noise"]

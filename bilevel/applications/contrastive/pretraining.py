@@ -12,10 +12,10 @@ import optax
 from jax import Array
 
 from bilevel import Problem, data, lower, run
-from bilevel.applications.contrastive._routes import Held
 from bilevel.applications.contrastive.augment import Augmentation
 from bilevel.applications.contrastive.encoders import MLP, Parameters, apply_head, head
 from bilevel.applications.contrastive.losses import byol, nt_xent, simsiam
+from bilevel.applications.contrastive.routes import Held
 from bilevel.solvers import HypergradientDescent
 
 METHODS = ("simclr", "simsiam", "byol")
@@ -91,7 +91,7 @@ class Pretraining:
         online = {name: part for name, part in params.items() if name != "target"}
         decay = 0.5 * self.decay * optax.tree.norm(online, squared=True)
         if self.method == "simclr":
-            return nt_xent(*z, self.temperature) + decay
+            return nt_xent(z[0], z[1], self.temperature) + decay
         p = through("predictor", params, z)
         if self.method == "simsiam":
             return simsiam(*p, *z) + decay

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import run, solve
-from bilevel.applications.contrastive._problem import problem_of
-from bilevel.applications.contrastive._routes import ROUTES, route
 from bilevel.applications.contrastive.defences import DEFENCES, Found, Rule, Suspect
 from bilevel.applications.contrastive.digits import Split, check_target, split
 from bilevel.applications.contrastive.evaluate import auroc, knn, logits, probe, tpr_at
 from bilevel.applications.contrastive.losses import normalised
 from bilevel.applications.contrastive.perturbation import Perturbation
 from bilevel.applications.contrastive.pretraining import Pretraining
+from bilevel.applications.contrastive.problem import problem_of
 from bilevel.applications.contrastive.report import Attack, Claim, Defence, Share, Study
+from bilevel.applications.contrastive.routes import ROUTES, route
 
 FEWEST_CLEAN = 3
 

@@ -41,12 +41,12 @@ from bilevel.applications.contrastive import (
     tpr_at,
     wilson,
 )
-from bilevel.applications.contrastive._problem import alignment, problem_of
-from bilevel.applications.contrastive._routes import route
 from bilevel.applications.contrastive.defences.repair import Parts
 from bilevel.applications.contrastive.defences.suspect import small_outlier
 from bilevel.applications.contrastive.digits import split
 from bilevel.applications.contrastive.encoders import apply_head, head
+from bilevel.applications.contrastive.problem import alignment, problem_of
+from bilevel.applications.contrastive.routes import route
 from bilevel.hypergradients import value_and_hypergradient
 
 RNG = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """The bilevel problem under study, on the digits alone: a bounded perturbation above a contrastive pretraining.
 
-Private: `robustness_study` solves it, and shows what it finds beside the defences.
+Not exported: `robustness_study` solves it, and shows what it finds beside the defences.
 """
 
 from __future__ import annotations

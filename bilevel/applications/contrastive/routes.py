@@ -1,6 +1,6 @@
 """The ways to a hypergradient of the alignment that are compared: how the surrogate is moved and differentiated.
 
-Private, but for their names: `robustness_study` runs them, beside the defences.
+Not exported, but for their names: `robustness_study` runs them, beside the defences.
 """
 
 from __future__ import annotations
