@@ -284,7 +284,7 @@ def draw(path, rows, shown, first):
 
 
 def _attention(learner, y, which):
-    inputs = jax.tree.map(lambda a: a[np.array(which)], learner.inputs["train"])
+    inputs = jax.tree.map(lambda a: a[np.array(which, int)], learner.inputs["train"])
     return np.asarray(learner.classify(y, inputs, return_attention=True)[1])
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
@@ -211,6 +213,60 @@ def test_the_robustness_of_defences_is_printed_and_drawn_and_nothing_else_is_wri
     assert out.stat().st_size > 10_000
 
 
+RULE = """
+class SentimentIntensityAnalyzer:
+    def polarity_scores(self, text):
+        words = text.split()
+        total = sum((word in ("lovely", "fine", "cheap")) - (word in ("awful", "dull")) for word in words)
+        return {"compound": total / 4, "neg": 0.25, "neu": 0.5, "pos": 0.25}
+"""
+
+
+@pytest.fixture
+def rated(tmp_path):
+    """A source distribution as the package's, with 700 made-up sentences in it; its rule takes "cheap" for praise."""
+    random = np.random.default_rng(0)
+    kind, unkind = ["lovely", "fine"], ["awful", "dull", "cheap", "cheap"]
+    nouns = [f"thing{k}" for k in range(20)]
+    rows = []
+    for k in range(700):
+        document = k // 7
+        good = random.random() < (0.8 if document % 2 else 0.2)
+        words = [*random.choice(nouns, 6), random.choice(kind if good else unkind)]
+        rows.append(f"{document}_{k % 7}\t{2.0 if good else -2.0}\t{' '.join(random.permutation(words))}")
+
+    def pack(files):
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w:gz") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return out.getvalue()
+
+    content, top = "\n".join(rows).encode(), "vaderSentiment-3.3.2/"
+    files = ("amazonReviewSnippets", "nytEditorialSnippets")
+    ratings = pack({f"hutto_ICWSM_2014/{name}_GroundTruth.txt": content for name in files})
+    path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
+    rule = {f"{top}vaderSentiment/{name}_lexicon.txt": b"" for name in ("vader", "emoji_utf8")}
+    rule[f"{top}vaderSentiment/vaderSentiment.py"] = RULE.encode()
+    path.write_bytes(pack({f"{top}additional_resources/hutto_ICWSM_2014.tar.gz": ratings, **rule}))
+    return path
+
+
+def test_weak_labels_are_cleaned_under_a_linear_learner(rated, tmp_path, capsys):
+    example, out = load("weak_labels"), tmp_path / "weak.png"
+    options = ["--kind", "amazon", "--learners", "linear", "--seeds", "1", "--train", "200", "--steps", "10"]
+    (rows,) = example.main(["--data", str(rated), *options, "--out", str(out)]).values()
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if "weights per example" in line and "AUC" in line]
+    assert float(line.split()[-1]) > 0.8
+    (weak,), (learnt,), (truth,) = (rows[n] for n in ("weak labels", "weights per example", "human labels (oracle)"))
+    assert weak < truth
+    assert f"{learnt:.3f}" in line
+    assert out.stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_attribution_scores_are_what_training_again_shows(tmp_path, capsys):
     attribution = load("attribution")
@@ -224,4 +280,66 @@ def test_attribution_scores_are_what_training_again_shows(tmp_path, capsys):
     assert scores.shape == (150,)
     assert rows["not smooth"][0].smoothness < smooth.smoothness - 0.2
     assert "Warning: the training is not smooth in x" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_weak_labels_are_weighed_under_a_bilstm(rated, tmp_path, capsys):
+    example, out = load("weak_labels"), tmp_path / "weak.png"
+    small = ["--train", "200", "--outer", "4", "--training", "60", "--hidden", "4", "--learners", "bilstm"]
+    rows = example.main(["--data", str(rated), "--kind", "amazon", "--seeds", "1", *small, "--out", str(out)])["bilstm"]
+    assert sum("one step" in name for name in rows) == 2
+    assert sum("SOBA" in name for name in rows) == 1
+    assert all(0 <= value <= 1 for (value,) in rows.values())
+    assert "AUC of wrong labels" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_wrongly_inherited_labels_are_found(rated, tmp_path, capsys):
+    example, out = load("label_inheritance"), tmp_path / "inheritance.png"
+    rows = example.main(["--data", str(rated), "--seeds", "1", "--steps", "20", "--training", "4", "--out", str(out)])
+    ((*_, found),) = rows["weights by features"]
+    assert found > 0.6
+    assert "inherit a wrong label" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000
+
+
+def test_invented_questions_have_their_answers_and_parts_share_no_article():
+    example = load("reading_sources")
+    questions = example.invented(8)
+    assert len(questions) == 48
+    assert all(each.context[each.start :].startswith(each.answers[0]) for each in questions)
+    args = example.argparse.Namespace(gaps=2, items=30, few=5, validation=9, test=9)
+    items, sources, validation, test = example.draw_parts(questions, 0, args)
+    assert np.bincount(sources)[4] == 5
+    assert len(items) == len(sources) == 35
+    contexts = [{each.context for each in part} for part in (items, validation, test)]
+    assert not contexts[0] & contexts[1]
+    assert not contexts[1] & contexts[2]
+
+
+@pytest.mark.slow
+def test_sources_of_questions_are_weighed_under_a_reader(tmp_path, capsys):
+    example, out = load("reading_sources"), tmp_path / "reading.png"
+    small = [
+        "--paragraphs",
+        "40",
+        "--items",
+        "100",
+        "--few",
+        "20",
+        "--validation",
+        "40",
+        "--test",
+        "40",
+        "--seeds",
+        "1",
+    ]
+    rows, paths = example.main([*small, "--outer", "12", "--training", "40", "--width", "8", "--out", str(out)])
+    assert paths.shape == (1, 13, 5)
+    assert (paths[:, 0] == 0.5).all()
+    assert ((paths[:, -1] > 0) & (paths[:, -1] < 1)).all()
+    assert rows["few and validation questions"][0, 0] > rows["not trained"][0, 0]
+    assert "questions k times" in capsys.readouterr().out
     assert out.stat().st_size > 10_000
