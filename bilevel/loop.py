@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import _compiling
+from bilevel._convolutions import in_canonical_order
 from bilevel._settings import settings
 from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
@@ -59,6 +60,7 @@ def run(
     def body(state: Any, k: jax.Array) -> tuple[Any, Metrics]:
         return solver.step(found.problem, state, at_step(base, k))
 
+    body = in_canonical_order(body) if found.convolves else body
     with settings(), named(solver, problem, x0, y0):
         state = solver.init(found.problem, *found.problem.projected(found.x, found.y), at_step(base, 0))
         state, metrics = jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.uint32))
@@ -99,9 +101,18 @@ class Loop:
       base: the run's key.
       tol: the tolerance that the solver's `status` is asked with after each step; None: it is not asked.
       capacity: the most steps of one call.
+      convolves: a loss has convolutions.
     """
 
-    def __init__(self, problem: Problem, solver: Solver, base: StepKey, tol: float | None, capacity: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+        base: StepKey,
+        tol: float | None,
+        capacity: int,
+        convolves: bool = False,
+    ) -> None:
         self._base = base
         self._advance = functools.partial(
             _advance,
@@ -110,6 +121,7 @@ class Loop:
             tol=0.0 if tol is None else tol,
             use_tol=tol is not None,
             capacity=capacity,
+            convolves=convolves,
         )
 
     def __call__(self, state: Any, done: int, stop: int, portions: dict[str, Portion]) -> Chunk:
@@ -130,7 +142,7 @@ class Loop:
         return Chunk(new, behind, steps, recorded, result, why)
 
 
-@_compiling.jit(static_argnames=("capacity", "use_tol", "careful"))
+@_compiling.jit(static_argnames=("capacity", "use_tol", "careful", "convolves"))
 def _advance(
     problem: Problem,
     solver: Any,
@@ -143,6 +155,7 @@ def _advance(
     portions: dict[str, Portion],
     capacity: int,
     use_tol: bool,
+    convolves: bool = False,
     careful: bool = False,
 ) -> tuple[Any, jax.Array, jax.Array, Metrics]:
     """Steps start, ..., stop - 1 in one loop with dynamic bounds, ended early by a status or a non-finite metric.
@@ -158,6 +171,7 @@ def _advance(
     def step(k: Any, state: Any) -> tuple[Any, Metrics]:
         return solver.step(on_device(problem, portions, k - start), state, at_step(base, k))
 
+    step = in_canonical_order(step) if convolves else step
     rows = _Rows(jax.eval_shape(step, start, state)[1])
 
     def cond(carry: Any) -> jax.Array:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import derivatives
+from bilevel._convolutions import convolves
 from bilevel._module import state
 from bilevel._traces import equations, inner, reached, traffic
 from bilevel.captures import Apart
@@ -44,6 +45,7 @@ class Working(NamedTuple):
       x, y: the master copies of the start.
       dtypes: the user's dtypes of the leaves of x and of y; None where they are the working dtype itself.
       bytes: about what one evaluation of the losses and constraints on a batch computes, and all samples hold.
+      convolves: a loss has convolutions.
       cut: how y lost its constant parts; None where it has none.
       constants: those parts.
     """
@@ -53,6 +55,7 @@ class Working(NamedTuple):
     y: PyTree
     dtypes: tuple[Dtypes, Dtypes] | None
     bytes: float
+    convolves: bool
     cut: Cut | None = None
     constants: Any = ()
 
@@ -114,12 +117,12 @@ def _in_one_dtype(problem: Problem, x: PyTree, y: PyTree) -> Working:
     leaves = jax.tree.leaves((x, y))
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for leaf in leaves))
-    outputs, own, computed = _outputs(problem, x, y)
+    outputs, own, computed, has_convolutions = _outputs(problem, x, y)
     _refuse_split(outputs, x, y)
     by_reverse = {name: ByReverse(getattr(problem, name), name) for name in own if not _forward(problem, name, x, y)}
     problem = dataclasses.replace(problem, **by_reverse) if by_reverse else problem
     if all(out.dtype == dtype for out in [*map(jnp.asarray, leaves), *itertools.chain(*outputs.values())]):
-        return Working(problem, x, y, None, computed)
+        return Working(problem, x, y, None, computed, has_convolutions)
     of = lambda tree: tuple(jnp.result_type(leaf) for leaf in jax.tree.leaves(tree))  # noqa: E731
     dtypes = of(x), of(y)
     cast = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, dtype))
@@ -136,7 +139,7 @@ def _in_one_dtype(problem: Problem, x: PyTree, y: PyTree) -> Working:
     prox: Any = problem.prox_lower
     if prox is not None and not _keeps(lambda y: prox(masters[0], y, 1.0), masters[1]):
         lifted["prox_lower"] = _InGiven(prox, dtypes[0], dtypes[1], dtype)
-    return Working(dataclasses.replace(problem, **lifted), *masters, dtypes, computed)
+    return Working(dataclasses.replace(problem, **lifted), *masters, dtypes, computed, has_convolutions)
 
 
 @contextlib.contextmanager
@@ -250,12 +253,13 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def _outputs(problem: Problem, x: PyTree, y: PyTree) -> tuple[dict[str, list[Any]], list[str], float]:
+def _outputs(problem: Problem, x: PyTree, y: PyTree) -> tuple[dict[str, list[Any]], list[str], float, bool]:
     """The leaves that each loss and constraint returns, by name, with shape, dtype and axes; the losses that have parts
-    with a reverse mode of their own; and `Working.bytes`."""
+    with a reverse mode of their own; `Working.bytes`, and `Working.convolves`."""
     upper, lower = problem.sources
     found: dict[str, list[Any]] = {}
     own: list[str] = []
+    has_convolutions = False
     computed = float(
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((x, y, problem)) if isinstance(leaf, jax.Array))
     )
@@ -270,11 +274,12 @@ def _outputs(problem: Problem, x: PyTree, y: PyTree) -> tuple[dict[str, list[Any
         _refuse_sums(name, traced.jaxpr, len(jax.tree.leaves((x, y))))
         found[name] = jax.tree.leaves(shapes)
         computed += traffic(traced.jaxpr)
+        has_convolutions = has_convolutions or convolves(traced.jaxpr)
         if name in ("upper", "lower") and any(
             e.primitive.name.startswith("custom_vjp") for e in equations(traced.jaxpr)
         ):
             own.append(name)
-    return found, own, computed
+    return found, own, computed, has_convolutions
 
 
 # What goes from device to device inside shard_map and its relatives; the first two in one that keeps account of it.

@@ -184,7 +184,7 @@ def solve(
             run.result = Result(int(solver.status(run.state, last, quiet)))  # type: ignore[attr-defined]
         pace = _Pace(chunk)
         with named(solver, problem, x, y):
-            certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress)
+            certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress, found.convolves)
     if run.result is Result.DIVERGED and not run.done and (undefined := undefined_at(problem, x, y)):
         run.why = undefined
     if run.why:
@@ -232,6 +232,7 @@ def _settle(
     quiet: float | None,
     pace: _Pace,
     progress: bool | None,
+    convolves: bool,
 ) -> Certificate:
     """Drive the run to an end that the certificate lets stand, or to its last step.
 
@@ -244,7 +245,7 @@ def _settle(
         if isinstance(solver, HostSolver):
             host.drive(run, streams.rest, solver, base, asked, progress)
         else:
-            _drive(run, Loop(streams.rest, solver, base, asked, pace.most), streams, pace, progress)
+            _drive(run, Loop(streams.rest, solver, base, asked, pace.most, convolves), streams, pace, progress)
         if tol is None and (run.result is Result.MAX_STEPS or (quiet and run.result is Result.CONVERGED)):
             run.result = Result.COMPLETED
         met = met or run.result is Result.CONVERGED

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +36,31 @@ def learning_rule(rate):
     return optax.chain(optax.clip_by_global_norm(10.0), optax.adam(rate))
 
 
+class Training(NamedTuple):
+    """The lower level on its own, as a solver: x stays, y takes the rule's steps."""
+
+    rule: optax.GradientTransformation
+
+    def init(self, problem, x, y, key):
+        return At(x, y, self.rule.init(y))
+
+    def step(self, problem, at, key):
+        gradient = problem.draw_lower(key).gradient(at.x, at.y)
+        updates, memory = self.rule.update(gradient, at.memory, at.y)
+        return At(at.x, optax.apply_updates(at.y, updates), memory), {"slope": optax.tree.norm(gradient)}
+
+
+class At(NamedTuple):
+    x: Any
+    y: Any
+    memory: Any
+
+
 @functools.partial(jax.jit, static_argnames=("steps", "rate"))
 def train(problem, x, y, key, steps, rate):
-    """The lower level on its own, with the weights where they are."""
-    rule = learning_rule(optax.cosine_decay_schedule(rate, steps))
-
-    def step(carry, k):
-        y, memory = carry
-        updates, memory = rule.update(problem.draw_lower(jax.random.fold_in(key, k)).gradient(x, y), memory, y)
-        return (optax.apply_updates(y, updates), memory), None
-
-    return jax.lax.scan(step, (y, rule.init(y)), jnp.arange(steps))[0][0]
+    """The detector trained with the weights where they are."""
+    training = Training(learning_rule(optax.cosine_decay_schedule(rate, steps)))
+    return run(problem, training, x, y, steps, key)[0].y
 
 
 @functools.partial(jax.jit, static_argnames=("app", "steps", "rate"))
