@@ -149,7 +149,7 @@ def moved(module):
     return module
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", ["batch", pytest.param("group", marks=pytest.mark.slow)])
 def test_what_is_fused_for_use_says_the_same(norm):
     model = moved(yolov7_nano(2, width=1 / 32, norm=norm, rngs=nnx.Rngs(0)))
     images = jnp.asarray(RNG.uniform(size=(1, 32, 32, 3)), jnp.float32)

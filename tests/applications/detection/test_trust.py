@@ -98,6 +98,7 @@ def test_hypergradients_are_differences_with_targets_and_routing_frozen():
         assert np.asarray(estimate.gradient["images"])[0] != 0  # an image without boxes says where nothing is
 
 
+@pytest.mark.slow
 def test_without_freezing_targets_are_those_of_the_y_that_is_arrived_at():
     app = trust(TRAIN, CLEAN, 2, learn="gains", detector=small_detector())
     live = dataclasses.replace(app.problem, upper_data=CLEAN, lower_data={**TRAIN, "row": np.arange(4, dtype=np.int32)})
@@ -162,6 +163,7 @@ def test_a_solver_that_freezes_sees_the_targets_and_the_routing_of_where_it_begi
     assert abs(seen - live) > 1e-5
 
 
+@pytest.mark.slow
 def test_one_compiled_gradient_takes_the_steps_of_its_formula():
     app = trust(TRAIN, CLEAN, 2, learn=("boxes", "gains"), detector=small_detector(), batch=4, decay=0.1)
     x = jax.tree.map(lambda a: jnp.asarray(RNG.standard_normal(a.shape), jnp.float32), app.x0)
