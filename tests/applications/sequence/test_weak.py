@@ -180,7 +180,7 @@ def test_snippets_and_rule_come_from_the_source_distribution(tmp_path, unpacked)
     path = distribution(tmp_path / "vaderSentiment-3.3.2.tar.gz")
     if unpacked:
         with tarfile.open(path) as archive:
-            archive.extractall(tmp_path, filter="data")
+            archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         path = tmp_path / "vaderSentiment-3.3.2"
     found = snippets("amazon", path)
     assert found.texts == ["a good film", "a bad\tone", "film"]
