@@ -1,8 +1,8 @@
 """Convolutions within loops on a CPU, in the one order of axes that XLA has a fast kernel for there.
 
 XLA:CPU brings convolutions into that order (batch, places, channels) itself, but in a programme's outermost computation
-alone: within a loop the derivatives of a convolution, whose axes are permuted, run many times slower than outside (`benchmarks/convolutions.py`). Here
-the axes are permuted in the trace of the loop's body.
+alone: within a loop the derivatives of a convolution, whose axes are permuted, run many times slower than outside
+(`benchmarks/convolutions.py`). Here the axes are permuted in the trace of the loop's body.
 """
 
 from __future__ import annotations
