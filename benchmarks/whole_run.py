@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from unrolled import losses, validation
 
 from bilevel import Problem, data, lower, runs
 from bilevel.hypergradients import Unrolled, value_and_hypergradient
@@ -29,22 +30,8 @@ ALL = "Unrolled('all')"
 RULE = optax.adam(1e-3, eps=1e-2, eps_root=1e-8)  # smooth: rounding does not grow along the run
 
 
-def network(y, images):
-    for w, b in y[:-1]:
-        images = jax.nn.gelu(images @ w + b)
-    return images @ y[-1][0] + y[-1][1]
-
-
-def losses(y, batch):
-    return -jnp.take_along_axis(jax.nn.log_softmax(network(y, batch[0])), batch[1][:, None], 1)[:, 0]
-
-
 def training(x, y, batch):
     return jnp.mean(jax.nn.sigmoid(x)[batch[2]] * losses(y, batch))
-
-
-def validation(x, y, batch):
-    return jnp.mean(losses(y, batch))
 
 
 def main():

@@ -17,9 +17,9 @@ import jax
 
 __all__ = ["computes", "jit", "sized"]
 
-# Bytes that one evaluation of the losses computes, and XLA's settings up to there. The old emitters compile in half of
-# the time, to code about as fast; code that is not optimised takes a quarter, and runs at a half to a fifth of the
-# speed, which nobody sees where the calls between kernels are what takes time.
+# Bytes that one evaluation of the losses computes, and XLA's settings up to there. The old emitters compile faster, to
+# code about as fast; code that is not optimised compiles faster still and runs slower, which nobody sees where the
+# calls between kernels are what takes time.
 _EMITTERS = "xla_cpu_use_fusion_emitters"
 _ROWS: list[tuple[float, dict[str, Any]]] = [
     (2**10, {_EMITTERS: False, "xla_backend_optimization_level": 0}),

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr
 
-from bilevel._traces import equations, inner
+from bilevel._traces import applied, equations, evaluated, inner, traced_by
 
 __all__ = ["convolves", "in_canonical_order"]
 
@@ -33,15 +33,7 @@ def in_canonical_order(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     if jax.default_backend() != "cpu":
         return fn
-
-    def ordered(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-        if closed.jaxpr.effects or not _permuted(closed.jaxpr):
-            return fn(*args)
-        values = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), values)
-
-    return ordered
+    return traced_by(lambda closed, args: evaluated(closed.jaxpr, closed.consts, args, _apply), fn, _permuted)
 
 
 def _permuted(jaxpr: Any) -> bool:
@@ -62,24 +54,13 @@ def _orders(rank: int) -> tuple[tuple[int, ...], ...]:
     return (0, rank - 1, *places), (rank - 1, rank - 2, *range(rank - 2)), (0, rank - 1, *places)
 
 
-def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
-    environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    read = lambda atom: atom.val if isinstance(atom, Literal) else environment[atom]  # noqa: E731
-    for equation in jaxpr.eqns:
-        values = [read(atom) for atom in equation.invars]
-        if _is_permuted(equation):
-            left, right = values
-            results: Any = [_convolution(left, right, equation.params)]
-        else:
-            params = dict(equation.params)
-            if any(map(_permuted, inner(equation))):
-                params = {name: _rewritten(value) for name, value in params.items()}
-            bound = equation.primitive.get_bind_params(params)
-            functions, params = bound if isinstance(bound, tuple) else ((), bound)
-            results = equation.primitive.bind(*functions, *values, **params)
-            results = results if equation.primitive.multiple_results else [results]
-        environment.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+def _apply(equation: Any, values: list[Any]) -> list[Any]:
+    if _is_permuted(equation):
+        left, right = values
+        return [_convolution(left, right, equation.params)]
+    if not any(map(_permuted, inner(equation))):
+        return applied(equation, values)
+    return applied(equation, values, {name: _rewritten(value) for name, value in equation.params.items()})
 
 
 def _rewritten(value: Any) -> Any:
@@ -95,7 +76,7 @@ def _rewritten(value: Any) -> Any:
         for v in (*jaxpr.constvars * (not closed), *jaxpr.invars)
     ]
     consts = value.consts if closed else []
-    new = jax.make_jaxpr(lambda *args: _evaluate(jaxpr, consts, args))(*avals)
+    new = jax.make_jaxpr(lambda *args: evaluated(jaxpr, consts, args, _apply))(*avals)
     return new if closed else new.jaxpr if not new.consts else value
 
 

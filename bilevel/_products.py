@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from bilevel._traces import applied, traced_by
+
 _COLUMNS = 64
 
 
@@ -29,14 +31,7 @@ def merge_products(fn: Callable[..., Any]) -> Callable[..., Any]:
       fn: a pure function of pytrees of arrays; it is traced once per call of the result.
     """
 
-    def merged(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-        if closed.jaxpr.effects:
-            return fn(*args)
-        values = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), values)
-
-    return merged
+    return traced_by(lambda closed, args: _evaluate(closed.jaxpr, closed.consts, args), fn)
 
 
 def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
@@ -50,10 +45,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
             results = _product(members, bundles[numbers[0]][1], read)
         else:
             (equation,) = members
-            bound = equation.primitive.get_bind_params(equation.params)
-            functions, params = bound if isinstance(bound, tuple) else ((), bound)
-            results = equation.primitive.bind(*functions, *map(read, equation.invars), **params)
-            results = results if equation.primitive.multiple_results else [results]
+            results = applied(equation, [read(atom) for atom in equation.invars])
         outputs = [out for equation in members for out in equation.outvars]
         environment.update(zip(outputs, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]

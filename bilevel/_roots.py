@@ -12,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr
+
+from bilevel._traces import applied, evaluated, traced_by
 
 __all__ = ["with_roots"]
 
@@ -24,24 +26,11 @@ def with_roots(fn: Callable[..., Any]) -> Callable[..., Any]:
     those inside loops are not. `fn` is traced once per call of the result.
     """
 
-    def guarded(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-        if closed.jaxpr.effects:
-            return fn(*args)
-        values = _evaluate(closed, jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), values)
-
-    return guarded
+    return traced_by(_evaluate, fn)
 
 
-def _evaluate(closed: Any, args: Any) -> list[Any]:
-    jaxpr = closed.jaxpr
-    environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
-    read = lambda atom: atom.val if isinstance(atom, Literal) else environment[atom]  # noqa: E731
-    for equation in jaxpr.eqns:
-        results = _apply(equation, [read(atom) for atom in equation.invars])
-        environment.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+def _evaluate(closed: Any, args: list[Any]) -> list[Any]:
+    return evaluated(closed.jaxpr, closed.consts, args, _apply)
 
 
 def _apply(equation: Any, args: list[Any]) -> list[Any]:
@@ -57,9 +46,6 @@ def _apply(equation: Any, args: list[Any]) -> list[Any]:
     if name in ("jit", "pjit") and isinstance(params.get("jaxpr"), ClosedJaxpr):
         return _evaluate(params["jaxpr"], args)
     if name == "cond":
-        branches = [lambda *a, branch=branch: _evaluate(branch, a) for branch in params["branches"]]
+        branches = [lambda *a, branch=branch: _evaluate(branch, list(a)) for branch in params["branches"]]
         return jax.lax.switch(args[0], branches, *args[1:])
-    bound = equation.primitive.get_bind_params(params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    results = equation.primitive.bind(*functions, *args, **params)
-    return list(results) if equation.primitive.multiple_results else [results]
+    return applied(equation, args)

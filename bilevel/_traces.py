@@ -1,14 +1,15 @@
-"""Reading what JAX has traced: the equations within equations, and what depends on what."""
+"""Reading what JAX has traced, and computing it again: equations within equations, and what depends on what."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import Literal
 
-__all__ = ["equations", "inner", "reached", "traffic"]
+__all__ = ["applied", "equations", "evaluated", "inner", "reached", "traced_by", "traffic"]
 
 
 def inner(equation: Any) -> list[Any]:
@@ -23,6 +24,41 @@ def equations(jaxpr: Any) -> Iterator[Any]:
         yield equation
         for body in inner(equation):
             yield from equations(body)
+
+
+def traced_by(
+    compute: Callable[[Any, list[Any]], list[Any]],
+    fn: Callable[..., Any],
+    wanted: Callable[[Any], bool] = lambda jaxpr: True,
+) -> Callable[..., Any]:
+    """`fn`, computed from its trace by `compute(closed trace, leaves)`; as it is where it has effects, or the trace is
+    not `wanted`. It is traced once per call of the result."""
+
+    def traced(*args: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+        if closed.jaxpr.effects or not wanted(closed.jaxpr):
+            return fn(*args)
+        return jax.tree.unflatten(jax.tree.structure(shapes), compute(closed, jax.tree.leaves(args)))
+
+    return traced
+
+
+def evaluated(jaxpr: Any, consts: Any, args: Any, apply: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """What a trace computes, `apply(equation, values)` being what each of its equations does."""
+    environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    read = lambda atom: atom.val if isinstance(atom, Literal) else environment[atom]  # noqa: E731
+    for equation in jaxpr.eqns:
+        results = apply(equation, [read(atom) for atom in equation.invars])
+        environment.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def applied(equation: Any, values: list[Any], params: dict[str, Any] | None = None) -> list[Any]:
+    """What an equation makes of other values, with its own parameters or these."""
+    bound = equation.primitive.get_bind_params(equation.params if params is None else params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    results = equation.primitive.bind(*functions, *values, **params)
+    return list(results) if equation.primitive.multiple_results else [results]
 
 
 def reached(jaxpr: Any, inputs: list[bool], visit: Callable[[Any], None] = lambda equation: None) -> list[bool]:

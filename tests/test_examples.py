@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import sys
-import tarfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from archives import packed
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -235,22 +234,13 @@ def rated(tmp_path):
         words = [*random.choice(nouns, 6), random.choice(kind if good else unkind)]
         rows.append(f"{document}_{k % 7}\t{2.0 if good else -2.0}\t{' '.join(random.permutation(words))}")
 
-    def pack(files):
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w:gz") as archive:
-            for name, content in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-        return out.getvalue()
-
     content, top = "\n".join(rows).encode(), "vaderSentiment-3.3.2/"
     files = ("amazonReviewSnippets", "nytEditorialSnippets")
-    ratings = pack({f"hutto_ICWSM_2014/{name}_GroundTruth.txt": content for name in files})
+    ratings = packed({f"hutto_ICWSM_2014/{name}_GroundTruth.txt": content for name in files})
     path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
     rule = {f"{top}vaderSentiment/{name}_lexicon.txt": b"" for name in ("vader", "emoji_utf8")}
     rule[f"{top}vaderSentiment/vaderSentiment.py"] = RULE.encode()
-    path.write_bytes(pack({f"{top}additional_resources/hutto_ICWSM_2014.tar.gz": ratings, **rule}))
+    path.write_bytes(packed({f"{top}additional_resources/hutto_ICWSM_2014.tar.gz": ratings, **rule}))
     return path
 
 

@@ -45,8 +45,8 @@ class Unrolled:
             a number   so many of the T, from 1 to T
 
         with the steps between them computed again as often as the binomial schedule needs for the number, the fewest
-        there are. True: "all" up to 256 steps, "sqrt" beyond, where it is less than a tenth of the states for a
-        quarter of the time; a lower solver that is not made of steps: as it is. In all of these the gradient's own
+        there are. True: "all" up to 256 steps, "sqrt" beyond, where it is less than a tenth of the states for one
+        more gradient per step; a lower solver that is not made of steps: as it is. In all of these the gradient's own
         second derivative is taken in mixed mode (`derivatives.mixed_mode_gradient`). False: plain reverse mode, which
         keeps all that each step computes.
 

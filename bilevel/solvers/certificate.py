@@ -37,7 +37,7 @@ from bilevel.problem import Problem
 from bilevel.result import Result
 from bilevel.solvers._units import Units, changes, moves, normalised, rms, times, units_of_losses, units_of_variables
 from bilevel.solvers.small.mpcc import MPCC
-from bilevel.solvers.small.program import Program
+from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
 from bilevel.typing import PyTree, Scalar
 
@@ -703,9 +703,8 @@ def _slope(
 
 
 def _flat(tree: PyTree) -> np.ndarray:
-    """All numbers of a tree in one vector, in the order of `ravel_pytree`."""
-    leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)]
-    return np.concatenate(leaves) if leaves else np.zeros(0, np.float32)
+    """All numbers of a tree in one vector of its dtype, in the order of `ravel_pytree`."""
+    return flatten(tree).astype(jnp.result_type(np.float32, *jax.tree.leaves(tree)))
 
 
 def _unflat(flat: Any, like: PyTree) -> PyTree:

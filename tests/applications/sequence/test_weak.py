@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from archives import packed
 
 from bilevel import datasets, solve, solvers
 from bilevel.applications.sequence import (
@@ -155,23 +155,14 @@ RATED = b"1_1\t0.5\ta good film\r\n1_2\t-0.25\ta bad\tone\r\n2_1\t0\tfilm\r\n"
 def distribution(path, rated=RATED, rule=True):
     """A source distribution as PyPI has it, with another rule and three snippets."""
 
-    def pack(files):
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w:gz") as archive:
-            for name, content in files.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-        return out.getvalue()
-
-    inner = pack({"hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt": rated})
+    inner = packed({"hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt": rated})
     top = "vaderSentiment-3.3.2/"
     files = {f"{top}additional_resources/hutto_ICWSM_2014.tar.gz": inner}
     if rule:
         files[f"{top}vaderSentiment/vaderSentiment.py"] = RULE.encode()
         files[f"{top}vaderSentiment/vader_lexicon.txt"] = b"good 0.5\nbad -0.5\n"
         files[f"{top}vaderSentiment/emoji_utf8_lexicon.txt"] = b""
-    path.write_bytes(pack(files))
+    path.write_bytes(packed(files))
     return path
 
 
