@@ -28,68 +28,85 @@ from jax import Array, lax
 
 PyTree = Any
 Cell = Literal["pytorch", "tensorflow"]
-# The places of the gates i, f, o, g in each cell's own order of its columns.
-_GATES = {"pytorch": (0, 1, 3, 2), "tensorflow": (0, 2, 3, 1)}
+# The order of the gates in each cell's columns.
+_GATES = {"pytorch": "ifgo", "tensorflow": "igfo"}
 
 
-def _run(drive: Array, kernel: Array, mask: Array | None, reverse: bool, linearise: bool) -> Any:
-    """The scan over time; with `linearise`, also the coefficients of its derivative."""
-    n = kernel.shape[0]
+def _activations(z: Array, cell: Cell) -> dict[str, Array]:
+    """The four gates' values by name, from what goes into them.
+
+    One sigmoid of all four, g's thrown away: one for each gate is slower on CPU, where XLA repeats it for its users.
+    """
+    gates = dict(zip(_GATES[cell], jnp.split(jax.nn.sigmoid(z), 4, -1), strict=True))
+    return gates | {"g": jnp.tanh(jnp.split(z, 4, -1)[_GATES[cell].index("g")])}
+
+
+def _run(drive: Array, kernel: Array, bias: Array, mask: Array | None, cell: Cell, reverse: bool, keep: bool) -> Any:
+    """The scan over time; with `keep`, also every step's gates and c, which its derivative is made of."""
 
     def step(carry: Any, now: Any) -> Any:
-        h, before = carry
+        h, c = carry
         z, m = now
-        gates, g = jnp.split(z + h @ kernel, [3 * n], -1)
-        i, f, o = jnp.split(jax.nn.sigmoid(gates), 3, -1)
-        g = jnp.tanh(g)
-        c = f * before + i * g
+        gates = _activations(z + h @ kernel + bias, cell)
+        c = gates["f"] * c + gates["i"] * gates["g"]
         c = c if m is None else m * c
-        t = jnp.tanh(c)
-        h = o * t if m is None else m * o * t
-        if not linearise:
-            return (h, c), h
-        slopes = (i * (1 - i) * g, f * (1 - f) * before, o * (1 - o) * t, (1 - g * g) * i, f, o * (1 - t * t))
-        return (h, c), (h, slopes if m is None else tuple(m * slope for slope in slopes))
+        h = gates["o"] * jnp.tanh(c)
+        h = h if m is None else m * h
+        return (h, c), (h, (gates, c)) if keep else h
 
-    zero = jnp.zeros((*drive.shape[1:-1], n), drive.dtype)
+    zero = jnp.zeros((*drive.shape[1:-1], kernel.shape[0]), drive.dtype)
     return lax.scan(step, (zero, zero), (drive, mask), reverse=reverse)[1]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def recurrence(drive: Array, kernel: Array, mask: Array | None, reverse: bool) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def recurrence(drive: Array, kernel: Array, bias: Array, mask: Array | None, cell: Cell, reverse: bool) -> Array:
     """The states h of one layer in one direction.
 
     Args:
-        drive: what comes from the inputs, (time, batch, 4 d), parts i, f, o, g.
+        drive: what comes from the inputs, (time, batch, 4 d), the gates in the cell's order.
         kernel: U, (d, 4 d).
+        bias: (4 d,).
         mask: 1 and 0, (time, batch, 1), or None where nothing is padded.
+        cell: whose order of the gates.
         reverse: from the last step to the first.
 
     Returns:
         (time, batch, d), zero at padding.
     """
-    return _run(drive, kernel, mask, reverse, linearise=False)
+    return _run(drive, kernel, bias, mask, cell, reverse, keep=False)
 
 
 @recurrence.defjvp
-def _recurrence_jvp(reverse: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    drive, kernel, mask = primals
-    d_drive, d_kernel, _ = tangents
-    states, slopes = _run(drive, kernel, mask, reverse, linearise=True)
+def _recurrence_jvp(cell: Cell, reverse: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    drive, kernel, bias, mask = primals
+    d_drive, d_kernel, d_bias, _ = tangents
+    states, (gates, cells) = _run(drive, kernel, bias, mask, cell, reverse, keep=True)
     time, batch, n = states.shape
-    zero = jnp.zeros_like(states[:1])
-    before = jnp.concatenate([states[1:], zero] if reverse else [zero, states[:-1]])
-    pushed = d_drive + (before.reshape(time * batch, n) @ d_kernel).reshape(drive.shape)
+
+    def earlier(a: Array) -> Array:
+        zero = jnp.zeros_like(a[:1])
+        return jnp.concatenate([a[1:], zero] if reverse else [zero, a[:-1]])
+
+    pushed = d_drive + (earlier(states).reshape(time * batch, n) @ d_kernel).reshape(drive.shape) + d_bias
+
+    # The slopes are made of the gates within the loop: kept, they would be seven arrays where the gates and c are five.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def linear(dh: Array, dc: Array, dz: Array, gates: Any, c: Array, before: Array, m: Array | None) -> Any:
+        i, f, o, g = (gates[name] for name in "ifog")
+        t = jnp.tanh(c)
+        parts = dict(zip(_GATES[cell], jnp.split(dz + dh @ kernel, 4, -1), strict=True))
+        dc = f * dc + (1 - i) * i * g * parts["i"] + (1 - f) * f * before * parts["f"] + (1 - g * g) * i * parts["g"]
+        dc = dc if m is None else m * dc
+        dh = (1 - o) * o * t * parts["o"] + (1 - t * t) * o * dc
+        return dh if m is None else m * dh, dc
 
     def step(carry: Any, now: Any) -> Any:
-        dh, dc = carry
-        dz, (by_i, by_f, by_o, by_g, kept, shown) = now
-        di, df, do, dg = jnp.split(dz + dh @ kernel, 4, -1)
-        dc = kept * dc + by_i * di + by_f * df + by_g * dg
-        dh = by_o * do + shown * dc
+        dh, dc = linear(*carry, *now)
         return (dh, dc), dh
 
-    return states, lax.scan(step, (zero[0], zero[0]), (pushed, slopes), reverse=reverse)[1]
+    zero = jnp.zeros_like(states[0])
+    along = (pushed, gates, cells, earlier(cells), mask)
+    return states, lax.scan(step, (zero, zero), along, reverse=reverse)[1]
 
 
 def valid(lengths: Array, time: int) -> Array:
@@ -209,18 +226,12 @@ class LSTM:
         }
 
     def _split(self, params: Mapping[str, Array], width: int) -> tuple[Array, Array, Array]:
-        """W, U and b with columns i, f, o, g."""
-
-        def ordered(a: Array) -> Array:
-            parts = jnp.split(a, 4, -1)
-            return jnp.concatenate([parts[k] for k in _GATES[self.cell]], -1)
-
+        """W, U and b, columns in the cell's order."""
         if self.cell == "pytorch":
-            bias = params["input_bias"] + params["hidden_bias"]
-            return ordered(params["input_kernel"]), ordered(params["hidden_kernel"]), ordered(bias)
-        kernel = ordered(params["kernel"])
-        forget = jnp.repeat(jnp.array([0, 1, 0, 0], kernel.dtype), self.hidden)
-        return kernel[:width], kernel[width:], ordered(params["bias"]) + forget
+            return params["input_kernel"], params["hidden_kernel"], params["input_bias"] + params["hidden_bias"]
+        kernel = params["kernel"]
+        forget = jnp.repeat(jnp.array([gate == "f" for gate in _GATES[self.cell]], kernel.dtype), self.hidden)
+        return kernel[:width], kernel[width:], params["bias"] + forget
 
     def __call__(self, params: PyTree, x: Array, lengths: Array | None = None, *, key: Array | None = None) -> Array:
         """The states of the last layer.
@@ -258,8 +269,8 @@ class LSTM:
             out = []
             for name in self.directions:
                 kernel, recurrent, bias = self._split(params[f"layer{layer}"][name], width)
-                drive = (states.reshape(time * batch, width) @ kernel + bias).reshape(time, batch, -1)
-                out.append(recurrence(drive, recurrent, mask, name == "backward"))
+                drive = (states.reshape(time * batch, width) @ kernel).reshape(time, batch, -1)
+                out.append(recurrence(drive, recurrent, bias, mask, self.cell, name == "backward"))
             states = jnp.concatenate(out, -1) if len(out) > 1 else out[0]
         return jnp.swapaxes(states, 0, 1)
 
