@@ -179,10 +179,10 @@ def block_orders(case: problems.Case, name: str, steps: int) -> tuple[np.ndarray
         key = StepKey(base.base, step, base.stream)
         low, up = key.fold_in(0), key.fold_in(1)
         if name not in ("StocBiO", "AmIGO"):
-            return lower.block(low)[None], upper.block(up)
-        inner = [lower.block(low.inner(i, n)) for i in range(n)]
-        products = [lower.block(low.fold_in(1).inner(j, n)) for j in range(n)]
-        return jnp.stack([*inner, *products, lower.block(low.fold_in(3))]), upper.block(up)
+            return lower.numbered(low)[0][None], upper.numbered(up)[0]
+        inner = [lower.numbered(low.inner(i, n))[0] for i in range(n)]
+        products = [lower.numbered(low.fold_in(1).inner(j, n))[0] for j in range(n)]
+        return jnp.stack([*inner, *products, lower.numbered(low.fold_in(3))[0]]), upper.numbered(up)[0]
 
     numbers = np.arange(steps)
     if name == "SRBA":  # full steps draw nothing there
