@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import StepKey, as_step_key
+from bilevel.data import as_step_key
+from bilevel.keys import Draw, StepKey
 from bilevel.solvers.nested import AID
 from bilevel.solvers.single_loop import FSLA, MRBO, SABA, SOBA, SPABA, SRBA, SUSTAIN
 from bilevel.solvers.stochastic_nested import TTSA, AmIGO, StocBiO
@@ -177,12 +178,12 @@ def block_orders(case: problems.Case, name: str, steps: int) -> tuple[np.ndarray
 
     def at(step: Any) -> tuple[jax.Array, jax.Array]:
         key = StepKey(base.base, step, base.stream)
-        low, up = key.fold_in(0), key.fold_in(1)
+        low, up = key.fold_in(Draw.LOWER), key.fold_in(Draw.UPPER)
         if name not in ("StocBiO", "AmIGO"):
             return lower.numbered(low)[0][None], upper.numbered(up)[0]
         inner = [lower.numbered(low.inner(i, n))[0] for i in range(n)]
-        products = [lower.numbered(low.fold_in(1).inner(j, n))[0] for j in range(n)]
-        return jnp.stack([*inner, *products, lower.numbered(low.fold_in(3))[0]]), upper.numbered(up)[0]
+        products = [lower.numbered(low.fold_in(Draw.PRODUCTS).inner(j, n))[0] for j in range(n)]
+        return jnp.stack([*inner, *products, lower.numbered(low.fold_in(Draw.CROSS))[0]]), upper.numbered(up)[0]
 
     numbers = np.arange(steps)
     if name == "SRBA":  # full steps draw nothing there
