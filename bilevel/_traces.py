@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-__all__ = ["applied", "equations", "evaluated", "inner", "reached", "traced_by", "traffic"]
+__all__ = ["applied", "degrees", "equations", "evaluated", "inner", "reached", "traced_by", "traffic"]
 
 
 def inner(equation: Any) -> list[Any]:
@@ -86,3 +86,48 @@ def traffic(jaxpr: Any) -> int:
         else:
             total += sum(int(np.prod(out.aval.shape)) * out.aval.dtype.itemsize for out in equation.outvars)
     return total
+
+
+# What keeps the degree of its first argument, the rest being constant; what has the greatest of its arguments' degrees;
+# and what has their sum.
+_KEEPS = frozenset((
+    "broadcast_in_dim", "copy", "copy_p", "cumsum", "dynamic_slice", "expand_dims", "gather", "neg", "reduce_sum", "reshape",
+    "rev", "slice", "squeeze", "transpose",
+))  # fmt: skip
+_GREATEST = frozenset(("add", "add_any", "concatenate", "dynamic_update_slice", "pad", "sub"))
+_SUM = frozenset(("conv_general_dilated", "dot_general", "mul"))
+
+
+def degrees(jaxpr: Any, given: list[float]) -> list[float]:
+    """Bounds on the degrees of a trace's outputs as polynomials in its arguments, `given` being the arguments' own.
+
+    Infinite where a value is none, or not seen to be one: loops, branches and functions with derivatives of their own
+    are not looked into.
+    """
+    known = dict(zip(jaxpr.invars, given, strict=True))
+    read = lambda atom: 0.0 if isinstance(atom, Literal) else known.get(atom, 0.0)  # noqa: E731
+    for equation in jaxpr.eqns:
+        name, of = equation.primitive.name, [read(atom) for atom in equation.invars]
+        first, rest = (of[0], max(of[1:], default=0.0)) if of else (0.0, 0.0)
+        found = np.inf
+        if not max(of, default=0.0):
+            found = 0.0
+        elif name in ("jit", "pjit"):
+            known.update(zip(equation.outvars, degrees(equation.params["jaxpr"].jaxpr, of), strict=True))
+            continue
+        elif name in _GREATEST:
+            found = max(of)
+        elif name in _SUM:
+            found = sum(of)
+        elif name == "split" or ((name in _KEEPS or name == "div") and not rest):
+            found = first
+        elif name == "select_n" and not first:
+            found = rest
+        elif name == "square":
+            found = 2 * first
+        elif name == "integer_pow" and equation.params["y"] >= 0:
+            found = first * equation.params["y"] if equation.params["y"] else 0.0
+        elif name == "convert_element_type" and np.issubdtype(equation.params["new_dtype"], np.inexact):
+            found = first
+        known.update((out, found) for out in equation.outvars)
+    return [read(atom) for atom in jaxpr.outvars]

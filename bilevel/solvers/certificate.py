@@ -38,6 +38,7 @@ from bilevel.result import Result
 from bilevel.solvers._units import Units, changes, moves, normalised, rms, times, units_of_losses, units_of_variables
 from bilevel.solvers.small.mpcc import MPCC
 from bilevel.solvers.small.program import Program, flatten
+from bilevel.solvers.small.quadratic import exact_end
 from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
 from bilevel.typing import PyTree, Scalar
 
@@ -283,10 +284,14 @@ def certify(
         return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
     if result not in _ANY:
         return Certificate(result)
-    if (tol is not None or result is Result.CONVERGED) and not refusal(problem, x, y):
-        with np.errstate(all="ignore"):  # a run may have ended at numbers of any size
-            return _of_small(problem, x, y, start, result, metrics, tol)
     unchecked = _obstacles(problem, x, y, tol)
+    if tol is not None or result is Result.CONVERGED:
+        with np.errstate(all="ignore"):  # a run may have ended at numbers of any size
+            exact = None if unchecked or unchecked is None else exact_end(problem, x, y, start)
+            if exact is not None:
+                return _concluded(exact[0], result, metrics, tol, (), exact[1])
+            if not refusal(problem, x, y):
+                return _of_small(problem, x, y, start, result, metrics, tol)
     if unchecked is None:
         return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
     if unchecked:  # nothing is evaluated on data or models of that size

@@ -25,12 +25,14 @@ from bilevel.constraints import depends
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
 
-__all__ = ["Evaluated", "Program", "precise", "size_of"]
+__all__ = ["PASS_BYTES", "Evaluated", "Program", "precise", "size_of"]
 
 _UNEQUAL = 1e3
 """How far the units of the coordinates of one variable differ before each has its own."""
 _TIGHT = 1e-9
 """Relative: two numbers that are equal but for rounding."""
+PASS_BYTES = 2**22
+"""What one evaluation of both losses may read and write, where there may be thousands of them."""
 
 
 def precise() -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers.small.nlp import minimise
-from bilevel.solvers.small.program import Evaluated, Program, size_of
+from bilevel.solvers.small.program import PASS_BYTES, Evaluated, Program, size_of
 from bilevel.solvers.small.search import (
     EXACT,
     FEASIBLE,
@@ -88,10 +88,6 @@ class Lower:
     answer_violation: float = 0.0
 
 
-_PASS_BYTES = 2**22
-"""What one evaluation of both losses may read and write."""
-
-
 def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
     """Why the two checks are not made for this problem; "" where they are."""
     try:
@@ -101,7 +97,7 @@ def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
     if unknowns + rows > largest:
         return f"{unknowns} unknowns and {rows} rows are more than {largest}, for which dense checks are made."
     passed = problem.pass_bytes(x, y)
-    if passed > _PASS_BYTES:
+    if passed > PASS_BYTES:
         return f"a pass over the samples reads and writes {passed / 2**20:.3g} MiB, too much for thousands of them."
     return ""
 

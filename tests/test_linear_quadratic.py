@@ -1,0 +1,150 @@
+"""The exact end of a linear-quadratic run: closed forms, agreement with the search, units, and what is not one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel
+from bilevel import Problem, Result, solve
+from bilevel._traces import degrees
+from bilevel.solvers import certificate
+from bilevel.solvers.small.quadratic import exact_end
+
+ORIGIN = (jnp.zeros(2), jnp.zeros(3))
+
+
+def random_problem(seed=0, scale=(1.0, 1.0)):
+    """F and f of random definite Hessians, with their matrices."""
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(2, 5, 5))
+    above, below = (r @ r.T + np.eye(5) for r in root)
+    a, b = rng.normal(size=(2, 5))
+    factor = np.linalg.cholesky(below).T
+
+    def upper(x, y):
+        z = jnp.concatenate([x, y])
+        return scale[0] * (0.5 * z @ (above @ z) + a @ z)
+
+    def lower(x, y):
+        z = jnp.concatenate([x, y])
+        return scale[1] * (0.5 * jnp.sum((factor @ z) ** 2) + jnp.dot(b, z) + jnp.sum(x**2))
+
+    return Problem(upper, lower), above, below, a, b
+
+
+def solution(above, below, a, b):
+    """(x*, y*) by the optimality conditions as one linear system."""
+    jacobian = -np.linalg.solve(below[2:, 2:], below[2:, :2])
+    offset = -np.linalg.solve(below[2:, 2:], b[2:])
+    along = np.concatenate([np.eye(2), jacobian])
+    base = np.concatenate([np.zeros(2), offset])
+    x = -np.linalg.solve(along.T @ above @ along, along.T @ (above @ base + a))
+    return x, jacobian @ x + offset
+
+
+def test_closed_form():
+    problem, *parts = random_problem()
+    x, y = solution(*parts)
+    with jax.enable_x64(True):
+        found, better = exact_end(problem, jnp.asarray(x), jnp.asarray(y), ORIGIN)
+        away, then = exact_end(problem, jnp.asarray(x + 0.1), jnp.asarray(y - 0.2), ORIGIN)
+    assert max(found["near"], found["gap"], found["gain"]) < 1e-12 and better is None
+    above, below, a, b = parts
+    value = lambda z: 0.5 * z @ above @ z + a @ z  # noqa: E731
+    lowest = lambda x: -np.linalg.solve(below[2:, 2:], below[2:, :2] @ x + b[2:])  # noqa: E731
+    answer, d = lowest(x + 0.1), None
+    d = y - 0.2 - answer
+    np.testing.assert_allclose(away["polished_gap"], 0.5 * d @ below[2:, 2:] @ d, rtol=1e-9)
+    at = value(np.concatenate([x + 0.1, answer]))
+    np.testing.assert_allclose(away["polished_change"], at - value(np.concatenate([x + 0.1, y - 0.2])), rtol=1e-8)
+    np.testing.assert_allclose(away["descent"], at - value(np.concatenate([x, y])), rtol=1e-8)
+    np.testing.assert_allclose(np.concatenate(then), np.concatenate([x, y]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("moved", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.5), (1e-6, 1e-6)])
+def test_agrees_with_the_search(moved, monkeypatch):
+    """The verdicts of both ways at the solution, at a wrong x, and at a wrong y."""
+    problem, *parts = random_problem(1)
+    x, y = solution(*parts)
+    point = jnp.asarray(x + moved[0], jnp.float32), jnp.asarray(y + moved[1], jnp.float32)
+    if moved[0]:  # y follows x
+        jacobian = -np.linalg.solve(parts[1][2:, 2:], parts[1][2:, :2])
+        point = point[0], point[1] + jnp.asarray(jacobian @ np.full(2, moved[0]), jnp.float32)
+    exact = certificate.certify(problem, *point, ORIGIN, Result.CONVERGED, {}, 1e-3)
+    monkeypatch.setattr(certificate, "exact_end", lambda *_: None)
+    searched = certificate.certify(problem, *point, ORIGIN, Result.CONVERGED, {}, 1e-3)
+    wanted = Result.NOT_STATIONARY if moved[0] > 0.1 else Result.LOWER_LEVEL if moved[1] > 0.1 else Result.CONVERGED
+    assert exact.result is searched.result is wanted
+    for name in ("polished_gap", "polished_change"):
+        np.testing.assert_allclose(exact.measures[name], searched.measures[name], rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-8, 1e8])
+@pytest.mark.parametrize("level", [0, 1])
+def test_units_of_the_losses_change_nothing(factor, level):
+    problem, *_ = random_problem(2)
+    scaled = random_problem(2, (factor, 1.0) if level == 0 else (1.0, factor))[0]
+    point = jnp.full(2, 0.3), jnp.full(3, -0.7)
+    one, other = (exact_end(p, *point, ORIGIN)[0] for p in (problem, scaled))
+    for name in ("near", "gap", "gain"):
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
+
+
+def test_solve_ends_by_it_and_goes_there(monkeypatch):
+    """A run with a tolerance asks no search, and a start that is far away is no excuse."""
+    monkeypatch.setattr(certificate, "_of_small", lambda *_: pytest.fail("the search was asked"))
+    problem, *parts = random_problem(3)
+    found = solve(problem, *ORIGIN, tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED
+    np.testing.assert_allclose(np.concatenate([found.x, found.y]), np.concatenate(solution(*parts)), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "upper, lower",
+    [
+        pytest.param(lambda x, y: jnp.sum(y**2), lambda x, y: -jnp.sum((y - 1) ** 2), id="lower level concave"),
+        pytest.param(lambda x, y: jnp.sum(y**2), lambda x, y: (y[0] - x[0]) ** 2, id="several lower minimisers"),
+        pytest.param(lambda x, y: -jnp.sum(x**2), lambda x, y: jnp.sum((y - x[0]) ** 2), id="upper level unbounded"),
+        pytest.param(lambda x, y: y[0], lambda x, y: jnp.sum((y - x[0]) ** 2), id="linear in x"),
+        pytest.param(lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum(jnp.abs(y - x[0])), id="not smooth"),
+        pytest.param(lambda x, y: jnp.sum(x**2), lambda x, y: jnp.sum((y - 1) ** 2 * x[0]), id="cubic together"),
+        pytest.param(
+            lambda x, y: jnp.sum(x**2 + jax.lax.stop_gradient(x)), lambda x, y: jnp.sum((y - 1) ** 2), id="stopped"
+        ),
+        pytest.param(
+            lambda x, y: jnp.sum(jnp.where(x > 0, x, 3 * x) ** 2), lambda x, y: jnp.sum((y - 1) ** 2), id="branches"
+        ),
+    ],
+)
+def test_what_is_none_is_left_to_the_search(upper, lower):
+    assert exact_end(Problem(upper, lower), *ORIGIN, ORIGIN) is None
+
+
+def test_sets_and_rows_are_left_to_the_search():
+    problem = random_problem()[0]
+    box = bilevel.sets.Box(-1.0, 1.0)
+    for given in ({"project_upper": box}, {"project_lower": box}, {"constraint": lambda x, y: jnp.sum(y)}):
+        assert exact_end(Problem(problem.upper, problem.lower, **given), *ORIGIN, ORIGIN) is None
+
+
+@pytest.mark.parametrize(
+    "fn, degree",
+    [
+        (lambda x: jnp.sum(x), 1),
+        (lambda x: jnp.dot(x, x) + 3.0, 2),
+        (lambda x: jnp.sum(x[1:] * x[:-1]) / 2, 2),
+        (lambda x: jnp.sum(jnp.outer(x, x) @ x), 3),
+        (lambda x: jnp.sum(jnp.arange(3.0) ** 5 * x), 1),
+        (lambda x: jax.jit(jnp.square)(x)[0], 2),
+        (lambda x: jnp.sum(x**0), 0),
+        (lambda x: jnp.sum(1 / x), np.inf),
+        (lambda x: jnp.sum(jnp.sin(x)) ** 0 * 2, 0),
+        (lambda x: jnp.sum(x.astype(int)), np.inf),
+        (lambda x: x[jnp.argmax(x)], np.inf),
+        (lambda x: jnp.sum(jnp.sin(2.0) * x), 1),
+        (lambda x: jax.lax.scan(lambda c, v: (c + v, None), 0.0, x)[0], np.inf),
+    ],
+)
+def test_degrees(fn, degree):
+    assert degrees(jax.make_jaxpr(fn)(jnp.ones(3)).jaxpr, [1.0]) == [degree]
