@@ -338,7 +338,7 @@ def cleaning(
         (held, one_hot[held_labels]),
         (features[:lower_count], one_hot[noisy], np.arange(lower_count, dtype=np.int32)),
         np.full(lower_count, -2.0, np.float32),
-        np.zeros(7840, np.float32),
+        np.zeros(10 * features.shape[1], np.float32),
         batch,
         _error(held, held_labels, 10),
         "validation error",

@@ -91,8 +91,8 @@ def traffic(jaxpr: Any) -> int:
 # What keeps the degree of its first argument, the rest being constant; what has the greatest of its arguments' degrees;
 # and what has their sum.
 _KEEPS = frozenset((
-    "broadcast_in_dim", "copy", "copy_p", "cumsum", "dynamic_slice", "expand_dims", "gather", "neg", "reduce_sum", "reshape",
-    "rev", "slice", "squeeze", "transpose",
+    "broadcast_in_dim", "copy", "copy_p", "cumsum", "dynamic_slice", "expand_dims", "gather", "neg", "reduce_sum",
+    "reshape", "rev", "slice", "squeeze", "transpose",
 ))  # fmt: skip
 _GREATEST = frozenset(("add", "add_any", "concatenate", "dynamic_update_slice", "pad", "sub"))
 _SUM = frozenset(("conv_general_dilated", "dot_general", "mul"))

@@ -51,8 +51,8 @@ def test_closed_form():
         away, then = exact_end(problem, jnp.asarray(x + 0.1), jnp.asarray(y - 0.2), ORIGIN)
     assert max(found["near"], found["gap"], found["gain"]) < 1e-12 and better is None
     above, below, a, b = parts
-    value = lambda z: 0.5 * z @ above @ z + a @ z  # noqa: E731
-    lowest = lambda x: -np.linalg.solve(below[2:, 2:], below[2:, :2] @ x + b[2:])  # noqa: E731
+    value = lambda z: 0.5 * z @ above @ z + a @ z
+    lowest = lambda x: -np.linalg.solve(below[2:, 2:], below[2:, :2] @ x + b[2:])
     answer, d = lowest(x + 0.1), None
     d = y - 0.2 - answer
     np.testing.assert_allclose(away["polished_gap"], 0.5 * d @ below[2:, 2:] @ d, rtol=1e-9)

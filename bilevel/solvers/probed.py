@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -22,8 +23,10 @@ from bilevel.typing import Metrics, PyTree
 __all__ = ["ProbedSingleLoop"]
 
 _TINY = 1e-37  # for 0/0 only
-_FIRST = 32  # steps that all probe, and that x waits
-_EVERY = 10  # steps from one probe to the next after these
+_FIRST = 8, 32  # until when all steps probe, and every fourth
+_WAIT = 16  # steps that x waits, at least
+_EVERY = 10  # steps from one probe to the next after these, twice as many with each doubling of the steps done
+_SETTLED = 320, 8  # from when on that is, and the most it grows by
 _GROWN = 100.0  # of a squared norm, over its least: x is running away
 
 
@@ -84,8 +87,9 @@ class ProbedSingleLoop:
 
     L is a slow maximum of |f_yy p| over unit directions p (the last probe's, D_y and D_v). Lh is that of the curvature
     of h along a probe and along D_x, through the answers of (y, v) to a move of x, and M that of how far these answers
-    lag. All come from products with the derivative of the joint directions on the step's own batches, at the first 32
-    steps, then at every tenth and wherever D_y or D_v is clipped. c clips a direction at twice its usual norm; e decays
+    lag. All come from products with the derivative of the joint directions on the step's own batches, at the first 8
+    steps, every fourth up to the 32nd, then every tenth (every 20th, 40th and 80th from step 320, 640 and 1,280 on),
+    and wherever D_y or D_v is clipped. c clips a direction at twice its usual norm; e decays
     as 1/sqrt(t) without variance reduction and is 1 with it. x waits until y and v have seen the data once. Where the
     average of |D_x|^2 grows a hundredfold over its least, x, y and v return to the point where it was least, and b is
     divided by 4.
@@ -152,16 +156,16 @@ class ProbedSingleLoop:
         clips = jnp.minimum(1, 2 * jnp.sqrt(squares / jnp.maximum(now, _TINY)))
 
         upper, lower = problem.levels(key)
-        due = (key.step < _FIRST) | (key.step % _EVERY == 0) | (clips[1] < 1) | (clips[2] < 1)
+        due = _scheduled(key.step) | (clips[1] < 1) | (clips[2] < 1)
         look = lambda probes: _probed(upper, lower, at, direction, probes)  # noqa: E731
         probes = jax.lax.cond(due, look, lambda probes: probes, state.probes)
 
         blocks = max(_blocks(source) for source in problem.sources)
-        wait = max(_FIRST, blocks) if isinstance(reduction, SAGA) else _FIRST
+        wait = max(_WAIT, blocks) if isinstance(reduction, SAGA) else _WAIT
         a = jnp.where(probes.lower > 0, 0.5 / jnp.maximum(probes.lower, _TINY), 0)
         curvature = probes.upper + 0.1 * probes.lag * 2 * probes.lower
         most = jnp.where(curvature > 0, state.brake * 0.5 / jnp.maximum(curvature, _TINY), 0)
-        grown = jnp.where(state.b > 0, state.b * jnp.exp(jnp.minimum(0.05, 3 / blocks)), 0.1 * most)
+        grown = jnp.where(state.b > 0, state.b * jnp.exp(jnp.minimum(0.1, 3 / blocks)), 0.1 * most)
         b = jnp.where(key.step < wait, 0, jnp.minimum(most, grown)).astype(a.dtype)
 
         fade: Any = 1.0
@@ -187,6 +191,14 @@ class ProbedSingleLoop:
         return ProbedState(x, y, v, memory, probes, squares, b, brake, good, least, returns), metrics
 
     status = SingleLoop.status
+
+
+def _scheduled(step: Any) -> jax.Array:
+    """Whether this step looks: the first eight, every fourth to the 32nd, every tenth, and more and more rarely."""
+    step, (all_until, some_until), (start, most) = jnp.asarray(step, jnp.uint32), _FIRST, _SETTLED
+    doublings = sum((step >= start * 2**k).astype(jnp.uint32) for k in range(int(math.log2(most))))
+    every = jnp.uint32(_EVERY) << doublings
+    return (step < all_until) | ((step < some_until) & (step % 4 == 0)) | (step % every == 0)
 
 
 def _blocks(source: Any) -> int:
