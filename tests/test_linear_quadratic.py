@@ -9,6 +9,7 @@ import bilevel
 from bilevel import Problem, Result, solve
 from bilevel._traces import degrees
 from bilevel.solvers import certificate
+from bilevel.solvers.small.program import precise
 from bilevel.solvers.small.quadratic import exact_end
 
 ORIGIN = (jnp.zeros(2), jnp.zeros(3))
@@ -46,14 +47,14 @@ def solution(above, below, a, b):
 def test_closed_form():
     problem, *parts = random_problem()
     x, y = solution(*parts)
-    with jax.enable_x64(True):
+    with precise():
         found, better = exact_end(problem, jnp.asarray(x), jnp.asarray(y), ORIGIN)
         away, then = exact_end(problem, jnp.asarray(x + 0.1), jnp.asarray(y - 0.2), ORIGIN)
     assert max(found["near"], found["gap"], found["gain"]) < 1e-12 and better is None
     above, below, a, b = parts
     value = lambda z: 0.5 * z @ above @ z + a @ z
     lowest = lambda x: -np.linalg.solve(below[2:, 2:], below[2:, :2] @ x + b[2:])
-    answer, d = lowest(x + 0.1), None
+    answer = lowest(x + 0.1)
     d = y - 0.2 - answer
     np.testing.assert_allclose(away["polished_gap"], 0.5 * d @ below[2:, 2:] @ d, rtol=1e-9)
     at = value(np.concatenate([x + 0.1, answer]))

@@ -11,6 +11,7 @@
     stationary     no small feasible move of x, y following by a lower solve of its own, lowers F;
     not beaten     no large move does (for a few unknowns).
 
+Of a linear-quadratic problem without sets and rows the measures are exact, from one Hessian (`small.quadratic`).
 CONVERGED means that all of it held; what was not checked, because of size or of the kind of data, is said.
 """
 
