@@ -68,7 +68,8 @@ def newsgroups(path: Place | None = None) -> Sources:
 
     Args:
         path: a folder of folders of numbered messages, or an archive of it (`20news-bydate.tar.gz`); by default
-            `20newsgroups`, `20news-bydate` or `20news-18828` in `BILEVEL_DATA`. Training and test parts are put together.
+            `20newsgroups`, `20news-bydate` or `20news-18828` in `BILEVEL_DATA`. Training and test parts are put
+            together.
 
     Raises:
         DatasetNotFoundError: not there.

@@ -1,4 +1,4 @@
-"""Four ways to the weights of `sources`, a line each: solvers of the package under the numbers that language models take."""
+"""Four ways to the weights of `sources`, a line each: solvers of the package, with numbers for language models."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def whole_run(steps: int, rate: Any = 1e-3, upper_rate: Any = 0.1, checkpoint: A
 def implicit(
     steps: int = 10, rate: Any = 1e-3, upper_rate: Any = 0.03, products: int = 5, damping: float = 0.1
 ) -> HypergradientDescent:
-    """`steps` of Adam on y, and a linear system with f_yy + damping by `products` of CG: for an adapter, which is small.
+    """`steps` of Adam on y, and a linear system with f_yy + damping by `products` of CG: for a small y, an adapter.
 
     A training of a few steps is at no minimum and f_yy is not definite there: the damping says how far a direction's
     curvature is trusted, and the estimate is as good as that.

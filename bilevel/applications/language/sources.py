@@ -1,4 +1,4 @@
-"""Which sources of text, or which samples, a language model should be trained on, learnt from clean text of the kind wanted."""
+"""Which sources of text, or which samples, a language model should be trained on, learnt from some clean text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sources(Application[Array, Parameters]):
         base: the frozen parameters under the adapter; None where y is all parameters.
         names: of the sources.
         weights: `x ->` the shares of the sources, (sources,), which sum to 1; or per sample a weight in (0, 1), (n,).
-        shares: `x ->` what each source's samples get of the whole weight, (sources,): `weights`, or the samples' summed.
+        shares: `x ->` what each source's samples get of the whole weight, (sources,): `weights`, or the sums.
         fixed: `shares -> x` with these shares of the sources, which may be 0; for trainings to compare with.
         loss: `(y, tokens) -> (n,)`, the mean of -log p(token | those before) of each sequence.
         full: `y ->` all parameters, the adapter merged.

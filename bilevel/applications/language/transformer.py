@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel.applications.layers import lora
 from bilevel.applications.language.entropy import chunked_entropy
+from bilevel.applications.layers import lora
 from bilevel.applications.layers.weights import check_weights
 
 Parameters = dict[str, Array]
@@ -126,7 +126,7 @@ class Transformer:
             adapter: of `lora.init`, on weights of the blocks; its product is added layer by layer, so that no adapted
                 weight is ever made. The result is that of `lora.merge(params, adapter)`.
         """
-        b, t = tokens.shape
+        t = tokens.shape[1]
         if t > self.length:
             raise ValueError(f"Sequences of {t} tokens were given to a Transformer of length {self.length}.")
         adapter = {} if adapter is None else adapter
@@ -191,7 +191,7 @@ class Transformer:
     def generate(
         self, params: Mapping[str, Array], key: Array, start: Array, count: int, temperature: float = 1.0
     ) -> Array:
-        """`count` tokens drawn after `start` (whole numbers (n,)): (n + count,). All logits are computed anew for each."""
+        """`count` tokens drawn after `start`, whole numbers (n,): (n + count,). Everything is computed anew for each."""
         start = jnp.asarray(start)
         if len(start) < 1 or len(start) + count > self.length + 1:
             raise ValueError(

@@ -141,7 +141,7 @@ def merge(
 
 
 def product(adapter: Mapping[str, Any], name: str, x: Array, *, alpha: float | None = None) -> Array | None:
-    """What the adapter adds to the layer `name` at its inputs, (alpha / rank) B A x for x (.., in); None: it adds nothing.
+    """What the adapter adds to the layer `name` at inputs x (.., in), (alpha / rank) B A x; None: it adds nothing.
 
     For a network that knows its adapter: where `merge` makes the changed weights, this makes rank numbers per input.
     A and B are of one layer, (rank, in) and (out, rank), and are cast to the inputs' dtype.
