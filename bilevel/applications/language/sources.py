@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,7 +31,9 @@ class Sources(Application[Array, Parameters]):
         names: of the sources.
         weights: `x ->` the shares of the sources, (sources,), which sum to 1; or per sample a weight in (0, 1), (n,).
         shares: `x ->` what each source's samples get of the whole weight, (sources,): `weights`, or the sums.
-        fixed: `shares -> x` with these shares of the sources, which may be 0; for trainings to compare with.
+        fixed: `shares -> x` with these shares of the sources, which may be 0.
+        mixed: `shares -> data.Sampler`: batches of sequences whose sources are drawn by the shares, for a training
+            afresh. Their mean loss is that of f, with less variance where shares are far from equal: each counts alike.
         loss: `(y, tokens) -> (n,)`, the mean of -log p(token | those before) of each sequence.
         full: `y ->` all parameters, the adapter merged.
     """
@@ -41,6 +44,7 @@ class Sources(Application[Array, Parameters]):
     weights: Callable[[Array], Array]
     shares: Callable[[Array], Array]
     fixed: Callable[[Any], Array]
+    mixed: Callable[[Any], data.Sampler]
     loss: Callable[[Parameters, Array], Array]
     full: Callable[[Parameters], Parameters]
     name: str = "sources of text"
@@ -143,13 +147,20 @@ def sources(
         sums = jnp.zeros(count, x.dtype).at[owner].add(weights(x))
         return sums / sums.sum()
 
-    def fixed(given: Any) -> Array:
+    def of_shares(given: Any) -> np.ndarray:
         given = np.asarray(given, np.float32)
         if given.shape != (count,) or not (given >= 0).all() or not given.sum() > 0:
-            raise ValueError(f"fixed({given}): {count} shares are needed, none negative and not all zero.")
+            raise ValueError(f"Shares {given} were given: {count} are needed, none negative and not all zero.")
+        return given / given.sum()
+
+    def mixed(given: Any) -> data.Sampler:
+        return data.Sampler(_draw(batch), (rows, np.cumsum(counts) - counts, counts, of_shares(given)))
+
+    def fixed(given: Any) -> Array:
+        given = of_shares(given)
         with np.errstate(divide="ignore"):
             if per == "source":
-                return jnp.asarray(np.log(given / given.sum()))
+                return jnp.asarray(np.log(given))
             each = given / counts
             each = 0.5 * each / each.max()  # the weights in (0, 1) that stand in these proportions
             return jnp.asarray((np.log(each) - np.log1p(-each))[owner])
@@ -177,9 +188,23 @@ def sources(
         weights=weights,
         shares=shares,
         fixed=fixed,
+        mixed=mixed,
         loss=loss,
         full=lambda y: y if base is None else lora.merge(base, y),
     )
+
+
+@functools.cache
+def _draw(size: int) -> Callable[[Array, Any], Array]:
+    """A `data.Sampler`'s function: a source by its share, a sequence of it, `size` times."""
+
+    def draw(key: Array, arrays: Any) -> Array:
+        rows, firsts, counts, shares = arrays
+        of_source, of_row = jax.random.split(key)
+        source = jax.random.choice(of_source, len(shares), (size,), p=shares)
+        return rows[firsts[source] + jax.random.randint(of_row, (size,), 0, counts[source])]
+
+    return draw
 
 
 def _checked(name: str, tokens: Any, model: Transformer) -> np.ndarray:

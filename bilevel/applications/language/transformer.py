@@ -191,7 +191,7 @@ class Transformer:
     def generate(
         self, params: Mapping[str, Array], key: Array, start: Array, count: int, temperature: float = 1.0
     ) -> Array:
-        """`count` tokens drawn after `start`, whole numbers (n,): (n + count,). Everything is computed anew for each."""
+        """`count` tokens drawn after `start`, whole numbers (n,): (n + count,). All is computed anew for each."""
         start = jnp.asarray(start)
         if len(start) < 1 or len(start) + count > self.length + 1:
             raise ValueError(
