@@ -22,8 +22,7 @@ def penalty(rate: Any = 1e-3, upper_rate: Any = 0.03, alpha: float = 10.0) -> F2
     It is the paper's objective; the weights are a softmax as in the authors' code. Here x moves after w and u, at their
     new values (the authors': at the old ones), and alpha stays, where the authors multiply it by a factor from epoch to
     epoch. Two copies of y and their moments move, and a third is what was found last. Besides the three gradients that
-    the method needs a step takes those of its report. It starts with estimates of curvatures, by products with second
-    derivatives at x0; after that no second derivative is taken.
+    the method needs a step takes those of its report. No second derivative is taken anywhere.
 
     Args:
         rate: of y's Adam, a number or a schedule.

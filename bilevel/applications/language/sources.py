@@ -133,11 +133,11 @@ def sources(
     def upper(x: Array, y: Parameters, tokens: Array) -> Array:
         return loss(y, tokens).mean()
 
-    by_source = jnp.asarray(total / counts, jnp.float32)
+    by_source = total / counts
 
     def lower(x: Array, y: Parameters, drawn: Any) -> Array:
         tokens, of, place = drawn
-        w = (weights(x) * by_source.astype(x.dtype))[of] if per == "source" else jax.nn.sigmoid(x[place])
+        w = (weights(x) * jnp.asarray(by_source, x.dtype))[of] if per == "source" else jax.nn.sigmoid(x[place])
         found = (w * loss(y, tokens)).mean()
         return found + 0.5 * decay * optax.tree.norm(y, squared=True) if decay else found
 
@@ -199,7 +199,7 @@ def _draw(size: int) -> Callable[[Array, Any], Array]:
     """A `data.Sampler`'s function: a source by its share, a sequence of it, `size` times."""
 
     def draw(key: Array, arrays: Any) -> Array:
-        rows, firsts, counts, shares = arrays
+        rows, firsts, counts, shares = (jnp.asarray(each) for each in arrays)
         of_source, of_row = jax.random.split(key)
         source = jax.random.choice(of_source, len(shares), (size,), p=shares)
         return rows[firsts[source] + jax.random.randint(of_row, (size,), 0, counts[source])]

@@ -46,8 +46,8 @@ class Transformer:
         chunk: positions of each sequence whose logits exist at once (`chunked_entropy`).
         compute: dtype of products and activations, such as "bfloat16"; the parameters keep theirs and are cast where
             they are used; sums in norms and the cross-entropy are in the parameters'. None: the parameters'.
-        attend: in place of `jax.nn.dot_product_attention(q, k, v, is_causal=True)`, a kernel of the same arguments,
-            each (batch, time, heads, numbers).
+        attend: a kernel in place of the plain attention, called as `jax.nn.dot_product_attention` is: `attend(q, k, v,
+            is_causal=True)`, each (batch, time, heads, numbers). The plain one is exact in float64 too.
 
     References: Vaswani et al., NeurIPS 2017; Radford et al., "Language Models are Unsupervised Multitask Learners",
     2019 (GPT-2); Su et al., "RoFormer", 2021 (rotary positions).
@@ -137,7 +137,7 @@ class Transformer:
                 "others to `lora.merge`, and give the merged parameters."
             )
         kind = params["embedding.weight"].dtype if self.compute is None else jnp.dtype(self.compute)
-        h = params["embedding.weight"][tokens].astype(kind)
+        h = jnp.asarray(params["embedding.weight"])[tokens].astype(kind)
         if self.positions == "learnt":
             h = h + params["positions.weight"][:t].astype(kind)
         turn = _angles(t, self.width // self.heads) if self.positions == "rotary" else None
@@ -164,7 +164,7 @@ class Transformer:
         q, k, v = (linear(f"attention.{part}", x).reshape(b, t, self.heads, -1) for part in ("query", "key", "value"))
         if turn is not None:
             q, k = _turned(q, turn), _turned(k, turn)
-        attend = jax.nn.dot_product_attention if self.attend is None else self.attend
+        attend = _causal if self.attend is None else self.attend
         h = h + linear("attention.out", attend(q, k, v, is_causal=True).reshape(b, t, w))
         up = jax.nn.gelu(linear("mlp.up", _norm(params, "mlp.norm", h)), approximate=True)
         return h + linear("mlp.down", up)
@@ -220,6 +220,14 @@ def _norm(params: Mapping[str, Array], name: str, h: Array) -> Array:
     centred = h - h.mean(-1, keepdims=True)
     out = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + _EPSILON) * scale
     return (out + params[f"{name}.bias"]).astype(kind)
+
+
+def _causal(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
+    """Softmax attention to what is not later, the softmax in float32 at least."""
+    kind, t = jnp.promote_types(q.dtype, jnp.float32), q.shape[1]
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=kind)
+    scores = jnp.where(jnp.tril(jnp.ones((t, t), bool)), scores, jnp.finfo(kind).min)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores).astype(v.dtype), v)
 
 
 def _angles(time: int, numbers: int) -> tuple[Array, Array]:
