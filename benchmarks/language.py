@@ -1,4 +1,4 @@
-"""Language models: what a whole training of GPT-2's size needs to be differentiated, and tokens per second of a small one.
+"""Language models: the memory that differentiating a training of GPT-2's size needs, tokens per second of a small one.
 
 `--part memory`: the compiled memory analysis of the shape, by shapes alone: 124,439,808 parameters, batches of 64
 sequences of 1,024 tokens, 16 Adam steps differentiated from the end to the beginning in the weights of two sources,
@@ -153,7 +153,7 @@ def main():
     parser.add_argument("--lower", type=int, default=10, help="lower steps of the routes that take several")
     parser.add_argument("--repeat", type=int, default=3, help="steps of each side in a round")
     small = {"sequences": 2, "length": 32, "steps": 4, "width": 64, "blocks": 2, "repeat": 1, "lower": 2}
-    args = _harness.start(parser, "optax", pin=jax.default_backend() == "cpu", **small)
+    args = _harness.start(parser, "optax", **small)
     for part in args.part or ("memory", "speed"):
         {"memory": memory, "speed": speed}[part](args)
 

@@ -153,23 +153,23 @@ def main(given=None):
     gain = rows["equal shares"] - rows["learnt shares"]
     print(f"learnt below equal shares by {gain.mean():.3f} ({gain.min():.3f}, {gain.max():.3f})")
     print(f"share of the noise at the end: {paths[:, -1, 2].max():.4f} at most")
-    draw(args.out, rows, paths, names, train)
+    draw(args.out, rows, paths, names, train, args.outer)
     print(f"picture: {args.out}; {time.perf_counter() - began:.0f} s in all")
     return rows, paths
 
 
-def draw(path, rows, paths, names, train):
+def draw(path, rows, paths, names, train, outer):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(2.2, 1))
     lines, bars = top.subplots(1, 2)
-    steps = np.linspace(0, 1, paths.shape[1])
+    steps = np.linspace(0, outer, paths.shape[1])
     for k, name in enumerate(names):
         for seed, history in enumerate(paths):
             lines.plot(steps, history[:, k], color=f"C{k}", lw=1.5, alpha=0.8, label=name if not seed else None)
     lines.axhline(0.05, color="0.6", lw=0.8, ls=":")
-    lines.set(title="share of each source, a line per seed", xlabel="share of the run", ylim=(0, 1))
+    lines.set(title="share of each source, a line per seed", xlabel="outer step", ylim=(0, 1))
     lines.legend(fontsize=9)
     for row, values in enumerate(rows.values()):
         bars.barh(row, values.mean(), 0.6, color="C4", alpha=0.6)
