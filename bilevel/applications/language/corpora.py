@@ -130,7 +130,8 @@ def folder(path: Place) -> Sources:
         DatasetNotFoundError: no folder, or no such file in it.
         DatasetError: an empty file, or one that is no UTF-8; by name.
     """
-    top, found = Path(path).expanduser(), {}
+    top = Path(path).expanduser()
+    found: Sources = {}
     for file in sorted(top.glob("*/**/*.txt")):
         text = _text(file.read_bytes(), str(file), "utf-8").strip()
         if not text:
@@ -237,8 +238,8 @@ def _files(path: Place | None, *names: str) -> Iterator[tuple[str, bytes]]:
             with tarfile.open(fileobj=io.BytesIO(place.read_bytes())) as packed:
                 members = {member.name: member for member in packed.getmembers() if member.isfile()}
                 for name in sorted(members):
-                    file = packed.extractfile(members[name])
-                    assert file is not None
-                    yield f"{place}:{name}", file.read()
+                    content = packed.extractfile(members[name])
+                    assert content is not None
+                    yield f"{place}:{name}", content.read()
     except (tarfile.ReadError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise DatasetError(f"{place} is no zip or tar archive, or is cut off ({error}).") from None
