@@ -140,6 +140,19 @@ def merge(
     return _with(params, changed, ())
 
 
+def product(adapter: Mapping[str, Any], name: str, x: Array, *, alpha: float | None = None) -> Array | None:
+    """What the adapter adds to the layer `name` at inputs x (.., in), (alpha / rank) B A x; None: it adds nothing.
+
+    For a network that knows its adapter: where `merge` makes the changed weights, this makes rank numbers per input.
+    A and B are of one layer, (rank, in) and (out, rank), and are cast to the inputs' dtype.
+    """
+    if name + _A not in adapter:
+        return None
+    a, b = (adapter[name + part].astype(x.dtype) for part in (_A, _B))
+    out = (x @ a.T) @ b.T
+    return out if alpha is None else alpha / a.shape[0] * out
+
+
 def names(adapter: Mapping[str, Any]) -> list[str]:
     """The adapted weights' names.
 

@@ -55,7 +55,7 @@ class ValueState(Reported):
       upper: the upper step rule's memory.
       path: the penalty and what is extrapolated along it.
       scale, lam: the rows' scale and multipliers (empty without coupled constraints).
-      curvatures: `f_yy` and `F_yy` at the start.
+      curvatures: `f_yy` and `F_yy` at the start; one where the method does not ask for them.
     """
 
     point: PyTree
@@ -90,14 +90,26 @@ class ValueMethod(Diagnosed):
         return Move(default if self.upper_optimizer is None else self.upper_optimizer, problem.project_upper)
 
     def begin(
-        self, problem: Problem, x: PyTree, y: PyTree, key: StepKey, inner: Any = lambda rows, y: {}
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        key: StepKey,
+        inner: Any = lambda rows, y: {},
+        measured: bool = True,
     ) -> ValueState:
-        """A start at (x, y); `inner(multipliers, y)`: what the inner solves start from."""
+        """A start at (x, y).
+
+        Args:
+          inner: `(multipliers, y)`: what the inner solves start from.
+          measured: estimate the curvatures, by second derivatives; False where nothing reads them: they are one.
+        """
         upper, lower = problem.levels(key)
         rows = Constraints(lower, x, y).at(x, y)
+        losses = {"f_yy": lambda y: lower(x, y), "F_yy": lambda y: upper(x, y)}
         curvatures = {
-            "f_yy": curvature.hessian_norm(lambda y: lower(x, y), y),
-            "F_yy": curvature.hessian_norm(lambda y: upper(x, y), y),
+            name: curvature.hessian_norm(loss, y) if measured else jnp.ones((), jnp.result_type(*jax.tree.leaves(y)))
+            for name, loss in losses.items()
         }
         lam = jnp.zeros((rows.count,), rows.dtype)
         path = as_schedule(self.penalty).init((x, y), _base.ratio(curvatures["F_yy"], curvatures["f_yy"]))

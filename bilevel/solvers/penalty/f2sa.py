@@ -16,7 +16,7 @@ from bilevel.optimizers import residual, spectral
 from bilevel.problem import Problem
 from bilevel.solvers._base import refuse
 from bilevel.solvers.penalty._base import report
-from bilevel.solvers.penalty._schedule import Continuation, Polynomial
+from bilevel.solvers.penalty._schedule import Continuation, Polynomial, as_schedule
 from bilevel.solvers.penalty._value import Tilted, ValueMethod, ValueState
 from bilevel.typing import LowerSolver, Metrics, PyTree, Scalar
 
@@ -61,11 +61,12 @@ class F2SA(ValueMethod):
     penalty: Any = Polynomial(10.0, 1 / 3)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> ValueState:
-        """Estimate the curvatures; both lower variables start at y."""
+        """Both lower variables start at y; with a lower solver and a plain penalty no second derivative is taken."""
         honours = ("project_upper", "project_lower")
         refuse(self, problem, x, honours=honours, instead="solvers.LVHBA, solvers.BLOCC or solvers.MEHA")
         start = y if self.lower_solver is None else as_lower_solver(self.lower_solver).init(y)
-        return self.begin(problem, x, y, key, lambda lam, y: {"y": start, "z": start})
+        measured = self.lower_solver is None or not isinstance(as_schedule(self.penalty), Polynomial)
+        return self.begin(problem, x, y, key, lambda lam, y: {"y": start, "z": start}, measured)
 
     def step(self, problem: Problem, state: ValueState, key: StepKey) -> tuple[ValueState, Metrics]:
         """One iteration."""
