@@ -14,7 +14,8 @@ TESTS = Path(__file__).parent
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu", **more}
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **more}
 
 
 def forced(devices: int) -> dict[str, str]:

@@ -31,8 +31,8 @@ def checked(found):
 
 
 def test_variables_over_a_mesh_stay_there():
-    """Reverse mode, a linear system, random directions; samples along an axis of their own."""
-    checked(measured("--float64", "--mesh", "2x2", "log", "CG", "forward"))
+    """A linear system and random directions, samples along an axis of their own; all others below."""
+    checked(measured("--float64", "--mesh", "2x2", "CG", "forward"))
 
 
 @pytest.mark.slow
@@ -84,6 +84,17 @@ def test_a_whole_training_over_two_processes(tmp_path, x64):
     same(np.load(tmp_path / "out.npz"), mesh_run.outcome(jax.devices()[:1], 0, metagradient=True), [4])
 
 
+def test_agents_have_copies_over_the_other_axis(tmp_path):
+    """Agents along one axis of the mesh and each one's y along the other; clients' server likewise."""
+    printed("mesh_run.py", tmp_path / "out.npz", "--agents", devices=4)
+    found = np.load(tmp_path / "out.npz")
+    for name, spec in (("ring", "('agents', 'model')"), ("simfbo", "('model',)")):
+        np.testing.assert_allclose(found[f"{name} many"], found[f"{name} alone"], rtol=1e-12, atol=1e-14)
+        assert spec in str(found[f"{name} spec"])
+    assert "y0 lies over the mesh's axis 'agents', and so do the agents" in str(found["refused 0"])
+    assert "{'agents': 2, 'model': 2} and y0 over another one, {'model': 4}" in str(found["refused 1"])
+
+
 MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
 
 
@@ -93,7 +104,7 @@ MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
         (
             lambda: distributed.place({"in": np.ones((6, 30))}, MESH, P(None, "model")),
             r"'model' of 4 devices does not divide axis 1 of \['in'\], of shape \(6, 30\): put another axis over it, "
-            r"pad that one to 32, or take 2 devices there",
+            r"pad that one to 32, or take 3 devices there",
         ),
         (
             lambda: distributed.place(np.ones((6, 4)), MESH, P(("data", "model"))),
