@@ -271,7 +271,7 @@ def described(x):
 def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=("grid", "pole"), default=["grid", "pole"])
-    parser.add_argument("--outer", type=int, default=40, help="outer steps, one training of all lifetimes each")
+    parser.add_argument("--outer", type=int, default=30, help="outer steps, one training of all lifetimes each")
     parser.add_argument("--steps", type=int, default=30, help="updates of a training")
     parser.add_argument("--episodes", type=int, default=8, help="episodes per update")
     parser.add_argument("--lifetimes", type=int, default=4)
@@ -299,7 +299,7 @@ def main(args=None):
                 points[line], path = study.learnt(x, seed, args.outer, args.rate, last)
                 paths.setdefault(line, []).append(path)
             for line, x in points.items():
-                curves = [study.after(x, 100 * (seed + 1) + k) for k in range(4)]  # draws that nothing was learnt with
+                curves = [study.after(x, 100 * (seed + 1) + k) for k in range(2)]  # draws that nothing was learnt with
                 rows.setdefault(line, []).append(np.mean(curves, 0))
                 learnt[line] = x
         print(f"{name}: return after {args.steps} updates of {args.episodes} episodes, {args.seeds} seeds")

@@ -1,10 +1,11 @@
 """A network whose parameters lie over a mesh: gradients on four devices against one, their shardings, what is gathered.
 
-python tests/sharded_run.py [--float64 | --rounding] [--mesh 1x4] name...      # with four forced devices
+python tests/sharded_run.py [--float64 | --rounding] [--mesh 1x4] [--through] name...      # with four forced devices
 
 It prints a table, and as its last line JSON for test_mesh.py: by name the distance |g_1 - g_n| / |g_1|, whether
 gradient, y and moments lie as y does, the elements of the largest array gathered, what a device holds at most over what
-one alone does; and with --rounding the distances of g_1 and g_n to float64's.
+one alone does; and with --rounding the distances of g_1 and g_n to float64's. --through leaves x out of the upper loss,
+so that g is what comes through the training alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from bilevel import Problem, data, hypergradients, linear, lower, runs, solvers
 from bilevel.hypergradients import value_and_hypergradient
 
-LAYERS, WIDTH, SAMPLES = 6, 32, 8
+LAYERS, WIDTH, SAMPLES = 12, 32, 8
 ADAM = lower.GradientDescent(optax.adam(1e-2, eps_root=1e-8), 9)
 ESTIMATORS = {
     "all": hypergradients.Unrolled(checkpoint="all"),
@@ -73,16 +74,20 @@ def training(x, y, batch):
 
 
 def validation(x, y, batch):
+    return through(x, y, batch) + 1e-3 * sum(jnp.sum(jnp.sin(a + 1)) for a in jax.tree.leaves(x))
+
+
+def through(x, y, batch):
     rows, targets = batch
-    return jnp.mean((network(y, rows) - targets) ** 2) + 1e-3 * sum(jnp.sum(jnp.sin(a + 1)) for a in jax.tree.leaves(x))
+    return jnp.mean((network(y, rows) - targets) ** 2)
 
 
-def made(dtype=jnp.float32):
+def made(dtype=jnp.float32, upper=validation):
     """Problem, x (one penalty per parameter) and y on one device."""
     rng = np.random.default_rng(0)
     batch = lambda: tuple(jnp.asarray(rng.normal(size=(SAMPLES, WIDTH)), dtype) for _ in range(2))
     y = {name: jnp.asarray(rng.normal(size=(LAYERS, WIDTH, WIDTH)) / 20, dtype) for name in ("in", "out")}
-    return Problem(validation, training, batch(), batch()), jax.tree.map(jnp.zeros_like, y), y
+    return Problem(upper, training, batch(), batch()), jax.tree.map(jnp.zeros_like, y), y
 
 
 def specs(mesh):
@@ -141,12 +146,14 @@ def main():
     parser.add_argument("names", nargs="*")
     parser.add_argument("--float64", action="store_true")
     parser.add_argument("--rounding", action="store_true")
+    parser.add_argument("--through", action="store_true")
     parser.add_argument("--mesh", default="1x4")
     given = parser.parse_args()
+    upper = through if given.through else validation
     jax.config.update("jax_enable_x64", given.float64 or given.rounding)
     shape = tuple(int(n) for n in given.mesh.split("x"))
     mesh = jax.make_mesh(shape, ("data", "model"), (AxisType.Auto,) * 2)
-    alone, found = made(jnp.float64 if given.float64 else jnp.float32), {}
+    alone, found = made(jnp.float64 if given.float64 else jnp.float32, upper), {}
     spread = placed(mesh, *alone)
     print(f"{'':20} distance  kept  gathered  peak" + ("  one and many against float64" if given.rounding else ""))
     for name in given.names or [*ESTIMATORS, *METHODS, "metagradient"]:
@@ -169,7 +176,7 @@ def main():
         )
         found[name] = [distance(compared(one), compared(four)), kept, gathered(texts), ratio]
         if given.rounding:
-            wide = compared(of(*made(jnp.float64)))
+            wide = compared(of(*made(jnp.float64, upper)))
             found[name] += [distance(wide, compared(one)), distance(wide, compared(four))]
         far, _, elements, ratio, *rounding = found[name]
         print(
