@@ -117,22 +117,20 @@ def peak(programme):
 
 
 def evaluation(name):
-    """(a function of (problem, x, y), what of its result is compared, what of it lies as y does)."""
+    """(what is compiled, its arguments from (problem, x, y), what of its result is compared, what lies as y does): an
+    estimate, or a step of a method, its second one."""
     if name in ESTIMATORS:
         of = lambda problem, x, y: value_and_hypergradient(problem, ESTIMATORS[name], ADAM)(x, y)
         moments = lambda e: (e.gradient, e.lower.y, e.lower.memory[0].mu, e.lower.memory[0].nu)
-        return of, lambda e: e.gradient, moments
-    solver = METHODS[name]
+        return of, lambda *at: at, lambda e: e.gradient, moments
+    solver, key = METHODS[name], data.as_step_key(0)
+    step = lambda problem, state: solver.step(problem, state, key)[0]
 
-    def steps(problem, x, y):
-        key = data.as_step_key(0)
-        state = solver.init(problem, x, y, key)
-        for _ in range(2):
-            state = solver.step(problem, state, key)[0]
-        return state
+    def first(problem, x, y):
+        begun = jax.jit(lambda problem, x, y: step(problem, solver.init(problem, x, y, key)))
+        return problem, begun(problem, x, y)
 
-    change = lambda s: jax.tree.map(jnp.subtract, s.x, jax.tree.map(jnp.zeros_like, s.x))  # x began at zero
-    return steps, change, lambda s: (s.x, s.y)
+    return step, first, lambda state: state.x, lambda state: (state.x, state.y)  # x began at zero
 
 
 def distance(a, b):
@@ -157,18 +155,19 @@ def main():
     spread = placed(mesh, *alone)
     print(f"{'':20} distance  kept  gathered  peak" + ("  one and many against float64" if given.rounding else ""))
     for name in given.names or [*ESTIMATORS, *METHODS, "metagradient"]:
+        at = alone, spread
         if name == "metagradient":
             of = lambda problem, x, y: runs.metagradient(problem, x, y, ADAM, segment=4)
-            compared, like_y = evaluation("all")[1:]
-            one, four = (of(*at) for at in (alone, spread))
+            _, arguments, compared, like_y = evaluation("all")
+            one, four = (of(*each) for each in at)
             texts, ratio = "", 0.0
         else:
-            of, compared, like_y = evaluation(name)
-            programmes = [jax.jit(of).lower(*at).compile() for at in (alone, spread)]
-            one, four = (run(*at) for run, at in zip(programmes, (alone, spread), strict=True))
+            of, arguments, compared, like_y = evaluation(name)
+            of, at = jax.jit(of), [arguments(*each) for each in at]
+            programmes = [of.lower(*each).compile() for each in at]
+            one, four = (run(*each) for run, each in zip(programmes, at, strict=True))
             texts = programmes[1].as_text()
             ratio = peak(programmes[1]) / peak(programmes[0])
-            of = jax.jit(of)
         kept = all(
             a.sharding.is_equivalent_to(b.sharding, a.ndim)
             for tree in like_y(four)
@@ -176,7 +175,7 @@ def main():
         )
         found[name] = [distance(compared(one), compared(four)), kept, gathered(texts), ratio]
         if given.rounding:
-            wide = compared(of(*made(jnp.float64, upper)))
+            wide = compared(of(*arguments(*made(jnp.float64, upper))))
             found[name] += [distance(wide, compared(one)), distance(wide, compared(four))]
         far, _, elements, ratio, *rounding = found[name]
         print(
