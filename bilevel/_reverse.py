@@ -26,6 +26,12 @@ from bilevel.typing import PyTree
 __all__ = ["reverse_over_reverse"]
 
 
+def inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The inner product of two arrays of one shape, as a product over all axes and not of flat arrays: one that lies
+    over a mesh would be gathered to be flattened."""
+    return jnp.tensordot(jnp.conj(a), b, a.ndim, precision=jax.lax.Precision.HIGHEST)
+
+
 def reverse_over_reverse(f: Callable[..., jax.Array], name: str = "the loss") -> Callable[..., jax.Array]:
     """f, with second derivatives made by reverse mode alone: for losses whose gradient has no forward mode.
 
@@ -60,7 +66,7 @@ def _value(f: Callable[..., jax.Array], name: str) -> Callable[..., jax.Array]:
     def rule(v: Any, tangents: Any) -> Any:
         moving = _moving(v, tangents)
         slopes = _gradient(f, moving, name)(*v)
-        along = [jnp.vdot(slope, tangents[i]).real for i, slope in zip(moving, slopes, strict=True)]
+        along = [inner(slope, tangents[i]).real for i, slope in zip(moving, slopes, strict=True)]
         out = value(*v)
         return out, sum(along, jnp.zeros_like(out))
 
@@ -104,11 +110,11 @@ def _moving(v: Any, tangents: Any) -> tuple[int, ...]:
 def _inner(f: Callable[..., jax.Array], along: tuple[int, ...]) -> Callable[..., Any]:
     """(v, t) -> <df/dv_B, t>."""
 
-    def inner(*vt: Any) -> Any:
+    def product(*vt: Any) -> Any:
         v, t = vt[: len(vt) - len(along)], vt[len(vt) - len(along) :]
-        return sum(map(jnp.vdot, jax.grad(f, along)(*v), t))
+        return sum(map(inner, jax.grad(f, along)(*v), t))
 
-    return inner
+    return product
 
 
 def _evaluated(*vt: Any, f: Any, of: tuple[int, ...], along: tuple[int, ...]) -> list[jax.Array]:

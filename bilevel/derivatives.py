@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from bilevel._products import merge_products
-from bilevel._reverse import reverse_over_reverse
+from bilevel._reverse import inner, reverse_over_reverse
 from bilevel.typing import PyTree
 
 Loss = Callable[[PyTree, PyTree], jax.Array]
 
 __all__ = [
-    "Linearised", "cross_product", "gradient_and_cross", "gradient_and_products", "hvp", "linearised",
+    "Linearised", "cross_product", "dot", "gradient_and_cross", "gradient_and_products", "hvp", "linearised",
     "mixed_mode_gradient", "reverse_over_reverse",
 ]  # fmt: skip
 
@@ -135,11 +135,13 @@ def _evaluated(jaxpr: Any) -> Callable[..., jax.Array]:
     return lambda *args: jax.core.eval_jaxpr(jaxpr, args[-1], *jax.tree.leaves(args[:-1]))[0]
 
 
-def norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm over all leaves, 0 for none; XLA vectorises inner products, and sums of squares not.
+def dot(a: PyTree, b: PyTree) -> jax.Array:
+    """The inner product <a, b> over all leaves, 0 for none; of complex leaves the real part of <conj(a), b>."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    found = [inner(*map(jnp.asarray, pair)).real for pair in pairs]
+    return sum(found[1:], found[0]) if found else jnp.zeros(())
 
-    As products over all axes and not of flat arrays, for which leaves that lie over a mesh would be gathered.
-    """
-    leaves = list(map(jnp.asarray, jax.tree.leaves(tree)))
-    inner = lambda leaf: jnp.tensordot(jnp.conj(leaf), leaf, leaf.ndim).real  # noqa: E731
-    return jnp.sqrt(sum(map(inner, leaves))) if leaves else jnp.zeros(())
+
+def norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm over all leaves, 0 for none; XLA vectorises inner products, and sums of squares not."""
+    return jnp.sqrt(dot(tree, tree))

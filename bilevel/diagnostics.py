@@ -361,7 +361,7 @@ def _compare(
     def measure(name: str, estimator: Any, solver: Any) -> EstimatorCheck:
         def evaluate(problem: Problem, x: PyTree, y: PyTree) -> Any:
             estimate = value_and_hypergradient(problem, estimator, solver)(x, y, key=key)
-            return optax.tree.vdot(estimate.gradient, u), estimate.metrics
+            return derivatives.dot(estimate.gradient, u), estimate.metrics
 
         nan = float("nan")
         try:

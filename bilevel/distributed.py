@@ -1,11 +1,19 @@
-"""Agents on many devices and many processes: JAX's own runtime, and nothing beside it.
+"""Agents and large variables on many devices and many processes: JAX's own runtime, and nothing beside it.
 
-The solvers' code is the same everywhere. What changes is where the agents' data lie: `shard` puts the agents' axis of
+The solvers' code is the same everywhere. What changes is where arrays lie. `shard` puts the agents' axis of
 `data.Agents` over the devices of a mesh, and the solvers let their copies lie beside it. On one host with several
 devices:
 
     problem = distributed.shard(problem, distributed.mesh())
     solution = solve(problem, x0, y0, solvers.GTDSBO(network.ring(8)))
+
+`place` puts variables and data that are too large for one device over a mesh of any axes (`spread` says how, where
+nothing better is known), and optimisers' moments, tangents, saved states and hypergradients lie as they do:
+
+    mesh = distributed.mesh(shape={"data": 2, "model": 4})
+    problem = distributed.place(problem, mesh, P("data"))
+    y0 = distributed.place(y0, mesh, distributed.spread(y0, mesh, "model"))
+    solution = solve(problem, x0, y0, solver)
 
 On several processes, one command per host starts the same script on each,
 
@@ -20,30 +28,121 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bilevel.data import Agents, as_source
 from bilevel.problem import Problem
 from bilevel.typing import PyTree
 
-__all__ = ["DistributedError", "from_local", "gather", "initialize", "mesh", "shard", "shutdown"]
+__all__ = [
+    "DistributedError", "from_local", "gather", "initialize", "mesh", "place", "shard", "shutdown", "spread",
+]  # fmt: skip
 
 
 class DistributedError(ValueError):
-    """Devices or processes do not fit the agents; the message says which numbers, and what to do."""
+    """Devices or processes do not fit what is to lie on them; the message says which numbers, and what to do."""
 
 
-def mesh(devices: Sequence[Any] | None = None, axis: str = "agents") -> Mesh:
-    """A mesh of one axis over the given devices; None: all devices of all processes."""
-    return Mesh(np.asarray(jax.devices() if devices is None else list(devices)), (axis,))
+def mesh(devices: Sequence[Any] | None = None, axis: str = "agents", shape: Mapping[str, int] | None = None) -> Mesh:
+    """A mesh over the given devices; None: all devices of all processes.
+
+    Args:
+      devices: which ones.
+      axis: the name of its one axis, where there is no `shape`.
+      shape: the sizes of its axes by name, such as {"data": 2, "model": 4}; one may be -1, which is what is left.
+
+    Raises:
+      DistributedError: the sizes are not those of the devices.
+    """
+    found = np.asarray(jax.devices() if devices is None else list(devices))
+    if shape is None:
+        return Mesh(found, (axis,))
+    sizes = dict(shape)
+    if list(sizes.values()).count(-1) == 1:
+        rest = math.prod(size for size in sizes.values() if size != -1)
+        sizes = {name: found.size // max(rest, 1) if size == -1 else size for name, size in sizes.items()}
+    if min(sizes.values(), default=1) < 1 or math.prod(sizes.values()) != found.size:
+        asked = " x ".join(str(size) for size in shape.values()) or "no axes"
+        raise DistributedError(
+            f"mesh(shape={dict(shape)}): {asked} is not the number of devices, which is {found.size}: give sizes whose "
+            "product that is (-1 for one of them: what is left), or devices=jax.devices()[:n] for fewer."
+        )
+    return Mesh(found.reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def place(tree: PyTree, mesh: Mesh, specs: Any = None) -> PyTree:
+    """Arrays over a mesh: variables, a problem's data, anything that is a pytree.
+
+    With several processes every one calls it with the same arrays, and each device is given its part of them.
+
+    Args:
+      tree: the arrays. Of a `Problem` these are its data, and what it holds besides stays as it is.
+      mesh: of `mesh` or `jax.make_mesh`, of any axes.
+      specs: where they lie: a `jax.sharding.PartitionSpec` for all, a tree of them like `tree` (or of the upper part of
+        it), or a function (path, leaf) -> spec. None, here or for a part: whole on every device. An array of fewer axes
+        than its spec (a number among matrices) takes the part of the spec that it has axes for.
+
+    Returns:
+      The same tree of `jax.Array`s.
+
+    Raises:
+      DistributedError: the mesh has no such axis, or does not divide an array; the message names both.
+    """
+    named, structure = jax.tree_util.tree_flatten_with_path(tree)
+    is_spec = lambda leaf: leaf is None or isinstance(leaf, PartitionSpec)  # noqa: E731
+    if is_spec(specs):
+        along = [specs] * len(named)
+    elif callable(specs):
+        along = [specs(path, leaf) for path, leaf in named]
+    else:
+        below = lambda spec, part: [spec] * len(jax.tree.leaves(part))  # noqa: E731
+        try:
+            along = jax.tree.leaves(jax.tree.map(below, specs, tree, is_leaf=is_spec), is_leaf=is_spec)
+        except ValueError as error:
+            raise DistributedError(
+                f"place: the specs are not a tree like the arrays' ({str(error).splitlines()[0]}): give one "
+                f"PartitionSpec for all, a tree like {structure}, or a function (path, leaf) -> PartitionSpec."
+            ) from error
+    placed = []
+    for (path, leaf), spec in zip(named, along, strict=True):
+        name = jax.tree_util.keystr(path).lstrip(".") or "the array"
+        placed.append(_put(leaf, NamedSharding(mesh, _fitting(name, np.shape(leaf), spec, mesh))))
+    return jax.tree.unflatten(structure, placed)
+
+
+def spread(tree: PyTree, mesh: Mesh, *axes: str) -> PyTree:
+    """Specs for `place` that put each array over the mesh's `axes` (all of them together where none is named), along
+    the largest of its axes that they divide; arrays that they do not divide, and small ones, are whole on every device.
+
+    The way of "fully sharded data parallelism", where nothing is known of what the arrays are for. A network of which
+    that is known does better with specs of its own: columns of one matrix and rows of the next.
+    """
+    axes = axes or tuple(mesh.axis_names)
+    for axis in axes:
+        _has(mesh, axis)
+    size = math.prod(mesh.shape[axis] for axis in axes)
+
+    def spec(leaf: Any) -> PartitionSpec:
+        shape = np.shape(leaf)
+        fitting = [i for i, n in enumerate(shape) if n % size == 0 and n > 0]
+        if not fitting or math.prod(shape) < _SMALL * size:
+            return PartitionSpec()
+        at = max(fitting, key=lambda i: (shape[i], i))
+        return PartitionSpec(*(axes if i == at else None for i in range(at + 1)))
+
+    return jax.tree.map(spec, tree)
+
+
+_SMALL = 256  # numbers per device below which an array is not worth an exchange
 
 
 def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
@@ -144,10 +243,33 @@ def shutdown() -> None:
     jax.distributed.shutdown()
 
 
-def _divides(agents: int, mesh: Mesh, axis: str, name: str) -> None:
+def _has(mesh: Mesh, axis: str) -> None:
     if axis not in mesh.shape:
         has = ", ".join(map(repr, mesh.shape))
         raise DistributedError(f"The mesh has no axis {axis!r}, it has {has}: make it with distributed.mesh().")
+
+
+def _fitting(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> PartitionSpec:
+    """The spec, as far as there are axes; an error where it does not fit."""
+    spec = PartitionSpec() if spec is None else spec
+    if not isinstance(spec, PartitionSpec):
+        raise DistributedError(f"place: the spec of {name} is {spec!r}: give a jax.sharding.PartitionSpec.")
+    for i, (length, along) in enumerate(zip(shape, spec, strict=False)):
+        axes = () if along is None else (along,) if isinstance(along, str) else tuple(along)
+        for axis in axes:
+            _has(mesh, axis)
+        size = math.prod(mesh.shape[axis] for axis in axes)
+        if length % size:
+            over, most = " and ".join(map(repr, axes)), max(d for d in range(1, size + 1) if length % d == 0)
+            raise DistributedError(
+                f"The mesh's {over} of {size} devices does not divide axis {i} of {name}, of shape {shape}: put "
+                f"another axis over it, pad that one to {-(-length // size) * size}, or take {most} devices there."
+            )
+    return PartitionSpec(*tuple(spec)[: len(shape)])
+
+
+def _divides(agents: int, mesh: Mesh, axis: str, name: str) -> None:
+    _has(mesh, axis)
     size = mesh.shape[axis]
     if agents % size:
         fitting = max(d for d in range(1, size + 1) if agents % d == 0)

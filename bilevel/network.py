@@ -209,9 +209,8 @@ class _Matrix(Network):
             degree = index.shape[1]
             return jax.lax.fori_loop(0, degree, add, jnp.zeros_like(leaf), unroll=degree <= UNROLLED or None)
         # Differences to agent 0 vanish at consensus, and I - W does not see what is subtracted from all.
-        shifted = (leaf - leaf[:1]).reshape(self.n, -1)
         laplacian = jnp.asarray(np.eye(self.n) - self.weights, leaf.dtype)
-        return jnp.matmul(laplacian, shifted, precision="highest").reshape(leaf.shape)
+        return jnp.tensordot(laplacian, leaf - leaf[:1], 1, precision="highest")
 
     def matrix(self, step: int = 0) -> np.ndarray:
         return np.asarray(self.weights, np.float64)

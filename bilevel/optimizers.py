@@ -420,12 +420,12 @@ def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransforma
         moved = optax.tree.sub(params, s.x)
         worst = jnp.max(jnp.where(jnp.abs(s.values) < jnp.finfo(dtype).max, s.values, -jnp.inf))
         slack = 8 * jnp.finfo(dtype).eps * jnp.abs(worst)
-        decrease = 1e-4 * jnp.asarray(optax.tree.vdot(s.gradient, moved), dtype)
+        decrease = 1e-4 * jnp.asarray(derivatives.dot(s.gradient, moved), dtype)
         finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
         accepted = first | (finite & (value <= worst + jnp.minimum(decrease, 0) + slack))
 
-        curvature = jnp.asarray(optax.tree.vdot(moved, optax.tree.sub(gradient, s.gradient)), dtype)
-        length = jnp.asarray(optax.tree.vdot(moved, moved), dtype)
+        curvature = jnp.asarray(derivatives.dot(moved, optax.tree.sub(gradient, s.gradient)), dtype)
+        length = jnp.asarray(derivatives.dot(moved, moved), dtype)
         bb = jnp.where(curvature > 0, length / jnp.where(curvature > 0, curvature, 1), 2 * s.step)
         x = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), params, s.x)
         g = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), gradient, s.gradient)
@@ -536,7 +536,7 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
             )
         dtype = old.step.dtype
         value = jnp.asarray(value, dtype)
-        dot = lambda a, b: jnp.asarray(optax.tree.vdot(a, b), dtype)  # noqa: E731
+        dot = lambda a, b: jnp.asarray(derivatives.dot(a, b), dtype)  # noqa: E731
         first = old.count == 0
         moved = optax.tree.sub(params, old.x)
         slack = 8 * jnp.finfo(dtype).eps * jnp.abs(old.value)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,47 +13,13 @@ import numpy as np
 import pytest
 from distributed_problems import quadratic
 from problems import float64
+from processes import ended, printed, started
 
 from bilevel import Problem, data, distributed, network, solve
 from bilevel.solvers import GTDSBO
 
-TESTS = Path(__file__).parent
 METHODS = ["gt", "ed", "simfbo", "fedmbo"]
-
-
-def _environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu", **more}
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _processes(count: int, devices: int, arguments: Sequence[Any]) -> list[subprocess.Popen[str]]:
-    """The documented command, once per process."""
-    coordinator = f"127.0.0.1:{_free_port()}"
-    return [
-        subprocess.Popen(
-            [
-                sys.executable, "-m", "bilevel.distributed", "--coordinator", coordinator, "--processes", str(count),
-                "--process", str(i), "--devices", str(devices), str(TESTS / "distributed_run.py"), *map(str, arguments),
-            ],
-            env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for i in range(count)
-    ]  # fmt: skip
-
-
-def _ended(started: list[subprocess.Popen[str]], timeout: float = 500) -> None:
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, output in zip(started, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+SCRIPT = "distributed_run.py"
 
 
 def _same(found: Any, expected: dict[str, Any], methods: Sequence[str]) -> None:
@@ -77,10 +39,7 @@ def expected() -> dict[str, Any]:
 def test_four_devices_are_one_device(expected: dict[str, Any], tmp_path: Path) -> None:
     """Equal iterates and histories, copies that lie on all four, and a ring step whose only collectives are
     permutes."""
-    subprocess.run(
-        [sys.executable, str(TESTS / "distributed_run.py"), str(tmp_path / "out.npz"), "--collectives"],
-        env=_environment(XLA_FLAGS="--xla_force_host_platform_device_count=4"), check=True, timeout=500,
-    )  # fmt: skip
+    printed(SCRIPT, tmp_path / "out.npz", "--collectives", devices=4)
     found = np.load(tmp_path / "out.npz")
     assert found["devices"] == 4 and found["gt devices"] == 4
     _same(found, expected, METHODS)
@@ -89,7 +48,7 @@ def test_four_devices_are_one_device(expected: dict[str, Any], tmp_path: Path) -
 
 @pytest.mark.slow
 def test_two_processes_with_two_devices_are_one_device(expected: dict[str, Any], tmp_path: Path) -> None:
-    _ended(_processes(2, 2, [tmp_path / "out.npz", "--methods", "gt,simfbo"]))
+    ended(started(SCRIPT, 2, 2, [tmp_path / "out.npz", "--methods", "gt,simfbo"]))
     found = np.load(tmp_path / "out.npz")
     assert found["devices"] == 4 and found["processes"] == 2
     _same(found, expected, ["gt", "simfbo"])
@@ -99,12 +58,12 @@ def test_killed_and_resumed_on_another_number_of_processes(expected: dict[str, A
     """Two processes, of which one dies at step 25; this process goes on from their checkpoint, and then two again."""
     runs = tmp_path / "runs"
     arguments = [tmp_path / "out.npz", "--methods", "gt", "--checkpoint", runs]
-    started = _processes(2, 1, [*arguments, "--kill-at", 25])
+    pair = started(SCRIPT, 2, 1, [*arguments, "--kill-at", 25])
     codes = []
     try:
-        codes.append(started[1].wait(timeout=500))
+        codes.append(pair[1].wait(timeout=500))
     finally:
-        for process in started:  # the survivor waits for its peer, and gives up after the heartbeat
+        for process in pair:  # the survivor waits for its peer, and gives up after the heartbeat
             process.kill()
             process.communicate()
     assert codes == [9]
@@ -112,7 +71,7 @@ def test_killed_and_resumed_on_another_number_of_processes(expected: dict[str, A
 
     alone = distributed_run.results(["gt"], 30, sharded=False, checkpoint=str(runs))
     assert len(alone["gt.upper_loss"]) == 30
-    _ended(_processes(2, 2, arguments))
+    ended(started(SCRIPT, 2, 2, arguments))
     _same(np.load(tmp_path / "out.npz"), expected, ["gt"])
 
 

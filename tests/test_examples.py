@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from archives import packed
 
+from bilevel.hypergradients import value_and_hypergradient
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
@@ -332,4 +334,48 @@ def test_sources_of_questions_are_weighed_under_a_reader(tmp_path, capsys):
     assert ((paths[:, -1] > 0) & (paths[:, -1] < 1)).all()
     assert rows["few and validation questions"][0, 0] > rows["not trained"][0, 0]
     assert "questions k times" in capsys.readouterr().out
+    assert out.stat().st_size > 10_000
+
+
+def tiny_lives():
+    """A small grid's trainings, and the return of one training as a function of x, its draws given."""
+    rl = load("meta_gradient_rl")
+    study = rl.Study(rl.grid(side=3, horizon=6), steps=6, episodes=4, lifetimes=2)
+    return rl, study, study.start(jax.random.key(0))
+
+
+def test_the_metagradient_of_a_policys_training_is_that_of_its_draws(x64):
+    """Against central differences: trajectories are drawn as they are, so that no action may change between them."""
+    rl, study, ys = tiny_lives()
+    x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), study.point(intrinsic=True))
+    x["intrinsic"] = 0.1 * jax.random.normal(jax.random.key(1), x["intrinsic"].shape)
+    ys = jnp.asarray(ys, jnp.float64)
+    of = value_and_hypergradient(study.problem, rl.Unrolled(), study.training)
+    at = jax.jit(lambda x: of(x, ys, key=5))
+    gradient = at(x).gradient
+    for name, leaf in x.items():
+        direction = {k: jnp.zeros_like(v) for k, v in x.items()} | {
+            name: jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape))
+        }
+        h = 1e-6
+        up, down = (at(jax.tree.map(lambda a, d: a + s * h * d, x, direction)).value for s in (1, -1))
+        slope = float(jnp.sum(gradient[name] * direction[name]))
+        assert abs(slope) > 1e-5
+        assert slope == pytest.approx(float(up - down) / (2 * h), rel=1e-5), name
+
+
+def test_a_policys_exact_return_is_what_its_episodes_bring():
+    rl, study, ys = tiny_lives()
+    y = jax.random.normal(jax.random.key(2), ys[0].shape)
+    _, _, rewards, _ = rl.drawn(study.task, y, jax.random.key(3), 20_000)
+    assert float(study.task.exact(y)) == pytest.approx(float(rewards.sum() / 20_000), abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_learnt_reward_teaches_sooner_than_fixed_numbers(tmp_path, capsys):
+    rl, out = load("meta_gradient_rl"), tmp_path / "rl.png"
+    found = rl.main(["--tasks", "grid", "--seeds", "1", "--outer", "30", "--out", str(out)])
+    ends = {line: curves[:, -1].mean() for line, curves in found["grid"][0].items()}
+    assert ends["learnt numbers and reward"] > ends["fixed, best of 27"] > ends["fixed"]
+    assert "updates of 8 episodes" in capsys.readouterr().out
     assert out.stat().st_size > 10_000

@@ -61,7 +61,7 @@ def first_carry(estimator: Estimator, lower: Level, x: PyTree, start: LowerState
 
 
 def last_steps(
-    owner: str, last: int, solver: Any, level: Level, x: PyTree, start: LowerState, keep: int | None = None
+    owner: str, last: int, solver: Any, level: Level, x: PyTree, start: LowerState, keep: int | str | None = None
 ) -> tuple[Any, LowerState]:
     """(the last steps of the lower solver's run as a solver, where they begin): the others are not differentiated.
 

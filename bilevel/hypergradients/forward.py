@@ -164,7 +164,7 @@ class Forward:
         found, tangents = self._run(lower, solver, x, start, directions, tangents)
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, found.y)
         of_y = jax.tree.unflatten(jax.tree.structure(found.y), tangents[: len(jax.tree.leaves(found.y))])
-        slopes = jax.vmap(lambda tangent: optax.tree.vdot(tangent, upper_y))(of_y)  # <Z u_i, F_y>
+        slopes = jax.vmap(lambda tangent: derivatives.dot(tangent, upper_y))(of_y)  # <Z u_i, F_y>
         through = jax.tree.map(lambda u: jnp.tensordot(slopes.astype(u.dtype), u, axes=1), directions)
 
         metrics = lower_metrics(lower, x, found.y)
@@ -216,29 +216,35 @@ class Forward:
 
     def _zero(self, lower: Level, x: PyTree, start: LowerState, carry: Tangents) -> tuple[PyTree, list[jax.Array]]:
         """Where dy/dx begins: the directions, and zeros."""
-        flat, unravel = ravel_pytree(x)
         if self.directions is None:
-            rows = jnp.eye(flat.size, dtype=flat.dtype)
+            flat, unravel = ravel_pytree(x)
+            directions = jax.vmap(unravel)(jnp.eye(flat.size, dtype=flat.dtype))
         else:
             key = jax.random.fold_in(lower.key.fold_in(Draw.DIRECTIONS).random, carry.calls)
-            rows = self._draw(key, flat, self.directions)
+            directions = self._draw(key, x, self.directions)
+        count = jax.tree.leaves(directions)[0].shape[0]
         floats = _pick(jax.tree.leaves(start), [_differentiable(leaf) for leaf in jax.tree.leaves(start)], True)
-        zeros = [jnp.zeros((len(rows), *jnp.shape(leaf)), jnp.result_type(leaf)) for leaf in floats]
-        return jax.vmap(unravel)(rows), zeros
+        return directions, [jnp.zeros((count, *jnp.shape(leaf)), jnp.result_type(leaf)) for leaf in floats]
 
-    def _draw(self, key: jax.Array, flat: jax.Array, n: int) -> jax.Array:
-        """Random directions (n, p) with E[u u'] = I."""
-        p, wide = flat.size, jnp.promote_types(flat.dtype, jnp.float32)
+    def _draw(self, key: jax.Array, x: PyTree, n: int) -> PyTree:
+        """Random directions with E[u u'] = I, shaped like x with a leading axis of n."""
+        wide = lambda leaf: jnp.promote_types(jnp.result_type(leaf), jnp.float32)  # noqa: E731
         if self.distribution == "orthogonal":
+            flat, unravel = ravel_pytree(x)
+            p = flat.size
             if n > p:
                 raise ValueError(
                     f"Forward(directions={n}, distribution='orthogonal'): x has {p} numbers, and no more than so many "
                     "directions are orthogonal. Leave directions=None, which takes all of them."
                 )
-            frame = jnp.linalg.qr(jax.random.normal(key, (p, n), wide))[0]
-            return (jnp.sqrt(p) * frame.T).astype(flat.dtype)
+            frame = jnp.linalg.qr(jax.random.normal(key, (p, n), wide(flat)))[0]
+            return jax.vmap(unravel)((jnp.sqrt(p) * frame.T).astype(flat.dtype))
         draw = jax.random.rademacher if self.distribution == "rademacher" else jax.random.normal
-        return draw(key, (n, p), wide).astype(flat.dtype)
+        leaves, structure = jax.tree.flatten(x)
+        # Leaf by leaf: where x lies over a mesh its directions can lie there too, and no device draws them all.
+        keys = jax.random.split(key, len(leaves))
+        drawn = [draw(k, (n, *leaf.shape), wide(leaf)).astype(leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(structure, drawn)
 
 
 class _Forgetting(Steps):

@@ -87,7 +87,7 @@ class ActiveSet:
         weak = (rows(x, y) > -self.eps) & ~strong
         (a, left), (b, _) = gradient(strong), gradient(strong | weak)
         apart = optax.tree.sub(b, a)
-        share = -optax.tree.vdot(a, apart) / jnp.maximum(optax.tree.vdot(apart, apart), 1e-30)
+        share = -derivatives.dot(a, apart) / jnp.maximum(derivatives.dot(apart, apart), 1e-30)
         shortest = optax.tree.add_scale(a, jnp.clip(share, 0.0, 1.0), apart)
         steep = jnp.linalg.norm(right)
         metrics = {

@@ -13,6 +13,7 @@ from bilevel.hypergradients._base import Estimate, last_steps, lower_metrics
 from bilevel.hypergradients.forward import Forward
 from bilevel.level import Level
 from bilevel.lower import Identity, LowerState, repeat
+from bilevel.lower.loops import HOST
 from bilevel.optimizers import check_count
 from bilevel.typing import LowerSolver, PyTree
 
@@ -43,6 +44,8 @@ class Unrolled:
             "sqrt"     sqrt(2 T) of them: one more gradient per step
             "log"      log2(T) of them: a few more gradients per step (under 5 up to T = 100,000)
             a number   so many of the T, from 1 to T
+            "host"     T of them, in the host's memory, moved there and back within the compiled programme: on GPUs and
+                       TPUs (a CPU's memory is the host's, and it is refused there)
 
         with the steps between them computed again as often as the binomial schedule needs for the number, the fewest
         there are. True: "all" up to 256 steps, "sqrt" beyond, where it is less than a tenth of the states for one
@@ -69,8 +72,8 @@ class Unrolled:
     checkpoint: bool | str | int = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.checkpoint, str) and self.checkpoint not in _SCHEDULES:
-            names = ", ".join(map(repr, _SCHEDULES))
+        if isinstance(self.checkpoint, str) and self.checkpoint not in (*_SCHEDULES, HOST):
+            names = ", ".join(map(repr, (*_SCHEDULES, HOST)))
             raise ValueError(
                 f"Unrolled(checkpoint={self.checkpoint!r}): the states to keep are {names}, a number of them, True (by "
                 "the number of steps) or False (plain reverse mode)."
@@ -132,8 +135,8 @@ class Unrolled:
         (value, found), gradient = jax.value_and_grad(objective, has_aux=True)(x)
         return Estimate(value, gradient, found, carry, lower_metrics(lower, x, found.y))
 
-    def kept(self, solver: Any, steps: int) -> int | None:
-        """How many states are kept of so many steps of a solver; None: all."""
+    def kept(self, solver: Any, steps: int) -> int | str | None:
+        """How many states are kept of so many steps of a solver; None: all; `lower.loops.HOST`: all, on the host."""
         if self.checkpoint is False:
             return None
         if not hasattr(solver, "advance"):
@@ -144,6 +147,9 @@ class Unrolled:
                 "and needs one made of steps: lower.GradientDescent(...) or lower.MomentumSGD(...), not "
                 f"{type(solver).__name__}."
             )
+        if self.checkpoint == HOST:
+            _check_host_memory()
+            return HOST
         if self.checkpoint is True:
             return None if steps <= _FEW else _SCHEDULES["sqrt"](steps)
         if isinstance(self.checkpoint, str):
@@ -156,10 +162,23 @@ class Unrolled:
         return int(self.checkpoint)
 
 
+def _check_host_memory() -> None:
+    """Raise a sentence where the device has no memory of the host's beside its own."""
+    device = jax.devices()[0]
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if device.platform == "cpu" or "pinned_host" not in kinds:
+        why = "whose memory is the host's" if device.platform == "cpu" else f"which has {', '.join(kinds)} alone"
+        raise ValueError(
+            "Unrolled(checkpoint='host') keeps states in the host's memory (pinned_host), and this runs on a "
+            f"{device.platform.upper()}, {why}: take 'sqrt' or 'log', or runs.metagradient, which brings the states of "
+            "segments to the host, or to a disk, from any device."
+        )
+
+
 class _Keeping:
     """A lower solver made of steps, of whose states some are kept."""
 
-    def __init__(self, solver: Any, keep: int) -> None:
+    def __init__(self, solver: Any, keep: int | str) -> None:
         self.solver, self.keep, self.init = solver, keep, solver.init
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:

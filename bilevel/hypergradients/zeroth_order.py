@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel import derivatives
 from bilevel._module import hyperparameters
 from bilevel.hypergradients._base import Estimate, lower_metrics
 from bilevel.keys import Draw
@@ -68,7 +69,7 @@ class PZOBO(_Perturbing):
         """The estimate at x."""
         found = solver(lower, x, start)
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, found.y)
-        change = lambda x: optax.tree.vdot(optax.tree.sub(solver(lower, x, start).y, found.y), upper_y)  # noqa: E731
+        change = lambda x: derivatives.dot(optax.tree.sub(solver(lower, x, start).y, found.y), upper_y)  # noqa: E731
         gradient = optax.tree.add(upper_x, self._mean(lower, x, carry, change))
         return Estimate(value, gradient, found, carry + 1, lower_metrics(lower, x, found.y))
 

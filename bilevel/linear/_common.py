@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from bilevel import derivatives
 from bilevel._module import state
 from bilevel._settings import settings
 from bilevel.typing import PyTree
@@ -175,7 +176,7 @@ def epsilon(b: PyTree) -> float:
 def dot(a: PyTree, b: PyTree) -> jax.Array:
     """The inner product <a, b>, accumulated in at least float32."""
     widen = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
-    return jnp.asarray(optax.tree.vdot(jax.tree.map(widen, a), jax.tree.map(widen, b)))
+    return derivatives.dot(jax.tree.map(widen, a), jax.tree.map(widen, b))
 
 
 def norm(a: PyTree) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bilevel._forward import forward_only
 from bilevel._module import state
@@ -14,7 +15,10 @@ from bilevel._recompute import repeated
 from bilevel.level import Level
 from bilevel.typing import PyTree, Scalar
 
-__all__ = ["PATIENCE", "Kernel", "LowerState", "repeat", "until", "until_share"]
+__all__ = ["HOST", "PATIENCE", "Kernel", "LowerState", "repeat", "until", "until_share"]
+
+HOST = "host"
+"""In place of a number of states to keep: all of them, in the host's memory."""
 
 PATIENCE = 40
 """Steps without a smaller residual after which a loop with a tolerance ends."""
@@ -56,23 +60,38 @@ def repeat(
     state: LowerState,
     first: Any = 0,
     count: int | None = None,
-    keep: int | None = None,
+    keep: int | str | None = None,
 ) -> LowerState:
     """`count` steps of a run of `kernel.steps`, from step `first` on, each on its own batch; by default to its end.
 
     Differentiable in both modes; in reverse only each step's state is kept, and the step itself computed again. With
-    `keep` states alone (in reverse mode only) the others are computed again too. `first` may be traced where there is a
-    `count`.
+    `keep` states alone (in reverse mode only) the others are computed again too; with `HOST` all are kept, in the
+    host's memory, and moved there and back within the programme. `first` may be traced where there is a `count`.
     """
     count = kernel.steps - first if count is None else count
 
     def step(state: LowerState, i: Any) -> LowerState:
         return kernel.advance(level.redraw(first + i, kernel.steps), x, state)[0]
 
-    if keep is not None and count > keep:
+    if isinstance(keep, int) and count > keep:
         return repeated(step, state, count, keep)
-    body = lambda state, i: (step(state, i), None)  # noqa: E731
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), state, jnp.arange(count))[0]
+
+    def body(state: LowerState, i: Any) -> tuple[LowerState, None]:
+        if keep == HOST:
+            state = jax.tree.map(lambda leaf: checkpoint_name(leaf, _STATE), state)
+        return step(state, i), None
+
+    policy = _ON_HOST if keep == HOST else None
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=policy), state, jnp.arange(count))[0]
+
+
+_STATE = "bilevel state"
+_ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_STATE],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 def until(kernel: Kernel, level: Level, x: PyTree, state: LowerState, tol: Any) -> LowerState:

@@ -68,7 +68,7 @@ def proximal_gradient(
 
     def turn(y: PyTree) -> Any:
         gradient, product = jax.jvp(jax.grad(fn), (y,), (jax.grad(fn)(y),))
-        square, bend = optax.tree.norm(gradient, squared=True), jnp.abs(optax.tree.vdot(gradient, product))
+        square, bend = optax.tree.norm(gradient, squared=True), jnp.abs(derivatives.dot(gradient, product))
         usable = (bend > 0) & jnp.isfinite(bend) & (square > 0)
         return jnp.where(usable, square / jnp.where(usable, bend, 1), 1).astype(dtype)
 
@@ -84,13 +84,13 @@ def proximal_gradient(
         def too_long(size: Any) -> Any:
             new = move(ahead, gradient, size)
             step = optax.tree.sub(new, ahead)
-            square = optax.tree.vdot(step, step)
+            square = derivatives.dot(step, step)
 
             def by_value(_: Any) -> Any:
-                return fn(new) > value + optax.tree.vdot(gradient, step) + square / (2 * size)
+                return fn(new) > value + derivatives.dot(gradient, step) + square / (2 * size)
 
             def by_gradient(_: Any) -> Any:  # the same of a quadratic, and where values differ by their rounding alone
-                return optax.tree.vdot(optax.tree.sub(jax.grad(fn)(new), gradient), step) > square / size
+                return derivatives.dot(optax.tree.sub(jax.grad(fn)(new), gradient), step) > square / size
 
             rounding = square / (2 * size) <= 1e3 * jnp.finfo(value.dtype).eps * jnp.abs(value)
             return jax.lax.cond(rounding, by_gradient, by_value, None) & (size > smallest)
@@ -98,7 +98,7 @@ def proximal_gradient(
         size = jax.lax.while_loop(too_long, lambda size: size / 2, size * 1.5)
         new = move(ahead, gradient, size)
         step = optax.tree.sub(new, y)
-        uphill = optax.tree.vdot(optax.tree.sub(ahead, new), step) > 0
+        uphill = derivatives.dot(optax.tree.sub(ahead, new), step) > 0
         following = jnp.where(uphill, 1.0, (1 + jnp.sqrt(1 + 4 * t**2)) / 2).astype(t.dtype)
         momentum = jnp.where(uphill, 0.0, (t - 1) / following)
         residual = derivatives.norm(optax.tree.sub(new, ahead)) / size

@@ -60,18 +60,49 @@ def traffic(rounds: Any, floats: Any) -> Metrics:
     return {name: jnp.asarray(count, jnp.float32) for name, count in counts.items()}
 
 
-def spread(tree: PyTree, n: int, problem: Problem) -> PyTree:
-    """n copies along a leading axis, lying where the agents' data lie: sharded as they are, on all processes."""
+def spread(tree: PyTree, n: int, problem: Problem, name: str) -> PyTree:
+    """n copies along a leading axis, lying where the agents' data lie: sharded as they are, on all processes. A leaf
+    that lies over other axes of their mesh keeps to these, in each of its copies.
+
+    Raises:
+      ProblemError: a leaf lies over another mesh than the data, or over the axis that the agents lie over.
+    """
     sharding = agents_sharding(problem)
 
-    def copies(leaf: Any) -> jax.Array:
-        many = jnp.broadcast_to(leaf, (n, *jnp.shape(leaf)))
+    def copies(path: Any, leaf: Any) -> jax.Array:
+        many = lambda leaf: jnp.broadcast_to(leaf, (n, *jnp.shape(leaf)))  # noqa: E731
         if sharding is None or isinstance(leaf, jax.core.Tracer):
-            return many
-        host = np.broadcast_to(np.asarray(leaf), many.shape)
-        return jax.make_array_from_callback(many.shape, sharding, lambda index: host[index])
+            return many(leaf)
+        own = _axes_of(leaf)
+        if own is None:
+            host = np.broadcast_to(np.asarray(leaf), (n, *jnp.shape(leaf)))
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        where = name + jax.tree_util.keystr(path)
+        if own.mesh != sharding.mesh:
+            raise ProblemError(
+                f"The agents' data lie over the mesh {dict(sharding.mesh.shape)} and {where} over another one, "
+                f"{dict(own.mesh.shape)}: put both over one mesh of two axes, distributed.mesh(shape={{'agents': .., "
+                "'model': ..}), distributed.shard for the data and distributed.place for the variables."
+            )
+        both = sharding.spec[0]
+        if set(_names(both)) & {name for along in own.spec for name in _names(along)}:
+            raise ProblemError(
+                f"{where} lies over the mesh's axis {both!r}, and so do the agents, each of which has a copy of it: "
+                "put variables over another axis of the mesh, or on every device whole."
+            )
+        return jax.jit(many, out_shardings=NamedSharding(own.mesh, PartitionSpec(both, *own.spec)))(leaf)
 
-    return jax.tree.map(copies, tree)
+    return jax.tree_util.tree_map_with_path(copies, tree)
+
+
+def _axes_of(leaf: Any) -> NamedSharding | None:
+    """How an array lies over a mesh; None where it is whole everywhere."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated else None
+
+
+def _names(along: Any) -> tuple[str, ...]:
+    return () if along is None else (along,) if isinstance(along, str) else tuple(along)
 
 
 def agents_sharding(problem: Problem) -> NamedSharding | None:

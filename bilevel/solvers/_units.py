@@ -155,7 +155,7 @@ _changes = _compiling.jit(changes)
 def _cauchy(gradient: PyTree, hvp: Any) -> Scalar:
     """The length (root mean square) of the step along a gradient to where a quadratic model turns; 0 without any."""
     square = optax.tree.norm(gradient, squared=True)
-    bend = jnp.abs(optax.tree.vdot(gradient, hvp(gradient)))
+    bend = jnp.abs(derivatives.dot(gradient, hvp(gradient)))
     return jnp.where(bend > 0, rms(gradient) * square / jnp.where(bend > 0, bend, 1.0), 0.0)
 
 

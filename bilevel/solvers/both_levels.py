@@ -141,7 +141,7 @@ class _Barrier(_Memoryless):
     cap: float
 
     def weights(self, memory: None, step: Any, F_y: PyTree, f_y: PyTree) -> tuple[Any, Any]:
-        steep, along = optax.tree.norm(f_y, squared=True), optax.tree.vdot(F_y, f_y)
+        steep, along = optax.tree.norm(f_y, squared=True), derivatives.dot(F_y, f_y)
         share = along / jnp.where(steep > 0, steep, 1)
         return 1.0, jnp.where(steep > 0, jnp.clip(self.barrier - share, 0.0, self.cap), 0.0)
 

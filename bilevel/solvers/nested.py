@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import hypergradients, linear
+from bilevel import derivatives, hypergradients, linear
 from bilevel._module import constructor, hyperparameters, name_of, state
 from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
 from bilevel.hypergradients._base import check_estimator, first_carry
@@ -173,7 +173,7 @@ def _with_gradient(estimate: Any, x: PyTree) -> Scalar:
     @value.defjvp
     def _(primals: Any, tangents: Any) -> Any:
         found = jax.lax.stop_gradient(estimate(primals[0]))
-        return found.value, optax.tree.vdot(found.gradient, tangents[0])
+        return found.value, derivatives.dot(found.gradient, tangents[0])
 
     return value(x)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters, state
-from bilevel.derivatives import norm
+from bilevel.derivatives import dot, norm
 from bilevel.keys import Draw, StepKey
 from bilevel.optimizers import Move
 from bilevel.problem import Problem
@@ -248,6 +248,6 @@ def _probed(upper: Any, lower: Any, at: Point, direction: Point, probes: Probes)
 
     upper_curvature = _slow(probes.upper, jnp.maximum(norm(first.x), of_direction))
     lag = _slow(probes.lag, norm(second.x))
-    sign = jnp.where(optax.tree.vdot(probes.u, first.x) < 0, -1, 1)
+    sign = jnp.where(dot(probes.u, first.x) < 0, -1, 1)
     u = _unit(optax.tree.add_scale(probes.u, sign, _unit(first.x)))
     return Probes(u, u_y, q1, q2, lipschitz, upper_curvature, lag)

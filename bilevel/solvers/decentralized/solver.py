@@ -172,7 +172,7 @@ class Decentralized:
             raise ProblemError(
                 f"The data are for {given} agents, but the network {self.network.name} has {n}: make them equal."
             )
-        x, y = _agents.spread(x, n, problem), _agents.spread(y, n, problem)
+        x, y = _agents.spread(x, n, problem, "x0"), _agents.spread(y, n, problem, "y0")
         if self.check_stability and not _agents.traced(problem, x, y, self):
             self._check(float(_curvature(problem, x, y, key)))
         move = self._moves()

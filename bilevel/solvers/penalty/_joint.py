@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel import curvature
+from bilevel import curvature, derivatives
 from bilevel._module import state
 from bilevel.constraints import Constraints
 from bilevel.keys import StepKey
@@ -106,7 +106,7 @@ class JointState(Reported):
             return new
         moved = norm(optax.tree.sub((point, theta, duals), (self.point, self.theta, self.duals)))
         step = optax.tree.sub(point, self.point)
-        slope = jnp.asarray(optax.tree.vdot(self.watch.upward, step), self.watch.slope.dtype)
+        slope = jnp.asarray(derivatives.dot(self.watch.upward, step), self.watch.slope.dtype)
         watch = dataclasses.replace(self.watch, moved=moved, slope=slope, gone=norm(step), upward=None)
         return dataclasses.replace(new, watch=watch)
 

@@ -164,5 +164,5 @@ def _richardson(ends: PyTree, penalties: jax.Array, q: Any) -> tuple[PyTree, jax
     # Consecutive differences fall by q; far from that (another active set, a series in a root of 1/c) nothing is
     # extrapolated.
     ratio = q * new / jnp.maximum(old, resolution)
-    falling = (ratio > 0.7) & (ratio < 1.4) & (optax.tree.vdot(newest, older) > 0.9 * new * old)
+    falling = (ratio > 0.7) & (ratio < 1.4) & (derivatives.dot(newest, older) > 0.9 * new * old)
     return three, (penalties[2] > 0) & (falling | (old <= resolution))

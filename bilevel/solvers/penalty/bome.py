@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
+from bilevel import derivatives
 from bilevel._module import hyperparameters
 from bilevel.keys import StepKey
 from bilevel.problem import Problem
@@ -66,7 +67,7 @@ class BOME(Joint):
         found = slopes(upper, lambda x, y: lower(x, y) - lower(x, w), x, y)
         steep = optax.tree.norm(found.apart, squared=True)
         phi = self.barrier * (found.gap if self.by_value else steep)
-        lam = jnp.clip((phi - optax.tree.vdot(found.upward, found.apart)) / (steep + self.floor), 0.0, self.cap)
+        lam = jnp.clip((phi - derivatives.dot(found.upward, found.apart)) / (steep + self.floor), 0.0, self.cap)
         direction = optax.tree.add_scale(found.upward, lam, found.apart)
         xi = 1 / (L["F"] + 2 * (1 + lam) * L["f"]) if self.xi is None else self.xi
         point = descend(problem, (x, y), direction, xi)

@@ -1,0 +1,108 @@
+"""Runs of `solve` with x and y over whatever devices and processes there are; the tests compare their results.
+
+python tests/mesh_run.py OUT.npz [--steps K] [--checkpoint DIR] [--metagradient]
+python tests/mesh_run.py OUT.npz --over N:K,N:K... ...     # runs in pieces: to step K on N of the devices, and so on
+python tests/mesh_run.py OUT.npz --agents                  # four agents over two of the devices' rows, y over columns
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import sharded_run
+from distributed_problems import quadratic
+from jax.sharding import PartitionSpec as P
+
+from bilevel import ProblemError, distributed, hypergradients, lower, network, runs, solve, solvers
+
+TRAINING = lower.GradientDescent(optax.adam(1e-2, eps_root=1e-8), 5)
+SOLVER = solvers.HypergradientDescent(hypergradients.Unrolled(), TRAINING, optax.adam(0.1))
+
+
+def placed(devices):
+    """The problem, x and y over so many devices: samples along one axis of the mesh, parameters along both."""
+    count = len(devices)
+    mesh = distributed.mesh(devices, shape={"data": 2 if count > 1 else 1, "model": -1})
+    problem, x, y = sharded_run.made(jnp.zeros(()).dtype)
+    specs = sharded_run.specs(mesh)
+    return (
+        distributed.place(problem, mesh, P("data")),
+        distributed.place(x, mesh, specs),
+        distributed.place(y, mesh, specs),
+    )
+
+
+def outcome(devices, steps, checkpoint=None, metagradient=False):
+    """What a run found, whole on every process, and over how many devices it lay."""
+    problem, x, y = placed(devices)
+    if metagradient:
+        found = runs.metagradient(problem, x, y, TRAINING, segment=2, checkpoint=checkpoint)
+        tree, curve = {"x": found.gradient, "y": found.lower.y}, np.asarray(found.value)
+    else:
+        options = {} if checkpoint is None else {"checkpoint": checkpoint, "checkpoint_every": 1}
+        found = solve(problem, x, y, SOLVER, steps=steps, key=3, progress=False, **options)
+        tree, curve = {"x": found.x, "y": found.y}, found.history["upper_loss"]
+    over = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(tree)}
+    part = {leaf.addressable_shards[0].data.size * len(devices) == leaf.size for leaf in jax.tree.leaves(tree)}
+    named = jax.tree_util.tree_leaves_with_path(distributed.gather(tree))
+    values = {jax.tree_util.keystr(path): leaf for path, leaf in named}
+    return values | {"curve": curve, "devices": sorted(over), "parts": sorted(part)}
+
+
+AGENTS = {
+    "ring": lambda: solvers.GTDSBO(network.ring(4), 0.05, 0.1, 0.1, lower_steps=2, linear_steps=2),
+    "simfbo": lambda: solvers.SimFBO(4, 0.02, 0.1, 0.1, local_steps=2),
+}
+
+
+def agents():
+    """Each method's y on one device and on four, where it lies then, and what is refused."""
+    mesh, found = distributed.mesh(shape={"agents": 2, "model": 2}), {}
+    other = distributed.mesh(shape={"model": 4})
+    problem, (p, q) = quadratic(4, het=0.5, samples=4, noise=0.3, size=2, q=8)
+    x, y = jnp.zeros(p), jnp.zeros(q)
+    spread = distributed.shard(problem, mesh), distributed.place(x, mesh), distributed.place(y, mesh, P("model"))
+    for name, make in AGENTS.items():
+        alone, many = (solve(*at, make(), steps=10, key=3, progress=False).y for at in ((problem, x, y), spread))
+        found |= {f"{name} alone": alone, f"{name} many": np.asarray(many), f"{name} spec": str(many.sharding.spec)}
+    for i, wrong in enumerate((distributed.place(y, mesh, P("agents")), distributed.place(y, other, P("model")))):
+        try:
+            solve(spread[0], x, wrong, AGENTS["ring"](), steps=1, progress=False)
+        except ProblemError as error:
+            found[f"refused {i}"] = str(error)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--metagradient", action="store_true")
+    parser.add_argument("--agents", action="store_true")
+    parser.add_argument("--over", nargs="+", default=[])
+    given = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    for i, pieces in enumerate(given.over):
+        with tempfile.TemporaryDirectory() as directory:
+            for piece in pieces.split(","):
+                devices, steps = map(int, piece.split(":"))
+                found = outcome(jax.devices()[:devices], steps, directory)
+        np.savez(given.out.with_suffix(f".{i}.npz"), **found)
+        print(pieces.replace(",", " "))
+    if given.agents:
+        np.savez(given.out, **agents())
+    elif not given.over:
+        found = outcome(jax.devices(), given.steps, given.checkpoint, given.metagradient)
+        if jax.process_index() == 0:
+            np.savez(given.out, processes=jax.process_count(), **found)
+
+
+if __name__ == "__main__":
+    main()
