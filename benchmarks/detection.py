@@ -69,7 +69,7 @@ def example_part(args: Any) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     path = Path(__file__).parents[1] / "examples" / "detection_cleaning.py"
-    options = "--seeds 1 --steps 1 --learning 1 --items digits".split()
+    options = ["--seeds", "1", "--steps", "1", "--learning", "1", "--items", "digits"]
     with tempfile.TemporaryDirectory() as folder:
         main = runpy.run_path(str(path))["main"]
         _, times = _harness.measured(lambda: main([*options, "--out", f"{folder}/picture.png"]))
@@ -114,7 +114,7 @@ def step_part(args: Any) -> None:
     copy = nnx.clone(model)
     detection.load_original(copy, grads)  # gradients in our layout
     there, _ = from_nnx(copy)
-    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     print(
         f"loss {float(value):.6f} and {expected.item():.6f}, relative difference "
         f"{_harness.difference(value, expected.item()):.1e}; gradients differ by "
