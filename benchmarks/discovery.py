@@ -3,7 +3,8 @@
     python benchmarks/discovery.py
     python benchmarks/discovery.py --only laws simulator
 
-Warp runs on its CPU back-end where it is installed. All on one core in one process.
+Warp runs on its CPU back-end where it is installed; `step` holds one step against mpm-pytorch's where that and torch
+are. All on one core in one process.
 """
 
 from __future__ import annotations
@@ -121,6 +122,46 @@ def _young(pair):
     return {"E": mu * (3 * lam + 2 * mu) / (lam + mu), "nu": lam / (2 * (lam + mu))}
 
 
+def step(options):
+    """One step in 3-D against mpm-pytorch's, from the same random state, without stress and with it.
+
+    That package takes the stress and F by the gradients of the B-splines, as MPM before MLS-MPM does: positions,
+    velocities and their affine part are the same without stress alone, and F is never quite.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from bilevel.applications.discovery import ELASTIC, Simulation, State, block
+
+    try:
+        import torch
+        from mpm_pytorch.mpm_solver import MPMSolver
+    except ImportError as error:
+        print(f"no step of mpm-pytorch: {error}")
+        return
+    jax.config.update("jax_enable_x64", False)
+    side, random = 0.4, np.random.default_rng(0)
+    simulation, start = block(Simulation(3, grid=16, walls="none", fastest=1e3), 8, side, velocity=(1.0, -0.5, -0.75))
+    n, noise = len(start.x), lambda *shape: random.normal(size=shape).astype(np.float32)
+    v, c, f = np.asarray(start.v) + noise(n, 3), noise(n, 3, 3), np.eye(3, dtype=np.float32) + 0.05 * noise(n, 3, 3)
+    state = State(*map(jnp.asarray, (start.x, v, c, f)))
+    law = lambda f: ELASTIC["neo_hookean"](f, {"E": 2e5, "nu": 0.28})
+    rows = []
+    for name, stress in (("without stress", lambda f: 0 * f), ("neo-Hookean", law)):
+        theirs = MPMSolver(
+            torch.tensor(np.asarray(start.x)),
+            num_grids=simulation.grid,
+            dt=simulation.dt,
+            size=[side] * 3,
+            device="cpu",
+        )
+        given = [torch.tensor(np.asarray(a)) for a in (*state, stress(state.f))]
+        pairs = zip(simulation.step(state, stress), theirs(*given), strict=True)
+        rows.append((name, *(f"{_harness.difference(ours, np.asarray(other)):.1e}" for ours, other in pairs)))
+    print(f"\none step of {n} particles in 3-D, float32: relative difference from mpm-pytorch")
+    _harness.table(("", "x", "v", "C", "F"), *rows)
+
+
 def recovery(options):
     """E and nu of a neo-Hookean block from a trajectory: Levenberg-Marquardt against 30 epochs of Adam."""
     import jax
@@ -165,7 +206,7 @@ def recovery(options):
 
 def main():
     parser = _harness.arguments(__doc__, rounds=5)
-    parts = {"laws": laws, "simulator": simulator, "recovery": recovery}
+    parts = {"laws": laws, "simulator": simulator, "step": step, "recovery": recovery}
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--laws", type=int, default=256)
     parser.add_argument("--alone", type=int, default=16, help="laws that are compiled one by one")

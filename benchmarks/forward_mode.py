@@ -9,7 +9,8 @@ times, interleaved in one process. The time per step is also taken apart: one gr
 tangents, by `jvp` under `vmap` as `Forward` has them, and by `linearize` under `vmap`, with the operations that XLA
 counts. A product's tangent is two products, so that where products are all of the time p tangents cost 2 p gradients;
 where the rest (functions of single numbers, copies, the start of small operations) counts, less. Temporaries are those
-that XLA reserves for the compiled program.
+that XLA reserves for the compiled program; reverse mode keeps all states up to 256 steps, and then, unless all are
+asked for, about the root of them (`Unrolled`).
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def main():
 
     counts = (args.steps, 16 * args.steps)
     runs = {"training": [compiled(train, args.steps)]}
-    for name, estimator in (("forward", Forward()), ("reverse", Unrolled())):
+    estimators = {"forward": Forward(), "reverse": Unrolled(), "reverse, all states": Unrolled(checkpoint="all")}
+    for name, estimator in estimators.items():
         runs[name] = [compiled(estimate(estimator), n) for n in counts]
     times = _harness.interleaved({name: lambda r=r: r[0](*at) for name, r in runs.items()}, args.rounds, warm=1)
     print(f"\n{args.steps} steps of training, and the hypergradient of it")
@@ -90,10 +92,7 @@ def main():
     print()
     _harness.table(
         ("temporaries, MB", *(f"{n:,} steps" for n in counts)),
-        *(
-            (name, *(r.memory_analysis().temp_size_in_bytes / 1e6 for r in runs[name]))
-            for name in ("forward", "reverse")
-        ),
+        *((name, *(r.memory_analysis().temp_size_in_bytes / 1e6 for r in runs[name])) for name in estimators),
     )
 
 

@@ -102,15 +102,18 @@ class Denoiser:
 
         The original's start of the positions is not published; this is the usual one.
         """
-        shapes = self.shapes()
-        keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+        shapes, of_layers, of_positions = self.shapes(), *jax.random.split(key)
+        # One draw for all layers, in pieces: a generator for each of some fifty would take seconds to compile.
+        sizes = {name: math.prod(shape) for name, shape in shapes.items() if not name.endswith(".pe")}
+        flat = jax.random.uniform(of_layers, (sum(sizes.values()),), minval=-1)
+        pieces = dict(zip(sizes, jnp.split(flat, np.cumsum(list(sizes.values()))[:-1]), strict=True))
         params = {}
         for name, shape in shapes.items():
             if name.endswith(".pe"):
-                params[name] = 0.02 * jax.random.normal(keys[name], shape)
+                params[name] = 0.02 * jax.random.normal(of_positions, shape)
                 continue
             bound = shapes[name.removesuffix("bias").removesuffix("weight") + "weight"][1] ** -0.5
-            params[name] = jax.random.uniform(keys[name], shape, minval=-bound, maxval=bound)
+            params[name] = bound * pieces[name].reshape(shape)
         return params
 
     def load(self, weights: Mapping[str, Any]) -> Parameters:

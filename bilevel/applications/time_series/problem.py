@@ -146,12 +146,13 @@ def population(
         if alpha < 0:
             raise ValueError(f"fixed(alpha={alpha}): a weight is not negative.")
         log = math.log(alpha) if alpha > 0 else -jnp.inf
-        return {"noise": jnp.full(bins, log), "pairs": jnp.zeros(len(members))}
+        return {"noise": jnp.full(bins, log, jnp.float32), "pairs": jnp.zeros(len(members))}
 
     def training(steps: int, per_call: int | None = None, rate: float = 1e-3) -> lower.GradientDescent:
         import optax
 
-        rule = optax.adam(optax.linear_schedule(rate, 0.0, steps), eps_root=1e-16)
+        # One vector for all parameters: a step and its tangents are a few operations, and not a few for each of fifty.
+        rule = optax.flatten(optax.adam(optax.linear_schedule(rate, 0.0, steps), eps_root=1e-16))
         return lower.GradientDescent(rule, steps if per_call is None else per_call)
 
     def sample(y: PyTree, key: Array, n: int, **options: Any) -> Array:

@@ -7,10 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from fixture_files import fixture_file
 
-from bilevel import datasets
+from bilevel import data, datasets
 from bilevel.applications import Application
 from bilevel.applications.time_series import (
     DEAD,
@@ -32,6 +33,7 @@ from bilevel.applications.time_series import (
     windows,
 )
 from bilevel.hypergradients import Forward, Unrolled, value_and_hypergradient
+from bilevel.solvers import HypergradientDescent
 
 RNG = np.random.default_rng(0)
 
@@ -186,6 +188,32 @@ def test_the_problem_is_the_papers_loss_at_equal_weights():
     discrepancy, error = app.terms(app.y0, app.problem.upper_data)
     np.testing.assert_allclose(app.problem.full_upper()(app.x0, app.y0), discrepancy + error, rtol=1e-6)
     assert app.sample(app.y0, jax.random.key(0), 5).shape == (5, 6, 3)
+
+
+def test_a_learning_step_returns_the_kind_of_state_that_it_takes():
+    """Or a loop of one's own over compiled steps would compile the second step anew (a weak type does that)."""
+    app, key = tiny(), data.as_step_key(0)
+    solver = HypergradientDescent(Forward(restart=None), app.training(20, 5), optax.adam(0.1))
+    first = jax.eval_shape(solver.init, app.problem, app.x0, app.y0, key)
+    then, _ = jax.eval_shape(solver.step, app.problem, first, key)
+    kinds = lambda state: jax.tree.map(lambda a: (a.shape, str(a.dtype), a.weak_type), state)
+    assert kinds(first) == kinds(then)
+
+
+def test_the_start_is_pytorchs_layer_by_layer():
+    net = Denoiser(24, 5, width=32, decoders=1)
+    params = net.init(jax.random.key(0))
+    for name, value in params.items():
+        if name.endswith(".pe"):
+            assert float(value.std()) == pytest.approx(0.02, rel=0.1)
+            continue
+        bound = params[name.rsplit(".", 1)[0] + ".weight"].shape[1] ** -0.5
+        assert float(jnp.abs(value).max()) <= bound
+        if value.size > 300:
+            assert float(value.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+            assert abs(float(value.mean())) < 0.15 * bound
+    flat = np.concatenate([np.ravel(v) for v in params.values()])
+    assert len(np.unique(flat)) > 0.99 * len(flat)  # no piece of the draw is used twice
 
 
 def test_a_split_in_time_has_gaps_and_is_scaled_by_its_past():
