@@ -6,9 +6,9 @@ First our network and theirs are compared on other configurations than the fixtu
 gradients. Then both sides descend the plain sum of the two levels on the shipped digits, with AdamW on the adapter,
 from one start and on the same batches, and their adapters are compared after five steps. Both run on one core of one
 process, and rounds of `--steps` steps alternate; our side draws its batches within the step, theirs are drawn before.
-The reference is written to be quick: one pass for both losses of a level, attention maps kept in one block alone, frozen
-weights without gradients, adapters as low-rank branches. Memory is the peak resident size of a process of its own for
-each side, less what it held before the first step.
+The reference is written to be quick: one pass for both losses of a level, attention maps kept in one block alone,
+frozen weights without gradients, adapters as low-rank branches. Memory is the peak resident size of a process of its
+own for each side, less what it held before the first step.
 """
 
 from __future__ import annotations

@@ -208,11 +208,11 @@ def verdicts(rows):
         n for n in trained
         if np.mean([f["Acc_ir"] for f in rows[n]]) >= 0.95 and np.mean([f["Acc_e"] for f in rows[n]]) <= 0.3
     ]  # fmt: skip
-    print(f"Keep more of the others than erasure alone, beyond the spread: {', '.join(better) or 'none'}.")
-    print(f"Acc_e at most .3 and Acc_ir at least .95: {', '.join(good) or 'none'}.")
+    print(f"Keep more of the others than erasure alone, beyond the spread: {'; '.join(better) or 'none'}.")
+    print(f"Acc_e at most .3 and Acc_ir at least .95: {'; '.join(good) or 'none'}.")
     least = {n: max(f["attacked"] for f in rows[n]) for n in trained}
     hard = [n for n in trained if all(least[n] < min(f["attacked"] for f in rows[m]) for m in trained if m != n)]
-    print(f"Withstands the attack better than every other, beyond the spread: {', '.join(hard) or 'none'}.")
+    print(f"Withstands the attack better than every other, beyond the spread: {'; '.join(hard) or 'none'}.")
 
 
 def picture(path, base, pictures, app):
