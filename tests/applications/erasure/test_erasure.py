@@ -234,7 +234,7 @@ def test_weights_and_gates_are_in_the_lower_loss():
     np.testing.assert_allclose(sum(gradient["log_weights"].values()) + decay, value, rtol=1e-4)
     assert all(float(jnp.abs(g).max()) > 0 for g in gradient["gates"].values())
     np.testing.assert_allclose(np.exp(app.x0["log_weights"]["attention"]), 0.1, rtol=1e-6)
-    silent = tiny_problem(weights={"contrast": 0})
+    silent = tiny_problem.__wrapped__(weights={"contrast": 0})
     with pytest.raises(ValueError, match="weighted: contrast has the weight 0, which has no logarithm"):
         weighted(silent, silent)
     with pytest.raises(ValueError, match=r"weighted\(decay=0\): a positive number, without which"):
