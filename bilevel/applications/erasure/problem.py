@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
@@ -15,11 +16,12 @@ from bilevel import Problem, data
 from bilevel.applications.application import Application
 from bilevel.applications.erasure.attack import attacked
 from bilevel.applications.erasure.losses import contrast, erasing_target, onto
-from bilevel.applications.erasure.text_to_image import matching, on_path
+from bilevel.applications.erasure.text_to_image import on_path
 from bilevel.applications.layers import lora
 
 PyTree = Any
 Weights = Mapping[str, float]
+Losses = dict[str, Array]
 PUBLISHED_WEIGHTS = {"erase": 1.0, "attention": 1e-3, "keep": 0.1, "contrast": 0.1}
 """The published code's, for its sums over all queries; `erasure` takes means, so these are to be chosen anew."""
 
@@ -30,12 +32,17 @@ class Erasure(Application[Any, dict[str, Array]]):
 
     Attributes:
         adapted: `(y, x=None) -> parameters`: the network with the adapter, whose gates are x's.
-        terms: by name (erase, attention, keep, contrast) a function of (y, batch), without its weight.
+        terms: by name (erase, attention, keep, contrast) a function of (y, batch, x=None), without its weight.
+        losses: `(y, x=None, erased=, kept=, anchored=) -> {name: term}`: the terms of the batches that are given, by
+            one pass of the network over all their images.
+        weights: of the terms.
         frozen: the base's parameters.
     """
 
     adapted: Callable[..., PyTree]
     terms: Mapping[str, Callable[..., Array]]
+    losses: Callable[..., Losses]
+    weights: Weights
     frozen: PyTree
     name: str = "concept erasure"
     description: str = "Below, one concept is erased from a flow transformer; above, the others are kept; both by LoRA."
@@ -88,7 +95,7 @@ def erasure(
         strength: eta of the ESD target.
         temperature: of the contrast.
         batch: images per step of each level.
-        attack: (radius, steps): the erase loss is taken at the worst embedding of the prompt that `attacked` finds
+        attack: (radius, steps): the lower loss is taken at the worst embedding of the prompt that `attacked` finds
             within that distance of each word: erasure trained against attacks.
         seed: of the adapter's start.
 
@@ -130,49 +137,46 @@ def erasure(
     def empty(n: int) -> Any:
         return jax.tree.map(lambda a: jnp.broadcast_to(a, (n, *a.shape[1:])), null)
 
-    def velocity_gap(params: PyTree, prompt: Any, x: Array, t: Array, target: Array) -> Array:
-        return jnp.square(model.velocity(params, x, prompt, t) - target).mean()
-
-    def noised(rows: Any) -> tuple[Array, Array, Any, Array]:
-        (image, prompt, column), noise, t = rows
-        return on_path(image, noise, t), t, prompt, column
-
-    def erase(y: PyTree, rows: Any, x: Any = None) -> Array:
-        x_t, t, prompt, _ = noised(rows)
-        target = erasing_target(model, frozen, x_t, t, prompt, empty(len(t)), strength)
-        params = adapted(y, x)
-        if attack is not None:
-            loss = lambda prompt: -jnp.square(model.velocity(params, x_t, prompt, t) - rows[1] + rows[0][0]).mean()  # noqa: E731
-            prompt = lax.stop_gradient(attacked(loss, prompt, radius=attack[0], steps=attack[1]))
-        return velocity_gap(params, prompt, x_t, t, target)
-
-    def attention(y: PyTree, rows: Any, x: Any = None) -> Array:
-        x_t, t, prompt, column = noised(rows)
-        return onto(model.attend(adapted(y, x), x_t, prompt, t)[1], column).mean()
-
-    def keep(y: PyTree, rows: Any, x: Any = None) -> Array:
-        (image, prompt), noise, t = rows
-        return matching(model, adapted(y, x), image, noise, t, prompt)
-
-    def contrasted(y: PyTree, rows: Any, x: Any = None) -> Array:
-        (image, prompt, column, others, marks), noise, t = rows
-        x_t = on_path(image, noise, t)
-        anchor = onto(model.attend(adapted(y, x), x_t, prompt, t)[1], column)
-        k = marks.shape[1]
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), others)
-        found = model.attend(frozen, jnp.repeat(x_t, k, 0), flat, jnp.repeat(t, k))[1]
-        maps = onto(found, marks.reshape(-1, marks.shape[-1])).reshape(len(t), k, *anchor.shape[1:])
-        maps = lax.stop_gradient(jnp.moveaxis(maps, 1, 0))
-        return contrast(anchor, maps[0], maps[1:], temperature)
+    def losses(y: PyTree, x: Any = None, *, erased: Any = None, kept: Any = None, anchored: Any = None) -> Losses:
+        """The terms of the rows that are given, by one pass of the adapted network over all of them."""
+        params, passes, found = adapted(y, x), [], Losses()
+        if erased is not None:
+            (image, prompt, column), noise, t = erased
+            x_t = on_path(image, noise, t)
+            target = erasing_target(model, frozen, x_t, t, prompt, empty(len(t)), strength)
+            if attack is not None:
+                gain = lambda c: -jnp.square(model.velocity(params, x_t, c, t) - (noise - image)).mean()  # noqa: E731
+                prompt = lax.stop_gradient(attacked(gain, prompt, radius=attack[0], steps=attack[1]))
+            passes.append((x_t, prompt, t))
+        if kept is not None:
+            (of_kept, kept_prompt), kept_noise, kept_t = kept
+            passes.append((on_path(of_kept, kept_noise, kept_t), kept_prompt, kept_t))
+        if anchored is not None:
+            (of_word, word_prompt, word_column, them, where), word_noise, word_t = anchored
+            passes.append((on_path(of_word, word_noise, word_t), word_prompt, word_t))
+        velocity, maps = model.attend(params, *jax.tree.map(lambda *a: jnp.concatenate(a), *passes))
+        ends = np.cumsum([len(t) for *_, t in passes])[:-1]
+        parts = iter(zip(jnp.split(velocity, ends), jnp.split(maps, ends), strict=True))
+        if erased is not None:
+            v, onto_words = next(parts)
+            found["erase"], found["attention"] = jnp.square(v - target).mean(), onto(onto_words, column).mean()
+        if kept is not None:
+            found["keep"] = jnp.square(next(parts)[0] - (kept_noise - of_kept)).mean()
+        if anchored is not None:
+            anchor, k = onto(next(parts)[1], word_column), where.shape[1]
+            flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), them)
+            others_maps = model.attend(frozen, jnp.repeat(passes[-1][0], k, 0), flat, jnp.repeat(word_t, k))[1]
+            others_maps = onto(others_maps, where.reshape(-1, where.shape[-1])).reshape(-1, k, *anchor.shape[1:])
+            others_maps = lax.stop_gradient(jnp.moveaxis(others_maps, 1, 0))
+            found["contrast"] = contrast(anchor, others_maps[0], others_maps[1:], temperature)
+        return found
 
     def lower_loss(x: Any, y: PyTree, rows: Any) -> Array:
-        loss = weight["erase"] * erase(y, rows)
-        return loss + weight["attention"] * attention(y, rows) if weight["attention"] else loss
+        return _total(weight, losses(y, erased=rows))
 
     def upper_loss(x: Any, y: PyTree, rows: Any) -> Array:
-        kept, word_rows = rows
-        loss = weight["keep"] * keep(y, kept)
-        return loss + weight["contrast"] * contrasted(y, word_rows) if weight["contrast"] else loss
+        kept, anchored = rows
+        return _total(weight, losses(y, kept=kept, anchored=anchored if weight["contrast"] else None))
 
     problem = Problem(
         upper=upper_loss,
@@ -180,8 +184,13 @@ def erasure(
         upper_data=data.Sampler(lambda key, a: _both(key, a, batch), above),
         lower_data=data.Sampler(lambda key, a: _rows(key, a, batch), below),
     )
-    terms = {"erase": erase, "attention": attention, "keep": keep, "contrast": contrasted}
-    return Erasure(problem, None, y0, adapted=adapted, terms=terms, frozen=frozen)
+    terms = {
+        "erase": lambda y, rows, x=None: losses(y, x, erased=rows)["erase"],
+        "attention": lambda y, rows, x=None: losses(y, x, erased=rows)["attention"],
+        "keep": lambda y, rows, x=None: losses(y, x, kept=rows)["keep"],
+        "contrast": lambda y, rows, x=None: losses(y, x, anchored=rows)["contrast"],
+    }
+    return Erasure(problem, None, y0, adapted=adapted, terms=terms, losses=losses, weights=weight, frozen=frozen)
 
 
 def weighted(app: Erasure, held_out: Erasure, *, erase: float = 1.0, keep: float = 1.0, decay: float = 1e-3) -> Erasure:
@@ -202,19 +211,21 @@ def weighted(app: Erasure, held_out: Erasure, *, erase: float = 1.0, keep: float
         raise ValueError(
             f"weighted(decay={decay}): a positive number, without which the lower level has many minimisers."
         )
-    start = {"erase": 1.0, "attention": 0.1, "keep": 1.0, "contrast": 0.02}
+    silent = [name for name, w in app.weights.items() if not w > 0]
+    if silent:
+        raise ValueError(f"weighted: {silent[0]} has the weight 0, which has no logarithm. Give all four some weight.")
     gates = {name: jnp.ones(app.y0[f"{name}.lora_A.weight"].shape[:-2]) for name in lora.names(app.y0)}
-    x0 = {"log_weights": {name: jnp.log(jnp.asarray(w)) for name, w in start.items()}, "gates": gates}
+    x0 = {"log_weights": {name: jnp.log(jnp.asarray(w)) for name, w in app.weights.items()}, "gates": gates}
 
     def lower_loss(x: Any, y: PyTree, rows: Any) -> Array:
-        erased, (kept, word_rows) = rows
-        parts = {"erase": erased, "attention": erased, "keep": kept, "contrast": word_rows}
-        terms = [jnp.exp(x["log_weights"][name]) * app.terms[name](y, part, x) for name, part in parts.items()]
-        return jnp.stack([*terms, decay / 2 * optax.tree.norm(y, squared=True)]).sum()
+        erased, (kept, anchored) = rows
+        found = app.losses(y, x, erased=erased, kept=kept, anchored=anchored)
+        parts = [jnp.exp(x["log_weights"][name]) * term for name, term in found.items()]
+        return jnp.stack([*parts, decay / 2 * optax.tree.norm(y, squared=True)]).sum()
 
     def upper_loss(x: Any, y: PyTree, rows: Any) -> Array:
         erased, (kept, _) = rows
-        return erase * held_out.terms["erase"](y, erased, x) + keep * held_out.terms["keep"](y, kept, x)
+        return _total({"erase": erase, "keep": keep}, held_out.losses(y, x, erased=erased, kept=kept))
 
     def source(of: Erasure) -> data.Sampler:
         below, above = of.problem.lower_data, of.problem.upper_data
@@ -223,6 +234,10 @@ def weighted(app: Erasure, held_out: Erasure, *, erase: float = 1.0, keep: float
 
     problem = Problem(upper_loss, lower_loss, upper_data=source(held_out), lower_data=source(app))
     return dataclasses.replace(app, problem=problem, x0=x0)
+
+
+def _total(weight: Weights, found: Losses) -> Array:
+    return jnp.stack([weight[name] * term for name, term in found.items() if weight.get(name, 0)]).sum()
 
 
 def _columns(text: Any, prompts: Sequence[str], word: str) -> list[list[float]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -207,6 +209,21 @@ def away(app):
     return {n: 0.3 * jax.random.normal(jax.random.key(k), a.shape) for k, (n, a) in enumerate(app.y0.items())}
 
 
+def test_one_pass_over_all_rows_is_a_pass_over_each():
+    app = tiny_problem()
+    erased, (kept, anchored) = app.problem.draw_lower(0).batch, app.problem.draw_upper(0).batch
+    together = jax.jit(lambda y: app.losses(y, erased=erased, kept=kept, anchored=anchored))(away(app))
+    alone = jax.jit(
+        lambda y: {
+            n: app.terms[n](y, r)
+            for n, r in {"erase": erased, "attention": erased, "keep": kept, "contrast": anchored}.items()
+        }
+    )(away(app))
+    assert together.keys() == alone.keys()
+    for name in alone:
+        np.testing.assert_allclose(together[name], alone[name], rtol=2e-5)
+
+
 @pytest.mark.slow
 def test_weights_and_gates_are_in_the_lower_loss():
     app = weighted(tiny_problem(), tiny_problem(), decay=0.1)
@@ -216,6 +233,10 @@ def test_weights_and_gates_are_in_the_lower_loss():
     decay = 0.05 * sum(float(jnp.sum(a * a)) for a in y.values())
     np.testing.assert_allclose(sum(gradient["log_weights"].values()) + decay, value, rtol=1e-4)
     assert all(float(jnp.abs(g).max()) > 0 for g in gradient["gates"].values())
+    np.testing.assert_allclose(np.exp(app.x0["log_weights"]["attention"]), 0.1, rtol=1e-6)
+    silent = tiny_problem.__wrapped__(weights={"contrast": 0})
+    with pytest.raises(ValueError, match="weighted: contrast has the weight 0, which has no logarithm"):
+        weighted(silent, silent)
     with pytest.raises(ValueError, match=r"weighted\(decay=0\): a positive number, without which"):
         weighted(tiny_problem(), tiny_problem(), decay=0)
 
@@ -223,7 +244,7 @@ def test_weights_and_gates_are_in_the_lower_loss():
 @pytest.mark.slow
 def test_the_variant_with_weights_above_has_a_hypergradient():
     app = weighted(tiny_problem(), tiny_problem(), decay=0.1)
-    solver = solvers.T1T2(0.05, 0.05)
+    solver = solvers.T1T2(0.05, 5.0)  # a gate of one sees no step below 6e-8
     state, metrics = jax.jit(lambda p, x, y: run(p, solver, x, y, steps=2, key=0))(app.problem, app.x0, away(app))
     assert np.isfinite(np.asarray(metrics["upper_loss"])).all()
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.x, app.x0)
@@ -266,6 +287,47 @@ def test_the_shipped_model_is_whole_and_draws_what_is_asked():
     assert float((base.judge.colour(found) == jnp.arange(10) % 3).mean()) >= 0.9
     images = digits.to_images(found)
     np.testing.assert_array_equal(digits.to_tokens(images), found)
+
+
+def load_example(name):
+    path = Path(__file__).parents[3] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_trained_anew_the_base_is_as_good(tmp_path):
+    """Qualities, not bits: another machine rounds otherwise."""
+    script, (ink, labels) = load_example("concept_erasure_base"), digits.real()[0]
+    judge, trained = script.train_judge(ink, labels), script.train(ink, labels)
+    new = script.scores(digits.Base(digits.MODEL, trained["net"], digits.Words(trained["words"]), digits.Judge(judge)))
+    old = script.scores(digits.base())
+    for name in ("words", "numerals", "colours of words", "colours of numerals", "judge on real digits"):
+        assert new[name] > old[name] - 0.03, name
+    # Each distance is in the features of a judge of its own, so the two have no common scale but their order.
+    assert new["Frechet distance"] < 2 * old["Frechet distance"]
+
+
+def test_a_base_that_is_none_is_named(tmp_path):
+    path = tmp_path / "base.safetensors"
+    write_safetensors(path, {"words": np.zeros((26, 32), np.float32)})
+    with pytest.raises(ValueError, match=r"The weights have no judge.1.bias: they are not a base of coloured digits"):
+        digits.base(path)
+    shipped = Path(digits.__file__).parent / "digits.safetensors"
+    path.write_bytes(shipped.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"base.safetensors is cut off"):
+        digits.base(path)
+
+
+@pytest.mark.slow
+def test_the_example_prints_every_route(tmp_path, capsys):
+    example, out = load_example("concept_erasure"), tmp_path / "erasure.png"
+    rows = example.main(["--steps", "5", "--seeds", "0", "--per-word", "6", "--out", str(out)])
+    assert len(rows) == 13 and "hypergradient, AID" in rows
+    assert all(np.isfinite(list(found.values())).all() for seeds in rows.values() for found in seeds)
+    assert "beyond the spread" in capsys.readouterr().out and out.stat().st_size > 10_000
 
 
 def test_the_frechet_distance_is_the_formula_for_normals():
