@@ -11,7 +11,7 @@ from bilevel.hypergradients import Implicit, Unrolled
 from bilevel.solvers import F2SA, HypergradientDescent
 
 
-def penalty(rate: Any = 1e-3, upper_rate: Any = 0.03, alpha: float = 10.0) -> F2SA:
+def penalty(rate: Any = 1e-3, upper_rate: Any = 0.03, alpha: float = 3.0) -> F2SA:
     """First derivatives alone: ScaleBiO's minimax form, by the package's `solvers.F2SA` with one step a level.
 
         min over x, w   max over u   F(x, w) + alpha (f(x, w) - f(x, u))

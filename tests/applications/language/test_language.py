@@ -365,6 +365,7 @@ def test_every_route_turns_away_from_the_noise(name):
     assert float(metrics["upper_loss"][-1]) < float(metrics["upper_loss"][0])
 
 
+@pytest.mark.slow
 def test_the_penalty_needs_one_base_and_three_adapters():
     """Compiled sizes of a step, beside those of a plain fine-tuning of the adapter."""
     model = Transformer(64, width=128, blocks=2, heads=2, length=16, chunk=8)
