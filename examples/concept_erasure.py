@@ -9,6 +9,7 @@ drawn, their colours, the Frechet distance of the others' features to real ones,
 back when each of its vectors may move by 1 (attacked).
 
     python examples/concept_erasure.py
+    python examples/concept_erasure.py --all    # the two slowest routes as well
     python examples/concept_erasure.py --steps 300 --seeds 0 1 2 3 4 --targets add_q_proj add_k_proj add_v_proj
 """
 
@@ -133,6 +134,7 @@ def main(argv=None):
     parser.add_argument("--targets", nargs="+", default=["add_q_proj", "add_k_proj"])
     parser.add_argument("--workers", type=int, default=2, help="routes that are trained at a time")
     parser.add_argument("--routes", nargs="+", default=[""], help="only those whose name has one of these in it")
+    parser.add_argument("--all", action="store_true", help="the hypergradients of one step and unrolled, too")
     parser.add_argument("--out", type=Path, default=Path("concept_erasure.png"))
     args, started = parser.parse_args(argv), time.perf_counter()
     base = digits.base()
@@ -173,8 +175,9 @@ def main(argv=None):
     todo |= {n: (plain, solver, None, args.steps) for n, solver in routes(args.rate, args.steps).items()}
     todo["barrier, trained against attacks"] = (harsh.problem, solvers.DynamicBarrier(adam), None, args.steps)
     steps = args.steps // INNER
-    todo |= {n: (above.problem, solver, above.x0, steps) for n, solver in implicit_routes(args.rate).items()}
-
+    implicit = implicit_routes(args.rate)
+    names_of = implicit if args.all else list(implicit)[:1]
+    todo |= {n: (above.problem, implicit[n], above.x0, steps) for n in names_of}
     todo = {n: route for n, route in todo.items() if any(part in n for part in args.routes)}
 
     def trained(route):

@@ -324,7 +324,7 @@ def test_a_base_that_is_none_is_named(tmp_path):
 @pytest.mark.slow
 def test_the_example_prints_every_route(tmp_path, capsys):
     example, out = load_example("concept_erasure"), tmp_path / "erasure.png"
-    rows = example.main(["--steps", "5", "--seeds", "0", "--per-word", "6", "--out", str(out)])
+    rows = example.main(["--steps", "5", "--seeds", "0", "--per-word", "6", "--all", "--out", str(out)])
     assert len(rows) == 13 and "hypergradient, AID" in rows
     assert all(np.isfinite(list(found.values())).all() for seeds in rows.values() for found in seeds)
     assert "beyond the spread" in capsys.readouterr().out and out.stat().st_size > 10_000
