@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fixture_files import fixture_file
 
-from bilevel import run, solvers
+from bilevel import hypergradients, run, solvers
 from bilevel.applications.erasure import (
     PUBLISHED,
     Flux,
@@ -244,11 +244,12 @@ def test_weights_and_gates_are_in_the_lower_loss():
 @pytest.mark.slow
 def test_the_variant_with_weights_above_has_a_hypergradient():
     app = weighted(tiny_problem(), tiny_problem(), decay=0.1)
-    solver = solvers.T1T2(0.05, 5.0)  # a gate of one sees no step below 6e-8
-    state, metrics = jax.jit(lambda p, x, y: run(p, solver, x, y, steps=2, key=0))(app.problem, app.x0, away(app))
-    assert np.isfinite(np.asarray(metrics["upper_loss"])).all()
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.x, app.x0)
-    assert min(moved["gates"].values()) > 0 and moved["log_weights"]["keep"] > 0
+    solver = solvers.T1T2(0.05, 0.05)
+    estimate = hypergradients.value_and_hypergradient(app.problem, solver.hypergradient, solver.lower_solver)
+    found = jax.jit(lambda x, y: estimate(x, y, key=0))(app.x0, away(app))
+    assert np.isfinite(float(found.value))
+    # Of a random adapter they are small, and a gate of one in float32 would not show a step along them.
+    assert all(float(jnp.abs(slope).max()) > 0 for slope in jax.tree.leaves(found.gradient))
 
 
 def test_attacks_climb_and_stay_in_the_ball(x64):
