@@ -15,6 +15,8 @@ from processes import ended, printed, started
 from bilevel import Problem, distributed
 
 LAYER = 32 * 32  # the numbers of one layer's matrix
+# A sum of 24,576 terms, 23 in all, and a difference of it of .002, of which rounding is some 5e-10.
+BOUNDS = {"HOZOG": 1e-8}
 DIFFERENCES = ("finite difference", "SAMA", "PZOBO", "HOZOG", "F2SA")  # they divide by a small number
 
 
@@ -24,7 +26,7 @@ def measured(*arguments):
 
 def checked(found):
     for name, (distance, kept, gathered, peak, *_) in found.items():
-        assert distance < (1e-10 if name in DIFFERENCES else 1e-12), name
+        assert distance < BOUNDS.get(name, 1e-10 if name in DIFFERENCES else 1e-12), name
         assert kept, name
         assert gathered <= LAYER, name
         assert peak < 1.3 / 4, name
