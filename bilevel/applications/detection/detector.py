@@ -325,7 +325,7 @@ def bgf_nano(
     """
     if size not in SMALL:
         raise ValueError(f"size={size!r} is none of {', '.join(SMALL)}.")
-    # On the finest map, a quarter of 16 regions of 16 tokens: dense logits and their mask took 45 % of a training step.
+    # A quarter of 16 regions: on the finest map dense logits and their mask would be much of a training step.
     attention = {"regions": 4, "heads": 4, "chosen": 4, "residual": True, "backend": "gathered"}
     return queen_fusion(
         classes, SMALL[size], (1, 1, 1, 1, 1), bins=8, attention=attention, norm=norm, image=image, rngs=rngs

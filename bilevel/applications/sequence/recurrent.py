@@ -1,8 +1,8 @@
 """LSTMs over padded batches: the cells of PyTorch and TensorFlow, one recurrence, derivatives of any order.
 
-The recurrence of one layer and direction is, with drive z_t = W x_t + b and sigma the logistic function,
+The recurrence of one layer and direction is, with drive z_t = W x_t and sigma the logistic function,
 
-    i, f, o = sigma(z_t + U h_{t-1}) (three parts),    g = tanh(z_t + U h_{t-1}) (the fourth)
+    i, f, o = sigma(z_t + U h_{t-1} + b) (three parts),    g = tanh(z_t + U h_{t-1} + b) (the fourth)
     c_t = m_t (f c_{t-1} + i g),    h_t = m_t o tanh(c_t)
 
 with m_t = 1 within the sequence and 0 at padding. A state of zero is also where a sequence starts, so that the backward
