@@ -1,7 +1,14 @@
 """Defences: detectors of encoders and of samples, preprocessing, and repairs, three of which are bilevel problems."""
 
 from bilevel.applications.contrastive.defences.catalogue import DEFENCES, Rule
-from bilevel.applications.contrastive.defences.inversion import decree, k_means, neural_cleanse, patched, ssl_cleanse
+from bilevel.applications.contrastive.defences.inversion import (
+    decree,
+    k_means,
+    neural_cleanse,
+    patched,
+    smallest,
+    ssl_cleanse,
+)
 from bilevel.applications.contrastive.defences.pruning import anp, clp, fine_pruning, lipschitz_bounds
 from bilevel.applications.contrastive.defences.repair import (
     asset,
@@ -21,6 +28,7 @@ from bilevel.applications.contrastive.defences.samples import (
     preprocessing,
     quantised,
     reconstruction,
+    silhouettes,
     spectral,
     spectral_scores,
 )
@@ -30,5 +38,5 @@ __all__ = [
     "DEFENCES", "Found", "Rule", "Suspect", "activation_clustering", "anp", "asset", "asset_solver", "blurred", "clp",
     "decree", "distillation", "fine_pruning", "fine_tuning", "ibau", "ibau_solver", "k_means", "lipschitz_bounds",
     "masking_trajectory", "neural_cleanse", "offsets", "patched", "preprocessing", "quantised", "reconstruction",
-    "spectral", "spectral_scores", "ssl_cleanse", "unlearning", "unlearning_solver",
+    "silhouettes", "smallest", "spectral", "spectral_scores", "ssl_cleanse", "unlearning", "unlearning_solver",
 ]  # fmt: skip
