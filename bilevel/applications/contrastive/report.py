@@ -140,7 +140,8 @@ class Study:
         attacked: the route whose encoders the defences are given.
         claims: orderings that papers claim, as they came out.
         seeds, settings: of the study.
-        pictures: of the first seed, for a figure: test images and their perturbed versions, features of both, labels.
+        pictures: of the first seed, for a figure: test "images" and their "perturbed" versions, "features" of both,
+            "labels", and which perturbed ones are "taken" for the target's.
         seconds: in all.
     """
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -98,13 +100,13 @@ def robustness_study(
     patterns = jax.vmap(lambda key: g.fixed(20 * jax.random.rademacher(key, (64,), float)))(_keys(seeds, 3))
     perturbations = {"fixed": patterns, **{name: psi for name, (psi, _) in tuned.items()}}
 
-    # the victims: all attacks and seeds in one batch
+    # the victims of all attacks and seeds
     names = list(perturbations)
     psis = jax.tree.map(lambda *parts: jnp.concatenate(parts), *perturbations.values())
     tiled = _tile(digits, len(names))
     pools = _flagged(g, psis, tiled.pool, tiled.flags)
     keys = jnp.concatenate([_keys(seeds, 4 + ("fixed", *ROUTES).index(name)) for name in names])
-    victims = _train(learner, steps, pools, keys)["encoder"]
+    victims = _in_blocks(functools.partial(_train, learner, steps), len(every_seed), pools, keys)["encoder"]
     triggered = _perturbed(g, psis, tiled.test)
 
     judge = functools.partial(_judge, learner.encoder, int(target))
@@ -155,6 +157,7 @@ def robustness_study(
     pictures = {
         "images": np.asarray(first.test), "perturbed": np.asarray(first.triggered),
         "labels": np.asarray(first.test_labels), "features": np.asarray(features),
+        "taken": np.asarray(of_victims["hit"][k * n]),
     }  # fmt: skip
     settings = {
         "target": target, "bound": bound, "share": share, "clean_encoders": clean_encoders, "steps": steps,
@@ -240,6 +243,14 @@ def _block(tree: Any, k: int, n: int) -> Any:
 def _tile(tree: Any, k: int) -> Any:
     """The leading axis, k times."""
     return jax.tree.map(lambda a: jnp.concatenate([jnp.asarray(a)] * k), tree)
+
+
+def _in_blocks(compiled: Any, size: int, *arrays: Any) -> Any:
+    """A function of stacked arrays, called on `size` entries at a time: one program, however many there are."""
+    count = len(arrays[0])
+    full = [jnp.resize(a, (-(-count // size) * size, *a.shape[1:])) for a in arrays]
+    parts = [compiled(*(_block(a, k, size) for a in full)) for k in range(len(full[0]) // size)]
+    return _first(jax.tree.map(lambda *part: jnp.concatenate(part), *parts), count)
 
 
 # What is compiled stands here, by what it depends on: a second study of the same shapes compiles nothing anew.
@@ -343,13 +354,25 @@ def _share(hits: Any, among: Any = None) -> Share:
     return Share(tuple((successes / trials).tolist()), int(successes.sum()), int(trials.sum()))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of the package in here."""
+    logger = logging.getLogger("bilevel")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _answer(name: str, encode: Any, suspects: Suspect, repair_steps: int) -> tuple[Found, float]:
     """What a defence says of each encoder, and its seconds per encoder without the compilation."""
     count = len(suspects.pool)
     if DEFENCES[name].bilevel:
         app, solver, read = DEFENCES[name].run(encode, suspects)
         solved = functools.partial(solve, app.problem, app.x0, app.y0, solver, progress=False)
-        solved(steps=1)  # compiles
+        with _quiet():  # what it would say of a single step nobody asked for
+            read(solved(steps=1).x)  # compiles
         began = time.perf_counter()
         answer = jax.block_until_ready(read(solved(steps=repair_steps).x))
     else:

@@ -17,6 +17,9 @@ from bilevel.applications.contrastive.defences.repair import (
     fine_tuning,
     ibau,
     ibau_solver,
+    of_asset,
+    of_ibau,
+    of_unlearning,
     offsets,
     unlearning,
     unlearning_solver,
@@ -32,11 +35,12 @@ from bilevel.applications.contrastive.defences.samples import (
     spectral,
     spectral_scores,
 )
-from bilevel.applications.contrastive.defences.suspect import Found, Suspect
+from bilevel.applications.contrastive.defences.suspect import Found, Suspect, two_gaussians
 
 __all__ = [
-    "DEFENCES", "Found", "Rule", "Suspect", "activation_clustering", "anp", "asset", "asset_solver", "blurred", "clp",
-    "decree", "distillation", "fine_pruning", "fine_tuning", "ibau", "ibau_solver", "k_means", "lipschitz_bounds",
-    "masking_trajectory", "neural_cleanse", "offsets", "patched", "preprocessing", "quantised", "reconstruction",
-    "silhouettes", "smallest", "spectral", "spectral_scores", "ssl_cleanse", "unlearning", "unlearning_solver",
+    "DEFENCES", "Found", "Rule", "Suspect", "activation_clustering", "anp", "asset", "asset_solver", "blurred",
+    "clp", "decree", "distillation", "fine_pruning", "fine_tuning", "ibau", "ibau_solver", "k_means",
+    "lipschitz_bounds", "masking_trajectory", "neural_cleanse", "of_asset", "of_ibau", "of_unlearning", "offsets",
+    "patched", "preprocessing", "quantised", "reconstruction", "silhouettes", "smallest", "spectral",
+    "spectral_scores", "ssl_cleanse", "two_gaussians", "unlearning", "unlearning_solver",
 ]  # fmt: skip

@@ -55,7 +55,7 @@ DEFENCES = {
     "Neural Cleanse, additive": Rule("encoder", functools.partial(neural_cleanse, additive=True), 2.0),
     "spectral signatures": Rule("pool", spectral, 0.5),
     "activation clustering": Rule("pool", activation_clustering, 0.5),
-    "ASSET": Rule("pool", of_asset, 0.1, bilevel=True),
+    "ASSET": Rule("pool", of_asset, 2.0, bilevel=True),
     "reconstruction error": Rule("input", reconstruction, 0.1),
     "masking trajectory": Rule("input", masking_trajectory, 0.1),
     "blur": Rule("preprocessing", preprocessing, 0.1),
