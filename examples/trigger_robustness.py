@@ -130,7 +130,8 @@ def _statistics(axis, study):
     axis.grid(axis="y", color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.legend(loc="lower right", fontsize=8)
-    axis.set_title("Statistic over threshold (DECREE, which flags small ones: threshold over statistic)", size=10)
+    below = ", ".join(name for name, d in study.defences.items() if d.below)
+    axis.set_title("Statistic over threshold" + (f" ({below}: threshold over statistic)" if below else ""), size=10)
 
 
 def _repairs(axis, study):
@@ -147,8 +148,8 @@ def _repairs(axis, study):
         axis.axvline(share.value, color=color, linewidth=1, linestyle="--", label=label)
     axis.set(xlim=(0, 1), yticks=range(len(repairs)), yticklabels=list(repairs)[::-1])
     axis.grid(axis="y", color="0.9", linewidth=0.6)
-    axis.legend(loc="center right", bbox_to_anchor=(0.87, 0.5), fontsize=8)
-    axis.set_title("After repair or preprocessing: accuracy (green), attack success (red), over all seeds", size=10)
+    axis.legend(loc="center", bbox_to_anchor=(0.51, 0.5), fontsize=8)
+    axis.set_title("After repair or preprocessing: attack success (left), accuracy (right)", size=10)
 
 
 if __name__ == "__main__":
