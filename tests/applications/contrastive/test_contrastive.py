@@ -359,14 +359,12 @@ def test_many_encoders_are_each_alone(x64):
     encode = MLP((5,), 3)
     params = [jax.tree.map(lambda a: a.astype(jnp.float64), encode.init(jax.random.key(k))) for k in range(2)]
     base, pool = jnp.asarray(RNG.uniform(size=(2, 12, 8, 8))), jnp.asarray(RNG.uniform(size=(2, 20, 8, 8)))
-    # off the start, where every offset is zero and so is its gradient
     stack = lambda trees: jax.tree.map(lambda *a: jnp.stack(a), *trees)
-    away = lambda tree: jax.tree.map(lambda a: a + 0.01, tree)
     solver = defences.asset_solver(20, rate=1e-2)
     ends = []
     for theta, b, s, stacked in [(stack(params), base, pool, True), (params[1], base[1], pool[1], False)]:
         app = defences.asset(encode, theta, b, s, stacked=stacked)
-        solution = solve(app.problem, away(app.x0), app.y0, solver, steps=3, progress=False)
+        solution = solve(app.problem, app.x0, app.y0, solver, steps=3, progress=False)
         np.testing.assert_allclose(solution.y.sum(-1), 1, rtol=1e-12)  # on the simplex, of each
         ends.append(jax.tree.map(lambda a, stacked=stacked: a[1] if stacked else a, solution.x))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-10), ends[0], ends[1])
@@ -510,6 +508,19 @@ def test_the_study_shows_attack_and_defence_together(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="A Study stays in memory"):
         pickle.dumps(study)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_seed_among_others_is_the_seed_alone():
+    """All is vmapped over seeds, which share nothing: what is found for one does not depend on the others."""
+    chosen = ("CLP", "spectral signatures", "fine-tuning")
+    both, alone = (small_study(seeds, ("alternating",), chosen) for seeds in ((0, 1), (1,)))
+    for name, attack in alone.attacks.items():
+        for column in ("accuracy", "success", "control", "kept"):
+            one, among = getattr(attack, column).by_seed[0], getattr(both.attacks[name], column).by_seed[1]
+            assert one == pytest.approx(among, abs=2.5 / 297), (name, column)  # two images on the border
+    for name, defence in alone.defences.items():
+        assert defence.statistic[0] == pytest.approx(both.defences[name].statistic[1], abs=0.01), name
 
 
 @pytest.mark.slow
