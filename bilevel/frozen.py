@@ -239,7 +239,8 @@ def standing(rule: Any, variable: PyTree) -> list[str]:
     if not is_rule(rule):
         return []
     leaves, treedef = jax.tree.flatten(variable)
-    held, shapes = form(rule), tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    held: Any = form(rule)
+    shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
     within = any(isinstance(leaf.value, jax.core.Tracer) for leaf in held.leaves)
     return list((_standing.__wrapped__ if within else _standing)(held, treedef, shapes))
 
