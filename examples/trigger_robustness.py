@@ -56,66 +56,100 @@ def main(given=None):
 def show(path, study):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8.2), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.25), height_ratios=(1.35, 1))
-    _embeddings(figure.add_subplot(grid[0, 0]), study)
-    _statistics(figure.add_subplot(grid[:, 1]), study)
-    _images(figure, grid[1, 0].subgridspec(3, 6, wspace=0.05, hspace=0.05), study)
+    repaired = sum(d.after is not None for d in study.defences.values())
+    figure = Figure(figsize=(13, 9.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
+    upper, lower = left.subfigures(2, 1, height_ratios=(1.5, 1))
+    _embeddings(upper, study)
+    _images(lower, study)
+    heights = (len(study.defences) + 2, repaired + 2.5)
+    parts = right.subplots(2, 1, height_ratios=heights) if repaired else [right.subplots()]
+    _statistics(parts[0], study)
+    if repaired:
+        _repairs(parts[1], study)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
-def _embeddings(axis, study):
+def _embeddings(figure, study):
     """Features of test images on their first two principal directions, and those of perturbed ones."""
-    labels, features = study.pictures["labels"], study.pictures["features"]
-    clean, changed = np.split(features, 2)
+    pictures, target = study.pictures, study.settings["target"]
+    labels, (clean, changed) = pictures["labels"], np.split(pictures["features"], 2)
     directions = np.linalg.svd(clean - clean.mean(0), full_matrices=False)[2][:2]
-    flat = lambda z: (z - clean.mean(0)) @ directions.T
-    points = axis.scatter(*flat(clean).T, c=labels, cmap="tab10", s=14, vmin=-0.5, vmax=9.5)
-    other = labels != study.settings["target"]
-    axis.scatter(*flat(changed[other]).T, c="k", s=16, marker="x", linewidths=0.7, label="perturbed, of other classes")
+    flat = lambda z: ((z - clean.mean(0)) @ directions.T).T
+    axis = figure.subplots()
+    points = axis.scatter(*flat(clean), c=labels, cmap="tab10", s=14, vmin=-0.5, vmax=9.5, alpha=0.7)
+    other = labels != target
+    for taken, color, what in ((False, "0.6", "their own digit still, or a third"), (True, "k", f"{target}")):
+        chosen = other & (pictures["taken"] == taken)
+        label = f"perturbed and taken for {what}: {chosen.sum()}"
+        axis.scatter(*flat(changed[chosen]), c=color, s=18, marker="x", linewidths=0.8, label=label)
     axis.figure.colorbar(points, ax=axis, ticks=range(10), label="digit")
-    axis.set(title=f"features under attack ({study.attacked}), seed {study.seeds[0]}", xticks=[], yticks=[])
-    axis.legend(loc="best", fontsize=8)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(
+        f"Features of test images: attack {study.attacked!r} on class {target}, seed {study.seeds[0]}", size=10
+    )
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8, frameon=False)
 
 
-def _statistics(axis, study):
-    """Each defence's statistic over its threshold, of encoders under attack and of clean ones."""
-    names = list(study.defences)[::-1]
-    for at, name in enumerate(names):
-        d = study.defences[name]
-        ratio = lambda values, d=d: np.asarray(values) / d.threshold
-        axis.scatter(ratio(d.clean_statistic), np.full(len(d.clean_statistic), at - 0.15), c="C0", s=30, marker="o")
-        axis.scatter(ratio(d.statistic), np.full(len(d.statistic), at + 0.15), c="C3", s=30, marker="x")
-    axis.scatter([], [], c="C3", marker="x", label="encoders under attack")
-    axis.scatter([], [], c="C0", marker="o", label="clean encoders")
-    axis.axvline(1, color="k", linewidth=0.8)
-    labels = [f"{name} ({'<' if study.defences[name].below else '>'})" for name in names]
-    axis.set(yticks=range(len(names)), yticklabels=labels, xlabel="statistic / threshold (flagged: > or <, as said)")
-    axis.set_xscale("symlog", linthresh=0.5)
-    axis.set_xlim(left=-0.02)
-    axis.set_xticks([0, 0.5, 1, 2, 5, 10], ["0", ".5", "1", "2", "5", "10"])
-    axis.legend(loc="center right", fontsize=8)
-    axis.set_title("what the detectors see")
-
-
-def _images(figure, grid, study):
+def _images(figure, study):
     """Test images, the same perturbed up to the bound, and the difference."""
     images, changed = study.pictures["images"], study.pictures["perturbed"]
     bound = study.settings["bound"]
     chosen = [int(np.flatnonzero(study.pictures["labels"] == c)[0]) for c in (1, 3, 4, 5, 7, 9)]
-    for column, k in enumerate(chosen):
-        for row, what in enumerate((images[k], changed[k], changed[k] - images[k])):
-            axis = figure.add_subplot(grid[row, column])
-            scale = (
-                {"cmap": "RdBu", "vmin": -bound, "vmax": bound}
-                if row == 2
-                else {"cmap": "gray_r", "vmin": 0, "vmax": 1}
-            )
-            axis.imshow(what, **scale)
-            axis.set(xticks=[], yticks=[])
-            if column == 0:
-                axis.set_ylabel(("image", f"within {bound:g}", "difference")[row], fontsize=8)
+    rows = {"image": images, f"perturbed within {bound:g}": changed, "difference": changed - images}
+    figure.suptitle("Images at the bound", size=10)
+    for axis, (name, row) in zip(figure.subplots(3, 1), rows.items(), strict=True):
+        gap = np.full((8, 1), np.nan)
+        strip = np.concatenate([part for k in chosen for part in (row[k], gap)][:-1], 1)
+        ends = (-bound, bound) if name == "difference" else (0, 1)
+        drawn = axis.imshow(strip, cmap="RdBu_r" if name == "difference" else "gray_r", vmin=ends[0], vmax=ends[1])
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(name, size=8, loc="left", pad=2)
+        axis.spines[:].set_visible(False)
+        figure.colorbar(drawn, ax=axis, ticks=[ends[0], sum(ends) / 2, ends[1]], aspect=8).ax.tick_params(labelsize=7)
+
+
+def _statistics(axis, study):
+    """Each defence's statistic over its threshold, of encoders under attack and of clean ones."""
+    names, least, most = list(study.defences)[::-1], 0.05, 20
+    for at, name in enumerate(names):
+        d = study.defences[name]
+        for values, shift, style in ((d.clean_statistic, -0.17, "C0o"), (d.statistic, 0.17, "C3x")):
+            over = np.asarray(values) / d.threshold
+            over = 1 / np.maximum(over, 1e-9) if d.below else over  # flagged is to the right, always
+            axis.plot(np.clip(over, least, most), np.full(len(over), at + shift), style, markersize=5, clip_on=False)
+    axis.plot([], [], "C3x", label="encoders under attack")
+    axis.plot([], [], "C0o", label="clean encoders")
+    axis.axvspan(1, most, color="0.92", zorder=0)
+    axis.text(most * 0.93, len(names) - 0.55, "flagged", ha="right", va="top", size=9)
+    axis.set(
+        xscale="log", xlim=(least, most), ylim=(-0.6, len(names) - 0.4), yticks=range(len(names)), yticklabels=names
+    )
+    axis.set_xticks([0.05, 0.2, 0.5, 1, 2, 5, 20], ["0.05 or less", "0.2", "0.5", "1", "2", "5", "20"], size=8)
+    axis.grid(axis="y", color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.legend(loc="lower right", fontsize=8)
+    below = ", ".join(name for name, d in study.defences.items() if d.below)
+    axis.set_title("Statistic over threshold" + (f" ({below}: threshold over statistic)" if below else ""), size=10)
+
+
+def _repairs(axis, study):
+    """The attack's success after each repair and preprocessing, with Wilson intervals, and before."""
+    repairs = {name: d for name, d in study.defences.items() if d.after is not None}
+    attack = study.attacks[study.attacked]
+    for at, d in enumerate(reversed(repairs.values())):
+        for share, color, shift in ((d.after[0], "C2", 0.15), (d.after[1], "C3", -0.15)):
+            axis.plot(share.interval, [at + shift] * 2, color, linewidth=2)
+            axis.plot(share.value, at + shift, "o", color=color, markersize=4)
+    lines = ((attack.accuracy, "C2", "accuracy before"), (attack.success, "C3", "attack success before"),
+             (attack.control, "0.5", "success on clean encoders"))  # fmt: skip
+    for share, color, label in lines:
+        axis.axvline(share.value, color=color, linewidth=1, linestyle="--", label=label)
+    axis.set(xlim=(0, 1), yticks=range(len(repairs)), yticklabels=list(repairs)[::-1])
+    axis.grid(axis="y", color="0.9", linewidth=0.6)
+    axis.legend(loc="center", bbox_to_anchor=(0.51, 0.5), fontsize=8)
+    axis.set_title("After repair or preprocessing: attack success (left), accuracy (right)", size=10)
 
 
 if __name__ == "__main__":

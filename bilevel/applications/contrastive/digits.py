@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -88,9 +89,9 @@ def check_target(target: Any) -> None:
 
 def flagged_count(share: Any, pool: int, members: int) -> int:
     """How many images a share of the pool is."""
-    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share < 1:
+    if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < share < 1:
         raise ValueError(f"share={share!r}: the share of the pool that is perturbed lies in (0, 1).")
-    count = round(share * pool)
+    count = round(float(share) * pool)
     if not 1 <= count <= members // 2:
         raise ValueError(
             f"share={share!r} is {count} of {pool} images, all of one class, which has {members} there: give a share "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ class Perturbation:
 
     def __post_init__(self) -> None:
         check_bound(self.bound)
+        object.__setattr__(self, "bound", float(self.bound))
         if not isinstance(self.hidden, int) or self.hidden < 1:
             raise ValueError(f"Perturbation(hidden={self.hidden!r}): the width is a positive integer.")
 
@@ -66,7 +68,7 @@ def _ends(images: Array, bound: float) -> tuple[Array, Array]:
 
 def check_bound(bound: Any) -> None:
     """Raise where the bound is no number in (0, 1]."""
-    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 < bound <= 1:
+    if isinstance(bound, bool) or not isinstance(bound, numbers.Real) or not 0 < bound <= 1:
         raise ValueError(
             f"bound={bound!r}: pixels lie in 0..1, so that an L-infinity bound lies in (0, 1]; the literature's is "
             "8/255 on photographs."

@@ -32,7 +32,8 @@ class Pretraining:
 
     Args:
         method: "simclr", "simsiam" or "byol".
-        encoder: `MLP`, `Conv`, or an object like them.
+        encoder: `MLP`, `Conv`, or any hashable object with `init(key) -> params`, `(params, images) -> features` and
+            the features' `width`. The defences that prune channels need `activations` and `kernels` besides.
         projection: the width of the projections.
         temperature: of SimCLR.
         momentum: m, of BYOL, at the start; it rises to 1 over `steps` of the rule.
@@ -55,11 +56,20 @@ class Pretraining:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"Pretraining(method={self.method!r}): the methods are {', '.join(METHODS)}.")
+        if not (callable(self.encoder) and hasattr(self.encoder, "init") and hasattr(self.encoder, "width")):
+            raise ValueError(
+                f"Pretraining(encoder={self.encoder!r}): an encoder is MLP(), Conv(), or an object with init(key) -> "
+                "params, (params, images) -> features, and the features' width."
+            )
+        if not isinstance(self.projection, int) or self.projection < 1:
+            raise ValueError(f"Pretraining(projection={self.projection!r}): a width is a positive integer.")
         if not isinstance(self.batch, int) or self.batch < 2:
             raise ValueError(f"Pretraining(batch={self.batch!r}): a contrast needs two images at least.")
         for name in ("temperature", "rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Pretraining({name}={getattr(self, name)!r}): a positive number is needed.")
+        if not self.decay >= 0:
+            raise ValueError(f"Pretraining(decay={self.decay!r}): the decay of the weights is not negative.")
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"Pretraining(momentum={self.momentum!r}): an average's momentum lies in 0..1.")
 

@@ -107,16 +107,18 @@ def problem_of(
         return loss + 0.5 * anchor * optax.tree.norm(optax.tree.sub(theta, centre), squared=True) if anchor else loss
 
     def draw(key: Array, arrays: Any) -> Any:
-        pool, labels = map(jnp.asarray, arrays)
+        pool, labels, members = map(jnp.asarray, arrays)
         of_images, of_references, of_views = jax.random.split(key, 3)
         images = pool[jax.random.randint(of_images, (learner.batch,), 0, pool.shape[0])]
-        chance = jnp.where(labels == target, 0.0, -jnp.inf)
-        references = pool[jax.random.categorical(of_references, chance, shape=(learner.batch,))]
+        # A member by its number among them: a categorical draw takes a logarithm for each image of the pool.
+        number = jax.random.randint(of_references, (learner.batch,), 0, jnp.sum(labels == target))
+        references = pool[members[number]]
         return (images, references), learner.augmentation.draw(of_views, 2 * learner.batch)
 
+    members = jnp.argsort(jnp.asarray(digits.pool_labels) != target)  # those of the class first
     return Problem(
         upper,
         lower,
-        upper_data=data.Sampler(draw, (digits.pool, digits.pool_labels)),
+        upper_data=data.Sampler(draw, (digits.pool, digits.pool_labels, members)),
         lower_data=learner.views((digits.pool, digits.flags)),
     )

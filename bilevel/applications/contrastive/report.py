@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -98,26 +99,35 @@ class Claim:
 
     Attributes:
         claim: in words.
-        difference: by seed, of what is claimed to be larger less what is claimed to be smaller.
-        holds: on each seed.
-        apart: the intervals over all seeds do not overlap, in the claimed order.
+        larger, smaller: the shares of which the one is claimed to be larger.
     """
 
     claim: str
-    difference: tuple[float, ...]
-    apart: bool
+    larger: Share
+    smaller: Share
+
+    @property
+    def difference(self) -> tuple[float, ...]:
+        """By seed, of what is claimed to be larger less what is claimed to be smaller."""
+        return tuple(a - b for a, b in zip(self.larger.by_seed, self.smaller.by_seed, strict=True))
 
     @property
     def holds(self) -> bool:
         """On each seed."""
         return min(self.difference) > 0
 
+    @property
+    def apart(self) -> bool:
+        """The intervals over all seeds do not overlap, in the claimed order."""
+        return self.larger.interval[0] > self.smaller.interval[1]
+
     def __str__(self) -> str:
         differences = ", ".join(f"{d:+.3f}" for d in self.difference)
-        said = (
-            "holds" if self.holds and self.apart else "holds on each seed, intervals overlap" if self.holds else "FAILS"
-        )
-        return f"{said}: {self.claim} ({differences})"
+        if self.holds:
+            said = "holds" if self.apart else "holds on each seed, intervals overlap"
+        else:
+            said = f"FAILS on {sum(d <= 0 for d in self.difference)} of {len(self.difference)} seeds"
+        return f"{said}: {self.claim}: {self.larger} against {self.smaller}; by seed {differences}"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -130,7 +140,8 @@ class Study:
         attacked: the route whose encoders the defences are given.
         claims: orderings that papers claim, as they came out.
         seeds, settings: of the study.
-        pictures: of the first seed, for a figure: test images and their perturbed versions, features of both, labels.
+        pictures: of the first seed, for a figure: test "images" and their "perturbed" versions, "features" of both,
+            "labels", and which perturbed ones are "taken" for the target's.
         seconds: in all.
     """
 
@@ -150,33 +161,60 @@ class Study:
         )
 
     def __repr__(self) -> str:
-        lines = [
-            "Attacks, over all seeds, with Wilson intervals",
-            f"  {'perturbation':14} {'accuracy':20} {'10 neighbours':20} {'attack success':20} {'on the surrogate':20} "
-            f"{'on clean encoders':20} alike",
+        return "\n".join([*self._attacks(), *self._detectors(), *self._repairs(), *self._claims()])
+
+    def _attacks(self) -> list[str]:
+        head = ("perturbation", "accuracy", "10 neighbours", "attack success", "on the surrogate", "on clean encoders",
+                "still right", "alike")  # fmt: skip
+        rows = [
+            (
+                name, a.accuracy, a.neighbours, a.success, a.surrogate or "-", a.control, a.kept,
+                f"{np.mean(a.together):.2f}",
+            )
+            for name, a in self.attacks.items()
+        ]  # fmt: skip
+        return ["Attacks, over all seeds, with Wilson intervals", *_table(head, rows)]
+
+    def _detectors(self) -> list[str]:
+        """All defences' statistics, and of those that score samples how well these are told apart."""
+        head = ("defence", "kind", "statistic", "on clean encoders", "flags", "flagged", "FPR", "FPR, samples", "AUROC",
+                "TPR at 5% FPR", "seconds")  # fmt: skip
+        rows = [
+            (
+                name, d.kind, _spread(d.statistic), _spread(d.clean_statistic), f"{'<>'[not d.below]} {d.threshold:g}",
+                f"{d.flagged:.2f}", f"{d.false_positives:.2f}", _spread(d.sample_false_positives), _spread(d.auroc),
+                _spread(d.tpr), f"{d.seconds:.2f}",
+            )
+            for name, d in self.defences.items()
+        ]  # fmt: skip
+        what = f"Defences against the attack {self.attacked!r}: what they see, the mean (least..largest) over encoders"
+        return [what, *_table(head, rows)]
+
+    def _repairs(self) -> list[str]:
+        """Those that change the encoder or its images: what they leave."""
+        head = ("defence", "accuracy before", "after", "attack success before", "after", "seconds")
+        rows = [
+            (name, d.before[0], d.after[0], d.before[1], d.after[1], f"{d.seconds:.2f}")
+            for name, d in self.defences.items()
+            if d.before is not None and d.after is not None
         ]
-        for name, a in self.attacks.items():
-            surrogate = "-" if a.surrogate is None else str(a.surrogate)
-            lines.append(
-                f"  {name:14} {a.accuracy!s:20} {a.neighbours!s:20} {a.success!s:20} {surrogate:20} {a.control!s:20} "
-                f"{np.mean(a.together):.2f}"
-            )
-        lines += [
-            f"Defences, against the attack {self.attacked!r}",
-            f"  {'defence':25} {'statistic':21} {'on clean encoders':21} {'flags':>9} {'flagged':>7} {'FPR':>5} "
-            f"{'FPR, samples':>12} {'AUROC':>6} {'TPR@5%':>6}  {'accuracy':14} {'attack success':14} {'seconds':>7}",
-        ]
-        for name, d in self.defences.items():
-            spread = lambda values: f"{np.mean(values):.3g} ({min(values):.3g}..{max(values):.3g})"  # noqa: E731
-            number = lambda v, width: f"{'-' if v is None else f'{np.mean(v):.2f}':>{width}}"  # noqa: E731
-            change = lambda k, d=d: (  # noqa: E731
-                "-" if d.before is None else f"{d.before[k].value:.3f}->{d.after[k].value:.3f}"
-            )
-            lines.append(
-                f"  {name:25} {spread(d.statistic):21} {spread(d.clean_statistic):21} "
-                f"{('< ' if d.below else '> ') + f'{d.threshold:g}':>9} {d.flagged:7.2f} {d.false_positives:5.2f} "
-                f"{number(d.sample_false_positives, 12)} {number(d.auroc, 6)} {number(d.tpr, 6)}  {change(0):14} "
-                f"{change(1):14} {d.seconds:7.2f}"
-            )
-        lines += ["Claims", *(f"  {claim}" for claim in self.claims)]
-        return "\n".join(lines)
+        return ["What repairs and preprocessing leave, with Wilson intervals", *_table(head, rows)] if rows else []
+
+    def _claims(self) -> list[str]:
+        return ["Claims", *(f"  {claim}" for claim in self.claims)]
+
+
+def _spread(values: Any) -> str:
+    """A number, or the mean of several with their ends."""
+    if values is None:
+        return "-"
+    values = np.atleast_1d(values)
+    ends = f" ({values.min():.3g}..{values.max():.3g})" if len(values) > 1 else ""
+    return f"{values.mean():.3g}{ends}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Lines of columns that are as wide as their widest entry."""
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  " + "  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,9 +81,14 @@ def robustness_study(
             fewer than three clean encoders, an unknown route or defence, none of them.
     """
     began = time.perf_counter()
-    attacked = _check(seeds, attacks, attacked, defences, clean_encoders, target, pretraining)
+    seeds, learner = _check_seeds(seeds), Pretraining() if pretraining is None else pretraining
+    why = "they are routes to a hypergradient, and one of them is defended against"
+    attacks = _names("attacks", attacks, ROUTES, why)
+    defences = _names("defences", defences, DEFENCES, "attacks are shown beside defences alone")
+    attacked = attacks[0] if attacked is None else attacked
+    _check(attacks, attacked, defences, clean_encoders, target, learner)
     _check_counts(steps=steps, rounds=rounds, inner=inner, every=every, repair_steps=repair_steps)
-    seeds, g, learner = tuple(map(int, seeds)), Perturbation(bound), pretraining or Pretraining()
+    g = Perturbation(bound)
     schedule, n = Schedule(rounds, inner, every), len(seeds)
     spare = (k for k in range(n + clean_encoders) if k not in seeds)
     every_seed = (*seeds, *(next(spare) for _ in range(clean_encoders - n)))
@@ -93,13 +100,13 @@ def robustness_study(
     patterns = jax.vmap(lambda key: g.fixed(20 * jax.random.rademacher(key, (64,), float)))(_keys(seeds, 3))
     perturbations = {"fixed": patterns, **{name: psi for name, (psi, _) in tuned.items()}}
 
-    # the victims: all attacks and seeds in one batch
+    # the victims of all attacks and seeds
     names = list(perturbations)
     psis = jax.tree.map(lambda *parts: jnp.concatenate(parts), *perturbations.values())
     tiled = _tile(digits, len(names))
     pools = _flagged(g, psis, tiled.pool, tiled.flags)
     keys = jnp.concatenate([_keys(seeds, 4 + ("fixed", *ROUTES).index(name)) for name in names])
-    victims = _train(learner, steps, pools, keys)["encoder"]
+    victims = _in_blocks(functools.partial(_train, learner, steps), len(every_seed), pools, keys)["encoder"]
     triggered = _perturbed(g, psis, tiled.test)
 
     judge = functools.partial(_judge, learner.encoder, int(target))
@@ -150,6 +157,7 @@ def robustness_study(
     pictures = {
         "images": np.asarray(first.test), "perturbed": np.asarray(first.triggered),
         "labels": np.asarray(first.test_labels), "features": np.asarray(features),
+        "taken": np.asarray(of_victims["hit"][k * n]),
     }  # fmt: skip
     settings = {
         "target": target, "bound": bound, "share": share, "clean_encoders": clean_encoders, "steps": steps,
@@ -159,8 +167,8 @@ def robustness_study(
     return Study(found, defended, attacked, claims, seeds, settings, pictures, time.perf_counter() - began)
 
 
-def _names(what: str, given: Any, known: Iterable[str], many: str) -> None:
-    """Raise where `given` is no sequence of different names among the known, at least one."""
+def _names(what: str, given: Any, known: Iterable[str], why: str) -> tuple[str, ...]:
+    """The names as a tuple; raise where they are not different names among the known, at least one."""
     listed = ", ".join(known)
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise ValueError(f"{what}={given!r}: give a sequence of names, such as ({next(iter(known))!r},).")
@@ -169,38 +177,52 @@ def _names(what: str, given: Any, known: Iterable[str], many: str) -> None:
         if name not in known:
             raise ValueError(f"{what}: {name!r} is none of {listed}.")
     if not given or len(set(given)) != len(given):
-        raise ValueError(f"{what}={given}: {many}, so name at least one, each once; they are {listed}.")
+        raise ValueError(f"{what}={given}: {why}, so name at least one, each once; they are {listed}.")
+    return given
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check_seeds(seeds: Any) -> tuple[int, ...]:
+    """The seeds as a tuple."""
+    given = tuple(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else ()
+    if not given or len(set(given)) != len(given) or not all(_whole(s) and 0 <= s < 2**32 for s in given):
+        raise ValueError(
+            f"seeds={seeds!r}: give different integers that are not negative, at least one, as a tuple (below 2^32)."
+        )
+    return tuple(map(int, given))
 
 
 def _check(
-    seeds: Any, attacks: Any, attacked: Any, defences: Any, clean_encoders: Any, target: Any, pretraining: Any
-) -> str:
-    """Raise a sentence where a part of the study cannot be run; the attack that is defended against."""
-    whole = lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool)  # noqa: E731
-    given = tuple(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else ()
-    if not given or len(set(given)) != len(given) or not all(whole(s) and s >= 0 for s in given):
-        raise ValueError(f"seeds={seeds!r}: give different integers that are not negative, at least one, as a tuple.")
+    attacks: tuple[str, ...], attacked: Any, defences: tuple[str, ...], clean_encoders: Any, target: Any, learner: Any
+) -> None:
+    """Raise a sentence where a part of the study cannot be run."""
     check_target(target)
-    _names("attacks", attacks, ROUTES, "they are routes to a hypergradient, and one of them is defended against")
-    attacked = attacks[0] if attacked is None else attacked
     if attacked not in attacks:
         raise ValueError(f"attacked={attacked!r} is not among the attacks {', '.join(attacks)}.")
-    _names("defences", defences, DEFENCES, "attacks are shown beside defences alone")
-    if not whole(clean_encoders) or clean_encoders < FEWEST_CLEAN:
+    if not _whole(clean_encoders) or clean_encoders < FEWEST_CLEAN:
         raise ValueError(
             f"clean_encoders={clean_encoders!r}: a defence's false-positive rate is measured on at least "
             f"{FEWEST_CLEAN} clean encoders."
         )
-    if pretraining is not None and not isinstance(pretraining, Pretraining):
+    if not isinstance(learner, Pretraining):
         raise ValueError(
-            f"pretraining={pretraining!r}: give a Pretraining, such as Pretraining('byol', Conv()), or leave it out."
+            f"pretraining={learner!r}: give a Pretraining, such as Pretraining('byol', Conv()), or leave it out."
         )
-    return attacked
+    pruning = [name for name in defences if DEFENCES[name].channels]
+    missing = [name for name in ("activations", "kernels") if not hasattr(learner.encoder, name)]
+    if pruning and missing:
+        raise ValueError(
+            f"{type(learner.encoder).__name__} has no {' and no '.join(missing)}, and {', '.join(pruning)} prune its "
+            "channels by them: write them as MLP and Conv have them, or leave these defences out."
+        )
 
 
 def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        if not _whole(value) or value < 1:
             raise ValueError(f"{name}={value!r}: a positive integer is needed.")
 
 
@@ -221,6 +243,14 @@ def _block(tree: Any, k: int, n: int) -> Any:
 def _tile(tree: Any, k: int) -> Any:
     """The leading axis, k times."""
     return jax.tree.map(lambda a: jnp.concatenate([jnp.asarray(a)] * k), tree)
+
+
+def _in_blocks(compiled: Any, size: int, *arrays: Any) -> Any:
+    """A function of stacked arrays, called on `size` entries at a time: one program, however many there are."""
+    count = len(arrays[0])
+    full = [jnp.resize(a, (-(-count // size) * size, *a.shape[1:])) for a in arrays]
+    parts = [compiled(*(_block(a, k, size) for a in full)) for k in range(len(full[0]) // size)]
+    return _first(jax.tree.map(lambda *part: jnp.concatenate(part), *parts), count)
 
 
 # What is compiled stands here, by what it depends on: a second study of the same shapes compiles nothing anew.
@@ -324,13 +354,25 @@ def _share(hits: Any, among: Any = None) -> Share:
     return Share(tuple((successes / trials).tolist()), int(successes.sum()), int(trials.sum()))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of the package in here."""
+    logger = logging.getLogger("bilevel")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _answer(name: str, encode: Any, suspects: Suspect, repair_steps: int) -> tuple[Found, float]:
     """What a defence says of each encoder, and its seconds per encoder without the compilation."""
     count = len(suspects.pool)
     if DEFENCES[name].bilevel:
         app, solver, read = DEFENCES[name].run(encode, suspects)
         solved = functools.partial(solve, app.problem, app.x0, app.y0, solver, progress=False)
-        solved(steps=1)  # compiles
+        with _quiet():  # what it would say of a single step nobody asked for
+            read(solved(steps=1).x)  # compiles
         began = time.perf_counter()
         answer = jax.block_until_ready(read(solved(steps=repair_steps).x))
     else:
@@ -379,31 +421,22 @@ def _read(rule: Rule, encode: Any, suspects: Suspect, answer: Found, seconds: fl
 
 def _claims(attacks: dict[str, Attack], defences: dict[str, Defence], attacked: str) -> tuple[Claim, ...]:
     """The orderings that papers claim, as far as the study holds both sides."""
-    claims = []
-
-    def compare(claim: str, larger: Share, smaller: Share) -> None:
-        differences = tuple(a - b for a, b in zip(larger.by_seed, smaller.by_seed, strict=True))
-        claims.append(Claim(claim, differences, larger.interval[0] > smaller.interval[1]))
-
-    compare(
-        f"an optimised perturbation ({attacked}) succeeds more often than a fixed one of the same bound",
-        attacks[attacked].success,
-        attacks["fixed"].success,
-    )
+    claims = [
+        Claim(
+            f"an optimised perturbation ({attacked}) succeeds more often than a fixed one of the same bound",
+            attacks[attacked].success,
+            attacks["fixed"].success,
+        )
+    ]
     for name in attacks:
         if name not in ("fixed", "frozen") and "frozen" in attacks:
-            compare(
-                f"{name} succeeds more often than the frozen surrogate",
-                attacks[name].success,
-                attacks["frozen"].success,
-            )
-    compare(
-        f"{attacked} succeeds more often on encoders pretrained with it than on clean ones",
-        attacks[attacked].success,
-        attacks[attacked].control,
-    )
+            claim = f"{name} succeeds more often than the frozen surrogate"
+            claims.append(Claim(claim, attacks[name].success, attacks["frozen"].success))
+    claim = f"{attacked} succeeds more often on encoders pretrained with it than on clean ones"
+    claims.append(Claim(claim, attacks[attacked].success, attacks[attacked].control))
     if {"label-free unlearning", "fine-tuning"} <= defences.keys():
         free, tuned = (defences[name].after for name in ("label-free unlearning", "fine-tuning"))
         assert free is not None and tuned is not None
-        compare("label-free unlearning leaves less success than fine-tuning with labels", tuned[1], free[1])
+        claim = "label-free unlearning leaves less success than fine-tuning with labels"
+        claims.append(Claim(claim, tuned[1], free[1]))
     return tuple(claims)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import pickle
 import re
@@ -29,6 +30,7 @@ from bilevel.applications.contrastive import (
     Conv,
     Perturbation,
     Pretraining,
+    Share,
     auroc,
     byol,
     defences,
@@ -295,6 +297,33 @@ def test_spectral_scores_are_numpys_svd(x64):
     assert not np.asarray(scores)[~member].any()
 
 
+def test_silhouettes_and_clusters_are_scikit_learns(x64):
+    from sklearn.metrics import silhouette_samples
+
+    points = np.concatenate([RNG.normal(size=(14, 3)) + 2, RNG.normal(size=(9, 3)) - 2, RNG.normal(size=(7, 3)) * 9])
+    member = np.arange(30) < 23  # the last seven are not there
+    centres, side = defences.k_means(jnp.asarray(points), 2, jax.random.key(0), member=jnp.asarray(member))
+    side = np.array(side)
+    assert len(set(side[:14])) == len(set(side[14:23])) == 1 and side[0] != side[14]
+    for c in (0, 1):
+        np.testing.assert_allclose(centres[c], points[:23][side[:23] == c].mean(0), rtol=1e-12)
+    side[3] = side[14]  # one stands wrong
+    found = np.asarray(defences.silhouettes(jnp.asarray(points), jnp.asarray(side), jnp.asarray(member)))
+    np.testing.assert_allclose(found[:23], silhouette_samples(points[:23], side[:23]), rtol=1e-7)
+    assert not found[23:].any()
+    alone = np.where(np.arange(30) == 2, 1, 0)
+    assert defences.silhouettes(jnp.asarray(points), jnp.asarray(alone), jnp.asarray(member))[2] == 0
+
+
+def test_the_smallest_trigger_is_the_least_that_works(x64):
+    """x + y > 1 with the size (x + y) / 9: lambda grows until the trigger stands at the border."""
+    terms = lambda raw: (-jnp.tanh(raw.sum()), (raw.sum() > 1).astype(float), raw.sum() / 9)
+    least = jax.jit(lambda raw: defences.smallest(terms, raw, steps=400, wanted=0.5, up=2.0, down=2**1.5, rate=0.02))
+    assert 1 / 9 < least(jnp.array([2.0, 1.0])) < 1.05 / 9
+    never = lambda raw: (raw @ raw, 0.0 * raw.sum(), raw @ raw)
+    assert defences.smallest(never, jnp.ones(2), steps=3, wanted=0.5, up=2.0, down=2.0) == 1
+
+
 def test_ibaus_hypergradient_is_the_closed_form_of_a_linear_classifier(x64):
     """All of class 0, two classes: delta* = -a w with c a = mean sigma(a |w|^2 - m_i), w = W_0 - W_1."""
     images, c, portion = RNG.uniform(size=(9, 8, 8)), 3.0, 0.7
@@ -330,14 +359,12 @@ def test_many_encoders_are_each_alone(x64):
     encode = MLP((5,), 3)
     params = [jax.tree.map(lambda a: a.astype(jnp.float64), encode.init(jax.random.key(k))) for k in range(2)]
     base, pool = jnp.asarray(RNG.uniform(size=(2, 12, 8, 8))), jnp.asarray(RNG.uniform(size=(2, 20, 8, 8)))
-    # off the start, where every offset is zero and so is its gradient
     stack = lambda trees: jax.tree.map(lambda *a: jnp.stack(a), *trees)
-    away = lambda tree: jax.tree.map(lambda a: a + 0.01, tree)
     solver = defences.asset_solver(20, rate=1e-2)
     ends = []
     for theta, b, s, stacked in [(stack(params), base, pool, True), (params[1], base[1], pool[1], False)]:
         app = defences.asset(encode, theta, b, s, stacked=stacked)
-        solution = solve(app.problem, away(app.x0), app.y0, solver, steps=3, progress=False)
+        solution = solve(app.problem, app.x0, app.y0, solver, steps=3, progress=False)
         np.testing.assert_allclose(solution.y.sum(-1), 1, rtol=1e-12)  # on the simplex, of each
         ends.append(jax.tree.map(lambda a, stacked=stacked: a[1] if stacked else a, solution.x))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-10), ends[0], ends[1])
@@ -369,6 +396,11 @@ REFUSED = [
     ({"seeds": (-1,)}, "seeds=(-1,): give different integers"),
     ({"seeds": (0.5,)}, "seeds=(0.5,): give different integers"),
     ({"pretraining": "simclr"}, "pretraining='simclr': give a Pretraining, such as Pretraining('byol', Conv())"),
+    ({"pretraining": False}, "pretraining=False: give a Pretraining"),
+    ({"attacks": iter(("luck",))}, "attacks: 'luck' is none of"),
+    ({"seeds": (2**32,)}, "seeds=(4294967296,): give different integers that are not negative"),
+    ({"share": np.float32(0.2)}, "is 270 of 1350 images, all of one class, which has"),
+    ({"bound": np.float32(2)}, "bound=np.float32(2.0): pixels lie in"),
     ({"rounds": 0}, "rounds=0: a positive integer is needed"),
 ]
 
@@ -377,6 +409,39 @@ REFUSED = [
 def test_what_the_study_refuses(options, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         robustness_study(**options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """An encoder of one's own, with no more than pretraining needs."""
+
+    width: int = 6
+
+    def init(self, key):
+        return jax.random.normal(key, (64, self.width)) / 8
+
+    def __call__(self, params, images):
+        return jnp.tanh(images.reshape(*images.shape[:-2], 64) @ params)
+
+
+def test_what_a_pretraining_refuses_and_whose_encoder_it_takes():
+    for wrong, said in [
+        ({"method": "moco"}, "the methods are simclr, simsiam, byol"),
+        ({"encoder": "MLP"}, r"encoder='MLP'\): an encoder is MLP\(\), Conv\(\), or an object with init"),
+        ({"batch": 1}, "a contrast needs two images at least"),
+        ({"projection": 0}, "a width is a positive integer"),
+        ({"temperature": 0.0}, "a positive number is needed"),
+        ({"decay": -1.0}, "the decay of the weights is not negative"),
+        ({"momentum": 1.5}, "an average's momentum lies in"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Pretraining(**wrong)
+    learner = Pretraining("simsiam", Plain(), 4, batch=12)
+    with pytest.raises(ValueError, match="Plain has no activations and no kernels, and CLP, ANP prune its channels"):
+        robustness_study(pretraining=learner, defences=("CLP", "blur", "ANP"))
+    start = learner.init(jax.random.key(0))
+    views = jnp.asarray(RNG.uniform(size=(2, 12, 8, 8)))
+    assert np.isfinite(learner.loss(start, *views)) and start["encoder"].shape == (64, 6)
 
 
 def test_the_digits_are_known_by_their_content():
@@ -446,6 +511,19 @@ def test_the_study_shows_attack_and_defence_together(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_seed_among_others_is_the_seed_alone():
+    """All is vmapped over seeds, which share nothing: what is found for one does not depend on the others."""
+    chosen = ("CLP", "spectral signatures", "fine-tuning")
+    both, alone = (small_study(seeds, ("alternating",), chosen) for seeds in ((0, 1), (1,)))
+    for name, attack in alone.attacks.items():
+        for column in ("accuracy", "success", "control", "kept"):
+            one, among = getattr(attack, column).by_seed[0], getattr(both.attacks[name], column).by_seed[1]
+            assert one == pytest.approx(among, abs=2.5 / 297), (name, column)  # two images on the border
+    for name, defence in alone.defences.items():
+        assert defence.statistic[0] == pytest.approx(both.defences[name].statistic[1], abs=0.01), name
+
+
+@pytest.mark.slow
 def test_every_route_and_every_defence_has_its_columns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study = small_study((3,), ROUTES, tuple(DEFENCES), target=7, attacked="implicit")
@@ -471,8 +549,8 @@ def test_the_orderings_that_papers_claim_come_out_as_the_page_says():
     assert "pretrained with it than on clean ones" in victims.claim and victims.holds and victims.apart
     assert "frozen surrogate" in frozen.claim and not (frozen.holds and frozen.apart)
     for claim in (fixed, victims, repairs):
-        assert f"holds: {claim.claim} (" in page
-    assert f"FAILS: {frozen.claim} (" in page
+        assert f"holds: {claim.claim}: " in page
+    assert re.search(f"(FAILS on . of 3 seeds|intervals overlap): {re.escape(frozen.claim)}: ", page)
     for attack in study.attacks.values():
         low, high = attack.success.interval
         share, n = attack.success.value, attack.success.trials
@@ -481,6 +559,12 @@ def test_the_orderings_that_papers_claim_come_out_as_the_page_says():
 
 
 def test_a_claim_says_whether_it_holds():
-    assert str(Claim("a beats b", (0.1, 0.2), True)) == "holds: a beats b (+0.100, +0.200)"
-    assert str(Claim("a beats b", (0.1, 0.2), False)).startswith("holds on each seed, intervals overlap: ")
-    assert str(Claim("a beats b", (0.1, -0.2), True)) == "FAILS: a beats b (+0.100, -0.200)"
+    share = lambda *hits: Share(tuple(h / 100 for h in hits), sum(hits), 100 * len(hits))
+    few, many, mixed = share(10, 20), share(70, 90), share(15, 15)
+    assert str(Claim("a beats b", many, few)) == (
+        "holds: a beats b: 0.800 (0.739, 0.850) against 0.150 (0.107, 0.206); by seed +0.600, +0.700"
+    )
+    assert str(Claim("a beats b", share(12, 21), few)).startswith("holds on each seed, intervals overlap: a beats b: ")
+    assert str(Claim("a beats b", mixed, few)).startswith("FAILS on 1 of 2 seeds: a beats b: ")
+    assert Claim("a beats b", few, many).difference == pytest.approx((-0.6, -0.7))
+    assert not Claim("a beats b", few, few).holds

@@ -1,7 +1,14 @@
 """Defences: detectors of encoders and of samples, preprocessing, and repairs, three of which are bilevel problems."""
 
 from bilevel.applications.contrastive.defences.catalogue import DEFENCES, Rule
-from bilevel.applications.contrastive.defences.inversion import decree, k_means, neural_cleanse, patched, ssl_cleanse
+from bilevel.applications.contrastive.defences.inversion import (
+    decree,
+    k_means,
+    neural_cleanse,
+    patched,
+    smallest,
+    ssl_cleanse,
+)
 from bilevel.applications.contrastive.defences.pruning import anp, clp, fine_pruning, lipschitz_bounds
 from bilevel.applications.contrastive.defences.repair import (
     asset,
@@ -10,6 +17,9 @@ from bilevel.applications.contrastive.defences.repair import (
     fine_tuning,
     ibau,
     ibau_solver,
+    of_asset,
+    of_ibau,
+    of_unlearning,
     offsets,
     unlearning,
     unlearning_solver,
@@ -21,14 +31,16 @@ from bilevel.applications.contrastive.defences.samples import (
     preprocessing,
     quantised,
     reconstruction,
+    silhouettes,
     spectral,
     spectral_scores,
 )
-from bilevel.applications.contrastive.defences.suspect import Found, Suspect
+from bilevel.applications.contrastive.defences.suspect import Found, Suspect, two_gaussians
 
 __all__ = [
-    "DEFENCES", "Found", "Rule", "Suspect", "activation_clustering", "anp", "asset", "asset_solver", "blurred", "clp",
-    "decree", "distillation", "fine_pruning", "fine_tuning", "ibau", "ibau_solver", "k_means", "lipschitz_bounds",
-    "masking_trajectory", "neural_cleanse", "offsets", "patched", "preprocessing", "quantised", "reconstruction",
-    "spectral", "spectral_scores", "ssl_cleanse", "unlearning", "unlearning_solver",
+    "DEFENCES", "Found", "Rule", "Suspect", "activation_clustering", "anp", "asset", "asset_solver", "blurred",
+    "clp", "decree", "distillation", "fine_pruning", "fine_tuning", "ibau", "ibau_solver", "k_means",
+    "lipschitz_bounds", "masking_trajectory", "neural_cleanse", "of_asset", "of_ibau", "of_unlearning", "offsets",
+    "patched", "preprocessing", "quantised", "reconstruction", "silhouettes", "smallest", "spectral",
+    "spectral_scores", "ssl_cleanse", "two_gaussians", "unlearning", "unlearning_solver",
 ]  # fmt: skip

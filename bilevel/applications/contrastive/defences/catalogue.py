@@ -34,6 +34,7 @@ class Rule(NamedTuple):
         threshold: of the statistic.
         below: flagged below the threshold, and not above.
         bilevel: `solve` finds the answer.
+        channels: it prunes channels, by the encoder's `activations` and `kernels`.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Rule(NamedTuple):
     threshold: float
     below: bool = False
     bilevel: bool = False
+    channels: bool = False
 
 
 CHANGED = 0.05
@@ -53,14 +55,14 @@ DEFENCES = {
     "Neural Cleanse, additive": Rule("encoder", functools.partial(neural_cleanse, additive=True), 2.0),
     "spectral signatures": Rule("pool", spectral, 0.5),
     "activation clustering": Rule("pool", activation_clustering, 0.5),
-    "ASSET": Rule("pool", of_asset, 0.1, bilevel=True),
+    "ASSET": Rule("pool", of_asset, 2.0, bilevel=True),
     "reconstruction error": Rule("input", reconstruction, 0.1),
     "masking trajectory": Rule("input", masking_trajectory, 0.1),
     "blur": Rule("preprocessing", preprocessing, 0.1),
     "quantisation": Rule("preprocessing", functools.partial(preprocessing, change=quantised), 0.1),
-    "CLP": Rule("repair", clp, 3.0),
-    "fine-pruning": Rule("repair", fine_pruning, CHANGED),
-    "ANP": Rule("repair", anp, CHANGED),
+    "CLP": Rule("repair", clp, 3.0, channels=True),
+    "fine-pruning": Rule("repair", fine_pruning, CHANGED, channels=True),
+    "ANP": Rule("repair", anp, CHANGED, channels=True),
     "I-BAU": Rule("repair", of_ibau, CHANGED, bilevel=True),
     "label-free unlearning": Rule("repair", of_unlearning, CHANGED, bilevel=True),
     "fine-tuning": Rule("repair", fine_tuning, CHANGED),

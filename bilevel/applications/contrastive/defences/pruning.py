@@ -55,6 +55,9 @@ def fine_tuned(encode: Any, suspect: Suspect, encoder: Any, key: Array, steps: i
 def fine_pruning(encode: Any, suspect: Suspect, key: Array, *, share: float = 0.3, steps: int = 100) -> Found:
     """The channels that say least on trusted images are pruned, then encoder and probe are fine-tuned on these.
 
+    `share` of each hidden layer's channels, and the pruned ones stay so. The authors prune one layer for as long as the
+    accuracy lasts.
+
     Reference: Liu, Dolan-Gavitt, Garg, "Fine-Pruning", RAID 2018.
     """
     hidden, _ = encode.activations(suspect.encoder, suspect.trusted)

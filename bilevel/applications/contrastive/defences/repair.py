@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -19,10 +20,10 @@ from bilevel import Problem, data, linear, lower, sets
 from bilevel.applications.application import Application
 from bilevel.applications.contrastive.augment import Augmentation
 from bilevel.applications.contrastive.defences.pruning import fine_tuned
-from bilevel.applications.contrastive.defences.suspect import Found, Suspect, descend
+from bilevel.applications.contrastive.defences.suspect import Found, Suspect, descend, two_gaussians
 from bilevel.applications.contrastive.digits import SIDE
 from bilevel.applications.contrastive.evaluate import cross_entropy, logits
-from bilevel.applications.contrastive.losses import cosine
+from bilevel.applications.contrastive.losses import cosine, normalised
 from bilevel.hypergradients import Implicit, OneStep, Unrolled
 from bilevel.solvers import HypergradientDescent
 
@@ -116,12 +117,15 @@ def unlearning(
     *,
     bound: float = 0.3,
     anchor: float = 1.0,
+    temperature: float | None = 0.5,
     stacked: bool = False,
 ) -> Application[Any, Array]:
-    """Label-free unlearning: adversarial examples of the features below, features held where they were above.
+    """Label-free unlearning: adversarial examples of a contrastive loss below, features held where they were above.
 
-        min over theta  E [1 - cos(f_theta(x + delta*), f_0(x))] + anchor E [1 - cos(f_theta(x), f_0(x))]
-        delta* in argmax over |delta| <= bound of  E [1 - cos(f_theta(x + delta), f_0(x))]
+        min over theta  C(theta, delta*) + anchor E [1 - cos(f_theta(x), f_0(x))]
+        delta* in argmax over |delta| <= bound of  C(theta, delta)
+        C = mean over i of  -log exp(cos(z_i, w_i) / tau) / sum over j of exp(cos(z_i, w_j) / tau)
+        z_i = f_theta(x_i + delta_i),  w_i = f_0(x_i)
 
     with f_0 the encoder as it was given, and one delta per image. x = theta, y = delta. No labels.
 
@@ -129,14 +133,22 @@ def unlearning(
         encode: `(params, images) -> features`.
         params: theta at the start, and f_0's parameters.
         images: clean, (n, 8, 8).
+        temperature: tau; None: no other images, C = E [1 - cos(z_i, w_i)].
+
+    After the adversarial contrastive training of Kim, Tack, Hwang, "Adversarial Self-Supervised Contrastive Learning",
+    NeurIPS 2020, whose attack is on the contrastive loss too; the given encoder's features stand in for the other view.
     """
 
     def away(theta: Any, delta: Array, batch: Any) -> Array:
         images, features = batch
-        return jnp.mean(1 - cosine(encode(theta, images + delta), features))
+        if temperature is None:
+            return jnp.mean(1 - cosine(encode(theta, images + delta), features))
+        scores = normalised(encode(theta, images + delta)) @ normalised(features).T / temperature
+        return cross_entropy(scores, jnp.arange(len(images)))
 
     def upper(theta: Any, delta: Array, batch: Any) -> Array:
-        return away(theta, delta, batch) + anchor * away(theta, jnp.zeros_like(delta), batch)
+        images, features = batch
+        return away(theta, delta, batch) + anchor * jnp.mean(1 - cosine(encode(theta, images), features))
 
     def below(theta: Any, delta: Array, batch: Any) -> Array:
         return -away(theta, delta, batch)
@@ -174,6 +186,7 @@ def asset(
     suspects: Array,
     *,
     temperature: float = 10.0,
+    off: float = 0.01,
     stacked: bool = False,
 ) -> Application[Any, Array]:
     """ASSET's offset: keep the features of a trusted base, and change those of the suspects that let themselves.
@@ -189,9 +202,11 @@ def asset(
 
     Args:
         encode: `(params, images) -> features`.
-        params: theta at the start, and f_0's parameters.
+        params: f_0's parameters.
         base: clean images.
         suspects: the pool.
+        off: theta's start is so far from f_0's parameters, as a share of each one's size and in a random direction: at
+            f_0 all l_i have their minimum, and rounding would choose where to go.
 
     Reference: Pan et al., "ASSET: Robust Backdoor Data Detection Across a Multiplicity of Deep Learning Paradigms",
     USENIX Security 2023.
@@ -222,12 +237,24 @@ def asset(
     )
     return Application(
         problem,
-        params,
+        _off(params, off, stacked),
         jnp.full(suspects.shape[:-2], 1 / count, suspects.dtype),
         name="ASSET",
         description="an encoder is offset above, and the suspects that give way are weighted below",
         source="Pan et al., USENIX Security 2023",
     )
+
+
+def _off(params: Any, size: float, stacked: bool) -> Any:
+    """Parameters away from the given ones, each leaf by a share of its root mean square; of many alike."""
+    random = np.random.default_rng(0)
+
+    def moved(a: Array) -> Array:
+        axes = tuple(range(stacked, jnp.ndim(a)))
+        noise = jnp.asarray(random.normal(size=a.shape[stacked:]), a.dtype)
+        return a + size * jnp.sqrt(jnp.mean(a**2, axes, keepdims=True)) * noise
+
+    return jax.tree.map(moved, params)
 
 
 def asset_solver(count: int, temperature: float = 10.0, rate: float = 1e-3) -> HypergradientDescent:
@@ -252,18 +279,25 @@ def of_ibau(encode: Any, suspects: Suspect) -> tuple[Application[Any, Array], An
 
 
 def of_asset(encode: Any, suspects: Suspect) -> tuple[Application[Any, Array], Any, Callable[[Any], Found]]:
-    """ASSET on encoders' pools: the same. A sample's score is its offset, cut where 5 % of the trusted images are."""
+    """ASSET on encoders' pools: the same. A sample's score is its offset, cut where a mixture of two Gaussians splits.
+
+    The statistic is how far apart the mixture's two are, Ashman's D, flagged above 2 (ours: the paper decides on
+    samples).
+    """
     app = asset(encode, suspects.encoder, suspects.trusted, suspects.pool, stacked=True)
 
     def read(x: Any) -> Found:
-        scores, held = (
-            jax.vmap(functools.partial(offsets, encode))(suspects.encoder, x, images)
-            for images in (suspects.pool, suspects.trusted)
-        )
-        cut = jnp.quantile(held, 0.95, axis=1)
-        return Found(statistic=jnp.mean(scores > cut[:, None], 1), scores=scores, cut=cut)
+        scores, (cut, apart) = _offset(encode, suspects.encoder, x, suspects.pool)
+        return Found(statistic=apart, scores=scores, cut=cut)
 
     return app, asset_solver(suspects.pool.shape[1]), read
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _offset(encode: Any, before: Any, after: Any, pools: Array) -> tuple[Array, tuple[Array, Array]]:
+    """Each encoder's scores of its pool, and what a mixture says of them."""
+    scores = jax.vmap(functools.partial(offsets, encode))(before, after, pools)
+    return scores, jax.vmap(two_gaussians)(scores)
 
 
 def of_unlearning(encode: Any, suspects: Suspect) -> tuple[Application[Any, Array], Any, Callable[[Any], Found]]:

@@ -56,46 +56,54 @@ def spectral(encode: Any, suspect: Suspect, key: Array) -> Found:
     )
 
 
+def silhouettes(points: Array, side: Array, member: Array) -> Array:
+    """The silhouette (b - a) / max(a, b) of each member of one of two clusters; 0 for others, and for one alone.
+
+    a is the mean distance to the other members of the own cluster, b that to the other cluster's.
+
+    Args:
+        points: (n, d).
+        side: int (n,), 0 or 1.
+        member: bool (n,).
+    """
+    squares = jnp.sum(points**2, -1)
+    apart = jnp.sqrt(jnp.maximum(squares[:, None] + squares - 2 * points @ points.T, 0))
+    own = jax.nn.one_hot(side, 2, dtype=points.dtype) * member[:, None]
+    sums, counts = apart @ own, own.sum(0)
+    pick = lambda values, which: jnp.take_along_axis(values, which[:, None], -1)[:, 0]  # noqa: E731
+    a = pick(sums, side) / jnp.maximum(counts[side] - 1, 1)
+    b = pick(sums, 1 - side) / jnp.maximum(counts[1 - side], 1)
+    held = member & (counts[side] > 1) & (counts[1 - side] > 0)
+    return jnp.where(held, (b - a) / jnp.maximum(jnp.maximum(a, b), 1e-12), 0)
+
+
 def activation_clustering(encode: Any, suspect: Suspect, key: Array, *, smallest: float = 0.35) -> Found:
     """Activation clustering: two clusters of ten principal components by pseudo-class; a small one is suspicious.
 
     A sample's score is one minus its cluster's share of the class, above 1 - .35 for the cut. The statistic is the
-    largest silhouette (centroids in place of all pairs) of a class split so unevenly; flagged above .5 (ours).
+    largest mean silhouette of a class split so unevenly; flagged above .5 (ours).
 
     Reference: Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering", 2018.
     """
     features = encode(suspect.encoder, suspect.pool)
     own = logits(suspect.probe, features).argmax(-1)
 
-    def of_class(c: Array, key: Array) -> tuple[Array, Array]:
-        member = (own == c)[:, None]
+    def of_class(given: tuple[Array, Array]) -> tuple[Array, Array]:
+        c, key = given
+        member = own == c
         n = jnp.maximum(member.sum(), 1)
-        centred = jnp.where(member, features - jnp.where(member, features, 0).sum(0) / n, 0)
+        centred = jnp.where(member[:, None], features - jnp.where(member[:, None], features, 0).sum(0) / n, 0)
         reduced = centred @ jnp.linalg.eigh(centred.T @ centred)[1][:, -10:]
-        # k-means of the members alone: the others stand at the mean, and count for nothing
-        start = reduced[jax.random.categorical(key, jnp.where(member[:, 0], 0.0, -jnp.inf), shape=(2,))]
+        _, side = k_means(reduced, 2, key, member=member)
+        counts = jnp.stack([jnp.sum(member & (side == k)) for k in range(2)])
+        share = counts[side] / n
+        uneven = (counts.min() < smallest * n) & (counts.min() > 0)
+        silhouette = silhouettes(reduced, side, member).sum() / n
+        return jnp.where(member, 1 - share, 0), jnp.where(uneven, silhouette, 0)
 
-        def step(centres: Array, _: Any) -> tuple[Array, None]:
-            side = _squares(reduced, centres).argmin(-1)
-            weight = jax.nn.one_hot(side, 2) * member
-            counts = weight.sum(0)[:, None]
-            return jnp.where(counts > 0, weight.T @ reduced / jnp.maximum(counts, 1), centres), None
-
-        centres, _ = jax.lax.scan(step, start, length=20)
-        squares = _squares(reduced, centres)
-        side = squares.argmin(-1)
-        share = jnp.where(side == 0, jnp.sum((side == 0) & member[:, 0]), jnp.sum((side == 1) & member[:, 0])) / n
-        near, far = jnp.sqrt(squares.min(-1)), jnp.sqrt(squares.max(-1))
-        silhouette = jnp.sum(member[:, 0] * (far - near) / jnp.maximum(far, 1e-12)) / n
-        uneven = jnp.min(jnp.where(member[:, 0], share, 1)) < smallest
-        return jnp.where(member[:, 0], 1 - share, 0), jnp.where(uneven, silhouette, 0)
-
-    scores, silhouettes = jax.vmap(of_class)(jnp.arange(CLASSES), jax.random.split(key, CLASSES))
-    return Found(statistic=silhouettes.max(), scores=scores.sum(0), cut=jnp.asarray(1 - smallest))
-
-
-def _squares(points: Array, centres: Array) -> Array:
-    return jnp.sum((points[:, None] - centres) ** 2, -1)
+    # one class after the other: distances of all pairs for all classes at once would be ten times as many
+    scores, widths = jax.lax.map(of_class, (jnp.arange(CLASSES), jax.random.split(key, CLASSES)))
+    return Found(statistic=widths.max(), scores=scores.sum(0), cut=jnp.asarray(1 - smallest))
 
 
 def _against_trusted(score: Any, suspect: Suspect) -> Found:
@@ -120,7 +128,7 @@ def blurred(images: Array) -> Array:
 
 
 def quantised(images: Array, levels: int = 3) -> Array:
-    """Pixels rounded to `levels` values from 0 to 1."""
+    """Pixels rounded to `levels` values from 0 to 1: of three, black and white take back whatever is less than .25."""
     return jnp.round(images * (levels - 1)) / (levels - 1)
 
 
@@ -183,5 +191,5 @@ def masking_trajectory(encode: Any, suspect: Suspect, key: Array, *, levels: int
 
 __all__ = [
     "activation_clustering", "blurred", "k_means", "masking_trajectory", "preprocessing", "quantised", "reconstruction",
-    "spectral", "spectral_scores",
+    "silhouettes", "spectral", "spectral_scores",
 ]  # fmt: skip

@@ -81,3 +81,33 @@ def small_outlier(sizes: Array, scale: float = 1.4826) -> Array:
     median = jnp.median(sizes)
     mad = jnp.median(jnp.abs(sizes - median))
     return (median - sizes.min()) / (scale * mad + 1e-12)
+
+
+def two_gaussians(values: Array, steps: int = 50) -> tuple[Array, Array]:
+    """Where a mixture of two Gaussians splits values (n,), and how far apart its two are.
+
+    By EM from the tenth largest part and the rest. The split is where the upper one becomes the likelier, the distance
+    is Ashman's D = |m_1 - m_0| / sqrt((s_0^2 + s_1^2) / 2), which is above 2 where the two are separate.
+    """
+    floor = 1e-6 * values.var() + jnp.finfo(values.dtype).tiny
+
+    def likely(x: Array, mean: Array, square: Array, weight: Array) -> Array:
+        """The logarithm of weight times density, (..., 2)."""
+        return jnp.log(weight) - 0.5 * jnp.log(square) - 0.5 * (x[..., None] - mean) ** 2 / square
+
+    def fitted(share: Array) -> tuple[Array, Array, Array]:
+        total = share.sum(0) + 1e-12
+        mean = (share * values[:, None]).sum(0) / total
+        return mean, (share * (values[:, None] - mean) ** 2).sum(0) / total + floor, total / len(values)
+
+    def step(share: Array, _: Any) -> tuple[Array, None]:
+        return jax.nn.softmax(likely(values, *fitted(share))), None
+
+    upper = (values > jnp.quantile(values, 0.9)).astype(values.dtype)
+    share, _ = jax.lax.scan(step, jnp.stack([1 - upper, upper], 1), length=steps)
+    mean, square, weight = fitted(share)
+    order = jnp.argsort(mean)
+    mean, square, weight = mean[order], square[order], weight[order]
+    between = mean[0] + (mean[1] - mean[0]) * jnp.linspace(0, 1, 257, dtype=values.dtype)
+    gap = likely(between, mean, square, weight)
+    return between[jnp.argmax(gap[:, 1] >= gap[:, 0])], (mean[1] - mean[0]) / jnp.sqrt(square.mean())
