@@ -62,6 +62,14 @@ def as_arrays(tree: PyTree, name: str) -> PyTree:
                 f"{where} is a {kind}, which gives batches one after the other: wrap it, data.Stream(loader), or give "
                 "arrays of all samples."
             )
+        if callable(leaf) and not hasattr(leaf, "__array__"):
+            what = f"the class {leaf.__name__}" if isinstance(leaf, type) else f"a {kind}"
+            cure = (
+                f"make one of it, {leaf.__name__}(...)"
+                if isinstance(leaf, type)
+                else "give what it returns, or draw with it: data.Sampler(function), called as function(key, arrays)"
+            )
+            raise ProblemError(f"{where} is {what}, and data are arrays: {cure}.")
         return leaf
 
     one_by_one = lambda value: isinstance(value, collections.abc.Iterator)  # noqa: E731
@@ -342,7 +350,9 @@ class Minibatches(Source):
         arrays = as_arrays(arrays, "Minibatches' arrays")
         n = sample_count(arrays, "Minibatches' arrays")
         if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ProblemError(f"Minibatches(size={size!r}): the batch size is a positive integer.")
+            cure = "; several arrays go into one tuple, Minibatches((X, t), size)" if np.ndim(size) else ""
+            shown = f"array of shape {list(np.shape(size))}" if np.ndim(size) else repr(size)
+            raise ProblemError(f"Minibatches(size={shown}): the batch size is a positive integer{cure}.")
         if size > n:
             raise ProblemError(
                 f"Minibatches(size={size}) exceeds the {n} samples: lower the size, or pass the arrays bare for full "
@@ -592,6 +602,11 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
     owners = "client"
 
     def __init__(self, datasets: Sequence[PyTree], size: int | None = None) -> None:
+        if hasattr(datasets, "shape") or isinstance(datasets, (str, bytes, collections.abc.Mapping)):
+            raise ProblemError(
+                f"Clients takes a list with one data set per client, not a {type(datasets).__name__}: "
+                "Clients([(X_0, t_0), (X_1, t_1), ...]). Arrays of one size, stacked over clients, are data.Agents."
+            )
         datasets = [as_arrays(d, f"client {c}'s data") for c, d in enumerate(datasets)]
         if not datasets:
             raise ProblemError("Clients needs at least one client's data set; the sequence is empty.")
@@ -775,6 +790,8 @@ class Stream(Source, leaves=None):
                 what = (
                     "is empty: it produced no batch" if first else "ended and cannot be iterated again (a generator?)"
                 )
+                if hasattr(given, "__next__"):
+                    what = "is used up: a generator gives each batch once, and the first ones were looked at"
                 raise ValueError(f"The stream {what}. Give a list, a loader object, or a function start -> iterator.")
             skip, first = 0 if _is_function(given) else max(skip - count, 0), False
 

@@ -48,9 +48,22 @@ def check_optimizer(owner: str, name: str, value: Any) -> None:
         if not value > 0:
             raise ValueError(f"{owner}({name}={value!r}): a step size is positive.")
         return
-    if callable(value) and getattr(value, "__module__", "").split(".")[0] in ("optax", "bilevel"):
-        rule = f"{value.__module__.split('.')[0]}.{value.__name__}"
-        raise TypeError(f"{owner}({name}={rule}): the rule is made by a call: {name}={rule}(1e-2).")
+    home = getattr(value, "__module__", "").split(".")[0]
+    made = getattr(value, "__qualname__", "")
+    if callable(value) and home == "optax" and "<locals>" in made:  # what a constructor of schedules returns
+        raise TypeError(
+            f"{owner}({name}=...) was given a schedule, and a rule is what takes one: write {name}=optax.sgd(schedule) "
+            f"or {name}=optax.adam(schedule)."
+        )
+    if callable(value) and made and home in ("optax", "bilevel"):
+        raise TypeError(f"{owner}({name}={home}.{made}): the rule is made by a call: {name}={home}.{made}(1e-2).")
+    if isinstance(value, (list, tuple)) and any(isinstance(part, optax.GradientTransformation) for part in value):
+        raise TypeError(f"{owner}({name}=[...]) was given several rules: chain them, {name}=optax.chain(*rules).")
+    if home == "bilevel" or type(value).__module__.startswith("bilevel."):
+        raise TypeError(
+            f"{owner}({name}={type(value).__name__}(...)): a step rule is a step size or an optax rule, and this is "
+            f"another part of the package: write {name}=0.1 or {name}=optax.adam(1e-2)."
+        )
     if hasattr(value, "gradient_transformation"):
         raise TypeError(
             f"{owner}({name}={type(value).__name__}(...)): write {name}=optax.{type(value).__name__}"
