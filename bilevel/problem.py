@@ -548,7 +548,7 @@ def _no_draws_on_the_host(name: str, fn: Any) -> Iterator[None]:
     yield
     if any(generator_state(generator) != then for generator, then in before):
         raise ProblemError(
-            f"{name} draws random numbers of numpy's or Python's, and compiled code would repeat the same ones at every "
+            f"{name} draws random numbers of numpy's or Python's, and compiled code would repeat the same at every "
             "step. Draw with a key: data.Sampler(lambda key, arrays: ...) for batches, data.Keyed(...) for noise in a "
             "loss, both with jax.random; numbers that are meant to stay are made outside of the function."
         )
@@ -613,10 +613,9 @@ def _cure(name: str, signature: str, fn: Callable[..., Any], error: Exception) -
         return f" (prox.{made} makes an operator: call it with its strength, {name}=prox.{made}(...))."
     if of_prox and name != "prox_lower":
         return " (this is a proximal operator: it goes into prox_lower=, and a set or a projection here)."
-    if name not in _CALLED or name == "prox_lower":
-        if isinstance(fn, Set):
-            where = "prox_lower=prox.projection(set)" if name == "prox_lower" else "values to be compared with 0 here"
-            return f" (this is a set: it goes into project_lower= or project_upper=; {where})."
+    if isinstance(fn, Set) and not name.startswith("project"):
+        also = ", or by prox.projection(set) into prox_lower=" if name == "prox_lower" else ""
+        return f" (this is a set: it goes into project_lower= or project_upper={also})."
     if isinstance(error, _CONCRETE):
         return " (a loss is traced: jnp.where for an `if`, jnp in the place of numpy, math and float())."
     if isinstance(error, TypeError) and "positional argument" in str(error):

@@ -225,7 +225,7 @@ class Recorder:
         taken_twice = [name for name in chunk.metrics if name in self._measures.names]
         if taken_twice:
             raise ValueError(
-                f"metrics={{{taken_twice[0]!r}: ...}} is the name of what the solver itself reports, so that the history "
+                f"metrics={{{taken_twice[0]!r}: ...}} is the name of what the solver itself reports, and the history "
                 "would mix both: give it another name."
             )
         for name, values in chunk.metrics.items():
@@ -293,9 +293,8 @@ def check_callback(callback: Any) -> None:
     try:
         inspect.signature(callback).bind(None)
     except TypeError:
-        raise TypeError(
-            f"solve(callback={getattr(callback, '__name__', type(callback).__name__)}) does not take one argument: {cure}"
-        ) from None
+        name = getattr(callback, "__name__", type(callback).__name__)
+        raise TypeError(f"solve(callback={name}) does not take one argument: {cure}") from None
     except ValueError:  # a builtin
         return
 
@@ -363,8 +362,8 @@ class Measures:
                 more = "" if data else "; a third argument comes with a pair: (function, data)"
                 if isinstance(error, (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)):
                     more = (
-                        "; it is traced, so write it in jnp, and leave float(), .item() and numpy to a callback, which is "
-                        "given numbers"
+                        "; it is traced, so write it in jnp, and leave float(), .item() and numpy to a callback, which "
+                        "is given numbers"
                     )
                 said = str(error).split("The error occurred while tracing")[0].strip()[:300]
                 raise TypeError(

@@ -301,7 +301,7 @@ def _fold_weights(folds: Any, n: int, seed: int | None) -> tuple[np.ndarray, np.
     """The weights of the held-out and of the training samples, (folds, n): each row sums to one."""
     if not isinstance(folds, (int, np.integer)) and not isinstance(folds, Iterable):
         raise SplitError(
-            f"cross_validation(folds={folds!r}): a whole number of folds, or pairs (training, held-out) of indices such "
+            f"cross_validation(folds={folds!r}): a whole number of folds, or pairs (training, held-out) of indices, "
             "as KFold(5).split(X) gives."
         )
     if isinstance(folds, (int, np.integer)):

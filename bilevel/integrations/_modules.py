@@ -232,7 +232,7 @@ def calibrated(apply: Any, params: PyTree, *inputs: Any, chunks: int = 1, key: A
     """
     if not isinstance(apply, Apply):
         raise TypeError(
-            f"calibrated takes the function first and the parameters second, calibrated(apply, params, inputs), and was "
+            "calibrated takes the function first and the parameters second, calibrated(apply, params, inputs), and was "
             f"given a {type(apply).__name__} as apply: it is what from_nnx, from_linen or from_equinox returns."
         )
     if not jax.tree.leaves(inputs):

@@ -146,7 +146,7 @@ class HypergradientSearchCV(BaseEstimator):
             return np.zeros(features, int) if self.penalties == "one" else np.arange(features)
         if isinstance(self.penalties, dict):
             raise ValueError(
-                "HypergradientSearchCV(penalties={...}): there is no grid to give, the penalties are found; penalties is "
+                "HypergradientSearchCV(penalties={...}): there is no grid to give, penalties are found: penalties is "
                 "'one', 'per_feature', or an array of a group number for each feature."
             )
         groups = np.asarray(self.penalties)

@@ -66,8 +66,8 @@ def _check_answer(name: str, y: PyTree, start: PyTree) -> None:
         jnp.shape(a) for a in jax.tree.leaves(start)
     ]:
         raise ValueError(
-            f"The lower solver {name} returned {form(y)} for a y of {form(start)}: it returns the lower variable alone, "
-            "shaped as it was given."
+            f"The lower solver {name} returned {form(y)} for a y of {form(start)}: it returns the lower variable, and "
+            "nothing else, shaped as it was given."
         )
 
 
@@ -89,7 +89,7 @@ class Identity:
 
 
 _ELSEWHERE = {
-    "bilevel.hypergradients": "an estimator goes into solvers.HypergradientDescent(hypergradients.{name}(...), lower_solver)",
+    "bilevel.hypergradients": "an estimator goes first, solvers.HypergradientDescent(hypergradients.{name}(...))",
     "bilevel.linear": "it goes into linear_solver=, as in solvers.AID(linear_solver=linear.{name}(...))",
 }
 

@@ -135,8 +135,8 @@ def check_solver(owner: str, solver: Any) -> None:
         cure = "take one of bilevel.solvers, such as solvers.AID()"
     what = "an optax rule" if isinstance(solver, optax.GradientTransformation) else repr(solver)[:200]
     raise TypeError(
-        f"{owner}'s solver is {what}; it needs methods init(problem, x, y, key) and step(problem, state, key), or init, "
-        f"search and status: {cure}."
+        f"{owner}'s solver is {what}; it needs methods init(problem, x, y, key) and step(problem, state, key), or "
+        f"init, search and status: {cure}."
     )
 
 
