@@ -76,7 +76,7 @@ def check_numbers(self: Any) -> None:
             raise ValueError(f"{given} positive.{cure}")
         if name == "tol" and value >= 1:
             raise ValueError(
-                f"{given} below 1: it is what is left of |b|, as a share. A number of iterations is max_steps={value:g}."
+                f"{given} below 1: it is what is left of |b|, as a share. A number of steps is max_steps={value:g}."
             )
     preconditioner = getattr(self, "preconditioner", None)
     if preconditioner is not None and not (hasattr(preconditioner, "update") and hasattr(preconditioner, "apply")):
