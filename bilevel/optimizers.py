@@ -21,7 +21,8 @@ from bilevel.typing import Project, PyTree, Scalar
 
 __all__ = [
     "Move", "Withdrawing", "accepted", "as_optimizer", "check_count", "check_optimizer", "coupled_adam",
-    "looks_at_values", "quasi_newton", "residual", "rewound", "searches", "spectral", "value_and_gradient", "withdraws",
+    "looks_at_values", "quasi_newton", "residual", "rewound", "searches", "spectral", "standing",
+    "value_and_gradient", "withdraws",
 ]  # fmt: skip
 
 # A missing argument by its name, in what Python, optax and the rules here say of it.
@@ -327,6 +328,10 @@ class Withdrawing:
     x: PyTree
     accepted: jax.Array
 
+    def standing(self) -> tuple[jax.Array, PyTree]:
+        """The value and the gradient at the accepted point."""
+        raise NotImplementedError
+
 
 def _withdrawing(memory: PyTree) -> list[Withdrawing]:
     is_one = lambda node: isinstance(node, Withdrawing)  # noqa: E731
@@ -361,6 +366,15 @@ def accepted(memory: PyTree, params: PyTree) -> tuple[PyTree, Any]:
     return found[0].x, found[0].accepted
 
 
+def standing(memory: PyTree, value: jax.Array, gradient: PyTree) -> tuple[jax.Array, PyTree]:
+    """The value and the gradient at the point that a step rule stands at: those given, for rules that withdraw none."""
+    found = _withdrawing(memory)
+    if not found:
+        return value, gradient
+    kept_value, kept_gradient = found[0].standing()
+    return kept_value.astype(value.dtype), optax.tree.cast_like(kept_gradient, gradient)
+
+
 @functools.cache
 def coupled_adam(
     learning_rate: float = 3e-4, b1: float = 0.5, b2: float = 0.999, weight_decay: float = 1e-3
@@ -384,6 +398,10 @@ class SpectralState(Withdrawing):
     count: jax.Array
     unit: jax.Array
     accepted: jax.Array
+
+    def standing(self) -> tuple[jax.Array, PyTree]:
+        """The value and the gradient at the accepted point."""
+        return self.values[0], self.gradient
 
 
 @functools.cache
@@ -508,6 +526,10 @@ class QuasiNewtonState(Withdrawing):
     count: jax.Array
     unit: jax.Array
     accepted: jax.Array
+
+    def standing(self) -> tuple[jax.Array, PyTree]:
+        """The value and the gradient at the accepted point."""
+        return self.value, self.gradient
 
 
 @functools.cache

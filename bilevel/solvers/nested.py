@@ -24,8 +24,9 @@ from bilevel.optimizers import (
     quasi_newton,
     residual,
     spectral,
+    standing,
     withdraws,
-)  # fmt: skip
+)
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import linear_settled, refuse, within
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -70,11 +71,13 @@ class HypergradientDescent:
         meta-learning.
 
     Metrics: `upper_loss`, `hypergradient_norm` (with a projection |x - project(x - gradient)|), and the estimator's
-    (`lower_residual` = |f_y|, `linear_residual`, `linear_iterations`). With a tolerance a run has converged when both
-    `hypergradient_norm` and `lower_residual` are at most tol (the first alone where the whole lower run is
-    differentiated: it is that of F(x, y_T(x)), and the certificate looks at y_T), the linear system (where there is
-    one) is solved to tol or to a thousandth of F_y, and no negative curvature was met in it. What
-    was in the way is said at the end.
+    (`lower_residual` = |f_y|, `linear_residual`, `linear_iterations`). Under a rule that withdraws steps the first two
+    are those of the point that stands, and the estimator's those of the last trial.
+
+    With a tolerance a run has converged when both `hypergradient_norm` and `lower_residual` are at most tol (the first
+    alone where the whole lower run is differentiated: it is that of F(x, y_T(x)), and the certificate looks at y_T),
+    the linear system (where there is one) is solved to tol or to a thousandth of F_y, and no negative curvature was met
+    in it. What was in the way is said at the end.
     """
 
     hypergradient: Estimator = Implicit()
@@ -156,9 +159,11 @@ class HypergradientDescent:
             broken = ~(jnp.isfinite(found.value) & jnp.isfinite(optax.tree.norm(found.gradient)))
             keep = lambda new, old: jnp.where(broken & ~kept, old, new)  # noqa: E731
             left, carry = jax.tree.map(keep, (left, carry), (start.memory, state.carry))
+        value, gradient = standing(memory, found.value, found.gradient)
+        at = x if withdraws(memory) else state.trial
         metrics = {
-            "upper_loss": found.value,
-            "hypergradient_norm": residual(state.trial, found.gradient, upper.project),
+            "upper_loss": value,
+            "hypergradient_norm": residual(at, gradient, upper.project),
             **found.metrics,
         }
         return NestedState(x, y, trial, left, carry, memory, state.start), metrics
@@ -170,10 +175,11 @@ class HypergradientDescent:
         if not getattr(self.hypergradient, "conclusive", True):
             return jnp.zeros((), jnp.int32)
         met = within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
-        return jnp.where(linear_settled(tol, metrics), met, 0)
+        return jnp.where(linear_settled(tol, metrics) & ~self.withdrawn(state), met, 0)
 
     def withdrawn(self, state: NestedState) -> jax.Array:
-        """Whether the last trial was taken back, so that what it reports is not where the run stands."""
+        """Whether the last trial was taken back, so that what its solves report is not of the point that the run
+        stands at."""
         return ~jnp.asarray(accepted(state.upper, state.x)[1])
 
     def multipliers(self, problem: Problem, state: NestedState) -> dict[str, PyTree]:
