@@ -560,21 +560,28 @@ class Shared(Source, leaves=("source",)):
 
 def warn_of_one_object(upper: Any, lower: Any) -> None:
     """A warning where one random source stands in both levels, which draw from it by themselves."""
-    while isinstance(upper, Keyed):
-        upper = upper.source
-    while isinstance(lower, Keyed):
-        lower = lower.source
-    if upper is lower and isinstance(upper, Source) and upper.random and not upper.shared:
-        cure = (
-            "make two objects, each of an iterable of its own"
-            if upper.host
-            else "write data.Shared(...) around it where both are to see the same batch, or make two objects where not"
-        )
+    shared = [isinstance(_bare(level, (Keyed,)), Shared) for level in (upper, lower)]
+    upper, lower = (_bare(level, (Keyed, Shared)) for level in (upper, lower))
+    if upper is lower and isinstance(upper, Source) and upper.random and not all(shared):
+        if any(shared):
+            cure = f"write it around the {('upper', 'lower')[shared[0]]} level's too: data.Shared stands in one alone"
+        elif upper.host:
+            cure = "make two objects, each of an iterable of its own"
+        else:
+            cure = (
+                "write data.Shared(...) around it where both are to see the same batch, or make two objects where not"
+            )
         warnings.warn(
             f"upper_data and lower_data are one object, {upper!r}, and each level draws from it by itself: in one step "
             f"they see different batches. To say which is meant, {cure}.",
             stacklevel=4,
         )
+
+
+def _bare(source: Any, wrappers: tuple[type, ...]) -> Any:
+    while isinstance(source, wrappers):
+        source = source.source
+    return source
 
 
 def as_keyed(owner: str, *batch: Any) -> tuple[PyTree, StepKey]:

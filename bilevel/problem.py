@@ -365,7 +365,8 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
             elif not numbers and hasattr(leaf, "to_numpy"):
                 cure = f"write jnp.asarray({where}.to_numpy(), float)"
             raise ProblemError(f"{where} is of type {kind}; variables are floating-point arrays: {cure}.")
-        if getattr(getattr(leaf, "dtype", None), "kind", "") in "OUS" and hasattr(leaf, "dtype"):
+        extended = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if getattr(getattr(leaf, "dtype", None), "kind", "") in "OUS" and hasattr(leaf, "dtype") and not extended:
             raise ProblemError(
                 f"{name}{jax.tree_util.keystr(path)} has dtype {leaf.dtype} (an array of Python objects or text): "
                 "variables are floating-point arrays; give one leaf an array of numbers each."
@@ -413,6 +414,8 @@ def _check_floating(where: str, leaf: Any) -> None:
     if type(leaf).__module__.split(".")[0] == "bilevel":
         raise ProblemError(f"{where} is a {type(leaf).__name__}, and variables are floating-point arrays.")
     dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise ProblemError(f"{where} is a PRNG key, which no gradient moves: put it into the data, or take data.Keyed.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ProblemError(
             f"{where} has dtype {dtype}; variables are floating-point (gradients are taken in them): "
