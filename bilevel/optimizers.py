@@ -15,7 +15,7 @@ import optax
 from bilevel import derivatives
 from bilevel._forward import forward_only
 from bilevel._module import state
-from bilevel._roots import with_roots
+from bilevel._roots import root, with_roots
 from bilevel._traces import equations
 from bilevel.typing import Project, PyTree, Scalar
 
@@ -493,19 +493,7 @@ def _farthest(size: jax.Array, moved: jax.Array, unit: jax.Array, accepted: jax.
 
 def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
     squares = jnp.asarray(optax.tree.norm(tree, squared=True), dtype)
-    return _root(squares) / max(optax.tree.size(tree), 1) ** 0.5
-
-
-@jax.custom_jvp
-def _root(square: jax.Array) -> jax.Array:
-    """The root, with the derivative zero at zero: before the first move there is none to be sized."""
-    return jnp.sqrt(square)
-
-
-@_root.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    root = jnp.sqrt(primals[0])
-    return root, jnp.where(root > 0, tangents[0] / jnp.where(root > 0, 2 * root, 1), 0)
+    return root(squares) / max(optax.tree.size(tree), 1) ** 0.5
 
 
 @state
