@@ -798,7 +798,7 @@ class Stream(Source, leaves=None):
                     "is empty: it produced no batch" if first else "ended and cannot be iterated again (a generator?)"
                 )
                 if hasattr(given, "__next__"):
-                    what = "is used up: a generator gives each batch once, and the first ones were looked at"
+                    what = "is used up, and a generator cannot be iterated again (its first batches were looked at)"
                 raise ValueError(f"The stream {what}. Give a list, a loader object, or a function start -> iterator.")
             skip, first = 0 if _is_function(given) else max(skip - count, 0), False
 
