@@ -261,6 +261,10 @@ FURTHER = {
     "lower steps as text": (lambda: lower.Newton("10"), r"Newton\(steps='10'", "whole number"),
     "a step size for L-BFGS": (lambda: lower.LBFGS(0.1), r"LBFGS\(steps=0\.1", "no step size"),
     "a flag as text": (lambda: solvers.ITD(warm_start="no"), "warm_start='no'", "True or False"),
+    "implicit MAML without its proximal term": (
+        at(Problem(lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum((y - 1) ** 2)), 0.0, jnp.zeros(3), solvers.IMAML()),
+        "IMAML", r"proximal term.*solvers\.MAML",
+    ),
     # a lower solver of one's own
     "a lower function of two arguments": (at(solver=solvers.AID(lambda x, y: y)), "lower solver", r"\(lower, x, y\)"),
     "a lower function that returns nothing": (at(solver=solvers.AID(lambda f, x, y: None)), "None", "lower variable"),

@@ -11,6 +11,7 @@ import optax
 from bilevel._module import name_of
 from bilevel.constraints import depends
 from bilevel.frozen import as_rule, refuse_rule
+from bilevel.hypergradients.implicit import Implicit
 from bilevel.level import takes_batch
 from bilevel.optimizers import AT_REST, stiff_at_rest
 from bilevel.problem import Problem, ProblemError
@@ -62,7 +63,9 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
     """
     ours = lambda part: type(part).__module__.split(".")[0] == "bilevel"  # noqa: E731
     below = getattr(solver, "lower_solver", None)
-    begins = getattr(below, "start", None) is not None or not (below is None or ours(below))
+    implicit = isinstance(getattr(solver, "hypergradient", None), Implicit)  # the start is no part of its derivative
+    starts = getattr(below, "start", None) is not None
+    begins = (starts and not implicit) or not (below is None or ours(below))
     if not jax.tree.leaves(x) or begins or not ours(solver):
         return
     of_upper, of_lower = problem.sources
@@ -79,6 +82,13 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
     prox = problem.prox_lower
     if prox is not None and depends(lambda x, y: prox(x, y, 1.0), x, y):
         return
+    if starts:
+        raise ProblemError(
+            f"x0 is where the lower solver starts and reaches neither loss, and {name_of(solver)} differentiates the "
+            "lower level's solution, which does not depend on its start: every hypergradient is zero. Add the proximal "
+            "term to the lower loss, + lam / 2 * jnp.sum((y - x) ** 2), or take solvers.MAML, which differentiates the "
+            "steps."
+        )
     raise ProblemError(
         "x0 reaches neither the upper nor the lower loss (nor a constraint): the objective does not depend on x, and "
         "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, take "
