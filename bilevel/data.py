@@ -578,7 +578,7 @@ def warn_of_one_object(upper: Any, lower: Any) -> None:
         )
 
 
-def _bare(source: Any, wrappers: tuple[type, ...]) -> Any:
+def _bare(source: Any, wrappers: tuple[type[Keyed] | type[Shared], ...]) -> Any:
     while isinstance(source, wrappers):
         source = source.source
     return source
