@@ -144,20 +144,25 @@ class HypergradientDescent:
         def again(x: PyTree) -> Estimate[Any]:
             return self.hypergradient(upper, lower, solver, x, found.lower, found.carry)
 
+        # A trial with anything that is no number, be it the lower level's residual alone, is one without a value.
+        sound, value = True, found.value
+        if withdraws(state.upper):
+            numbers = [value, optax.tree.norm(found.gradient), *found.metrics.values()]
+            sound = jnp.stack([jnp.all(jnp.isfinite(number)) for number in numbers]).all()
+            value = jnp.where(sound, value, jnp.nan)
         trial, memory = self._move(problem)(
             found.gradient,
             state.upper,
             state.trial,
-            value=found.value,
+            value=value,
             grad=found.gradient,
             value_fn=lambda x: _with_gradient(again, x),
         )
         x, kept = accepted(memory, trial)
         y = jax.tree.map(lambda new, old: jnp.where(kept, new, old), found.lower.y, state.y)
         left, carry = found.lower.memory, found.carry
-        if withdraws(memory):  # a trial without a value leaves nothing that the next one could begin with
-            broken = ~(jnp.isfinite(found.value) & jnp.isfinite(optax.tree.norm(found.gradient)))
-            keep = lambda new, old: jnp.where(broken & ~kept, old, new)  # noqa: E731
+        if withdraws(memory):  # it leaves nothing that the next one could begin with
+            keep = lambda new, old: jnp.where(sound | kept, new, old)  # noqa: E731
             left, carry = jax.tree.map(keep, (left, carry), (start.memory, state.carry))
         value, gradient = standing(memory, found.value, found.gradient)
         at = x if withdraws(memory) else state.trial
