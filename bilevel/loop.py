@@ -190,7 +190,8 @@ def _advance(
     def step(k: Any, state: Any) -> tuple[Any, Metrics]:
         return solver.step(on_device(problem, portions, k - start), state, at_step(base, k))
 
-    step = in_canonical_order(step) if convolves else step
+    # Traced once, for the shapes of its metrics and for the loop.
+    step = jax.jit(in_canonical_order(step) if convolves else step, inline=True)
     rows = _Rows(jax.eval_shape(step, start, state)[1])
 
     def cond(carry: Any) -> jax.Array:

@@ -509,10 +509,8 @@ def _check_data(name: str, source: Source) -> None:
             raise ProblemError(f"{where} is of type {type(leaf).__name__}, not an array: wrap it with numpy.asarray.")
         if getattr(dtype, "kind", "") in "OUSMm" and not jnp.issubdtype(dtype, jax.dtypes.extended):
             raise ProblemError(f"{where} has dtype {dtype}: encode it as numbers.")
-        if jnp.issubdtype(dtype, jnp.floating):
-            finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else bool(jnp.isfinite(leaf).all())
-            if not finite:
-                raise ProblemError(f"{where} holds a NaN or an infinity: remove or fill those samples first.")
+        if jnp.issubdtype(dtype, jnp.floating) and not _all_finite(leaf):
+            raise ProblemError(f"{where} holds a NaN or an infinity: remove or fill those samples first.")
 
 
 def _check_parties(upper: Source, lower: Source) -> None:

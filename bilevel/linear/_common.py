@@ -298,3 +298,19 @@ def implicit_solve(h: Matvec, b: PyTree, solve: Solve, transpose_solve: Solve, s
 def report(residual: jax.Array, iterations: Any, negative_curvature: Any = False) -> LinearInfo:
     """A LinearInfo of arrays."""
     return LinearInfo(residual, jnp.asarray(iterations, jnp.int32), jnp.asarray(negative_curvature, bool))
+
+
+def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ascending eigenvalues and eigenvectors in columns, as `jnp.linalg.eigh`; of one or two unknowns in closed form.
+
+    A programme without an eigenvalue routine compiles a sixth of a second faster, much of a small problem's first
+    answer.
+    """
+    if matrix.shape[0] > 2:
+        return jnp.linalg.eigh(matrix)
+    if matrix.shape[0] < 2:
+        return matrix.reshape(-1), jnp.ones_like(matrix)
+    a, b, c = matrix[0, 0], matrix[0, 1], matrix[1, 1]
+    radius, angle = jnp.hypot((a - c) / 2, b), jnp.arctan2(2 * b, a - c) / 2
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (a + c) / 2 + jnp.stack([-radius, radius]), jnp.stack([jnp.stack([-sin, cos]), jnp.stack([cos, sin])])

@@ -30,7 +30,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import _compiling
 from bilevel.constraints import Constraints
-from bilevel.curvature import compiled_spectrum, lower_spectrum
+from bilevel.curvature import ends_of_spectrum, lower_curvature, lower_spectrum
 from bilevel.keys import as_step_key
 from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
@@ -308,7 +308,10 @@ def certify(
     lengths = units_of_variables(problem, x, y, *start)
     at, here, changed, found = _examined(problem, lengths, x, y, moves(x, y, lengths), curved=curved)
     units = units_of_losses(lengths, here, changed)
+    ends = ends_of_spectrum(found.pop("curvature")) if curved else None
     numbers = {name: float(value) for name, value in found.items()} | _in_units(units)
+    if ends is not None:
+        numbers["curvature_least"], numbers["curvature_greatest"] = ends
     better = None
     concave = _bend(numbers) == -1
     whole = tol is not None or result is Result.CONVERGED
@@ -387,7 +390,7 @@ def _of_small(
         and not (program.p + program.q)
     ):
         # Another y as low, or the same minimum met more closely: the curvature around y tells.
-        found["curvature_least"], found["curvature_greatest"] = map(float, compiled_spectrum(problem, x, y, dense=300))
+        found["curvature_least"], found["curvature_greatest"] = lower_spectrum(problem, x, y, dense=300)
     unchecked: tuple[str, ...] = ()
     better = None if lower.better is None else (x, lower.better)
     if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
@@ -461,7 +464,7 @@ def _examined(
         "violation": broken[1],
     }
     if curved:
-        found["curvature_least"], found["curvature_greatest"] = lower_spectrum(problem, x, y)
+        found["curvature"] = lower_curvature(problem, x, y)
     return (u, w), here, changed, found
 
 

@@ -18,7 +18,7 @@ import optax
 
 from bilevel._module import name_of
 from bilevel.constraints import Constraints, depends, is_affine
-from bilevel.curvature import compiled_spectrum
+from bilevel.curvature import lower_spectrum
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers.small.stationarity import refusal
 from bilevel.typing import PyTree
@@ -95,7 +95,7 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
     )
     if facts.constrained or facts.stochastic or facts.simple or facts.unknowns > _DENSE:
         return facts
-    low, high = map(float, compiled_spectrum(problem, x, y, dense=_DENSE))
+    low, high = lower_spectrum(problem, x, y, dense=_DENSE)
     flat = 1e-9 * abs(high) if jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).eps < 1e-10 else 1e-5 * abs(high)
     kind = "convex" if low > flat else "flat" if low >= -flat else "indefinite" if np.isfinite(low) else ""
     return dataclasses.replace(facts, curvature=kind)

@@ -494,11 +494,11 @@ def _in_shape(program: Program, upper: np.ndarray, lower: np.ndarray) -> dict[st
             leaves = []
             for shape in jax.tree.leaves(shapes):
                 size = int(np.prod(shape.shape))
-                leaves.append(jnp.asarray(values[first : first + size].reshape(shape.shape), shape.dtype))
+                leaves.append(jax.device_put(values[first : first + size].reshape(shape.shape).astype(shape.dtype)))
                 first += size
             if leaves:
                 found[name] = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
             if extra:
-                found[f"project_{level}.{kind}"] = jnp.asarray(values[first : first + extra])
+                found[f"project_{level}.{kind}"] = jax.device_put(values[first : first + extra])
                 first += extra
     return found

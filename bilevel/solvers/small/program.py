@@ -315,7 +315,7 @@ class Program:
         raw, leaves, first = xy * self.columns[: self.n + self.m], [], 0
         for shape, dtype in zip(self.layout.shapes, self.dtypes, strict=True):
             size = int(np.prod(shape))
-            leaves.append(jnp.asarray(raw[first : first + size].reshape(shape).astype(dtype)))
+            leaves.append(jax.device_put(raw[first : first + size].reshape(shape).astype(dtype)))
             first += size
         cut = self.layout.x.num_leaves
         return jax.tree.unflatten(self.layout.x, leaves[:cut]), jax.tree.unflatten(self.layout.y, leaves[cut:])
