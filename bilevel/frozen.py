@@ -92,8 +92,10 @@ def as_frozen(given: Any) -> Frozen | None:
 
 def _truth(mask: Any) -> np.ndarray:
     if isinstance(mask, jax.core.Tracer) or np.asarray(mask).dtype != np.bool_:
+        by_name = f" To name a part, give {{{mask!r}: True, ...}}." if isinstance(mask, str) else ""
         raise ProblemError(
             f"Problem(frozen=...) holds {mask!r}: its leaves are True (constant) and False, or boolean numpy arrays."
+            f"{by_name}"
         )
     return np.asarray(mask)
 

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bilevel import _compiling, host
 from bilevel._module import name_of
@@ -27,10 +26,10 @@ from bilevel.loop import CAPACITY, Loop, as_argument, as_solver, at_step
 from bilevel.optimizers import check_count
 from bilevel.precision import Working, named, undefined_at, working
 from bilevel.problem import Problem, ProblemError, as_variable
-from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule
+from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule, check_callback
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers._base import refuse_at_rest, refuse_standing, refuse_unreached, remark
+from bilevel.solvers._base import check_solver, refuse_at_rest, refuse_standing, refuse_unreached, remark
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
@@ -149,8 +148,7 @@ def solve(
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
     with users_settings():
         measures.check(*found.given(x, y))
-    if callback is not None and not callable(callback):
-        raise TypeError(f"solve(callback={callback!r}): give a function of one argument, an Event.")
+    check_callback(callback)
     keeper = None if keep_best is None else Keeper(keep_best, patience, measures.names)
     if patience is not None and keeper is None:
         raise ValueError(f'solve(patience={patience}): say of what, with keep_best=("valid loss", min).')
@@ -329,7 +327,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         with named(None, problem, x, y):
             solver, reason, problem = default_solver(problem, x, y)
         logger.info("%s", reason)
-    _check_solver(solver)
+    check_solver("solve", solver)
     refuse_unreached(solver, problem, x, y)
     refuse_at_rest(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
@@ -338,32 +336,6 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
             "metrics, tol)."
         )
     return found._replace(problem=problem, x=x, y=y), solver, reason
-
-
-def _check_solver(solver: Any) -> None:
-    """Raise a sentence where this is no solver: a class, a constructor, a name, or another part of the package."""
-    module = getattr(type(solver), "__module__", "")
-    if isinstance(solver, type) or (callable(solver) and hasattr(solver, "__name__")):
-        cure = f"{solver.__name__} was not called: write {solver.__name__}()"
-    elif isinstance(solver, str):
-        cure = f"solvers are objects: write solvers.{solver}()"
-    elif isinstance(solver, optax.GradientTransformation):
-        cure = "an optax rule moves one variable: write solvers.AID(upper_optimizer=rule)"
-    elif module.startswith("bilevel.lower"):
-        cure = "it solves the lower level alone: write solvers.AID(lower_solver=...)"
-    elif module.startswith("bilevel.linear"):
-        cure = "it solves a linear system: write solvers.AID(linear_solver=...)"
-    elif module.startswith("bilevel.hypergradients"):
-        cure = "it is an estimator: write solvers.HypergradientDescent(...) around it"
-    elif (hasattr(solver, "init") and hasattr(solver, "step")) or isinstance(solver, HostSolver):
-        return
-    else:
-        cure = "take one of bilevel.solvers, such as solvers.AID()"
-    what = "an optax rule" if isinstance(solver, optax.GradientTransformation) else repr(solver)[:200]
-    raise TypeError(
-        f"solve's solver is {what}; it needs methods init(problem, x, y, key) and step(problem, state, key), or init, "
-        f"search and status: {cure}."
-    )
 
 
 def _from_state(

@@ -74,6 +74,16 @@ def check_numbers(self: Any) -> None:
         if name != "damping" and not value > 0:
             cure = " For a fixed number of iterations use tol=None." if name == "tol" else ""
             raise ValueError(f"{given} positive.{cure}")
+        if name == "tol" and value >= 1:
+            raise ValueError(
+                f"{given} below 1: it is what is left of |b|, as a share. A number of steps is max_steps={value:g}."
+            )
+    preconditioner = getattr(self, "preconditioner", None)
+    if preconditioner is not None and not (hasattr(preconditioner, "update") and hasattr(preconditioner, "apply")):
+        raise TypeError(
+            f"{type(self).__name__}(preconditioner={preconditioner!r}): one of linear.Jacobi(), "
+            "linear.NystromPreconditioner(...), linear.StaleCholesky() is expected, or None."
+        )
 
 
 class Solver:
@@ -98,6 +108,16 @@ class Solver:
         self, matvec: Matvec, b: PyTree, carry: LinearCarry | None = None
     ) -> tuple[PyTree, LinearCarry, LinearInfo]:
         """Solve matvec(v) = b; returns v, the carry of the next solve, and the report. `carry=None` is a cold start."""
+        if not callable(matvec):
+            raise TypeError(
+                f"{type(self).__name__} was given a {type(matvec).__name__} as its matvec: it takes a function "
+                "v -> H v first and the right-hand side second; for a matrix write lambda v: H @ v."
+            )
+        if carry is not None and not hasattr(carry, "v"):
+            raise TypeError(
+                f"{type(self).__name__} was given a {type(carry).__name__} as its carry: that is what solver.init(b) "
+                "or the last call returned; None is a cold start."
+            )
         b = as_vector(b)
         warm = carry is not None and self.warm_start
         carry = jax.lax.stop_gradient(self.init(b) if carry is None else carry)
