@@ -328,7 +328,8 @@ def certify(
         if movable and np.isfinite(numbers["gap"]):
             search.move()
             if "far" not in numbers:
-                unchecked += (f"Whether another x is better was not looked at, because of size: {optax.tree.size(x):,}.",)
+                size = f"{optax.tree.size(x):,} unknowns of the upper level"
+                unchecked += (f"Whether another x is better was not looked at, because of size: {size}.",)
         better = search.better
     return _concluded(numbers, result, metrics, tol, unchecked, better)
 

@@ -162,9 +162,7 @@ ROWS = (
     Row(
         "at most 300 unknowns and constraint values, full batches; constraints at either level, a set that can be seen "
         "(`bilevel.sets`) around y (at most 100), or no upper variable",
-        lambda f: (
-            f.small and (f.upper_rows or bool(f.rows) or f.simple or (f.projected and f.size <= _MANY_BOUNDS))
-        ),
+        lambda f: f.small and (f.upper_rows or bool(f.rows) or f.simple or (f.projected and f.size <= _MANY_BOUNDS)),
         functools.partial(_take, "MPCC"),
         "MPCC",
         "a small problem with constraints: the lower level's conditions as constraints, several starts, every end "

@@ -163,9 +163,7 @@ def _lowest(program: Program, starts: list[np.ndarray], ends: list[np.ndarray]) 
     return Lowest(values[0] if values else np.inf, points, values, [point for _, point in valleys])
 
 
-def deeper(
-    program: Program, xy: np.ndarray, lowest: Lowest, rng: np.random.Generator, method: str = "SLSQP"
-) -> Lowest:
+def deeper(program: Program, xy: np.ndarray, lowest: Lowest, rng: np.random.Generator, method: str = "SLSQP") -> Lowest:
     """The same after more solves, where those made ended in several valleys: from around the lowest point, and from a
     valley's distance along each coordinate, until many in a row found nothing lower."""
     n, m = program.n, program.m
@@ -177,7 +175,8 @@ def deeper(
         left -= 1
         start = lowest.points[0][n:].copy()
         if misses < _PATIENCE:
-            start += 10.0 ** rng.uniform(-1.5, 1) * rng.normal(size=m) * (1 if misses % 2 else np.eye(m)[rng.integers(m)])
+            along = np.ones(m) if misses % 2 else np.eye(m)[rng.integers(m)]
+            start += 10.0 ** rng.uniform(-1.5, 1) * rng.normal(size=m) * along
         else:
             j = sweep // 2
             apart = np.abs(np.stack(lowest.valleys)[:, n + j] - start[j])
