@@ -229,7 +229,8 @@ def solve(
         again_with, why, problem = other
         second = again(problem, x, y, again_with, why)
         return second if second.result is Result.CONVERGED else solution
-    for _ in range(_LEADS):  # the same solver, from where the certificate found a lower F
+    # The same solver, from where the certificate found a lower F; one that can be sent there has been.
+    for _ in range(0 if hasattr(solver, "towards") else _LEADS):
         if certificate.better is None or solution.result not in _FALLING:
             break
         second = again(problem, *certificate.better, solver, f"{name_of(solver)} from a point with a lower F")

@@ -553,6 +553,12 @@ class Search:
         if deep:
             lowest = deeper(program, xy, lowest, rng, self.method)
         gap = at.f - lowest.value if lowest.points else np.inf
+        if self.tol < gap < np.inf:  # a method stops early in a curved valley, and no cut mends that
+            sharp = self.polish(xy)
+            there = program(program.point(sharp))
+            beside = np.abs(sharp - xy).max() <= _BESIDE and program.violation(there) <= FEASIBLE
+            if beside and there.f - lowest.value <= self.tol:
+                xy, at, gap = sharp, there, max(there.f - lowest.value, 0.0)
         return Point(xy, np.concatenate([xy, z[k:]]), at.F, program.violation(at), gap, lowest)
 
     def crossover(self, z: np.ndarray, cuts: Sequence[Cut] = (), most: int = 4) -> list[np.ndarray]:
