@@ -54,6 +54,9 @@ _MENDABLE = (
     Result.INFEASIBLE,
 )
 
+# Those after which the certificate may know a better point to go on from, and how often that is done.
+_FALLING, _LEADS = (Result.NOT_STATIONARY, Result.LOCAL, Result.SEVERAL_MINIMISERS, Result.MAX_STEPS), 5
+
 # A run on full batches where minibatches were given: its steps are dear, few are needed, and it ends by itself.
 _WHOLE_STEPS, _WHOLE_TOL = 1000, 1e-5
 
@@ -205,18 +208,31 @@ def solve(
         best=None if run.best is None or run.best.step < 0 else run.best,
     )
     chosen = asked_for is None and tol is not None and checkpoint is None and callback is None
-    if chosen and run.result in _MENDABLE and (other := second_solver(problem, x, y, solver)) is not None:
-        again, why, problem = other
+    if not chosen or run.result not in _MENDABLE:
+        return solution
+    options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every, steps=steps)
+    options |= dict(keep_best=keep_best, patience=patience, progress=progress, chunk=chunk)
+    whole_problem = given.whole() if whole else given
+
+    def again(problem: Any, x: Any, y: Any, solver: Any, why: str) -> Solution[X, Y]:
         logger.info("%s", f"Went on with {why}.")
-        options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every)
-        options |= dict(keep_best=keep_best, patience=patience)
-        start: tuple[Any, Any, Any] = (problem, x, y)
         if found.lifted:  # the user's dtypes, which metrics are given
-            start = (given.whole() if whole else given, x0, y0)
-        second = solve(*start, again, steps=steps, progress=progress, chunk=chunk, **options)
-        if second.result is Result.CONVERGED:
-            reason = f"{reason} Went on with {why}. {second.reason}".strip()
-            return dataclasses.replace(second, reason=reason, seconds=time.perf_counter() - began)
+            x, y = (jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), *pair) for pair in ((x, x0), (y, y0)))
+            problem = whole_problem
+        second = solve(problem, x, y, solver, **options)
+        said = f"{reason} Went on with {why}. {second.reason}".strip()
+        return dataclasses.replace(second, reason=said, seconds=time.perf_counter() - began)
+
+    if (other := second_solver(problem, x, y, solver)) is not None:
+        again_with, why, problem = other
+        second = again(problem, x, y, again_with, why)
+        return second if second.result is Result.CONVERGED else solution
+    # The same solver, from where the certificate found a lower F; one that can be sent there has been.
+    for _ in range(0 if hasattr(solver, "towards") else _LEADS):
+        if certificate.better is None or solution.result not in _FALLING:
+            break
+        second = again(problem, *certificate.better, solver, f"{name_of(solver)} from a point with a lower F")
+        solution, certificate = second, second.certificate or certificate
     return solution
 
 
