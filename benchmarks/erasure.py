@@ -296,10 +296,8 @@ def main():
         f"after 5 steps the adapters differ by {moved:.1e} of their norm and {off / path:.1e} of the way that they went"
     )
     ours, torchs = Ours(app, options.steps), Theirs(base, app, options.steps)
-    needs = ours.program.memory_analysis()
-    print(
-        f"compiled in {ours.compiling.median():.1f} s CPU; its temporaries are {needs.temp_size_in_bytes / 2**20:.0f} MiB"
-    )
+    temporary = ours.program.memory_analysis().temp_size_in_bytes / 2**20
+    print(f"compiled in {ours.compiling.median():.1f} s CPU; its temporaries are {temporary:.0f} MiB")
     times = _harness.interleaved({"torch": torchs, "ours": ours}, options.rounds)
     each = ", ".join(f"{name} {taken.median(unit=1e3 / options.steps):.2f}" for name, taken in times.items())
     print(f"CPU ms per step: {each}; ratio {_harness.ratio(times['ours'], times['torch'])}", flush=True)

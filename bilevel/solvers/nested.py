@@ -145,7 +145,8 @@ class HypergradientDescent:
             return self.hypergradient(upper, lower, solver, x, found.lower, found.carry)
 
         # A trial with anything that is no number, be it the lower level's residual alone, is one without a value.
-        sound, value = True, found.value
+        sound: Any = True
+        value = found.value
         if withdraws(state.upper):
             numbers = [value, optax.tree.norm(found.gradient), *found.metrics.values()]
             sound = jnp.stack([jnp.all(jnp.isfinite(number)) for number in numbers]).all()

@@ -89,7 +89,7 @@ def check_target(target: Any) -> None:
 
 def flagged_count(share: Any, pool: int, members: int) -> int:
     """How many images a share of the pool is."""
-    if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < share < 1:
+    if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < float(share) < 1:
         raise ValueError(f"share={share!r}: the share of the pool that is perturbed lies in (0, 1).")
     count = round(float(share) * pool)
     if not 1 <= count <= members // 2:

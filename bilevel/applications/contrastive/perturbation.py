@@ -68,7 +68,7 @@ def _ends(images: Array, bound: float) -> tuple[Array, Array]:
 
 def check_bound(bound: Any) -> None:
     """Raise where the bound is no number in (0, 1]."""
-    if isinstance(bound, bool) or not isinstance(bound, numbers.Real) or not 0 < bound <= 1:
+    if isinstance(bound, bool) or not isinstance(bound, numbers.Real) or not 0 < float(bound) <= 1:
         raise ValueError(
             f"bound={bound!r}: pixels lie in 0..1, so that an L-infinity bound lies in (0, 1]; the literature's is "
             "8/255 on photographs."
