@@ -43,14 +43,22 @@ def hyperparameters(cls: type[T]) -> type[T]:
     """
     check = getattr(cls, "__post_init__", None)
     float_fields: list[str] = []
+    int_fields: list[str] = []
 
     def __post_init__(self: Any) -> None:
+        for field in dataclasses.fields(self):
+            _refuse_kind(self, field)
         for name in float_fields:
             value = getattr(self, name)
             if isinstance(value, int) and not isinstance(value, bool):
                 object.__setattr__(self, name, float(value))
         if check is not None:
             check(self)
+        for name in int_fields:  # after the class's own words for it
+            if isinstance(value := getattr(self, name), (float, np.floating)):
+                raise ValueError(
+                    f"{type(self).__name__}({name}={value!r}): a whole number is needed, such as {name}=10."
+                )
 
     def __repr__(self: Any) -> str:
         return f"{name_of(self)}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
@@ -63,6 +71,7 @@ def hyperparameters(cls: type[T]) -> type[T]:
     cls.__bilevel_hyperparameters__ = True  # type: ignore[attr-defined]
     names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
     float_fields += [field.name for field in dataclasses.fields(cls) if "float" in str(field.type)]  # type: ignore[arg-type]
+    int_fields += [field.name for field in dataclasses.fields(cls) if _kinds(field) <= {"int", "None"}]  # type: ignore[arg-type]
 
     def partition(self: Any) -> tuple[str, ...]:
         # An object that JAX rebuilt may hold anything in its leaves (axes, None): it remembers which they were.
@@ -94,6 +103,37 @@ def hyperparameters(cls: type[T]) -> type[T]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def _kinds(field: dataclasses.Field[Any]) -> set[str]:
+    """The parts of a field's annotation."""
+    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    return {part.strip() for part in kind.split("|")}
+
+
+_EXPECTED = {"float": "a number", "int": "a whole number", "bool": "True or False", "None": "None"}
+
+
+def _refuse_kind(self: Any, field: dataclasses.Field[Any]) -> None:
+    """A sentence where a hyperparameter is of a kind that its annotation excludes, and nothing later would say so: text
+    for a number, a class for what is made of it, something that cannot be called for a function."""
+    value, kinds = getattr(self, field.name), _kinds(field)
+    given = f"{type(self).__name__}({field.name}={value!r})"
+    if isinstance(value, type) and not kinds & {"Any", "PyTree"} and not any("type" in kind for kind in kinds):
+        raise TypeError(
+            f"{type(self).__name__}({field.name}={value.__name__}): this is the class; make one of it, "
+            f"{field.name}={value.__name__}(...)."
+        )
+    if value is field.default:
+        return
+    if kinds <= set(_EXPECTED):
+        wrong = isinstance(value, (str, bytes, list, tuple, dict, set)) or (value is None and "None" not in kinds)
+        if wrong or callable(value):
+            expected = " or ".join(_EXPECTED[kind] for kind in ("float", "int", "bool", "None") if kind in kinds)
+            raise TypeError(f"{given}: {expected} is expected, not a {type(value).__name__}.")
+    optional = kinds - {"None"}
+    if len(optional) == 1 and next(iter(optional)).startswith("Callable") and not callable(value) and value is not None:
+        raise TypeError(f"{given}: a function is expected, not a {type(value).__name__}.")
 
 
 def name_of(part: Any) -> str:

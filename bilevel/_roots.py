@@ -16,7 +16,19 @@ from jax.extend.core import ClosedJaxpr
 
 from bilevel._traces import applied, evaluated, traced_by
 
-__all__ = ["with_roots"]
+__all__ = ["root", "with_roots"]
+
+
+@jax.custom_jvp
+def root(square: jax.Array) -> jax.Array:
+    """The root, with the derivative zero at zero: of lengths that are zero where there is nothing to be sized."""
+    return jnp.sqrt(square)
+
+
+@root.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    value = jnp.sqrt(primals[0])
+    return value, jnp.where(value > 0, tangents[0] / jnp.where(value > 0, 2 * value, 1), 0)
 
 
 def with_roots(fn: Callable[..., Any]) -> Callable[..., Any]:

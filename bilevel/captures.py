@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import dataclasses
 import dis
 import enum
 import functools
 import hashlib
 import os
+import random
 import sys
 import sysconfig
 import types
@@ -30,14 +32,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Apart", "Captured", "Functions", "described", "form", "taken"]
+__all__ = ["Apart", "Captured", "Functions", "described", "form", "generator_state", "host_generators", "taken"]
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, np.dtype)
 # A function that asks what a value is would answer otherwise for a traced number, and nothing would fail.
 _ASKS = frozenset({"isinstance", "type", "hash", "id", "issubclass", "callable", "hasattr", "getattr"})
 _LIBRARY: list[str] = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_EVERYTHING = frozenset({"globals", "eval", "exec", "__import__"})
 _PLACES = tuple(str(Path(p).resolve()) + os.sep for p in (*_LIBRARY, str(Path(__file__).parent)))
 _JITTED = type(jax.jit(lambda: None))
+_CODE = (types.FunctionType, types.MethodType, functools.partial, _JITTED)
 _HOUSEKEEPING = frozenset(
     {"__init__", "__post_init__", "__repr__", "__str__", "__eq__", "__hash__", "__setattr__", "__delattr__"}
 )
@@ -77,6 +81,22 @@ def form(value: Any) -> Hashable:
     walk = _Walk()
     walk.hold({"": value}, "")
     return walk.form(value, None, frozenset())
+
+
+def host_generators(fn: Any) -> list[Any]:
+    """Generators of random numbers on the host that a function may draw from: numpy's and Python's own, and those that
+    it captures. What it draws while it is traced is a constant of compiled code."""
+    walk = _Walk()
+    walk.node(fn, "")
+    return [np.random.mtrand._rand, random._inst, *walk.generators]  # type: ignore[attr-defined]
+
+
+def generator_state(generator: Any) -> Any:
+    """Where it stands, to be compared."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    bits = generator._bit_generator if isinstance(generator, np.random.RandomState) else generator.bit_generator
+    return repr(bits.state)
 
 
 def described(value: Any) -> str:
@@ -237,6 +257,7 @@ class _Walk:
       leaves: the numbers and arrays, in that order.
       rebuilt: whether anything was found that is put together again.
       asks: whether a function asks what a value is: all of them stay what they are.
+      generators: of random numbers on the host, that were found.
       text: what was found, in words that another process would use too.
     """
 
@@ -251,6 +272,7 @@ class _Walk:
         self._worlds: dict[int, int] = {}  # of a module's globals: likewise
         self._fixed = 0  # within something that is used as it is
         self.asks = False  # whether a function asks what a value is
+        self.generators: list[Any] = []  # of random numbers on the host
         self._unsaid = 0  # within a function that is reached by its name only, as code is
 
     def captured(self, original: Any, build: Callable[[_Build], Any], travelling: frozenset[int]) -> Captured:
@@ -393,6 +415,8 @@ class _Walk:
         defaults = {name: self.node(value, f"{path}.{name}") for name, value in named_defaults.items()}
         keywords = {k: self.node(v, f"{path}.{k}") for k, v in (fn.__kwdefaults__ or {}).items()}
         self._key.append((tuple(defaults), tuple(keywords)))
+        attributes = {k: self.node(v, f"{path}.{k}") for k, v in vars(fn).items() if k != "__wrapped__"}
+        self._key.append(tuple(attributes))
         world = fn.__globals__
         which = self._worlds.setdefault(id(world), len(self._worlds))
         self._unsaid += 1
@@ -401,6 +425,8 @@ class _Walk:
             if users and name in world:
                 self._key.append(name)
                 named[name] = self.node(world[name], name)
+        if users:
+            self._reached_otherwise(code, world)
         self._unsaid -= 1
         self._fixed -= writes
         if writes:
@@ -413,6 +439,7 @@ class _Walk:
             b.made[number] = new
             new.__qualname__, new.__doc__, new.__module__ = fn.__qualname__, fn.__doc__, fn.__module__
             new.__dict__.update(fn.__dict__)
+            _setting(b, attributes)(new.__dict__)
             for name, content in inside.items():
                 empty[name].cell_contents = content(b)
             new.__defaults__ = tuple(made(b) for made in defaults.values()) or None
@@ -422,6 +449,17 @@ class _Walk:
             return new
 
         return build
+
+    def _reached_otherwise(self, code: types.CodeType, world: Mapping[str, Any]) -> None:
+        """What a function reads by imports inside of it (of the user's modules, each as it is), and by looking at all
+        globals, which is never the same programme."""
+        for imported in _imports(code):
+            module = sys.modules.get(imported)
+            if module is not None and _users(getattr(module, "__file__", None)):
+                self._key.append(("imports", imported))
+                self.hold({"": module}, imported)
+        if any(name not in world for name in _EVERYTHING.intersection(_names(code)[0])):
+            self._key.append(_Same(object()))
 
     def _module(self, module: types.ModuleType, path: str) -> Callable[[_Build, int], Any]:
         if not _users(getattr(module, "__file__", None)):
@@ -445,6 +483,8 @@ class _Walk:
         cls = type(value)
         if not self._unsaid:
             self._say(path, _name(cls))
+        if isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+            self.generators.append(value)
         if _copied(value):
             self.rebuilt = True
             self._key.append((cls, tuple(vars(value))))
@@ -457,6 +497,10 @@ class _Walk:
         opened = cls.__module__ not in sys.stdlib_module_names and cls.__module__.partition(".")[0] != "jax"
         if self._words:
             opened = _users_type(cls) or dataclasses.is_dataclass(cls)
+        if cls.__module__.partition(".")[0] in ("jax", "jaxlib"):  # custom_jvp, custom_vjp: the functions in them
+            held |= {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, _CODE)}
+        if isinstance(value, contextvars.ContextVar):
+            held["value"] = value.get(None)
         if opened:
             held |= getattr(value, "__dict__", {})
             for name in (name for c in cls.__mro__ for name in _slots(c)):
@@ -482,6 +526,20 @@ def _filled(b: _Build, number: int, new: Any, fill: Callable[[Any], Any]) -> Any
     b.made[number] = new
     fill(new)
     return new
+
+
+@functools.lru_cache(4096)
+def _imports(code: types.CodeType) -> tuple[str, ...]:
+    """The modules that a code object and those within it import."""
+    found: dict[str, None] = {}
+    for inside in _codes(code):
+        name = ""
+        for instruction in dis.get_instructions(inside):
+            if instruction.opname == "IMPORT_NAME":
+                found[name := str(instruction.argval)] = None
+            elif instruction.opname == "IMPORT_FROM":  # which may be a module of a package
+                found[f"{name}.{instruction.argval}"] = None
+    return tuple(found)
 
 
 @functools.lru_cache(4096)

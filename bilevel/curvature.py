@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -29,7 +30,8 @@ from bilevel.typing import PyTree, Scalar
 LinearMap = Callable[[PyTree], PyTree]
 
 __all__ = [
-    "dominant_eigenvalue", "extreme_eigenvalues", "hessian_norm", "jacobian_norm", "lower_spectrum", "probe_estimate",
+    "dominant_eigenvalue", "ends_of_spectrum", "extreme_eigenvalues", "hessian_norm", "jacobian_norm",
+    "lower_curvature", "lower_spectrum", "probe_estimate",
     "secant_estimate", "spectral_norm", "unit_direction",
 ]  # fmt: skip
 
@@ -54,14 +56,23 @@ def extreme_eigenvalues(
 
     Reference: Golub, Van Loan, "Matrix Computations", chapter 10.
     """
+    return _ends(_reduced(matvec, like, key, steps, dense, chunk))
+
+
+def _ends(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values = jnp.linalg.eigvalsh(matrix)
+    return values[0], values[-1]
+
+
+def _reduced(matvec: LinearMap, like: PyTree, key: Any, steps: int, dense: int, chunk: int | None) -> jax.Array:
+    """A symmetric matrix that has the eigenvalues which `extreme_eigenvalues` returns: the map's, or Lanczos's."""
     flat, unravel = ravel_pytree(like)
     d, eps = flat.size, jnp.finfo(flat.dtype).eps
     multiply = lambda v: ravel_pytree(matvec(unravel(v)))[0].astype(flat.dtype)  # noqa: E731
     if d <= dense:
         columns = jnp.eye(d, dtype=flat.dtype)
         matrix = jax.vmap(multiply)(columns) if chunk is None else jax.lax.map(multiply, columns, batch_size=chunk)
-        values = jnp.linalg.eigvalsh((matrix + matrix.T) / 2)
-        return values[0], values[-1]
+        return (matrix + matrix.T) / 2
     steps = min(steps, d)
     start = jax.random.normal(_key(key), (d,), flat.dtype)
 
@@ -81,16 +92,35 @@ def extreme_eigenvalues(
     basis, alpha, beta = jax.lax.fori_loop(0, steps, step, (basis, zeros, zeros))
     used = jnp.linalg.norm(basis[:steps], axis=1) > 0.5  # after a breakdown the rest of the basis is zero
     off = jnp.diag(jnp.where(used[1:], beta[:-1], 0), 1)
-    values = jnp.linalg.eigvalsh(jnp.diag(jnp.where(used, alpha, alpha[0])) + off + off.T)
-    return values[0], values[-1]
+    return jnp.diag(jnp.where(used, alpha, alpha[0])) + off + off.T
 
 
-def lower_spectrum(problem: Any, x: PyTree, y: PyTree, dense: int = 64) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest eigenvalue of f_yy(x, y) of a `Problem` on all samples, by `extreme_eigenvalues`."""
-    return extreme_eigenvalues(linearised(problem.full_lower(), x, y).hvp, y, dense=dense)
+def lower_curvature(problem: Any, x: PyTree, y: PyTree, dense: int = 64) -> jax.Array:
+    """A symmetric matrix whose extreme eigenvalues are those of f_yy(x, y) of a `Problem` on all samples, or near."""
+    return _reduced(linearised(problem.full_lower(), x, y).hvp, y, 0, 40, dense, None)
 
 
-compiled_spectrum = _compiling.jit(lower_spectrum, static_argnames=("dense",))
+_curvature = _compiling.jit(lower_curvature, static_argnames=("dense",))
+
+
+def lower_spectrum(problem: Any, x: PyTree, y: PyTree, dense: int = 64) -> tuple[float, float]:
+    """The smallest and the largest eigenvalue of f_yy(x, y) of a `Problem` on all samples, as `extreme_eigenvalues`."""
+    return ends_of_spectrum(_curvature(problem, x, y, dense=dense))
+
+
+def ends_of_spectrum(matrix: Any) -> tuple[float, float]:
+    """The smallest and the largest eigenvalue of a symmetric matrix, on the host; NaN where an entry is not finite.
+
+    On the host because a programme with an eigenvalue routine costs its first compile a sixth of a second.
+    """
+    if isinstance(matrix, jax.Array) and not (matrix.is_fully_addressable or matrix.is_fully_replicated):
+        low, high = jax.jit(_ends)(matrix)  # rows of it are on other processes
+        return float(low), float(high)
+    wide = np.asarray(matrix, np.float64)
+    if not np.isfinite(wide).all():
+        return float("nan"), float("nan")
+    eigenvalues = np.linalg.eigvalsh(wide)
+    return float(eigenvalues[0]), float(eigenvalues[-1])
 
 
 def dominant_eigenvalue(

@@ -62,6 +62,14 @@ def as_arrays(tree: PyTree, name: str) -> PyTree:
                 f"{where} is a {kind}, which gives batches one after the other: wrap it, data.Stream(loader), or give "
                 "arrays of all samples."
             )
+        if callable(leaf) and not hasattr(leaf, "__array__"):
+            what = f"the class {leaf.__name__}" if isinstance(leaf, type) else f"a {kind}"
+            cure = (
+                f"make one of it, {leaf.__name__}(...)"
+                if isinstance(leaf, type)
+                else "give what it returns, or draw with it: data.Sampler(function), called as function(key, arrays)"
+            )
+            raise ProblemError(f"{where} is {what}, and data are arrays: {cure}.")
         return leaf
 
     one_by_one = lambda value: isinstance(value, collections.abc.Iterator)  # noqa: E731
@@ -342,7 +350,9 @@ class Minibatches(Source):
         arrays = as_arrays(arrays, "Minibatches' arrays")
         n = sample_count(arrays, "Minibatches' arrays")
         if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ProblemError(f"Minibatches(size={size!r}): the batch size is a positive integer.")
+            cure = "; several arrays go into one tuple, Minibatches((X, t), size)" if np.ndim(size) else ""
+            shown = f"array of shape {list(np.shape(size))}" if np.ndim(size) else repr(size)
+            raise ProblemError(f"Minibatches(size={shown}): the batch size is a positive integer{cure}.")
         if size > n:
             raise ProblemError(
                 f"Minibatches(size={size}) exceeds the {n} samples: lower the size, or pass the arrays bare for full "
@@ -550,21 +560,28 @@ class Shared(Source, leaves=("source",)):
 
 def warn_of_one_object(upper: Any, lower: Any) -> None:
     """A warning where one random source stands in both levels, which draw from it by themselves."""
-    while isinstance(upper, Keyed):
-        upper = upper.source
-    while isinstance(lower, Keyed):
-        lower = lower.source
-    if upper is lower and isinstance(upper, Source) and upper.random and not upper.shared:
-        cure = (
-            "make two objects, each of an iterable of its own"
-            if upper.host
-            else "write data.Shared(...) around it where both are to see the same batch, or make two objects where not"
-        )
+    shared = [isinstance(_bare(level, (Keyed,)), Shared) for level in (upper, lower)]
+    upper, lower = (_bare(level, (Keyed, Shared)) for level in (upper, lower))
+    if upper is lower and isinstance(upper, Source) and upper.random and not all(shared):
+        if any(shared):
+            cure = f"write it around the {('upper', 'lower')[shared[0]]} level's too: data.Shared stands in one alone"
+        elif upper.host:
+            cure = "make two objects, each of an iterable of its own"
+        else:
+            cure = (
+                "write data.Shared(...) around it where both are to see the same batch, or make two objects where not"
+            )
         warnings.warn(
             f"upper_data and lower_data are one object, {upper!r}, and each level draws from it by itself: in one step "
             f"they see different batches. To say which is meant, {cure}.",
             stacklevel=4,
         )
+
+
+def _bare(source: Any, wrappers: tuple[type[Keyed] | type[Shared], ...]) -> Any:
+    while isinstance(source, wrappers):
+        source = source.source
+    return source
 
 
 def as_keyed(owner: str, *batch: Any) -> tuple[PyTree, StepKey]:
@@ -592,6 +609,11 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
     owners = "client"
 
     def __init__(self, datasets: Sequence[PyTree], size: int | None = None) -> None:
+        if hasattr(datasets, "shape") or isinstance(datasets, (str, bytes, collections.abc.Mapping)):
+            raise ProblemError(
+                f"Clients takes a list with one data set per client, not a {type(datasets).__name__}: "
+                "Clients([(X_0, t_0), (X_1, t_1), ...]). Arrays of one size, stacked over clients, are data.Agents."
+            )
         datasets = [as_arrays(d, f"client {c}'s data") for c, d in enumerate(datasets)]
         if not datasets:
             raise ProblemError("Clients needs at least one client's data set; the sequence is empty.")
@@ -775,6 +797,8 @@ class Stream(Source, leaves=None):
                 what = (
                     "is empty: it produced no batch" if first else "ended and cannot be iterated again (a generator?)"
                 )
+                if hasattr(given, "__next__"):
+                    what = "is used up, and a generator cannot be iterated again (its first batches were looked at)"
                 raise ValueError(f"The stream {what}. Give a list, a loader object, or a function start -> iterator.")
             skip, first = 0 if _is_function(given) else max(skip - count, 0), False
 

@@ -119,6 +119,8 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     Raises:
       ProblemError: what `problem.validate` finds.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"check takes a Problem first, not {type(problem).__name__}: check(problem, x0, y0).")
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
     if problem.frozen is not None:

@@ -8,7 +8,9 @@ problem in which that part is a constant, whichever method finds them; and what 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from bilevel.captures import Apart
+from bilevel.captures import Apart, form
 from bilevel.constraints import depends
 from bilevel.data import ProblemError
 from bilevel.optimizers import as_optimizer, is_rule
@@ -90,8 +92,10 @@ def as_frozen(given: Any) -> Frozen | None:
 
 def _truth(mask: Any) -> np.ndarray:
     if isinstance(mask, jax.core.Tracer) or np.asarray(mask).dtype != np.bool_:
+        by_name = f" To name a part, give {{{mask!r}: True, ...}}." if isinstance(mask, str) else ""
         raise ProblemError(
             f"Problem(frozen=...) holds {mask!r}: its leaves are True (constant) and False, or boolean numpy arrays."
+            f"{by_name}"
         )
     return np.asarray(mask)
 
@@ -236,6 +240,18 @@ def standing(rule: Any, variable: PyTree) -> list[str]:
     """
     if not is_rule(rule):
         return []
+    leaves, treedef = jax.tree.flatten(variable)
+    held: Any = form(rule)
+    shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    within = any(isinstance(leaf.value, jax.core.Tracer) for leaf in held.leaves)
+    return list((_standing.__wrapped__ if within else _standing)(held, treedef, shapes))
+
+
+@functools.lru_cache(maxsize=16)
+def _standing(held: Any, treedef: Any, like: tuple[Any, ...]) -> tuple[str, ...]:
+    """The same, read off one trace for all rules that hold the same and variables of these shapes."""
+    rule = held.original
+    variable = jax.tree.unflatten(treedef, itertools.starmap(jax.ShapeDtypeStruct, like))
     named = jax.tree_util.tree_leaves_with_path(variable)
 
     def update(gradient: PyTree, variable: PyTree) -> PyTree:
@@ -247,11 +263,11 @@ def standing(rule: Any, variable: PyTree) -> list[str]:
         closed, shapes = jax.make_jaxpr(update, return_shape=True)(variable, variable)
         found = _zeros(closed, [_UNKNOWN] * len(closed.jaxpr.invars))
     except Exception:  # what a rule of the user's own says to being traced is for its first step to say
-        return []
+        return ()
     if jax.tree.structure(shapes) != jax.tree.structure(variable):  # type: ignore[operator]
-        return []
+        return ()
     pairs = [(f"y{jax.tree_util.keystr(path)}", zero) for (path, _), zero in zip(named, found, strict=True)]
-    return [name if zero.all() else f"{name} (in part)" for name, zero in pairs if zero.any()]
+    return tuple(name if zero.all() else f"{name} (in part)" for name, zero in pairs if zero.any())
 
 
 def as_rule(solver: Any) -> Any:

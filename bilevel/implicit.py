@@ -91,6 +91,11 @@ def custom_root(
             f"custom_root was given {optimality_fun!r} as optimality_fun; it expects a function "
             "optimality_fun(sol, *args) that is zero at the solution."
         )
+    if callable(has_aux):
+        raise TypeError(
+            "custom_root was given a function as has_aux: it takes the condition alone and decorates the solver, "
+            "custom_root(optimality_fun)(solver)."
+        )
     linear_solve = _as_solve(solve, _is_symmetric(optimality_fun) if symmetric is None else symmetric)
     condition_signature = signature(optimality_fun if reference_signature is None else reference_signature)
 
@@ -213,6 +218,13 @@ def argmin(
     Returns:
         `y_star(x, y0, *data) -> y`, differentiable in x and the data; by y0 its derivative is zero, by design.
     """
+    if not callable(solver) or hasattr(solver, "init"):
+        what = type(solver).__name__
+        raise TypeError(
+            f"argmin takes a function (lower, x, y) -> y as its solver, which finds y by means of its own, not {what}: "
+            "with a lower solver of bilevel.lower, or a step size, the hypergradient is "
+            "hypergradients.value_and_hypergradient(problem, None, lower_solver)."
+        )
     condition = stationarity(lambda y, x, *data: f(x, y, *data)) if optimality is None else optimality
 
     @custom_root(condition, has_aux=has_aux, solve=linear_solver)
@@ -230,6 +242,8 @@ def _arrays(output: Any, has_aux: bool) -> Any:
         raise TypeError(
             f"The solver returned a {type(output).__name__} although has_aux=True; a pair (sol, aux) is expected."
         )
+    if output is None or (has_aux and output[0] is None):
+        raise TypeError("The solver returned None: it returns the solution, where the optimality function is zero.")
     return jax.tree.map(jnp.asarray, output)
 
 
@@ -353,6 +367,8 @@ def _as_solve(solve: Solve | None, symmetric: bool) -> Solve:
     """The linear solver as a function `(matvec, b) -> u`."""
     if solve is None:
         return _conjugate_gradients if symmetric else _general
+    if isinstance(solve, type):
+        raise TypeError(f"The linear solver was the class {solve.__name__}: make one of it, {solve.__name__}().")
     if not callable(solve):
         raise TypeError(
             f"The linear solver was {solve!r}; a function (matvec, b) -> u that solves A u = b, or a solver of "

@@ -12,15 +12,17 @@ import numpy as np
 
 from bilevel import _compiling
 from bilevel._convolutions import in_canonical_order
+from bilevel._module import name_of
 from bilevel._settings import settings
 from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
+from bilevel.optimizers import check_count
 from bilevel.precision import named, working
-from bilevel.problem import Problem, ProblemError
+from bilevel.problem import Problem, ProblemError, as_given
 from bilevel.result import Result
-from bilevel.solvers._base import refuse_standing
+from bilevel.solvers._base import check_solver, refuse_standing
 from bilevel.streaming import Portion, on_device
-from bilevel.typing import Metrics, PyTree, Solver, X, Y
+from bilevel.typing import HostSolver, Metrics, PyTree, Solver, X, Y
 
 __all__ = ["run"]
 
@@ -34,7 +36,7 @@ def run(
     """`steps` outer iterations as a pure function, to be put under `jit`, `vmap` or `grad`.
 
     The iterates are those of `solve` with the same key, up to rounding (it is another compiled program). The start is
-    projected on X and Y. Nothing is checked: `problem.validate(x0, y0)` does that.
+    projected on X and Y. Values are not looked at, since they may be traced: `problem.validate(x0, y0)` does that.
 
     Args:
       problem: the problem; `vmap` over its data for many problems.
@@ -51,10 +53,26 @@ def run(
     Raises:
       ProblemError: a level's data are a host's stream; inside `shard_map` a loss differs from device to device.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"run takes a Problem first, not {type(problem).__name__}: run(problem, solver, x0, y0, steps)."
+        )
+    check_solver("run", solver)
+    if isinstance(solver, HostSolver):
+        raise ProblemError(
+            f"{name_of(solver)} works on the host, step by step: call solve, which run cannot stand for."
+        )
+    if isinstance(steps, jax.core.Tracer):
+        raise TypeError(
+            "run(steps=...) is traced: the number of steps is fixed when the run is compiled, so give an int."
+        )
+    check_count("run", steps=steps)
+    x0, y0 = as_given("x0", x0), as_given("y0", y0)
     if any(source.host for source in problem.sources):
         raise ProblemError("run is pure and cannot read a Stream from the host: use solve, or arrays.")
     base = as_step_key(key)
-    found = working(problem, x0, y0)
+    with named(solver, problem, x0, y0):
+        found = working(problem, x0, y0)
     refuse_standing(solver, found.y)
 
     def body(state: Any, k: jax.Array) -> tuple[Any, Metrics]:
@@ -158,7 +176,8 @@ def _advance(
     convolves: bool = False,
     careful: bool = False,
 ) -> tuple[Any, jax.Array, jax.Array, Metrics]:
-    """Steps start, ..., stop - 1 in one loop with dynamic bounds, ended early by a status or a non-finite metric.
+    """Steps start, ..., stop - 1 in one loop with dynamic bounds, ended early by a status or a non-finite metric (but
+    for a trial that the solver has `withdrawn`, which is in the history as what it was).
 
     The iterates themselves are looked at after the last step, or with `careful` after each: a NaN in them shows in the
     metrics one step later, and a small step has few operations besides.
@@ -171,7 +190,8 @@ def _advance(
     def step(k: Any, state: Any) -> tuple[Any, Metrics]:
         return solver.step(on_device(problem, portions, k - start), state, at_step(base, k))
 
-    step = in_canonical_order(step) if convolves else step
+    # Traced once, for the shapes of its metrics and for the loop.
+    step = jax.jit(in_canonical_order(step) if convolves else step, inline=True)
     rows = _Rows(jax.eval_shape(step, start, state)[1])
 
     def cond(carry: Any) -> jax.Array:
@@ -186,7 +206,11 @@ def _advance(
         status = jnp.zeros((), jnp.int32)
         if use_tol:
             status = jnp.asarray(solver.status(state, metrics, tol), jnp.int32)
-        finite = _finite((state.x, state.y, row) if careful else row)
+        finite = _finite(row)
+        if hasattr(solver, "withdrawn"):  # the trial broke, and the run stands where it stood
+            finite = finite | solver.withdrawn(state)
+        if careful:
+            finite = finite & _finite((state.x, state.y))
         return k + 1, state, buffers, jnp.where(finite, status, Result.DIVERGED.value)
 
     buffers = rows.buffers(min([capacity, *(portion.room for portion in portions.values())]))

@@ -15,13 +15,14 @@ import optax
 from bilevel import derivatives
 from bilevel._forward import forward_only
 from bilevel._module import state
-from bilevel._roots import with_roots
+from bilevel._roots import root, with_roots
 from bilevel._traces import equations
 from bilevel.typing import Project, PyTree, Scalar
 
 __all__ = [
     "Move", "Withdrawing", "accepted", "as_optimizer", "check_count", "check_optimizer", "coupled_adam",
-    "looks_at_values", "quasi_newton", "residual", "rewound", "searches", "spectral", "value_and_gradient", "withdraws",
+    "looks_at_values", "quasi_newton", "residual", "rewound", "searches", "spectral", "standing",
+    "value_and_gradient", "withdraws",
 ]  # fmt: skip
 
 # A missing argument by its name, in what Python, optax and the rules here say of it.
@@ -48,9 +49,22 @@ def check_optimizer(owner: str, name: str, value: Any) -> None:
         if not value > 0:
             raise ValueError(f"{owner}({name}={value!r}): a step size is positive.")
         return
-    if callable(value) and getattr(value, "__module__", "").split(".")[0] in ("optax", "bilevel"):
-        rule = f"{value.__module__.split('.')[0]}.{value.__name__}"
-        raise TypeError(f"{owner}({name}={rule}): the rule is made by a call: {name}={rule}(1e-2).")
+    home = getattr(value, "__module__", "").split(".")[0]
+    made = getattr(value, "__qualname__", "")
+    if callable(value) and home == "optax" and "<locals>" in made:  # what a constructor of schedules returns
+        raise TypeError(
+            f"{owner}({name}=...) was given a schedule, and a rule is what takes one: write {name}=optax.sgd(schedule) "
+            f"or {name}=optax.adam(schedule)."
+        )
+    if callable(value) and made and home in ("optax", "bilevel"):
+        raise TypeError(f"{owner}({name}={home}.{made}): the rule is made by a call: {name}={home}.{made}(1e-2).")
+    if isinstance(value, (list, tuple)) and any(isinstance(part, optax.GradientTransformation) for part in value):
+        raise TypeError(f"{owner}({name}=[...]) was given several rules: chain them, {name}=optax.chain(*rules).")
+    if home == "bilevel" or type(value).__module__.startswith("bilevel."):
+        raise TypeError(
+            f"{owner}({name}={type(value).__name__}(...)): a step rule is a step size or an optax rule, and this is "
+            f"another part of the package: write {name}=0.1 or {name}=optax.adam(1e-2)."
+        )
     if hasattr(value, "gradient_transformation"):
         raise TypeError(
             f"{owner}({name}={type(value).__name__}(...)): write {name}=optax.{type(value).__name__}"
@@ -314,6 +328,10 @@ class Withdrawing:
     x: PyTree
     accepted: jax.Array
 
+    def standing(self) -> tuple[jax.Array, PyTree]:
+        """The value and the gradient at the accepted point."""
+        raise NotImplementedError
+
 
 def _withdrawing(memory: PyTree) -> list[Withdrawing]:
     is_one = lambda node: isinstance(node, Withdrawing)  # noqa: E731
@@ -348,6 +366,15 @@ def accepted(memory: PyTree, params: PyTree) -> tuple[PyTree, Any]:
     return found[0].x, found[0].accepted
 
 
+def standing(memory: PyTree, value: jax.Array, gradient: PyTree) -> tuple[jax.Array, PyTree]:
+    """The value and the gradient at the point that a step rule stands at: those given, for rules that withdraw none."""
+    found = _withdrawing(memory)
+    if not found:
+        return value, gradient
+    kept_value, kept_gradient = found[0].standing()
+    return kept_value.astype(value.dtype), optax.tree.cast_like(kept_gradient, gradient)
+
+
 @functools.cache
 def coupled_adam(
     learning_rate: float = 3e-4, b1: float = 0.5, b2: float = 0.999, weight_decay: float = 1e-3
@@ -371,6 +398,10 @@ class SpectralState(Withdrawing):
     count: jax.Array
     unit: jax.Array
     accepted: jax.Array
+
+    def standing(self) -> tuple[jax.Array, PyTree]:
+        """The value and the gradient at the accepted point."""
+        return self.values[0], self.gradient
 
 
 @functools.cache
@@ -462,19 +493,7 @@ def _farthest(size: jax.Array, moved: jax.Array, unit: jax.Array, accepted: jax.
 
 def _root_mean_square(tree: PyTree, dtype: Any) -> jax.Array:
     squares = jnp.asarray(optax.tree.norm(tree, squared=True), dtype)
-    return _root(squares) / max(optax.tree.size(tree), 1) ** 0.5
-
-
-@jax.custom_jvp
-def _root(square: jax.Array) -> jax.Array:
-    """The root, with the derivative zero at zero: before the first move there is none to be sized."""
-    return jnp.sqrt(square)
-
-
-@_root.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    root = jnp.sqrt(primals[0])
-    return root, jnp.where(root > 0, tangents[0] / jnp.where(root > 0, 2 * root, 1), 0)
+    return root(squares) / max(optax.tree.size(tree), 1) ** 0.5
 
 
 @state
@@ -495,6 +514,10 @@ class QuasiNewtonState(Withdrawing):
     count: jax.Array
     unit: jax.Array
     accepted: jax.Array
+
+    def standing(self) -> tuple[jax.Array, PyTree]:
+        """The value and the gradient at the accepted point."""
+        return self.value, self.gradient
 
 
 @functools.cache

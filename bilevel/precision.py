@@ -144,11 +144,17 @@ def _in_one_dtype(problem: Problem, x: PyTree, y: PyTree) -> Working:
 
 @contextlib.contextmanager
 def named(method: Any, problem: Problem, x: PyTree, y: PyTree) -> Iterator[None]:
-    """What JAX says while a method is traced on a problem, as a sentence that names the level and the cure."""
+    """What JAX says while a method is traced on a problem, as a sentence that names the level and the cure.
+
+    What is wrong with the problem itself, where nobody has validated it, is said as `Problem.validate` says it.
+    """
     try:
         yield
-    except (TypeError, ValueError) as error:
-        if not isinstance(error, ProblemError) and (sentence := _translated(error, method, problem, x, y)):
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        if isinstance(error, ProblemError):
+            raise
+        problem.validate(x, y)
+        if isinstance(error, (TypeError, ValueError)) and (sentence := _translated(error, method, problem, x, y)):
             raise ProblemError(sentence) from error
         raise
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, Literal
 
 import jax
@@ -14,17 +15,19 @@ import numpy as np
 
 from bilevel._pickling import storable
 from bilevel._traces import traffic
-from bilevel.captures import Functions, taken
+from bilevel.captures import Functions, generator_state, host_generators, taken
 from bilevel.data import ProblemError, Source, as_arrays, as_source, warn_of_one_object
 from bilevel.frozen import as_frozen
-from bilevel.keys import Draw, as_step_key
+from bilevel.keys import Draw, StepKey, as_step_key
 from bilevel.level import Level, Levels, takes_batch
+from bilevel.sets import Set
 from bilevel.typing import PyTree, Scalar, X, Y
 
 __all__ = ["Problem"]
 
 _ROWS = ("constraint", "equality", "upper_constraint", "upper_equality")
 _DATA = ("upper_data", "lower_data")
+_SETS = ": a set such as sets.Box(lower, upper) or sets.Simplex(), or a function z -> z"
 _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", *_ROWS)
 
 
@@ -87,7 +90,8 @@ class Problem(Generic[X, Y]):
             if fn is None and name not in ("upper", "lower"):
                 continue
             if not callable(fn):
-                raise ProblemError(f"Problem({name}=...) takes a function, not {type(fn).__name__}.")
+                cure = _SETS if name.startswith("project") else ""
+                raise ProblemError(f"Problem({name}=...) takes a function, not {type(fn).__name__}{cure}.")
             if isinstance(fn, type):
                 ours = fn.__module__.split(".")[:2]
                 made = f"{'.'.join(ours[1:] if ours[0] == 'bilevel' else ours)}.{fn.__name__}(...)"
@@ -247,7 +251,7 @@ class Problem(Generic[X, Y]):
         if self.prox_lower is not None:
             prox = self.prox_lower
             _check_prox_order(prox, x, y)
-            _check_same("prox_lower", "y0", lambda y: prox(x, y, 1.0), y)
+            _check_same("prox_lower", "y0", lambda y: prox(x, y, 1.0), y, whose=prox)
         for name in _ROWS:
             fn, source = getattr(self, name), upper if name.startswith("upper") else lower
             if fn is not None:
@@ -289,11 +293,44 @@ def _shapes_on(name: str, fn: Callable[..., PyTree], source: Source, x: PyTree, 
     """The shapes of fn(x, y), or of fn(x, y, batch) where there are data."""
     if not source.given:
         return _shapes(name, "(x, y)", fn, x, y)
-    return _shapes(name, "(x, y, batch)", lambda x, y, source: fn(x, y, source.example()), x, y, source)
+    words = _drawn(f"{'upper' if name.startswith('upper') else 'lower'}_data", source)
+    called = lambda x, y, source: fn(x, y, source.example())  # noqa: E731
+    return _shapes(name, "(x, y, batch)", called, x, y, source, whose=fn, words=words)
+
+
+def _drawn(name: str, source: Source) -> PyTree:
+    """A batch in words, dtypes and shapes; an error of the draw is the data's and not the loss's."""
+    found: list[PyTree] = []
+    drawing = source
+    while isinstance(inside := getattr(drawing, "source", None), Source):
+        drawing = inside
+    try:
+        with _no_draws_on_the_host(name, getattr(drawing, "fn", None)):
+            jax.eval_shape(lambda source: found.append(source.example()), source)
+    except ProblemError:
+        raise
+    except Exception as error:
+        called = ""
+        if isinstance(error, TypeError) and "positional argument" in str(error) and hasattr(source, "fn"):
+            called = " (a Sampler's function is called as fn(key, arrays) and returns a batch)"
+        elif isinstance(error, _CONCRETE):
+            called = " (a batch is drawn in compiled code: jax.random and jnp in the place of numpy)"
+        raise ProblemError(
+            f"{name}, {source!r}, fails as a batch is drawn: {type(error).__name__}: "
+            f"{str(error).split(_DETAILS)[0].strip()[:400]}{called}"
+        ) from error
+    if not jax.tree.leaves(found[0]):
+        raise ProblemError(f"{name}, {source!r}, draws a batch without arrays: its function has to return the batch.")
+    return _in_words(found[0])
 
 
 def _check_loss(name: str, fn: Callable[..., Scalar], source: Source, x: PyTree, y: PyTree) -> None:
-    leaves = jax.tree.leaves(_shapes_on(name, fn, source, x, y))
+    out = _shapes_on(name, fn, source, x, y)
+    leaves = jax.tree.leaves(out)
+    if len(leaves) == 1 and leaves[0].shape == () and leaves[0] is not out:
+        raise ProblemError(
+            f"{name} returned its value in a {type(out).__name__}; a loss is one scalar: return the value itself."
+        )
     if len(leaves) != 1 or leaves[0].shape != ():
         if len(leaves) > 1 and leaves[0].shape == ():
             raise ProblemError(
@@ -313,17 +350,23 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
     """Arrays of its own for each leaf, so that a solver never touches the caller's."""
 
     def convert(path: Any, leaf: Any) -> jax.Array:
-        if isinstance(leaf, (bool, int, np.integer)) or (
-            not hasattr(leaf, "dtype") and not isinstance(leaf, (float, list, tuple))
-        ):
-            where = f"{name}{jax.tree_util.keystr(path)}"
-            kind = type(leaf).__name__
-            if type(leaf).__module__.split(".")[0] == "bilevel":
-                raise ProblemError(f"{where} is a {kind}: the order is solve(problem, x0, y0, solver).")
+        where, kind = f"{name}{jax.tree_util.keystr(path)}", type(leaf).__name__
+        numbers = isinstance(leaf, (bool, int, np.integer))
+        if type(leaf).__module__.split(".")[0] == "bilevel":
+            raise ProblemError(f"{where} is a {kind}: the order is solve(problem, x0, y0, solver).")
+        if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ProblemError(
-                f"{where} is of type {kind}; variables are floating-point arrays: write jnp.asarray({leaf!r}, float)."
+                f"{where} is a shape without numbers ({kind}): a run starts at values, such as jnp.zeros({leaf.shape})."
             )
-        if getattr(getattr(leaf, "dtype", None), "kind", "") in "OUS" and hasattr(leaf, "dtype"):
+        if numbers or (not hasattr(leaf, "dtype") and not isinstance(leaf, (float, list, tuple))):
+            cure = f"write jnp.asarray({leaf!r}, float)"
+            if callable(leaf):
+                cure = "call it, and give what it returns, or give arrays"
+            elif not numbers and hasattr(leaf, "to_numpy"):
+                cure = f"write jnp.asarray({where}.to_numpy(), float)"
+            raise ProblemError(f"{where} is of type {kind}; variables are floating-point arrays: {cure}.")
+        extended = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if getattr(getattr(leaf, "dtype", None), "kind", "") in "OUS" and hasattr(leaf, "dtype") and not extended:
             raise ProblemError(
                 f"{name}{jax.tree_util.keystr(path)} has dtype {leaf.dtype} (an array of Python objects or text): "
                 "variables are floating-point arrays; give one leaf an array of numbers each."
@@ -332,12 +375,19 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
             return jax.device_put(leaf, leaf.sharding, may_alias=False)  # a copy for which nothing is compiled
         return jnp.array(leaf, copy=True)
 
+    _refuse_modules(name, tree)
+    if getattr(type(tree), "__bilevel_hyperparameters__", False) or isinstance(tree, Problem):
+        raise ProblemError(f"{name} is a {type(tree).__name__}: the order is solve(problem, x0, y0, solver).")
+    _refuse_lists(name, tree)
+    return jax.tree_util.tree_map_with_path(convert, tree)
+
+
+def _refuse_lists(name: str, tree: PyTree) -> None:
+    """A sentence where a list of numbers stands for an array."""
+
     def of_numbers(node: Any) -> bool:
         return isinstance(node, list) and bool(node) and all(isinstance(a, (int, float)) or of_numbers(a) for a in node)
 
-    _refuse_modules(name, tree)
-    if getattr(type(tree), "__bilevel_hyperparameters__", False):
-        raise ProblemError(f"{name} is a {type(tree).__name__}: the order is solve(problem, x0, y0, solver).")
     lists = jax.tree_util.tree_leaves_with_path(tree, is_leaf=of_numbers)
     for path, node in lists:
         if of_numbers(node):
@@ -345,7 +395,32 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
                 f"{name}{jax.tree_util.keystr(path)} is a list of numbers, which JAX takes for as many arrays as it "
                 "has numbers: write jnp.asarray([...], float) for one array, or a dict of arrays (one leaf each)."
             )
-    return jax.tree_util.tree_map_with_path(convert, tree)
+
+
+def as_given(name: str, tree: PyTree) -> PyTree:
+    """A variable of a function that stands under transformations: its leaves as arrays, which may be traced.
+
+    Raises:
+      ProblemError: it is no tree of floating-point arrays, so that its gradient would be none.
+    """
+    _refuse_modules(name, tree)
+    _refuse_lists(name, tree)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        _check_floating(f"{name}{jax.tree_util.keystr(path)}", leaf)
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def _check_floating(where: str, leaf: Any) -> None:
+    if type(leaf).__module__.split(".")[0] == "bilevel":
+        raise ProblemError(f"{where} is a {type(leaf).__name__}, and variables are floating-point arrays.")
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise ProblemError(f"{where} is a PRNG key, which no gradient moves: put it into the data, or take data.Keyed.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ProblemError(
+            f"{where} has dtype {dtype}; variables are floating-point (gradients are taken in them): "
+            f"write jnp.asarray({where}, float)."
+        )
 
 
 _MODULES = {  # of what library, by the module that defines the class; how its parameters are had
@@ -410,12 +485,7 @@ def _refuse_modules(name: str, tree: PyTree) -> None:
 def _check_variable(name: str, tree: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         where = f"{name}{jax.tree_util.keystr(path)}"
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ProblemError(
-                f"{where} has dtype {dtype}; variables are floating-point (gradients are taken in them): "
-                f"write jnp.asarray({where}, float)."
-            )
+        _check_floating(where, leaf)
         if not isinstance(leaf, jax.core.Tracer) and not _all_finite(leaf):
             raise ProblemError(f"{where} is not finite (a NaN or an infinity): start from finite values.")
 
@@ -437,12 +507,10 @@ def _check_data(name: str, source: Source) -> None:
         where = f"{name}{jax.tree_util.keystr(path)}"
         if dtype is None:
             raise ProblemError(f"{where} is of type {type(leaf).__name__}, not an array: wrap it with numpy.asarray.")
-        if getattr(dtype, "kind", "") in "OUS" and not jnp.issubdtype(dtype, jax.dtypes.extended):
+        if getattr(dtype, "kind", "") in "OUSMm" and not jnp.issubdtype(dtype, jax.dtypes.extended):
             raise ProblemError(f"{where} has dtype {dtype}: encode it as numbers.")
-        if jnp.issubdtype(dtype, jnp.floating):
-            finite = np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else bool(jnp.isfinite(leaf).all())
-            if not finite:
-                raise ProblemError(f"{where} holds a NaN or an infinity: remove or fill those samples first.")
+        if jnp.issubdtype(dtype, jnp.floating) and not _all_finite(leaf):
+            raise ProblemError(f"{where} holds a NaN or an infinity: remove or fill those samples first.")
 
 
 def _check_parties(upper: Source, lower: Source) -> None:
@@ -454,19 +522,48 @@ def _check_parties(upper: Source, lower: Source) -> None:
         )
 
 
-def _shapes(name: str, signature: str, fn: Callable[..., Any], *args: Any) -> PyTree:
+def _shapes(
+    name: str, signature: str, fn: Callable[..., Any], *args: Any, whose: Any = None, words: PyTree = None
+) -> PyTree:
+    """The shapes of fn(*args); `whose`: the user's function within fn, `words`: of the last argument, for errors."""
     try:
-        return jax.eval_shape(fn, *args)
+        with _no_draws_on_the_host(name, whose or fn):
+            return jax.eval_shape(fn, *args)
+    except ProblemError:
+        raise
     except Exception as error:
-        shapes = ", ".join(
-            f"{label}: "
-            f"{jax.tree.map(lambda a: f'{jnp.result_type(a)}{list(np.shape(a))}', getattr(arg, 'arrays', arg))}"
-            for label, arg in zip(("x", "y", "batch"), args, strict=False)
-        )
+        labels = ("y",) if name in ("project_lower", "prox_lower") else ("x", "y", "batch")
+        given = (*args[:-1], words) if words is not None else args
+        shapes = ", ".join(f"{label}: {_in_words(arg)}" for label, arg in zip(labels, given, strict=False))
         raise ProblemError(
             f"{name}{signature} fails on the given variables and data ({shapes}): {type(error).__name__}: "
-            f"{str(error).split(_DETAILS)[0].strip()[:400]}{_cure(name, signature, fn, error)}"
+            f"{str(error).split(_DETAILS)[0].strip()[:400]}{_cure(name, signature, whose or fn, error)}"
         ) from error
+
+
+@contextlib.contextmanager
+def _no_draws_on_the_host(name: str, fn: Any) -> Iterator[None]:
+    """Refuse a function that draws random numbers of numpy's or Python's while it is traced: every step would see the
+    same ones."""
+    before = [(generator, generator_state(generator)) for generator in host_generators(fn)]
+    yield
+    if any(generator_state(generator) != then for generator, then in before):
+        raise ProblemError(
+            f"{name} draws random numbers of numpy's or Python's, and compiled code would repeat the same at every "
+            "step. Draw with a key: data.Sampler(lambda key, arrays: ...) for batches, data.Keyed(...) for noise in a "
+            "loss, both with jax.random; numbers that are meant to stay are made outside of the function."
+        )
+
+
+def _in_words(tree: PyTree) -> PyTree:
+    """Each array as its dtype and shape."""
+
+    def word(leaf: Any) -> Any:
+        if isinstance(leaf, StepKey):
+            return "StepKey"
+        return leaf if isinstance(leaf, str) else f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+
+    return jax.tree.map(word, tree, is_leaf=lambda node: isinstance(node, StepKey))
 
 
 def _check_prox_order(prox: Callable[..., PyTree], x: PyTree, y: PyTree) -> None:
@@ -511,19 +608,37 @@ _CALLED = {"project_upper": "(x)", "project_lower": "(y)", "prox_lower": "(x, y,
 
 def _cure(name: str, signature: str, fn: Callable[..., Any], error: Exception) -> str:
     """What to do about a function that could not be traced, as the end of the sentence; "" where nobody knows."""
+    home, made = getattr(fn, "__module__", ""), getattr(fn, "__qualname__", "")
+    of_prox = home == "bilevel.prox"
+    if of_prox and "<locals>" not in made and made:
+        return f" (prox.{made} makes an operator: call it with its strength, {name}=prox.{made}(...))."
+    if of_prox and name != "prox_lower":
+        return " (this is a proximal operator: it goes into prox_lower=, and a set or a projection here)."
+    if isinstance(fn, Set) and not name.startswith("project"):
+        also = ", or by prox.projection(set) into prox_lower=" if name == "prox_lower" else ""
+        return f" (this is a set: it goes into project_lower= or project_upper={also})."
     if isinstance(error, _CONCRETE):
         return " (a loss is traced: jnp.where for an `if`, jnp in the place of numpy, math and float())."
     if isinstance(error, TypeError) and "positional argument" in str(error):
         called = _CALLED.get(name, signature)
         data = f"{'upper' if name.startswith('upper') else 'lower'}_data"
         batch = f"; with {data}= it takes a batch besides, and without none" if name not in _CALLED else ""
-        return f" ({name} is called as {name}{called}{batch})."
+        unpack = (
+            "; a batch of several arrays is one argument, to be unpacked: X, t = batch" if "batch)" in called else ""
+        )
+        return f" ({name} is called as {name}{called}{batch}{unpack})."
+    if isinstance(error, TypeError) and "not a valid JAX type" in str(error):
+        return f" ({name} returns arrays, a loss one scalar)."
+    if isinstance(error, TypeError) and "'tuple'" in str(error) and "batch" in signature:
+        return " (the batch is a tuple: unpack it, X, t = batch; that of data.Keyed is batch, key)."
     return ""
 
 
-def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree) -> None:
-    out = _shapes(name, "", fn, value)
+def _check_same(name: str, variable: str, fn: Callable[..., Any], value: PyTree, whose: Any = None) -> None:
+    out = _shapes(name, "", fn, value, whose=whose)
     if jax.tree.structure(out) != jax.tree.structure(value):  # type: ignore[operator]
+        if not jax.tree.leaves(out):
+            raise ProblemError(f"{name} returned nothing: it returns {variable}, projected.")
         raise ProblemError(
             f"{name} changes the structure of {variable} from {jax.tree.structure(value)} to "
             f"{jax.tree.structure(out)}; it must keep it."

@@ -13,12 +13,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel._forward import forward_only
 from bilevel.curvature import spectral_norm
 from bilevel.typing import Project, PyTree
 
 __all__ = ["affine", "dual", "dual_factor"]
 
 Rows = Callable[[PyTree], jax.Array]
+
+_NO_REVERSE = (
+    "No derivative goes back through a projection on a coupled set by its dual (solvers.LVHBA with rows of "
+    "constraint=): its loop ends by a tolerance. Forward mode (jax.jacfwd) goes through it; for reverse mode give a "
+    "projection of your own, LVHBA(project=...), or take solvers.BiCGAFFA, which projects on no coupled set."
+)
 
 
 def dual_factor(rows: Rows, project: Project, point: PyTree) -> jax.Array:
@@ -92,4 +99,4 @@ def dual(
         lam = jax.lax.while_loop(lambda c: (c[0] < steps) & (c[4] > tol), body, start)[1]
         return at(lam), lam
 
-    return jax.lax.fori_loop(0, linearisations, once, (project(u), lam))
+    return forward_only(jax.lax.fori_loop(0, linearisations, once, (project(u), lam)), _NO_REVERSE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import math
 import re
@@ -221,6 +222,12 @@ class Recorder:
 
     def record(self, chunk: Chunk) -> None:
         """Write down a chunk, and do what is due after it."""
+        taken_twice = [name for name in chunk.metrics if name in self._measures.names]
+        if taken_twice:
+            raise ValueError(
+                f"metrics={{{taken_twice[0]!r}: ...}} is the name of what the solver itself reports, and the history "
+                "would mix both: give it another name."
+            )
         for name, values in chunk.metrics.items():
             self.history.extend(name, chunk.steps, values)
         self.state, self.done, self.result, self.why = chunk.state, chunk.done, chunk.result, chunk.why
@@ -229,7 +236,7 @@ class Recorder:
         self._bar.update(self.done, self.history)
         if self._callback is not None and self._due(self.schedule.callback):
             answer = self._callback(Event(self.done, *self.point, self.state, self.history))
-            if answer is not None and bool(answer) and self.result is Result.MAX_STEPS:
+            if answer is not None and _truth(answer) and self.result is Result.MAX_STEPS:
                 self.result = Result.STOPPED
         rested = time.perf_counter() - self._saved_at >= self.schedule.rest
         if self.result is not Result.DIVERGED and (self.ended or (rested and self._due(self.schedule.checkpoint))):
@@ -274,6 +281,32 @@ class Recorder:
         """Write down numbers that belong to where the run stands."""
         for name, value in measures.items():
             self.history.extend(name, np.asarray([self.done]), np.asarray(value)[None])
+
+
+def check_callback(callback: Any) -> None:
+    """Raise a sentence where this is no function of one argument."""
+    cure = "give a function of one argument, an Event (event.step, event.x, event.y, event.history)."
+    if callback is None:
+        return
+    if isinstance(callback, type) or not callable(callback):
+        raise TypeError(f"solve(callback={callback!r}): {cure}")
+    try:
+        inspect.signature(callback).bind(None)
+    except TypeError:
+        name = getattr(callback, "__name__", type(callback).__name__)
+        raise TypeError(f"solve(callback={name}) does not take one argument: {cure}") from None
+    except ValueError:  # a builtin
+        return
+
+
+def _truth(answer: Any) -> bool:
+    try:
+        return bool(answer)
+    except Exception as error:  # of an array of several numbers, a table
+        raise TypeError(
+            f"The callback returned a {type(answer).__name__} that is neither true nor false: return True to end the "
+            "run, and nothing to go on."
+        ) from error
 
 
 class Measures:
@@ -327,9 +360,14 @@ class Measures:
                 out = jax.eval_shape(fn, x, y, *data)
             except Exception as error:
                 more = "" if data else "; a third argument comes with a pair: (function, data)"
+                if isinstance(error, (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)):
+                    more = (
+                        "; it is traced, so write it in jnp, and leave float(), .item() and numpy to a callback, which "
+                        "is given numbers"
+                    )
+                said = str(error).split("The error occurred while tracing")[0].strip()[:300]
                 raise TypeError(
-                    f"metrics[{name!r}] fails as a function of {called}{more}. {type(error).__name__}: "
-                    f"{str(error)[:400]}"
+                    f"metrics[{name!r}] fails as a function of {called}{more}. {type(error).__name__}: {said}"
                 ) from error
             if not jax.tree_util.all_leaves([out]):
                 raise TypeError(f"metrics[{name!r}] returned {out!r}: a metric is one array, mostly a scalar.")

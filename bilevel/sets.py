@@ -766,6 +766,8 @@ class Intersection(Set):
     steps: int = 100
 
     def __post_init__(self) -> None:
+        if callable(self.sets):
+            raise TypeError("Intersection(sets=...) takes several sets in a list: Intersection([first, second]).")
         object.__setattr__(self, "sets", tuple(self.sets))
         if not self.sets or not all(callable(part) for part in self.sets):
             raise ValueError(f"Intersection(sets=...) takes sets or projections z -> z, not {self.sets!r}.")

@@ -95,7 +95,11 @@ class Solution(Generic[X, Y]):
         Raises:
           pickle.PicklingError: the solver holds a lambda or an inner function of yours; the message names it.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"Solution.save({path!r}): give the path of a file, such as 'runs/cleaning.solution'.")
         file = Path(path).expanduser()
+        if file.is_dir():
+            raise IsADirectoryError(f"Solution.save({str(path)!r}) is a directory: give the path of a file in it.")
         content = pickle.dumps(self)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.part{os.getpid()}")
@@ -106,6 +110,8 @@ class Solution(Generic[X, Y]):
     def load(path: str | os.PathLike[str]) -> Solution[Any, Any]:
         """A solution that `save` has written. Reading a pickle can run code: load your own files only."""
         file = Path(path).expanduser()
+        if not file.exists():
+            raise FileNotFoundError(f"Solution.load({str(path)!r}): there is no such file; Solution.save writes one.")
         try:
             found = pickle.loads(file.read_bytes())
         except (pickle.UnpicklingError, EOFError, ValueError, IndexError) as error:

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bilevel import _compiling, host
 from bilevel._module import name_of
@@ -27,10 +26,10 @@ from bilevel.loop import CAPACITY, Loop, as_argument, as_solver, at_step
 from bilevel.optimizers import check_count
 from bilevel.precision import Working, named, undefined_at, working
 from bilevel.problem import Problem, ProblemError, as_variable
-from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule
+from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule, check_callback
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers._base import refuse_at_rest, refuse_standing, refuse_unreached, remark
+from bilevel.solvers._base import check_solver, refuse_at_rest, refuse_standing, refuse_unreached, remark
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
@@ -54,6 +53,9 @@ _MENDABLE = (
     Result.PENALTY_LIMITED,
     Result.INFEASIBLE,
 )
+
+# Those after which the certificate may know a better point to go on from, and how often that is done.
+_FALLING, _LEADS = (Result.NOT_STATIONARY, Result.LOCAL, Result.SEVERAL_MINIMISERS, Result.MAX_STEPS), 5
 
 # A run on full batches where minibatches were given: its steps are dear, few are needed, and it ends by itself.
 _WHOLE_STEPS, _WHOLE_TOL = 1000, 1e-5
@@ -149,8 +151,7 @@ def solve(
     base, measures, streams = as_step_key(key), Measures(metrics or {}), Streams(problem)
     with users_settings():
         measures.check(*found.given(x, y))
-    if callback is not None and not callable(callback):
-        raise TypeError(f"solve(callback={callback!r}): give a function of one argument, an Event.")
+    check_callback(callback)
     keeper = None if keep_best is None else Keeper(keep_best, patience, measures.names)
     if patience is not None and keeper is None:
         raise ValueError(f'solve(patience={patience}): say of what, with keep_best=("valid loss", min).')
@@ -207,18 +208,31 @@ def solve(
         best=None if run.best is None or run.best.step < 0 else run.best,
     )
     chosen = asked_for is None and tol is not None and checkpoint is None and callback is None
-    if chosen and run.result in _MENDABLE and (other := second_solver(problem, x, y, solver)) is not None:
-        again, why, problem = other
+    if not chosen or run.result not in _MENDABLE:
+        return solution
+    options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every, steps=steps)
+    options |= dict(keep_best=keep_best, patience=patience, progress=progress, chunk=chunk)
+    whole_problem = given.whole() if whole else given
+
+    def again(problem: Any, x: Any, y: Any, solver: Any, why: str) -> Solution[X, Y]:
         logger.info("%s", f"Went on with {why}.")
-        options: dict[str, Any] = dict(key=key, tol=tol, metrics=metrics, metrics_every=metrics_every)
-        options |= dict(keep_best=keep_best, patience=patience)
-        start: tuple[Any, Any, Any] = (problem, x, y)
         if found.lifted:  # the user's dtypes, which metrics are given
-            start = (given.whole() if whole else given, x0, y0)
-        second = solve(*start, again, steps=steps, progress=progress, chunk=chunk, **options)
-        if second.result is Result.CONVERGED:
-            reason = f"{reason} Went on with {why}. {second.reason}".strip()
-            return dataclasses.replace(second, reason=reason, seconds=time.perf_counter() - began)
+            x, y = (jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), *pair) for pair in ((x, x0), (y, y0)))
+            problem = whole_problem
+        second = solve(problem, x, y, solver, **options)
+        said = f"{reason} Went on with {why}. {second.reason}".strip()
+        return dataclasses.replace(second, reason=said, seconds=time.perf_counter() - began)
+
+    if (other := second_solver(problem, x, y, solver)) is not None:
+        again_with, why, problem = other
+        second = again(problem, x, y, again_with, why)
+        return second if second.result is Result.CONVERGED else solution
+    # The same solver, from where the certificate found a lower F; one that can be sent there has been.
+    for _ in range(0 if hasattr(solver, "towards") else _LEADS):
+        if certificate.better is None or solution.result not in _FALLING:
+            break
+        second = again(problem, *certificate.better, solver, f"{name_of(solver)} from a point with a lower F")
+        solution, certificate = second, second.certificate or certificate
     return solution
 
 
@@ -329,7 +343,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         with named(None, problem, x, y):
             solver, reason, problem = default_solver(problem, x, y)
         logger.info("%s", reason)
-    _check_solver(solver)
+    check_solver("solve", solver)
     refuse_unreached(solver, problem, x, y)
     refuse_at_rest(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
@@ -338,32 +352,6 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
             "metrics, tol)."
         )
     return found._replace(problem=problem, x=x, y=y), solver, reason
-
-
-def _check_solver(solver: Any) -> None:
-    """Raise a sentence where this is no solver: a class, a constructor, a name, or another part of the package."""
-    module = getattr(type(solver), "__module__", "")
-    if isinstance(solver, type) or (callable(solver) and hasattr(solver, "__name__")):
-        cure = f"{solver.__name__} was not called: write {solver.__name__}()"
-    elif isinstance(solver, str):
-        cure = f"solvers are objects: write solvers.{solver}()"
-    elif isinstance(solver, optax.GradientTransformation):
-        cure = "an optax rule moves one variable: write solvers.AID(upper_optimizer=rule)"
-    elif module.startswith("bilevel.lower"):
-        cure = "it solves the lower level alone: write solvers.AID(lower_solver=...)"
-    elif module.startswith("bilevel.linear"):
-        cure = "it solves a linear system: write solvers.AID(linear_solver=...)"
-    elif module.startswith("bilevel.hypergradients"):
-        cure = "it is an estimator: write solvers.HypergradientDescent(...) around it"
-    elif (hasattr(solver, "init") and hasattr(solver, "step")) or isinstance(solver, HostSolver):
-        return
-    else:
-        cure = "take one of bilevel.solvers, such as solvers.AID()"
-    what = "an optax rule" if isinstance(solver, optax.GradientTransformation) else repr(solver)[:200]
-    raise TypeError(
-        f"solve's solver is {what}; it needs methods init(problem, x, y, key) and step(problem, state, key), or init, "
-        f"search and status: {cure}."
-    )
 
 
 def _from_state(

@@ -10,7 +10,7 @@ A split is seeded, and prints its sizes and how far the clients' labels are from
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -286,7 +286,7 @@ def cross_validation(
 
         def one(y: PyTree, w: jax.Array) -> jax.Array:
             value = w @ _each(loss, "loss", y, rows, n)
-            return value if penalty is None else value + penalty(x, y)
+            return value if penalty is None else value + _called("penalty(x, y)", penalty, x, y)
 
         return jax.vmap(one)(y, weights.T).sum()
 
@@ -299,6 +299,11 @@ def cross_validation(
 
 def _fold_weights(folds: Any, n: int, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The weights of the held-out and of the training samples, (folds, n): each row sums to one."""
+    if not isinstance(folds, (int, np.integer)) and not isinstance(folds, Iterable):
+        raise SplitError(
+            f"cross_validation(folds={folds!r}): a whole number of folds, or pairs (training, held-out) of indices, "
+            "as KFold(5).split(X) gives."
+        )
     if isinstance(folds, (int, np.integer)):
         if not 2 <= folds <= n:
             raise SplitError(f"cross_validation(folds={folds}): at least 2 folds, and at most the {n} samples.")
@@ -319,10 +324,19 @@ def _fold_weights(folds: Any, n: int, seed: int | None) -> tuple[np.ndarray, np.
 
 
 def _each(fn: Callable[..., jax.Array], name: str, y: PyTree, rows: PyTree, n: int) -> jax.Array:
-    values = fn(y, rows)
+    values = _called(f"{name}(y, samples)", fn, y, rows)
     if jnp.shape(values) != (n,):
         raise SplitError(
             f"cross_validation: {name}(y, samples) returned the shape {list(jnp.shape(values))}; it returns the loss "
             f"of each sample, ({n},), without a mean."
         )
     return values
+
+
+def _called(how: str, fn: Callable[..., jax.Array], *args: PyTree) -> jax.Array:
+    try:
+        return fn(*args)
+    except TypeError as error:
+        if "positional argument" not in str(error):
+            raise
+        raise SplitError(f"cross_validation calls {how}, and this function takes other arguments: {error}.") from error

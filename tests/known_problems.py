@@ -1101,3 +1101,171 @@ def simple_rows() -> Case:
         ),
         None, _v(2, 2), 1.0, lambda x: 1.0, (None, [1.0, 0.0]),
     )  # fmt: skip
+
+
+# What a search has to go far for, or not to trust --------------------------------------------------------------------
+
+
+@case
+def tie_beyond_a_local_solution() -> Case:
+    """f = (y^2 - 1)^2 + 3 x y/10: the wells tie at x = 0. F = (y - 1/2)^2 + (x - 1/2)^2 on x in [-2, 2].
+
+    For x > 0 the minimum is the left well, where F > 9/4; for x < 0 the right one, y > 1, where F > 1/2. So the tie,
+    x = 0 and y = 1 with F = 1/2, is the solution; from the left well a local one is met first.
+    """
+    return Case(
+        "non-convex",
+        Problem(
+            lambda x, y: (y[0] - 0.5) ** 2 + (x[0] - 0.5) ** 2,
+            lambda x, y: (y[0] ** 2 - 1) ** 2 + 0.3 * x[0] * y[0],
+            project_upper=sets.Box(-2, 2),
+        ),
+        _v(1), _v(-1), 0.5, lambda x: _tilted(0.3 * float(x[0])), ([0.0], [1.0]),
+    )  # fmt: skip
+
+
+@case
+def lattice_of_wells() -> Case:
+    """f = |y - x|^2 - 2 sum cos(2 pi (y - x)) in R^3, a well at each integer, the least at y = x: V = -6.
+
+    F = |y - 1|^2 + |x|^2: x = y = 1/2, F = 3/2. The start is in another well.
+    """
+    return Case(
+        "non-convex",
+        Problem(
+            lambda x, y: jnp.sum((y - 1) ** 2) + x @ x,
+            lambda x, y: jnp.sum((y - x) ** 2 - 2 * jnp.cos(2 * jnp.pi * (y - x))),
+        ),
+        _v(0, 0, 0), _v(1, -1, 2), 1.5, lambda x: -6.0, ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+    )  # fmt: skip
+
+
+@case
+def saddle_of_the_upper_level() -> Case:
+    """y = x, F = y1^2 - y2^2 + x2^4/4: a saddle at 0, to which the start's symmetry leads. F = -1 at x2^2 = 2."""
+    return Case(
+        "maxima and saddles",
+        Problem(lambda x, y: y[0] ** 2 - y[1] ** 2 + x[1] ** 4 / 4, lambda x, y: jnp.sum((y - x) ** 2)),
+        _v(1, 0), _v(0, 0), -1.0, _zero,
+    )  # fmt: skip
+
+
+@case
+def maximum_of_the_upper_level() -> Case:
+    """y = x, F = x^4/4 - y^2 from its local maximum at 0. F = -1 at x^2 = 2."""
+    return Case(
+        "maxima and saddles",
+        Problem(lambda x, y: x[0] ** 4 / 4 - y[0] ** 2, lambda x, y: (y[0] - x[0]) ** 2),
+        _v(0), _v(0), -1.0, _zero,
+    )  # fmt: skip
+
+
+@case
+def hole_far_away() -> Case:
+    """y = x, F = y^2/50 - 5 exp(-(y - 8)^2/4): zero at the start's valley, and a hole near 8.
+
+    There F' = y/25 + 5/2 (y - 8) exp(-(y - 8)^2/4) = 0, solved by Newton's method.
+    """
+    x = 8.0
+    for _ in range(50):
+        e = math.exp(-((x - 8) ** 2) / 4)
+        x -= (x / 25 + 2.5 * (x - 8) * e) / (1 / 25 + 2.5 * e - 1.25 * (x - 8) ** 2 * e)
+    return Case(
+        "local solutions",
+        Problem(lambda x, y: y[0] ** 2 / 50 - 5 * jnp.exp(-((y[0] - 8) ** 2) / 4), lambda x, y: (y[0] - x[0]) ** 2),
+        _v(-1), _v(0), x * x / 50 - 5 * math.exp(-((x - 8) ** 2) / 4), _zero, ([x], [x]),
+    )  # fmt: skip
+
+
+@case
+def curved_valley() -> Case:
+    """f = 100 (y2 - y1^2)^2 + (y1 - x)^2: y = (x, x^2). F = (y2 - 4)^2 + (x - 1)^2: 4x^3 - 14x - 2 = 0.
+
+    The greatest root is the solution; the least, near the start, is a local one with F > 8.
+    """
+    x = float(np.roots([4.0, 0.0, -14.0, -2.0]).real.max())
+    return Case(
+        "ill-conditioned",
+        Problem(
+            lambda x, y: (y[1] - 4) ** 2 + (x[0] - 1) ** 2,
+            lambda x, y: 100 * (y[1] - y[0] ** 2) ** 2 + (y[0] - x[0]) ** 2,
+        ),
+        _v(-2), _v(-1.2, 1), (x * x - 4) ** 2 + (x - 1) ** 2, _zero, ([x], [x, x * x]),
+    )  # fmt: skip
+
+
+@case
+def bounds_on_the_safe_side() -> Case:
+    """y = x, F = (y - 1)^2 + (x - 2)^2/10: x = 12/11, F = 1/11. Both sets are a million times as wide."""
+    return Case(
+        "sets",
+        Problem(
+            lambda x, y: (y[0] - 1) ** 2 + (x[0] - 2) ** 2 / 10,
+            lambda x, y: (y[0] - x[0]) ** 2,
+            project_upper=sets.Box(-1e6, 1e6),
+            project_lower=sets.Box(-1e6, 1e6),
+        ),
+        _v(0), _v(0), 1 / 11, _zero, ([12 / 11], [12 / 11]),
+    )  # fmt: skip
+
+
+@case
+def far_from_a_ball() -> Case:
+    """f = |y - x|^2/2 on the 1-norm's unit ball of R^12, whose rows are too many to be seen. F = |y - c|^2: x = c.
+
+    Outside of the ball x is not seen along the ball's normal, and all of its faces hold local solutions.
+    """
+    c = np.linspace(-0.1, 0.1, 12)
+
+    def floor(x: Any) -> float:
+        size = np.sort(np.abs(x))[::-1]
+        t = (np.cumsum(size) - 1) / np.arange(1, 13)
+        t = max(t[np.sum(size > t) - 1], 0.0)
+        return float(np.sum(np.minimum(np.abs(x), t) ** 2)) / 2
+
+    return Case(
+        "sets",
+        Problem(
+            lambda x, y: jnp.sum((y - c) ** 2),
+            lambda x, y: jnp.sum((y - x) ** 2) / 2,
+            project_lower=sets.Ball(1.0, norm=1),
+        ),
+        jnp.ones(12), jnp.zeros(12), 0.0, floor, (c, c),
+    )  # fmt: skip
+
+
+@case
+def ridge() -> Case:
+    """f = y above x1 - x2 and x2 - x1: y = |x1 - x2|. F = 3y + (x1 - 1)^2 + (x2 + 1)^2, from the ridge x1 = x2.
+
+    On the ridge F = 2 + 2 x1^2, and off it 3 - 2 > 0 is its slope at 0: x = 0, y = 0, F = 2.
+    """
+    return Case(
+        "kink",
+        Problem(
+            lambda x, y: 3 * y[0] + (x[0] - 1) ** 2 + (x[1] + 1) ** 2,
+            lambda x, y: y[0],
+            constraint=lambda x, y: jnp.stack([x[0] - x[1] - y[0], x[1] - x[0] - y[0]]),
+        ),
+        _v(2, 2), _v(0), 2.0, lambda x: abs(float(x[0] - x[1])), ([0.0, 0.0], [0.0]),
+    )  # fmt: skip
+
+
+@case
+def worst_case() -> Case:
+    """The lower level looks for the y that breaks cos 2y + y/10 <= x most, y in [-4, 4]; F = x.
+
+    The greatest is near pi: 2 sin 2y = 1/10, y = pi + arcsin(1/20)/2.
+    """
+    y = math.pi + math.asin(0.05) / 2
+    top = math.cos(2 * y) + y / 10
+    return Case(
+        "upper constraints",
+        Problem(
+            lambda x, y: x[0] + 0 * y[0],
+            lambda x, y: -(jnp.cos(2 * y[0]) + y[0] / 10),
+            project_lower=sets.Box(-4, 4),
+            upper_constraint=lambda x, y: jnp.cos(2 * y) + y / 10 - x,
+        ),
+        _v(5), _v(0), top, lambda x: -top, ([top], [y]),
+    )  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import types
 
+import captured
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,61 @@ def by_type(x, y):
 
 
 by_jit = jax.jit(by_global)
+
+
+@jax.custom_vjp
+def penalty_by_vjp(x):
+    return LAM * x**2
+
+
+penalty_by_vjp.defvjp(lambda x: (LAM * x**2, x), lambda x, g: (2 * LAM * x * g,))
+
+
+@jax.custom_jvp
+def penalty_by_jvp(x):
+    return LAM * x**2
+
+
+penalty_by_jvp.defjvps(lambda t, ans, x: 2 * LAM * x * t)
+VARIABLE = contextvars.ContextVar("lam", default=1.0)
+
+
+def by_attribute(x, y):
+    return (y - 1) ** 2 + by_attribute.lam * x**2
+
+
+def by_import(x, y):
+    from captured import LAM as lam
+
+    return (y - 1) ** 2 + lam * x**2
+
+
+def by_imported_module(x, y):
+    import captured
+
+    return (y - 1) ** 2 + captured.LAM * x**2
+
+
+class ByClass:
+    """A loss that reads its class."""
+
+    LAM = 1.0
+
+    @classmethod
+    def loss(cls, x, y):
+        return (y - 1) ** 2 + cls.LAM * x**2
+
+
+class Slotted:
+    """An object without a dictionary."""
+
+    __slots__ = ("lam",)
+
+    def __call__(self, x, y):
+        return (y - 1) ** 2 + self.lam * x**2
+
+
+SLOTTED = Slotted()
 KEPT = Net(1.0)
 
 
@@ -87,6 +144,8 @@ def set_all(lam):
     global LAM
     LAM = SETTINGS["lam"] = NAMESPACE.lam = KEPT.lam = lam
     ARRAY[:] = lam  # in place
+    captured.LAM = by_attribute.lam = ByClass.LAM = SLOTTED.lam = lam
+    VARIABLE.set(lam)
 
 
 MOVING = {
@@ -107,7 +166,22 @@ MOVING = {
     "closure in a closure": lambda lam: (lambda f: lambda x, y: f(x, y))(closure(lam)),
     "vmap": lambda lam: (lambda f: lambda x, y: f(x[None], y[None])[0])(jax.vmap(closure(lam))),
 }
-FIXED = {"branch": lambda lam: by_branch, "type": lambda lam: by_type}
+MOVING |= {
+    "an attribute of the function": lambda lam: by_attribute,
+    "checkpoint": lambda lam: lambda x, y: (y - 1) ** 2 + jax.checkpoint(penalty)(x),
+}
+FIXED = {
+    "branch": lambda lam: by_branch,
+    "type": lambda lam: by_type,
+    "custom_vjp": lambda lam: lambda x, y: (y - 1) ** 2 + penalty_by_vjp(x),
+    "custom_jvp": lambda lam: lambda x, y: (y - 1) ** 2 + penalty_by_jvp(x),
+    "context variable": lambda lam: lambda x, y: (y - 1) ** 2 + VARIABLE.get() * x**2,
+    "import": lambda lam: by_import,
+    "import of a module": lambda lam: by_imported_module,
+    "all globals": lambda lam: lambda x, y: (y - 1) ** 2 + globals()["LAM"] * x**2,
+    "class": lambda lam: ByClass.loss,
+    "slots": lambda lam: SLOTTED,
+}
 
 
 @pytest.mark.parametrize("name", [*MOVING, *FIXED])

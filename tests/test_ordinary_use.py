@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from bilevel import Problem, ProblemError, Result, hypergradients, lower, run, runs, solve, solvers
+from bilevel import Problem, ProblemError, Result, data, hypergradients, lower, optimizers, run, runs, solve, solvers
 from bilevel.hypergradients import value_and_hypergradient
 
 A = jnp.asarray
@@ -293,3 +293,42 @@ def test_an_infinite_loss_at_the_start_is_named_by_its_level(level):
     solution = solve(problem, A(0.3), A(0.0), solvers.SOBA(), steps=3)
     assert solution.result is Result.DIVERGED
     assert f"{level}, the {level} level's loss, is inf at the start" in solution.reason
+
+
+# Trials, samplers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [optimizers.quasi_newton, optimizers.spectral])
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_a_trial_without_a_value_is_withdrawn_and_the_run_goes_on(rule, level):
+    """A loss has no value for x > 1, and a long second step from 0.3 leads there."""
+    hole = lambda x, y: y * jnp.where(x > 1.0, jnp.nan, 0.0)
+    losses = {"upper": lambda x, y: -jnp.log(y) + y**4, "lower": lambda x, y: (y - x) ** 2}
+    whole = losses[level]
+    losses[level] = lambda x, y: whole(x, y) + hole(x, y)
+    trials = []
+    solution = solve(
+        Problem(**losses), A(0.3), A(0.3), solvers.AID(upper_optimizer=rule(largest=30.0)), steps=60, tol=1e-4,
+        callback=lambda event: trials.append(float(event.state.trial)), callback_every=1,
+    )  # fmt: skip
+    assert max(trials) > 1, "the test is of such a trial"
+    assert solution.result is Result.CONVERGED, solution
+    np.testing.assert_allclose(solution.x, 0.25**0.25, rtol=1e-3)
+    assert np.isfinite(solution.history["upper_loss"]).all()
+    assert np.isfinite(solution.history["lower_residual"]).all() == (level == "upper")
+
+
+def test_what_is_reported_under_such_a_rule_is_of_the_point_that_stands():
+    wild = Problem(lambda x, y: -jnp.log(y) + y**4, lambda x, y: (y - x) ** 2)
+    solution = solve(wild, A(0.02), A(0.02), solvers.AID(), steps=7)
+    np.testing.assert_allclose(solution.history["upper_loss"][-1], wild.upper(solution.x, solution.x), rtol=1e-4)
+    assert (np.diff(solution.history["upper_loss"]) <= 1e-5).all()
+
+
+def test_a_sampler_that_is_shared_in_one_level_alone_is_warned_of():
+    pool = data.Minibatches(np.arange(8.0), 4)
+    shared = data.Shared(pool)
+    for pair, level in (((shared, pool), "lower"), ((pool, data.Keyed(shared)), "upper")):
+        with pytest.warns(UserWarning, match=f"around the {level} level's too"):
+            Problem(upper, below, *pair)
+    Problem(upper, below, shared, data.Shared(pool))

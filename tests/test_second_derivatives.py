@@ -5,6 +5,7 @@ Every estimator and every kind of lower solver, in reverse and in forward mode, 
 
 from __future__ import annotations
 
+import grid
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +166,43 @@ def test_a_whole_run_is_differentiated_in_the_data(x64, name):
             jax.grad(of)(at)
     else:
         np.testing.assert_allclose(jax.jit(jax.grad(of))(at), expected, rtol=2e-5)
+
+
+def exact_residual(y, batch):
+    noise = 0.01 * jax.vmap(lambda key: jax.random.normal(key, dtype=jnp.float64))(batch["key"])
+    return (1 + batch["label"]) * (batch["a"] @ y["w"] + y["b"] - batch["t"] - noise)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in grid.SOLVERS if name != "MPCC"])
+def test_a_run_of_every_constructor_is_differentiated_or_refused(x64, monkeypatch, name):
+    """In forward mode all are right; in reverse they are right, or refused by a sentence of their own."""
+    weights = lambda x, y: 0 * y["w"] if x is None else x
+    upper = lambda x, y, batch: jnp.mean(exact_residual(y, batch) ** 2) / 2 + 0.01 * jnp.sum(weights(x, y) ** 2)
+    decay = lambda x, y: jnp.sum(jnp.exp(weights(x, y)) * y["w"] ** 2) + y["b"] ** 2
+    monkeypatch.setattr(grid, "upper_loss", upper)
+    monkeypatch.setattr(
+        grid, "lower_loss", lambda x, y, batch: (jnp.mean(exact_residual(y, batch) ** 2) + decay(x, y)) / 2
+    )
+    case = grid.SOLVERS[name]
+    given, start = case.problem(np.float64), case.start(*[np.float64] * 3)
+    # With its own step sizes, one over a curvature, which a derivative takes for a constant.
+    solver = solvers.AiPOD(upper_optimizer=0.1, lower_step=0.1) if name == "AiPOD" else case.make()
+
+    def of(scale):
+        times = lambda leaf: leaf * scale if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        state, _ = run(jax.tree.map(times, given), solver, *start, 2)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves((state.x, state.y)))
+
+    of = jax.jit(of)
+    expected = (of(1 + 1e-5) - of(1 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(of))(1.0), expected, rtol=3e-5)
+    try:
+        found = jax.jit(jax.grad(of))(1.0)
+    except ValueError as error:
+        assert str(error).startswith("No derivative goes back through"), error
+    else:
+        np.testing.assert_allclose(found, expected, rtol=3e-5)
 
 
 @pytest.mark.slow

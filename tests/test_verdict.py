@@ -17,6 +17,7 @@ from bilevel.solvers.certificate import certify
 QUICK = (
     "free_coordinate", "two_wells", "concave_lower", "empty_lower_set", "kink_to_pass", "start_outside",
     "upper_row_in_y", "two_roads", "simple_line", "tie_at_a_moving_end", "free_at_one_x", "empty_upper_set",
+    "saddle_of_the_upper_level", "hole_far_away", "bounds_on_the_safe_side",
 )  # fmt: skip
 
 everywhere = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
@@ -86,6 +87,22 @@ def test_units_change_no_verdict(x64, name, what, by):
     here, there = solved(case), solved(moved)
     assert here.result is there.result, there
     assert bool(case.wrong(here.x, here.y)) == bool(moved.wrong(there.x, there.y)), there
+
+
+@pytest.mark.parametrize(
+    "start", [0.2, pytest.param(4.0, marks=pytest.mark.slow)], ids=["from the flat part", "from the other side"]
+)
+def test_a_nonsmooth_term_leaves_no_local_solution_unsaid(x64, start):
+    """y = soft(x, 1), F = (y - 2)^2 + x^2/10: x = 30/11, F = 9/11; x = 0 is a local solution with F = 4."""
+    soft = lambda y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
+    problem = Problem(
+        lambda x, y: (y[0] - 2) ** 2 + x[0] ** 2 / 10,
+        lambda x, y: (y[0] - x[0]) ** 2 / 2,
+        prox_lower=lambda x, y, s: soft(y, s),
+    )
+    found = solve(problem, jnp.array([start]), jnp.zeros(1), steps=5000, tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED
+    np.testing.assert_allclose(found.x, 30 / 11, rtol=1e-2)
 
 
 def test_float32_says_converged_only_where_it_is_right():

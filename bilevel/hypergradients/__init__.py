@@ -25,7 +25,7 @@ from bilevel.keys import as_step_key
 from bilevel.lower import LBFGS, LowerState, as_lower_solver
 from bilevel.optimizers import AT_REST, stiff_at_rest
 from bilevel.precision import named, working
-from bilevel.problem import Problem, ProblemError
+from bilevel.problem import Problem, ProblemError, as_given
 from bilevel.typing import LowerSolver, X, Y
 
 __all__ = [
@@ -67,8 +67,19 @@ def value_and_hypergradient(
     default = 0.1 if problem.stochastic else LBFGS()
     solver = as_lower_solver(default if lower_solver is None else lower_solver)
 
+    _refuse_parts(estimator, problem)
+
     def evaluate(x: X, y: Y | LowerState, carry: Any = None, key: Any = 0) -> Estimate[X]:
-        x, y = jax.tree.map(jnp.asarray, (x, y))
+        if isinstance(y, Estimate):
+            raise TypeError(
+                "value_and_hypergradient was handed a whole estimate as y: hand back estimate.lower, and "
+                "estimate.carry after it."
+            )
+        x = as_given("x", x)
+        if isinstance(y, LowerState):
+            y = LowerState(as_given("y", y.y), jax.tree.map(jnp.asarray, y.memory))
+        else:
+            y = as_given("y", y)
         goes_on = isinstance(y, LowerState)
         if carry is not None and getattr(estimator, "continues", False) and not goes_on:
             raise ValueError(
@@ -76,7 +87,8 @@ def value_and_hypergradient(
                 "memory included: give the last estimate's `lower` as y, and not its `lower.y`."
             )
         at = y.y if isinstance(y, LowerState) else y
-        found = working(problem, x, at)
+        with named(estimator, problem, x, at):
+            found = working(problem, x, at)
         if not getattr(estimator, "through", False):
             refuse_rule(f"value_and_hypergradient with {name_of(estimator)}", as_rule(solver), found.y)
         with settings(), named(estimator, problem, x, at):
@@ -95,6 +107,23 @@ def value_and_hypergradient(
         return dataclasses.replace(estimate, gradient=gradient, lower=LowerState(at, estimate.lower.memory))
 
     return evaluate
+
+
+def _refuse_parts(estimator: Estimator, problem: Problem[Any, Any]) -> None:
+    """A sentence for a part of the lower level that the estimator would ignore, and for data that it cannot read."""
+    honours = getattr(estimator, "honours", ("project_lower", "prox_lower"))
+    for part in ("constraint", "equality", "project_lower", "prox_lower"):
+        if getattr(problem, part) is not None and part not in honours:
+            raise ProblemError(
+                f"value_and_hypergradient with {name_of(estimator)} cannot honour {part}= of the problem, and would "
+                "ignore it: take hypergradients.ActiveSet() for constraints, NullSpace() for affine equalities, or a "
+                "solver of the whole problem (solve)."
+            )
+    if any(source.host for source in problem.sources):
+        raise ProblemError(
+            "value_and_hypergradient is pure and cannot read a Stream from the host: make a Problem of each batch, "
+            "Problem(upper, lower, batch_of_one, batch_of_the_other), inside of your jitted step."
+        )
 
 
 def _begun(solver: LowerSolver, state: LowerState) -> LowerState:

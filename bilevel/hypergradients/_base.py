@@ -94,6 +94,11 @@ def check_estimator(owner: str, estimator: Any) -> None:
     if hasattr(estimator, "init") and callable(estimator) and not type(estimator).__module__.startswith(_OTHERS):
         return
     name = type(estimator).__name__
+    if type(estimator).__module__.startswith("bilevel.lower"):
+        raise TypeError(
+            f"{owner} takes an estimator of bilevel.hypergradients here, such as hypergradients.Implicit(), and {name} "
+            f"is a lower solver: give it by name, lower_solver=lower.{name}(...)."
+        )
     kind = "linear solver" if type(estimator).__module__.startswith("bilevel.linear") else "other thing"
     raise TypeError(
         f"{owner} takes an estimator of bilevel.hypergradients, and {name} is a{'n' if kind[0] == 'o' else ''} {kind}: "

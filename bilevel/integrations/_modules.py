@@ -46,7 +46,13 @@ def from_dictionary(like: Any, values: dict[Any, Any], names: Callable[[Any], Pa
 
     Raises:
         KeyError: one is missing; the message names it.
+        TypeError: they are no dictionary.
     """
+    if not isinstance(values, dict):
+        raise TypeError(
+            f"The parameters are a {type(values).__name__}, and not the dictionary that came with the function: "
+            "apply(params, inputs), the parameters first."
+        )
     paths, treedef = jax.tree_util.tree_flatten_with_path(like)
     leaves = []
     for path, _ in paths:
@@ -224,6 +230,15 @@ def calibrated(apply: Any, params: PyTree, *inputs: Any, chunks: int = 1, key: A
     Raises:
         ValueError: the module has no running statistics, or did not update them.
     """
+    if not isinstance(apply, Apply):
+        raise TypeError(
+            "calibrated takes the function first and the parameters second, calibrated(apply, params, inputs), and was "
+            f"given a {type(apply).__name__} as apply: it is what from_nnx, from_linen or from_equinox returns."
+        )
+    if not jax.tree.leaves(inputs):
+        raise TypeError(
+            "calibrated(apply, params, inputs) needs the inputs whose statistics are meant, such as images."
+        )
     training = apply.calibrating()
     start = training.statistics(apply.state)
     if not start:

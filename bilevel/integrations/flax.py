@@ -108,6 +108,8 @@ def from_nnx(module: nnx.Module) -> tuple[dict[str, Any], Apply]:
         without; equal keys give equal masks. `apply.state` are the running statistics; `calibrated` computes them,
         `apply.with_state(params, state, ...)` carries them along in a loop of your own.
     """
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"from_nnx takes an nnx module, {_instead(module)}.")
     graphdef, params, random, state = nnx.split(module, nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
     structures = tuple(jax.tree.map(lambda leaf: 0, values) for values in (params, random, state))
     others = _to_dictionary(state)
@@ -115,6 +117,16 @@ def from_nnx(module: nnx.Module) -> tuple[dict[str, Any], Apply]:
     kept = frozenset(dict(flat(others))) - frozenset(of_kind((nnx.BatchStat, nnx.Intermediate)))
     apply = _Nnx(others, frozenset(), graphdef, structures, dict(flat(_to_dictionary(random))), kept)  # type: ignore[arg-type]
     return _to_dictionary(params), dataclasses.replace(apply, stale=untouched(apply.statistics(others)))
+
+
+def _instead(module: Any) -> str:
+    """What was given in the place of a module, and what to write."""
+    if isinstance(module, type):
+        made = "rngs=nnx.Rngs(0)" if issubclass(module, nnx.Module) else "..."
+        return f"not the class {module.__name__}: make one of it, {module.__name__}({made})"
+    if isinstance(module, linen.Module):
+        return "not one of linen: from_linen(module, module.init(key, inputs))"
+    return "not one of nnx: from_nnx(module)" if isinstance(module, nnx.Module) else f"not {type(module).__name__}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,6 +184,8 @@ def from_linen(
     Raises:
         TypeError: the variables have no collection "params".
     """
+    if not isinstance(module, linen.Module):
+        raise TypeError(f"from_linen takes a linen module and its variables, {_instead(module)}.")
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise TypeError(
             "from_linen(module, variables) takes what module.init(key, inputs) returned, a dictionary with the "

@@ -96,6 +96,10 @@ class HypergradientSearchCV(BaseEstimator):
     def fit(self, X: Any, y: Any) -> HypergradientSearchCV:
         """Search, then fit the model with the penalties found on all samples."""
         loss, names = _checked(self._model)
+        if isinstance(self.steps, bool) or not isinstance(self.steps, (int, np.integer)) or self.steps < 1:
+            raise ValueError(f"HypergradientSearchCV(steps={self.steps!r}): the most steps are a positive integer.")
+        if isinstance(self.tol, (str, bytes)) or not self.tol > 0:
+            raise ValueError(f"HypergradientSearchCV(tol={self.tol!r}): the tolerance is a positive number.")
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=not self._classifies, ensure_min_samples=2)
         folds = list(check_cv(self.cv, y, classifier=self._classifies).split(X, y))
         if self._classifies:
@@ -140,6 +144,11 @@ class HypergradientSearchCV(BaseEstimator):
                     "group number for each feature."
                 )
             return np.zeros(features, int) if self.penalties == "one" else np.arange(features)
+        if isinstance(self.penalties, dict):
+            raise ValueError(
+                "HypergradientSearchCV(penalties={...}): there is no grid to give, penalties are found: penalties is "
+                "'one', 'per_feature', or an array of a group number for each feature."
+            )
         groups = np.asarray(self.penalties)
         if groups.shape != (features,):
             raise ValueError(
@@ -183,6 +192,10 @@ class HypergradientSearchCV(BaseEstimator):
 def _checked(model: Any) -> tuple[str, tuple[str, ...]]:
     """The loss and the penalties' names of an estimator; an error that says what of it is not treated."""
     known = next((value for kind, value in _MODELS.items() if type(model) is kind), None)
+    if isinstance(model, type):
+        raise TypeError(
+            f"HypergradientSearchCV was given the class {model.__name__}: give an estimator, {model.__name__}()."
+        )
     if known is None:
         cure = " A kernel's support vector machine has no linear penalty to search: take LinearSVC or LinearSVR."
         raise TypeError(

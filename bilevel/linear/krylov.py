@@ -22,6 +22,7 @@ from bilevel.linear._common import (
     axpy,
     damped,
     dot,
+    eigh,
     epsilon,
     flattener,
     implicit_solve,
@@ -305,7 +306,7 @@ def _by_eigenvalues(h: Matvec, b: PyTree) -> Answer:
     matrix, x = dense_matrix(h, b), flatten(b)
     usable = jnp.all(jnp.isfinite(matrix))
     matrix = jnp.where(usable, matrix, 0)
-    values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = eigh((matrix + matrix.T) / 2)
     largest, d = jnp.max(jnp.abs(values)), len(values)
     rounding = max(d, 4) * jnp.finfo(x.dtype).eps * largest + 2 * jnp.linalg.norm(matrix - matrix.T)
     inverse = jnp.where(jnp.abs(values) > rounding, 1 / jnp.where(values == 0, 1, values), 0)

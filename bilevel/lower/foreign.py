@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevel._forward import forward_only
 from bilevel._module import hyperparameters
@@ -37,7 +38,37 @@ class Function:
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
         """Run from `state`."""
-        return LowerState(self.fn(level, x, state.y), None)
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        try:
+            y = self.fn(level, x, state.y)
+        except (TypeError, jax.errors.TracerArrayConversionError) as error:
+            if isinstance(error, TypeError) and "positional argument" in str(error):
+                raise ValueError(
+                    f"The lower solver {name} is called as {name}(lower, x, y) and returns y: {error}."
+                ) from error
+            if isinstance(error, (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError)):
+                raise ValueError(
+                    f"The lower solver {name} asks for the numbers of a traced array, as numpy, SciPy and float() do: "
+                    "write it in jax.numpy, or call what runs on the host by jax.pure_callback."
+                ) from error
+            raise
+        _check_answer(name, y, state.y)
+        return LowerState(y, None)
+
+
+def _check_answer(name: str, y: PyTree, start: PyTree) -> None:
+    """Raise a sentence where a lower solver of the user's returns something other than y."""
+
+    def form(tree: PyTree) -> str:
+        return str(jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree))
+
+    if jax.tree.structure(y) != jax.tree.structure(start) or [jnp.shape(a) for a in jax.tree.leaves(y)] != [  # type: ignore[operator]
+        jnp.shape(a) for a in jax.tree.leaves(start)
+    ]:
+        raise ValueError(
+            f"The lower solver {name} returned {form(y)} for a y of {form(start)}: it returns the lower variable, and "
+            "nothing else, shaped as it was given."
+        )
 
 
 @hyperparameters
@@ -57,6 +88,12 @@ class Identity:
         return state
 
 
+_ELSEWHERE = {
+    "bilevel.hypergradients": "an estimator goes first, solvers.HypergradientDescent(hypergradients.{name}(...))",
+    "bilevel.linear": "it goes into linear_solver=, as in solvers.AID(linear_solver=linear.{name}(...))",
+}
+
+
 def as_lower_solver(solver: Any) -> LowerSolver:
     """A lower solver from itself, an optax rule (10 steps), a step size, or a function `(level, x, y) -> y`."""
     if isinstance(solver, type):
@@ -65,6 +102,10 @@ def as_lower_solver(solver: Any) -> LowerSolver:
         given = getattr(solver, "__name__", None)
         if given is not None:  # a function that makes a rule or a solver, and not one
             raise TypeError(f"A lower solver was given as the constructor {given}: call it, {given}(...).")
+    module, name = type(solver).__module__, type(solver).__name__
+    for home, cure in _ELSEWHERE.items():
+        if module.startswith(home):
+            raise TypeError(f"A lower solver was given as {name}, which is one of {home}: {cure.format(name=name)}.")
     if hasattr(solver, "init") and callable(solver) and not is_rule(solver):
         return solver
     if is_rule(solver) or (isinstance(solver, (float, int, jax.Array)) and not isinstance(solver, bool)):

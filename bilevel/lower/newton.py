@@ -13,6 +13,7 @@ from bilevel import linear
 from bilevel._module import hyperparameters
 from bilevel.data import ProblemError
 from bilevel.level import Level
+from bilevel.linear._common import eigh
 from bilevel.linear.krylov import conjugate_gradients
 from bilevel.lower.loops import LowerState
 from bilevel.optimizers import check_count
@@ -157,7 +158,7 @@ class Newton:
         matrix = jax.vmap(multiply)(jnp.eye(s.u.size, dtype=s.u.dtype))
         finite = jnp.all(jnp.isfinite(matrix))
         matrix = jnp.where(finite, (matrix + matrix.T) / 2, jnp.eye(s.u.size, dtype=s.u.dtype))
-        w, vectors = jnp.linalg.eigh(matrix)
+        w, vectors = eigh(matrix)
         size, rounding = jnp.max(jnp.abs(w)), max(s.u.size, 4) * jnp.finfo(w.dtype).eps
         along = vectors.T @ g
         flat = jnp.abs(w) <= rounding * size

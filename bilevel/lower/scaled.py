@@ -65,7 +65,7 @@ class ScaledDescent:
         y <- y - f_y(x, y) / L
 
     The first call takes 30 Hessian-vector products, and each later one a single product, at the point where it starts;
-    with a `step_size` there are none.
+    with a `step_size` there are none. In derivatives of a run L is a constant.
 
     Attributes:
       steps: per call, each on a fresh batch where the level's data are drawn.

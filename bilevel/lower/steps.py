@@ -258,6 +258,7 @@ def _check_schedules(owner: str, given: Any) -> None:
 
 def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:
     """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|, without a step size: full batches, no projection."""
+    check_count("LBFGS", "the most steps are a positive integer, and there is no step size to give", steps=steps)
     return GradientDescent(optimizers.quasi_newton(memory_size), steps, tol)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Generic
 
 import jax
@@ -15,6 +15,7 @@ from bilevel.captures import Functions, taken
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import captured_by, run
 from bilevel.problem import Problem, ProblemError, as_variable
+from bilevel.solvers._base import check_solver
 from bilevel.typing import Scalar, Solver, X, Y
 
 __all__ = ["Sweep", "sweep"]
@@ -85,7 +86,18 @@ def sweep(
     Memory: that of one run times the number of solvers. Solvers with branches (SRBA, SPABA, VRBO) compute both of them
     under `vmap`.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(
+            f"sweep takes a Problem first, not {type(problem).__name__}: sweep(problem, [solver, ...], x0, y0)."
+        )
+    if getattr(type(solvers), "__bilevel_hyperparameters__", False) or not isinstance(solvers, Iterable):
+        raise TypeError(
+            f"sweep takes several solvers in a list, not a {type(solvers).__name__}: sweep(problem, [SOBA(0.1), "
+            "SOBA(0.3)], x0, y0)."
+        )
     solvers = list(solvers)
+    for solver in solvers:
+        check_solver("sweep", solver)
     if not solvers:
         raise ValueError("sweep needs at least one solver; the sequence is empty.")
     structures = [jax.tree.structure(solver) for solver in solvers]
@@ -103,6 +115,14 @@ def sweep(
     x0, y0 = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x0, y0)
     problem = jax.tree.map(jnp.asarray, problem.captured(x0, y0))
+    if score is not None:
+        try:
+            jax.eval_shape(score, x0, y0)
+        except Exception as error:
+            said = str(error).split("The error occurred while tracing")[0].strip()[:300]
+            raise TypeError(
+                f"sweep(score=...) fails as a function of (x, y) to one scalar: {type(error).__name__}: {said}"
+            ) from error
     ranking = Functions({"score": taken(score, (x0, y0))})
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *solvers)
     state, values = _run_all(problem, stacked, x0, y0, as_step_key(key), ranking, steps, captured_by(solvers[0]))

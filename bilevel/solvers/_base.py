@@ -6,15 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilevel._module import name_of
 from bilevel.constraints import depends
 from bilevel.frozen import as_rule, refuse_rule
+from bilevel.hypergradients.implicit import Implicit
 from bilevel.level import takes_batch
 from bilevel.optimizers import AT_REST, stiff_at_rest
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
-from bilevel.typing import Metrics, PyTree
+from bilevel.typing import HostSolver, Metrics, PyTree
 
 _PARTS = {
     "upper_constraint": "the upper level's inequality upper_constraint=",
@@ -61,7 +63,9 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
     """
     ours = lambda part: type(part).__module__.split(".")[0] == "bilevel"  # noqa: E731
     below = getattr(solver, "lower_solver", None)
-    begins = getattr(below, "start", None) is not None or not (below is None or ours(below))
+    implicit = isinstance(getattr(solver, "hypergradient", None), Implicit)  # the start is no part of its derivative
+    starts = getattr(below, "start", None) is not None
+    begins = (starts and not implicit) or not (below is None or ours(below))
     if not jax.tree.leaves(x) or begins or not ours(solver):
         return
     of_upper, of_lower = problem.sources
@@ -78,6 +82,13 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
     prox = problem.prox_lower
     if prox is not None and depends(lambda x, y: prox(x, y, 1.0), x, y):
         return
+    if starts:
+        raise ProblemError(
+            f"x0 is where the lower solver starts and reaches neither loss, and {name_of(solver)} differentiates the "
+            "lower level's solution, which does not depend on its start: every hypergradient is zero. Add the proximal "
+            "term to the lower loss, + lam / 2 * jnp.sum((y - x) ** 2), or take solvers.MAML, which differentiates the "
+            "steps."
+        )
     raise ProblemError(
         "x0 reaches neither the upper nor the lower loss (nor a constraint): the objective does not depend on x, and "
         "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, take "
@@ -109,6 +120,34 @@ def refuse_at_rest(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
     slope = jax.jit(lambda problem, x, y: problem.draw_lower(0).gradient(x, y))(problem, x, y)
     if all(not bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(slope)):
         raise ProblemError("At the start " + AT_REST.format(what=name_of(solver)))
+
+
+def check_solver(owner: str, solver: Any) -> None:
+    """Raise a sentence where this is no solver: a class, a constructor, a name, or another part of the package."""
+    module = getattr(type(solver), "__module__", "")
+    if isinstance(solver, type) or (callable(solver) and hasattr(solver, "__name__")):
+        cure = f"{solver.__name__} was not called: write {solver.__name__}()"
+    elif isinstance(solver, str):
+        cure = f"solvers are objects: write solvers.{solver}()"
+    elif isinstance(solver, optax.GradientTransformation):
+        cure = "an optax rule moves one variable: write solvers.AID(upper_optimizer=rule)"
+    elif module.startswith("bilevel.lower"):
+        cure = "it solves the lower level alone: write solvers.AID(lower_solver=...)"
+    elif module.startswith("bilevel.linear"):
+        cure = "it solves a linear system: write solvers.AID(linear_solver=...)"
+    elif module.startswith("bilevel.hypergradients"):
+        cure = "it is an estimator: write solvers.HypergradientDescent(...) around it"
+    elif (hasattr(solver, "init") and hasattr(solver, "step")) or isinstance(solver, HostSolver):
+        return
+    elif owner == "run":
+        cure = "the order is run(problem, solver, x0, y0, steps), with a solver such as solvers.SOBA()"
+    else:
+        cure = "take one of bilevel.solvers, such as solvers.AID()"
+    what = "an optax rule" if isinstance(solver, optax.GradientTransformation) else repr(solver)[:200]
+    raise TypeError(
+        f"{owner}'s solver is {what}; it needs methods init(problem, x, y, key) and step(problem, state, key), or "
+        f"init, search and status: {cure}."
+    )
 
 
 def within(tol: Any, metrics: Metrics, *names: str) -> jax.Array:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,14 +29,13 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import _compiling
 from bilevel.constraints import Constraints
-from bilevel.curvature import compiled_spectrum, lower_spectrum
-from bilevel.keys import as_step_key
+from bilevel.curvature import ends_of_spectrum, lower_curvature, lower_spectrum
 from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
 from bilevel.result import Result
 from bilevel.solvers._units import Units, changes, moves, normalised, rms, times, units_of_losses, units_of_variables
-from bilevel.solvers.small.mpcc import MPCC
+from bilevel.solvers.small.mpcc import around
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.quadratic import exact_end
 from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
@@ -53,12 +51,16 @@ _FEW = 8
 """The most upper unknowns for which every coordinate is moved, and far moves are tried."""
 _CURVED = 2_000
 """The most lower unknowns for which a run without a tolerance has its curvature looked at."""
-_AROUND = 4
-"""Starts of the search for another solution of a small problem."""
+_AROUND = 3
+"""Starts of the search for another solution of a small problem that lead nowhere new before it ends."""
+_SEARCHED = 150
+"""The most unknowns and lower rows with which there is such a search."""
+_BLIND = 3
+"""Random directions."""
 _RUNAWAY = 1e10
 """How far x is from zero at most, in units that it had at the start."""
-_NEAR, _FAR = (1e-2, 1e-1), (1.0, 4.0)
-"""How far x is moved, in its own units."""
+_NEAR, _FAR, _WAYS = (1e-2, 1e-1), (1.0, 4.0, 16.0, 64.0, 256.0), (1.0, 4.0)
+"""How far x is moved, in its own units: nearby, far along each of few coordinates, and far of many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +310,10 @@ def certify(
     lengths = units_of_variables(problem, x, y, *start)
     at, here, changed, found = _examined(problem, lengths, x, y, moves(x, y, lengths), curved=curved)
     units = units_of_losses(lengths, here, changed)
+    ends = ends_of_spectrum(found.pop("curvature")) if curved else None
     numbers = {name: float(value) for name, value in found.items()} | _in_units(units)
+    if ends is not None:
+        numbers["curvature_least"], numbers["curvature_greatest"] = ends
     better = None
     concave = _bend(numbers) == -1
     whole = tol is not None or result is Result.CONVERGED
@@ -325,6 +330,9 @@ def certify(
         search.minimise(starts=1 if not whole and not concave else 8 if n <= _MANY_STARTS else 4, choose=whole)
         if movable and np.isfinite(numbers["gap"]):
             search.move()
+            if "far" not in numbers:
+                size = f"{optax.tree.size(x):,} unknowns of the upper level"
+                unchecked += (f"Whether another x is better was not looked at, because of size: {size}.",)
         better = search.better
     return _concluded(numbers, result, metrics, tol, unchecked, better)
 
@@ -361,6 +369,7 @@ def _of_small(
         sizes = np.abs(program.start[:n] * program.columns[:n]) / before.columns[:n]
     if any((program.columns[part] < 1e-3 * before.columns[part]).any() for part in (slice(0, n), slice(n, k))):
         program = before  # at the end a variable is zero but for rounding, which is no unit
+        program.start = program.scaled(x, y)
     lower = lower_verified(problem, x, y, program=program)
     upper_loss, lower_loss = program.losses(x, y)
     found: dict[str, float] = {
@@ -387,7 +396,7 @@ def _of_small(
         and not (program.p + program.q)
     ):
         # Another y as low, or the same minimum met more closely: the curvature around y tells.
-        found["curvature_least"], found["curvature_greatest"] = map(float, compiled_spectrum(problem, x, y, dense=300))
+        found["curvature_least"], found["curvature_greatest"] = lower_spectrum(problem, x, y, dense=300)
     unchecked: tuple[str, ...] = ()
     better = None if lower.better is None else (x, lower.better)
     if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
@@ -397,25 +406,27 @@ def _of_small(
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
         better = slope.reached or better
         if "start_loss" not in metrics and found["near"] <= 1e-2:  # the search of MPCC itself has looked around
-            better = _elsewhere(problem, x, y, upper_loss, found, program.upper_scale) or better
+            if program.size <= _SEARCHED:
+                better = _elsewhere(program, upper_loss, found) or better
+            else:
+                why = f"{program.n + program.m} unknowns and {program.p + program.q} rows of the lower level"
+                unchecked += (f"Whether another x is better was not looked at, because of size: {why}.",)
     elif not jax.tree.leaves(x):
         found["near"] = 0.0
     return _concluded(found, result, metrics, tol, unchecked, better)
 
 
-def _elsewhere(
-    problem: Problem, x: PyTree, y: PyTree, upper_loss: float, found: dict[str, float], unit: float
-) -> tuple[PyTree, PyTree] | None:
+def _elsewhere(program: Program, upper_loss: float, found: dict[str, float]) -> tuple[PyTree, PyTree] | None:
     """A verified point with a lower F, from a few starts of a search; `far` and `beaten` say by how much."""
-    solver, key = MPCC(starts=_AROUND), as_step_key(0)
-    ends = solver.search(problem, solver.init(problem, x, y, key), key)
-    state = [state for state, _ in itertools.islice(ends, _AROUND)][-1]
-    fall = 0.0
-    if bool(state.verified):  # to its tolerance: F is taken at the exact lower solution
-        there = lower_verified(problem, state.x, state.y)
-        fall = upper_loss - float(state.upper_loss) - max(there.loss_change, 0.0) if there.gap <= 1e-5 else 0.0
-    found["far"], found["beaten"] = max(fall, 0.0) / unit, max(fall, 0.0)
-    return (state.x, state.y) if fall > 0 else None
+    best = around(program, _AROUND)
+    fall, reached = 0.0, None
+    if best is not None:
+        reached = program.trees(best.xy)
+        there = lower_verified(program.problem, *reached, program=program)
+        # To the search's tolerance: F is taken at the exact lower solution.
+        fall = upper_loss - program.losses(*reached)[0] - max(there.loss_change, 0.0) if there.gap <= 1e-5 else 0.0
+    found["far"], found["beaten"] = max(fall, 0.0) / program.upper_scale, max(fall, 0.0)
+    return reached if fall > 0 else None
 
 
 _REPORTED = (
@@ -461,7 +472,7 @@ def _examined(
         "violation": broken[1],
     }
     if curved:
-        found["curvature_least"], found["curvature_greatest"] = lower_spectrum(problem, x, y)
+        found["curvature"] = lower_curvature(problem, x, y)
     return (u, w), here, changed, found
 
 
@@ -589,7 +600,7 @@ class _Search:
         warm = [solved.w[best], *self.others]
         random = np.random.default_rng(11)
         few = u.size <= _FEW and everywhere
-        blind = 3 if u.size <= _MANY_STARTS else 1  # a random direction sees little of many unknowns' slope
+        blind = _BLIND if u.size <= _MANY_STARTS else 1  # a random direction sees little of many unknowns' slope
         directions = [random.standard_normal(u.shape) for _ in range(blind if everywhere else 0)]
         if few:
             directions += [sign * row for row in np.eye(u.size) for sign in (1.0, -1.0)]
@@ -604,6 +615,10 @@ class _Search:
                 directions.insert(0, -slope / length * u.size**0.5)
         sizes = [(size, "near") for size in _NEAR] + ([(size, "far") for size in _FAR] if few else [])
         tries = [(size, kind, u + size * d) for d in directions for size, kind in sizes]
+        wide = everywhere and not few and self._room > 8
+        if wide:  # of many unknowns some ways, and the one to zero, on which a set is left, or a norm
+            tries += [(size, "far", u + size * d) for d in directions[:_BLIND] for size in _WAYS]
+            tries += [(1.0, "far", u * (1 - part)) for part in (0.5, 1.0, 2.0)]
         if not tries:
             return
         moved = _projected(self.problem, self.units, self.at[0], [t[2].astype(u.dtype) for t in tries])
@@ -631,7 +646,7 @@ class _Search:
                 if kind == "far" or lowest["far"] == 0.0:
                     self._keep(_unflat(moved[i], self.at[0]), reached.w[rows][j])
         found["near"], found["descent"] = lowest["near"], drop["near"]
-        if few:
+        if few or wide:
             found["far"], found["beaten"] = lowest["far"], drop["far"]
 
 

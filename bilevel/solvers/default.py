@@ -18,8 +18,9 @@ import optax
 
 from bilevel._module import name_of
 from bilevel.constraints import Constraints, depends, is_affine
-from bilevel.curvature import compiled_spectrum
+from bilevel.curvature import lower_spectrum
 from bilevel.problem import Problem, ProblemError
+from bilevel.solvers.small.program import size_of
 from bilevel.solvers.small.stationarity import refusal
 from bilevel.typing import PyTree
 
@@ -27,6 +28,8 @@ __all__ = ["ROWS", "Choice", "Facts", "Row", "as_markdown", "default_solver", "l
 
 # Above this many constraint values LV-HBA's projection on the coupled set is dearer than its step.
 _MANY_ROWS = 2000
+# Above this many unknowns and bounds of a set around y MPCC is dearer than steps with the set's projection.
+_MANY_BOUNDS = 100
 # The most lower unknowns whose curvature is looked at before the choice, and whose Hessian is written down.
 _DENSE = 100
 # What a pass over all samples may read and write, so that minibatches are passed over whole.
@@ -46,6 +49,7 @@ class Facts:
       upper_rows: the upper level has constraints.
       projected, nonsmooth: the lower level has a projection; a prox. `coupled_prox`: the prox depends on x.
       refusal: why the problem is none for `solvers.MPCC`; "" where it is one.
+      size: of what MPCC works on: unknowns, and rows with their multipliers.
       unknowns: of the lower level.
       curvature: of f(x0, .) at y0: "convex", "flat" or "indefinite"; "" where it was not looked at.
     """
@@ -59,6 +63,7 @@ class Facts:
     nonsmooth: bool
     coupled_prox: bool
     refusal: str
+    size: int
     unknowns: int
     curvature: str
 
@@ -79,7 +84,7 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
     if problem.constraint is not None or problem.equality is not None:
         coupled = Constraints(problem.draw_lower(0), x, y)
         rows, affine = coupled.count, is_affine(coupled.raw, x, y)
-    prox = problem.prox_lower
+    prox, refused = problem.prox_lower, refusal(problem, x, y)
     facts = Facts(
         simple=not jax.tree.leaves(x),
         stochastic=problem.stochastic,
@@ -89,13 +94,14 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
         projected=problem.project_lower is not None,
         nonsmooth=prox is not None,
         coupled_prox=prox is not None and depends(lambda y, x: prox(x, y, 1.0), y, x, on=1),
-        refusal=refusal(problem, x, y),
+        refusal=refused,
+        size=0 if refused else sum(size_of(problem, x, y)),
         unknowns=optax.tree.size(y),
         curvature="",
     )
     if facts.constrained or facts.stochastic or facts.simple or facts.unknowns > _DENSE:
         return facts
-    low, high = map(float, compiled_spectrum(problem, x, y, dense=_DENSE))
+    low, high = lower_spectrum(problem, x, y, dense=_DENSE)
     flat = 1e-9 * abs(high) if jnp.finfo(jnp.result_type(*jax.tree.leaves(y))).eps < 1e-10 else 1e-5 * abs(high)
     kind = "convex" if low > flat else "flat" if low >= -flat else "indefinite" if np.isfinite(low) else ""
     return dataclasses.replace(facts, curvature=kind)
@@ -155,8 +161,8 @@ def _proximal() -> Any:
 ROWS = (
     Row(
         "at most 300 unknowns and constraint values, full batches; constraints at either level, a set that can be seen "
-        "(`bilevel.sets`) around y, or no upper variable",
-        lambda f: f.small and (f.upper_rows or bool(f.rows) or f.projected or f.simple),
+        "(`bilevel.sets`) around y (at most 100), or no upper variable",
+        lambda f: f.small and (f.upper_rows or bool(f.rows) or f.simple or (f.projected and f.size <= _MANY_BOUNDS)),
         functools.partial(_take, "MPCC"),
         "MPCC",
         "a small problem with constraints: the lower level's conditions as constraints, several starts, every end "

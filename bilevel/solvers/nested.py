@@ -15,7 +15,18 @@ from bilevel.hypergradients import Estimate, Estimator, Implicit, Unrolled
 from bilevel.hypergradients._base import check_estimator, first_carry
 from bilevel.keys import StepKey
 from bilevel.lower import LBFGS, GradientDescent, LowerState, Relative, as_lower_solver
-from bilevel.optimizers import Move, accepted, check_optimizer, quasi_newton, residual, spectral, withdraws
+from bilevel.optimizers import (
+    Move,
+    accepted,
+    check_count,
+    check_optimizer,
+    is_rule,
+    quasi_newton,
+    residual,
+    spectral,
+    standing,
+    withdraws,
+)
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import linear_settled, refuse, within
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -60,11 +71,13 @@ class HypergradientDescent:
         meta-learning.
 
     Metrics: `upper_loss`, `hypergradient_norm` (with a projection |x - project(x - gradient)|), and the estimator's
-    (`lower_residual` = |f_y|, `linear_residual`, `linear_iterations`). With a tolerance a run has converged when both
-    `hypergradient_norm` and `lower_residual` are at most tol (the first alone where the whole lower run is
-    differentiated: it is that of F(x, y_T(x)), and the certificate looks at y_T), the linear system (where there is
-    one) is solved to tol or to a thousandth of F_y, and no negative curvature was met in it. What
-    was in the way is said at the end.
+    (`lower_residual` = |f_y|, `linear_residual`, `linear_iterations`). Under a rule that withdraws steps the first two
+    are those of the point that stands, and the estimator's those of the last trial.
+
+    With a tolerance a run has converged when both `hypergradient_norm` and `lower_residual` are at most tol (the first
+    alone where the whole lower run is differentiated: it is that of F(x, y_T(x)), and the certificate looks at y_T),
+    the linear system (where there is one) is solved to tol or to a thousandth of F_y, and no negative curvature was met
+    in it. What was in the way is said at the end.
     """
 
     hypergradient: Estimator = Implicit()
@@ -131,22 +144,35 @@ class HypergradientDescent:
         def again(x: PyTree) -> Estimate[Any]:
             return self.hypergradient(upper, lower, solver, x, found.lower, found.carry)
 
+        # A trial with anything that is no number, be it the lower level's residual alone, is one without a value.
+        sound: Any = True
+        value = found.value
+        if withdraws(state.upper):
+            numbers = [value, optax.tree.norm(found.gradient), *found.metrics.values()]
+            sound = jnp.stack([jnp.all(jnp.isfinite(number)) for number in numbers]).all()
+            value = jnp.where(sound, value, jnp.nan)
         trial, memory = self._move(problem)(
             found.gradient,
             state.upper,
             state.trial,
-            value=found.value,
+            value=value,
             grad=found.gradient,
             value_fn=lambda x: _with_gradient(again, x),
         )
         x, kept = accepted(memory, trial)
         y = jax.tree.map(lambda new, old: jnp.where(kept, new, old), found.lower.y, state.y)
+        left, carry = found.lower.memory, found.carry
+        if withdraws(memory):  # it leaves nothing that the next one could begin with
+            keep = lambda new, old: jnp.where(sound | kept, new, old)  # noqa: E731
+            left, carry = jax.tree.map(keep, (left, carry), (start.memory, state.carry))
+        value, gradient = standing(memory, found.value, found.gradient)
+        at = x if withdraws(memory) else state.trial
         metrics = {
-            "upper_loss": found.value,
-            "hypergradient_norm": residual(state.trial, found.gradient, upper.project),
+            "upper_loss": value,
+            "hypergradient_norm": residual(at, gradient, upper.project),
             **found.metrics,
         }
-        return NestedState(x, y, trial, found.lower.memory, found.carry, memory, state.start), metrics
+        return NestedState(x, y, trial, left, carry, memory, state.start), metrics
 
     def status(self, state: NestedState, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED where the hypergradient and the lower level's residual are within the tolerance (and what else the
@@ -155,7 +181,12 @@ class HypergradientDescent:
         if not getattr(self.hypergradient, "conclusive", True):
             return jnp.zeros((), jnp.int32)
         met = within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
-        return jnp.where(linear_settled(tol, metrics), met, 0)
+        return jnp.where(linear_settled(tol, metrics) & ~self.withdrawn(state), met, 0)
+
+    def withdrawn(self, state: NestedState) -> jax.Array:
+        """Whether the last trial was taken back, so that what its solves report is not of the point that the run
+        stands at."""
+        return ~jnp.asarray(accepted(state.upper, state.x)[1])
 
     def multipliers(self, problem: Problem, state: NestedState) -> dict[str, PyTree]:
         """The lower level's multipliers in the user's units, where the estimator knows them; else none."""
@@ -217,6 +248,7 @@ def ITD(
 
     Reference: Franceschi et al., ICML 2017.
     """
+    _check_steps("ITD", lower_steps, lower_optimizer, upper_optimizer)
     solver = GradientDescent(lower_optimizer, lower_steps, start=start)
     return HypergradientDescent(Unrolled(), solver, upper_optimizer, warm_start)
 
@@ -242,6 +274,12 @@ def MAML(
     References: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017; Raghu et al., "Rapid Learning or
     Feature Reuse? Towards Understanding the Effectiveness of MAML", ICLR 2020 (ANIL).
     """
+    _check_steps("MAML", lower_steps, lower_optimizer, upper_optimizer)
+    if start is not None and not callable(start):
+        raise TypeError(
+            f"MAML(start={start!r}): a function is expected, of (x, y) to the part of x that the tasks adapt: "
+            'start=lambda x, y: x["head"].'
+        )
     begin = _start_at_upper if start is None else lambda x, y: _start_at_upper(start(x, y), y)
     return ITD(lower_steps, lower_optimizer, upper_optimizer, start=begin)
 
@@ -258,6 +296,7 @@ def TruncatedITD(
 
     Reference: Shaban et al., AISTATS 2019.
     """
+    _check_steps("TruncatedITD", lower_steps, lower_optimizer, upper_optimizer)
     return HypergradientDescent(
         Unrolled(last=last), GradientDescent(lower_optimizer, lower_steps), upper_optimizer, warm_start
     )
@@ -269,6 +308,7 @@ def OneStep(lower_steps: int = 10, lower_optimizer: Any = 0.1, upper_optimizer: 
 
     Reference: Bolte, Pauwels, Vaiter, NeurIPS 2023.
     """
+    _check_steps("OneStep", lower_steps, lower_optimizer, upper_optimizer)
     return HypergradientDescent(
         hypergradients.OneStep(), GradientDescent(lower_optimizer, lower_steps), upper_optimizer
     )
@@ -301,10 +341,32 @@ def IMAML(
 
     Reference: Rajeswaran et al., "Meta-Learning with Implicit Gradients", NeurIPS 2019.
     """
+    _check_steps("IMAML", lower_steps, lower_optimizer, upper_optimizer)
     solver = GradientDescent(lower_optimizer, lower_steps, start=_start_at_upper)
     return HypergradientDescent(
         Implicit(linear.TaskCG(tol=None, max_steps=cg_steps, warm_start=False)), solver, upper_optimizer
     )
+
+
+def _check_steps(owner: str, lower_steps: Any, lower_optimizer: Any, upper_optimizer: Any) -> None:
+    """Raise a sentence where the count of steps is no count, such as a lower solver, or a step size in its place."""
+    if hasattr(lower_steps, "advance") or is_rule(lower_steps):
+        what = "an optax rule" if is_rule(lower_steps) else f"a lower solver, {type(lower_steps).__name__}"
+        rule = "rule" if is_rule(lower_steps) else "0.1"
+        raise TypeError(
+            f"{owner} was given {what} in the place of lower_steps: it takes a number of steps and their rule, "
+            f"{owner}(lower_steps=10, lower_optimizer={rule}). For a lower solver of its own write "
+            "solvers.HypergradientDescent(hypergradients.Unrolled(), lower_solver)."
+        )
+    check_count(
+        owner,
+        "the number of lower steps is a positive integer, and comes before the step size",
+        lower_steps=lower_steps,
+    )
+    if lower_steps is None:
+        raise TypeError(f"{owner}(lower_steps=None): the number of lower steps is a positive integer.")
+    check_optimizer(owner, "lower_optimizer", lower_optimizer)
+    check_optimizer(owner, "upper_optimizer", upper_optimizer)
 
 
 def _start_at_upper(x: PyTree, y: PyTree) -> PyTree:

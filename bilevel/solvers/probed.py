@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import hyperparameters, state
-from bilevel.derivatives import dot, norm
+from bilevel._roots import root
+from bilevel.derivatives import dot
 from bilevel.keys import Draw, StepKey
 from bilevel.optimizers import Move
 from bilevel.problem import Problem
@@ -150,10 +151,10 @@ class ProbedSingleLoop:
         at, reduction = Point(state.x, state.y, state.v), self._reduction(problem, state.x, state.y)
         value, direction, memory = reduction(problem, Joint(), at, state.memory, key)
 
-        now = jnp.stack([norm(d) ** 2 for d in (direction.x, direction.y, direction.v)])
+        now = jnp.stack([dot(d, d) for d in (direction.x, direction.y, direction.v)])
         held = jnp.where(state.squares > 0, state.squares, now)  # D_x is zero as long as v is
         squares = held + 0.01 * (jnp.minimum(now, 4 * held) - held)
-        clips = jnp.minimum(1, 2 * jnp.sqrt(squares / jnp.maximum(now, _TINY)))
+        clips = jnp.minimum(1, 2 * root(squares / jnp.where(now > _TINY, now, _TINY)))
 
         upper, lower = problem.levels(key)
         due = _scheduled(key.step) | (clips[1] < 1) | (clips[2] < 1)
@@ -162,9 +163,9 @@ class ProbedSingleLoop:
 
         blocks = max(_blocks(source) for source in problem.sources)
         wait = max(_WAIT, blocks) if isinstance(reduction, SAGA) else _WAIT
-        a = jnp.where(probes.lower > 0, 0.5 / jnp.maximum(probes.lower, _TINY), 0)
+        a = _over(0.5, probes.lower)
         curvature = probes.upper + 0.1 * probes.lag * 2 * probes.lower
-        most = jnp.where(curvature > 0, state.brake * 0.5 / jnp.maximum(curvature, _TINY), 0)
+        most = _over(state.brake * 0.5, curvature)
         grown = jnp.where(state.b > 0, state.b * jnp.exp(jnp.minimum(0.1, 3 / blocks)), 0.1 * most)
         b = jnp.where(key.step < wait, 0, jnp.minimum(most, grown)).astype(a.dtype)
 
@@ -209,8 +210,19 @@ def _where(chosen: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(chosen, a, b), a, b)
 
 
+def _norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm, with the derivative zero at zero, where directions begin."""
+    return root(dot(tree, tree))
+
+
+def _over(number: Any, curvature: jax.Array) -> jax.Array:
+    """The quotient, 0 where there is no curvature, in derivatives too."""
+    seen = curvature > _TINY
+    return jnp.where(seen, number / jnp.where(seen, curvature, 1), 0)
+
+
 def _unit(tree: PyTree) -> PyTree:
-    return optax.tree.scale(1 / jnp.maximum(norm(tree), _TINY), tree)
+    return optax.tree.scale(_over(1.0, _norm(tree)), tree)
 
 
 def _slow(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -227,10 +239,10 @@ def _probed(upper: Any, lower: Any, at: Point, direction: Point, probes: Probes)
 
     along_y = lambda p: tangent(zero.x, p, zero.v).y  # noqa: E731
     bent, to_y, to_v = along_y(probes.u_y), _unit(direction.y), _unit(direction.v)
-    seen = jnp.stack([norm(bent), norm(along_y(to_y)), norm(along_y(to_v))])
+    seen = jnp.stack([_norm(bent), _norm(along_y(to_y)), _norm(along_y(to_v))])
     lipschitz = _slow(probes.lower, jnp.max(seen))
     u_y = _unit(optax.tree.add_scale(_unit(bent), 0.1, to_y))
-    a = jnp.where(lipschitz > 0, 0.5 / jnp.maximum(lipschitz, _TINY), 0)
+    a = _over(0.5, lipschitz)
 
     def followed(q: Point, r: Point, target: Point | None = None) -> Point:
         """One step of (y, v) towards an answer."""
@@ -244,10 +256,10 @@ def _probed(upper: Any, lower: Any, at: Point, direction: Point, probes: Probes)
     to_x = _unit(direction.x)
     answer = lambda q, _: (followed(q, tangent(to_x, q.y, q.v)), None)  # noqa: E731
     answered, _ = jax.lax.scan(answer, Point(None, zero.y, zero.v), None, length=8)
-    of_direction = norm(tangent(to_x, answered.y, answered.v).x)
+    of_direction = _norm(tangent(to_x, answered.y, answered.v).x)
 
-    upper_curvature = _slow(probes.upper, jnp.maximum(norm(first.x), of_direction))
-    lag = _slow(probes.lag, norm(second.x))
+    upper_curvature = _slow(probes.upper, jnp.maximum(_norm(first.x), of_direction))
+    lag = _slow(probes.lag, _norm(second.x))
     sign = jnp.where(dot(probes.u, first.x) < 0, -1, 1)
     u = _unit(optax.tree.add_scale(probes.u, sign, _unit(first.x)))
     return Probes(u, u_y, q1, q2, lipschitz, upper_curvature, lag)

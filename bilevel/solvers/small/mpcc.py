@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel._module import hyperparameters, state
-from bilevel.keys import StepKey
+from bilevel.keys import StepKey, as_step_key
 from bilevel.optimizers import check_count
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.solvers.small.nlp import METHODS
 from bilevel.solvers.small.program import Program, flatten
-from bilevel.solvers.small.search import LADDER, Point, Search, lower_starts, sample, solve_lower, spread
+from bilevel.solvers.small.search import EXACT, LADDER, Lowest, Point, Search, lower_starts, sample, solve_lower, spread
 from bilevel.solvers.small.stationarity import unbounded
 from bilevel.typing import Metrics, PyTree
 
-__all__ = ["MPCC", "Local", "MPCCState"]
+__all__ = ["MPCC", "Local", "MPCCState", "around"]
 
 logger = logging.getLogger("bilevel")
 
@@ -33,6 +33,10 @@ _SCOUTS, _FEW = 30, 60
 """Lower solves before the search, and the most unknowns for which so many are made."""
 _LOOKS = 4
 """Points of a start that are looked at more closely, of those that do not stand it."""
+_LOWER = 1e-4
+"""Scaled F: what counts as a lower one elsewhere."""
+_MANY, _IDLE = 100, 2
+"""From how many unknowns and rows on a search ends early, and after how many starts that found nothing lower."""
 _FAR = 2
 """Starts at lower solutions that lie far from the others."""
 
@@ -106,7 +110,7 @@ class MPCC:
     On full batches, for up to some hundreds of unknowns and rows. Not for nonsmooth terms. All of the problem's
     constraints, equalities and sets that are objects of `bilevel.sets` are honoured, and x0=None. One step of `solve`
     is one start, with all its rounds; a run ends by itself after `starts` of them (and up to a third more where none
-    was verified).
+    was verified), with more than 100 unknowns and rows as soon as two in a row found nothing lower.
 
     After Scholtes, SIAM J. Optim. 11 (2001), for the relaxation; Mitsos, Lemonidis and Barton, J. Glob. Optim. 42
     (2008), for bounds by the lower level's value.
@@ -230,6 +234,7 @@ class _Run:
         self.search = Search(program, solver.method, solver.tol, solver.rounds, solver.lower_starts)
         self.best: Point | None = None
         self.known: list[np.ndarray] = []
+        self.losses: list[float] = []
         self._scouts: tuple[list[np.ndarray], list[np.ndarray]] | None = None
         self._seed = [int(part) for part in np.asarray(jax.random.key_data(key.base)).ravel()]
         self._seed += [int(key.stream)]
@@ -243,6 +248,8 @@ class _Run:
         self.best.gap, self.best.violation = float(state.gap), float(state.violation)
         self.best.loss = float(state.upper_loss) * self.program.rows[0]
         self._learn(state.ends)
+        losses = np.where(state.ends["verified"], state.ends["upper_loss"], np.inf) * self.program.rows[0]
+        self.losses = list(losses[: int(state.done)])
 
     def _learn(self, ends: dict[str, Any]) -> None:
         """The verified ends as a state holds them, so that a resumed run knows what the first one did."""
@@ -266,7 +273,8 @@ class _Run:
             if step == 0 and not passed and point.gap > 1e-3 and self._falls(curved=True):
                 yield 0, self._hopeless(), True
                 return
-            finished = step + 1 == solver.most_steps or (step + 1 >= solver.starts and passed)
+            self.losses.append(point.loss if point.verified(solver.tol) else np.inf)
+            finished = step + 1 == solver.most_steps or (passed and (step + 1 >= solver.starts or self._is_idle()))
             if finished and passed and self.best is not None:
                 self.best = self.search.exact(self.best, rng)
             yield step, point, finished
@@ -291,15 +299,21 @@ class _Run:
 
     def _better(self, points: list[Point], rng: np.random.Generator) -> Point:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""
-        tol = self.solver.tol
+        tol, n = self.solver.tol, self.program.n
         points = sorted(points, key=lambda point: _rank(point, tol))
-        looks = 0
-        for i, point in enumerate(points):
+        known = [other[n:] for point in points for other in point.lowest.points[:2]]
+        first, looks = points[0], 0
+        while points:
+            point = points.pop(0)
             if self.best is not None and _rank(point, tol) >= _rank(self.best, tol):
-                return points[0] if i == 0 else point
+                return point
             if point.verified(tol):
-                known = [other[self.program.n :] for p in points for other in p.lowest.points[:2]]
-                closer = self.search.judge(point.z, rng, known, 3 * self.solver.lower_starts)
+                sharper = self._sharper(point, known, rng)
+                if sharper is not None:  # F is compared where y is exact
+                    points.append(sharper)
+                    points.sort(key=lambda point: _rank(point, tol))
+                    continue
+                closer = self.search.judge(point.z, rng, known, 3 * self.solver.lower_starts, deep=not looks)
                 falls = unbounded(self.program.problem, *self.program.trees(point.xy), self.program)
                 if falls or not closer.verified(tol):
                     point.gap = np.inf if falls else closer.gap
@@ -307,12 +321,39 @@ class _Run:
                     if looks == _LOOKS:
                         self.best = self.best or point
                         return point
+                    if not falls and closer.lowest.points:  # what lies lower is a point of the problem itself
+                        points.append(self._answer(closer.lowest, closer.lowest.points[0]))
+                        known.append(closer.lowest.points[0][n:])
+                        points.sort(key=lambda point: _rank(point, tol))
                     continue
             self.best = point
             return point
         if self.best is None:
-            self.best = points[0]
-        return points[0]
+            self.best = first
+        return first
+
+    def _sharper(self, point: Point, known: list[np.ndarray], rng: np.random.Generator) -> Point | None:
+        """A verified point with y on its conditions, where it was not; None: it was, or has none."""
+        search = self.search
+        if search.multipliers(point.xy)[1] <= EXACT:
+            return None
+        z, left = search.multipliers(search.polish(point.xy))
+        if left > EXACT:
+            return None
+        found = search.judge(z, rng, known)
+        return found if found.verified(self.solver.tol) else None
+
+    def _answer(self, lowest: Lowest, xy: np.ndarray) -> Point:
+        """A lower solution that was found, as a point."""
+        at = self.program(self.program.point(xy))
+        z = self.search.multipliers(xy)[0]
+        return Point(xy, z, at.F, self.program.violation(at), at.f - lowest.value, lowest)
+
+    def _is_idle(self) -> bool:
+        """Whether a start costs much, and the last ones found nothing lower than those before."""
+        if self.program.size <= _MANY or len(self.losses) <= _IDLE:
+            return False
+        return min(self.losses[-_IDLE:]) > min(self.losses[:-_IDLE]) - _LOWER
 
     def _is_known(self, xy: np.ndarray) -> bool:
         """Whether a verified end of an earlier start is there."""
@@ -373,7 +414,7 @@ class _Run:
             place = spread(step, k)
             xy = sample(program.lower[:k], program.upper[:k], xy, rng, step % 4 != 0, place)
             xy = xy if branching else search.feasible(xy)
-        points: list[Point] = []
+        points: list[Point] = [] if lead is None else [search.judge(search.multipliers(lead)[0], rng)]
         if branching and lead is None:
             # From the lower level's solution at an x, on its own branch.
             near, far = self.scouts()
@@ -403,11 +444,7 @@ class _Run:
                 points.append(search.judge(end, rng, [p[n:] for p in last.lowest.points[:2]]))
         # The lower level's solutions at the x that were met are points of the problem themselves.
         for point in list(points):
-            for other in point.lowest.points[:3]:
-                at = program(program.point(other))
-                gap = at.f - point.lowest.value
-                z = search.multipliers(other)[0]
-                points.append(Point(other, z, at.F, program.violation(at), gap, point.lowest))
+            points += [self._answer(point.lowest, other) for other in point.lowest.points[:3]]
         return points
 
     # ------------------------------------------------------------ states
@@ -440,6 +477,28 @@ class _Run:
             np.int64(step + 1),
             np.bool_(finished),
         )
+
+
+def around(program: Program, starts: int) -> Point | None:
+    """A verified point with a lower F than where `program` begins, from a search around it; None: none found.
+
+    It ends at the first one, after so many starts that led nowhere new, or after four times as many in all.
+    """
+    run = _Run(MPCC(starts=4 * starts), program, as_step_key(0))
+    here = program(program.point(program.start)).F
+    tol, idle = run.solver.tol, 0
+    with program.precision():
+        for _, point, _ in run.all(1):  # start number 0 is the point itself
+            apart = (np.abs(point.xy - end).max() > _DIFFERENT for end in [program.start, *run.known])
+            new = point.verified(tol) and all(apart)
+            idle = 0 if new else idle + 1
+            run.known += [point.xy] if new else []
+            best = run.best
+            if best is not None and best.verified(tol) and best.loss < here - _LOWER:
+                return run.search.exact(best, np.random.default_rng(0))
+            if idle >= starts:
+                break
+    return None
 
 
 def _rank(point: Point, tol: float) -> tuple[int, float]:
@@ -494,11 +553,11 @@ def _in_shape(program: Program, upper: np.ndarray, lower: np.ndarray) -> dict[st
             leaves = []
             for shape in jax.tree.leaves(shapes):
                 size = int(np.prod(shape.shape))
-                leaves.append(jnp.asarray(values[first : first + size].reshape(shape.shape), shape.dtype))
+                leaves.append(jax.device_put(values[first : first + size].reshape(shape.shape).astype(shape.dtype)))
                 first += size
             if leaves:
                 found[name] = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
             if extra:
-                found[f"project_{level}.{kind}"] = jnp.asarray(values[first : first + extra])
+                found[f"project_{level}.{kind}"] = jax.device_put(values[first : first + extra])
                 first += extra
     return found

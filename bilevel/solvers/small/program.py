@@ -315,7 +315,7 @@ class Program:
         raw, leaves, first = xy * self.columns[: self.n + self.m], [], 0
         for shape, dtype in zip(self.layout.shapes, self.dtypes, strict=True):
             size = int(np.prod(shape))
-            leaves.append(jnp.asarray(raw[first : first + size].reshape(shape).astype(dtype)))
+            leaves.append(jax.device_put(raw[first : first + size].reshape(shape).astype(dtype)))
             first += size
         cut = self.layout.x.num_leaves
         return jax.tree.unflatten(self.layout.x, leaves[:cut]), jax.tree.unflatten(self.layout.y, leaves[cut:])
@@ -451,14 +451,8 @@ class Program:
         k = self.n + self.m
         _, _, G, H, g, h, r = self._slices
         constraints = np.r_[G, H, g, h]
-        unit, lengths = np.abs(steps), []
-        width = (high - low)[block] / unit
-        lengths += list(width[np.isfinite(width) & (width > 0)] / 2)
-        largest = np.max(np.abs(xy[block]) / unit, initial=0.0)
-        lengths += [float(largest)] if largest > 0 else []
-        with np.errstate(all="ignore"):
-            distance = np.abs(values[constraints]) / np.sqrt(np.sum((jacobian[constraints, block] * unit) ** 2, axis=1))
-        lengths += list(distance[np.isfinite(distance) & (distance > 0)])
+        unit = np.abs(steps)
+        lengths: list[float] = []
         direction = np.zeros(k)
         direction[block] = steps
         lengths += self._curving(xy, direction, values, jacobian) if direction.any() else []
@@ -467,6 +461,14 @@ class Program:
             with np.errstate(all="ignore"):
                 moved = np.linalg.norm(jacobian[r, :k] @ both) / np.linalg.norm(jacobian[r, :k] @ direction)
             lengths += [float(moved)] if np.isfinite(moved) and moved > 0 else []
+        # Bounds that are there to be on the safe side say nothing, where anything else does.
+        widest = min(_UNEQUAL * max(lengths, default=np.inf), np.finfo(float).max)
+        with np.errstate(all="ignore"):
+            distance = np.abs(values[constraints]) / np.sqrt(np.sum((jacobian[constraints, block] * unit) ** 2, axis=1))
+        for size in ((high - low)[block] / unit / 2, distance):
+            lengths += list(size[(size > 0) & (size <= widest)])
+        largest = np.max(np.abs(xy[block]) / unit, initial=0.0)
+        lengths += [float(largest)] if largest > 0 else []
         # At a solution some are zero but for rounding: no lengths.
         least = 1e-2 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
         lengths = [length for length in lengths if length >= least]

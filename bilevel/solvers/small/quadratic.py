@@ -164,4 +164,4 @@ def _cut(vector: np.ndarray, layout: Layout) -> list[np.ndarray]:
 
 
 def _like(value: np.ndarray, leaf: Any) -> jax.Array:
-    return jnp.asarray(value.astype(np.asarray(leaf).dtype))
+    return jax.device_put(value.astype(np.asarray(leaf).dtype))

@@ -19,7 +19,7 @@ import numpy as np
 from bilevel.solvers.small.nlp import Rows, minimise
 from bilevel.solvers.small.program import Evaluated, Program
 
-__all__ = ["Lowest", "Point", "Search", "lower_starts", "solve_lower"]
+__all__ = ["Lowest", "Point", "Search", "deeper", "lower_starts", "solve_lower"]
 
 LADDER = (1e-1, 1e-3, 1e-5, 1e-8)
 _SHORT = (1e-4, 1e-8)
@@ -37,6 +37,16 @@ _BESIDE = 1e-2
 """How far from a relaxed point the exact one is at most, in units of the variables."""
 _STEEP = 1e3
 """A lower solution that moves faster with x, in units of the variables, is at a kink."""
+_DAMPING = (1.0, 0.3, 0.1, 0.03)
+"""Parts of a Newton step that are tried."""
+_SAME_VALLEY = 1e-5
+"""Scaled f: local minima that differ by less are taken for one."""
+_SEVERAL, _HOPS, _PATIENCE = 3, 100, 10
+"""From how many valleys on the lower level is solved from more starts, how many, and how many without success."""
+_SHIFTS = 5
+"""Steps of x to a tie."""
+_WIDE = 1e2
+"""Units of a variable: a box as wide as this one is no hint of where to look."""
 
 
 @dataclasses.dataclass
@@ -47,11 +57,13 @@ class Lowest:
       value: the least scaled f at a feasible point; infinite where none was found.
       points: (x, y) of the local minima found, the lowest first.
       values: their f.
+      valleys: those of the local minima that differ in f: where there are several, there may be more.
     """
 
     value: float
     points: list[np.ndarray]
     values: list[float]
+    valleys: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -118,28 +130,65 @@ def solve_lower(
     """
     n = program.n
     tried = [np.concatenate([xy[:n], y]) for y in starts]
+    ends: list[np.ndarray] = []
     if program.linear:
-        tried += solve_linear(program, xy)[0]
+        ends = solve_linear(program, xy)[0]
     else:
         lower, upper = program.own_lower.copy(), program.own_upper.copy()
         lower[:n] = upper[:n] = xy[:n]
         rows = lower_rows(program)
         solved = lambda y: minimise(rows, y, lower, upper, method=method, iterations=iterations, tol=1e-13, far=1e30)  # noqa: E731
-        tried = [point for start in tried for point in (start, solved(start))]
+        ends = [solved(start) for start in tried]
+    return _lowest(program, tried, ends)
+
+
+def _lowest(program: Program, starts: list[np.ndarray], ends: list[np.ndarray]) -> Lowest:
+    """What solves of the lower level from `starts` to `ends` say of it."""
     found = []
-    for point in tried:
+    for i, point in enumerate([*starts, *ends]):
         at = program(program.point(point))
         # A point that breaks its rows a little may be lower by that much times their multipliers.
         if program.violation(at, upper=False) <= FEASIBLE and np.isfinite(at.f):
-            found.append((at.f, point))
-    found.sort(key=lambda entry: entry[0])
+            found.append((at.f, i, point))
+    found.sort(key=lambda entry: entry[:2])
     points: list[np.ndarray] = []
     values: list[float] = []
-    for value, point in found:
+    valleys: list[tuple[float, np.ndarray]] = []
+    for value, i, point in found:
         if all(np.abs(point - other).max() > 1e-4 for other in points):
             points.append(point)
             values.append(value)
-    return Lowest(values[0] if values else np.inf, points, values)
+        if i >= len(starts) and all(abs(value - other) > _SAME_VALLEY for other, _ in valleys):
+            valleys.append((value, point))
+    return Lowest(values[0] if values else np.inf, points, values, [point for _, point in valleys])
+
+
+def deeper(program: Program, xy: np.ndarray, lowest: Lowest, rng: np.random.Generator, method: str = "SLSQP") -> Lowest:
+    """The same after more solves, where those made ended in several valleys: from around the lowest point, and from a
+    valley's distance along each coordinate, until many in a row found nothing lower."""
+    n, m = program.n, program.m
+    if len(lowest.valleys) < _SEVERAL:
+        return lowest
+    low, high = program.own_lower[n : n + m], program.own_upper[n : n + m]
+    left, misses, sweep = _HOPS, 0, 0
+    while left and (misses < _PATIENCE or sweep < 2 * m):
+        left -= 1
+        start = lowest.points[0][n:].copy()
+        if misses < _PATIENCE:
+            along = np.ones(m) if misses % 2 else np.eye(m)[rng.integers(m)]
+            start += 10.0 ** rng.uniform(-1.5, 1) * rng.normal(size=m) * along
+        else:
+            j = sweep // 2
+            apart = np.abs(np.stack(lowest.valleys)[:, n + j] - start[j])
+            apart = apart[apart > 1e-2 * apart.max(initial=0.0)]
+            start[j] += (-1) ** sweep * apart.min(initial=np.inf) if apart.size else 0.0
+            sweep += 1
+        found = solve_lower(program, xy, [np.clip(start, low, high)], method=method)
+        lower = found.value < lowest.value - _SAME_VALLEY
+        # What is no lower is another valley all the same, and says how far apart they are.
+        lowest = _lowest(program, [], [*lowest.points, *found.points[:1]])
+        misses, sweep = (0, 0) if lower else (misses + 1, sweep)
+    return lowest
 
 
 def solve_linear(program: Program, xy: np.ndarray) -> tuple[list[np.ndarray], bool]:
@@ -197,7 +246,7 @@ def sample(
     wide: bool,
     place: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A point in a box: uniform where it is closed, log-uniform widths where it is open; or near the center.
+    """A point in a box: uniform where it is closed, log-uniform widths where it is open or wide; or near the center.
 
     `place`: where in the closed ones, in [0, 1].
     """
@@ -207,7 +256,11 @@ def sample(
         return np.clip(around, low, high)
     closed = np.isfinite(low) & np.isfinite(high)
     span = np.where(closed, high - low, 0.0)
-    inside = np.where(closed, low, 0.0) + span * (rng.uniform(size=center.size) if place is None else place)
+    where = rng.uniform(size=center.size) if place is None else place
+    inside = np.where(closed, low, 0.0) + span * where
+    # A box that is wide in the problem's own units says little: there widths of all sizes up to its own.
+    far = 10.0 ** (np.abs(2 * where - 1) * np.log10(10 * np.maximum(span, 1.0)) - 1)
+    inside = np.where(span > _WIDE, np.clip(center + np.sign(where - 0.5) * far, low, high), inside)
     above = np.where(np.isfinite(low), low, 0.0) + 10.0 ** rng.uniform(-1, 1.5, center.size)
     below = np.where(np.isfinite(high), high, 0.0) - 10.0 ** rng.uniform(-1, 1.5, center.size)
     half = np.where(np.isfinite(low), above, np.where(np.isfinite(high), below, around))
@@ -460,11 +513,15 @@ class Search:
         for _ in range(steps):
             if size < 1e-15 or not np.isfinite(slope).all():
                 break
-            after = z.copy()
-            after[unknown] -= np.linalg.lstsq(slope, value, rcond=None)[0]
-            new_value, new_slope = conditions(after)
-            new_size = np.abs(new_value).max(initial=0.0)
-            if not new_size < size:
+            step = np.linalg.lstsq(slope, value, rcond=None)[0]
+            for factor in _DAMPING:
+                after = z.copy()
+                after[unknown] -= factor * step
+                new_value, new_slope = conditions(after)
+                new_size = np.abs(new_value).max(initial=0.0)
+                if new_size < size:
+                    break
+            else:
                 break
             z, value, slope, size = after, new_value, new_slope, new_size
         lam = z[k : k + program.p][program.inequality]
@@ -476,8 +533,16 @@ class Search:
 
     # ------------------------------------------------------------ points
 
-    def judge(self, z: np.ndarray, rng: np.random.Generator, known: Iterable[np.ndarray] = (), count: int = 0) -> Point:
-        """The point (x, y) of z, with the lower level solved from several starts."""
+    def judge(
+        self,
+        z: np.ndarray,
+        rng: np.random.Generator,
+        known: Iterable[np.ndarray] = (),
+        count: int = 0,
+        deep: bool = False,
+    ) -> Point:
+        """The point (x, y) of z, with the lower level solved from several starts; `deep`: from more where it has many
+        minima."""
         program, k = self.program, self.k
         xy = np.clip(z[:k], program.lower[:k], program.upper[:k])
         at = program(program.point(xy))
@@ -485,7 +550,15 @@ class Search:
             return Point(xy, np.concatenate([xy, z[k:]]), at.F, program.violation(at), np.inf, Lowest(np.inf, [], []))
         starts = lower_starts(program, xy, count or self.lower_count, rng) + [y for y in known]
         lowest = solve_lower(program, xy, starts, method=self.method)
+        if deep:
+            lowest = deeper(program, xy, lowest, rng, self.method)
         gap = at.f - lowest.value if lowest.points else np.inf
+        if self.tol < gap < np.inf:  # a method stops early in a curved valley, and no cut mends that
+            sharp = self.polish(xy)
+            there = program(program.point(sharp))
+            beside = np.abs(sharp - xy).max() <= _BESIDE and program.violation(there) <= FEASIBLE
+            if beside and there.f - lowest.value <= self.tol:
+                xy, at, gap = sharp, there, max(there.f - lowest.value, 0.0)
         return Point(xy, np.concatenate([xy, z[k:]]), at.F, program.violation(at), gap, lowest)
 
     def crossover(self, z: np.ndarray, cuts: Sequence[Cut] = (), most: int = 4) -> list[np.ndarray]:
@@ -505,15 +578,55 @@ class Search:
                 branches.append(branch)
         return [self.local(z, None, branch, cuts) for branch in branches[: most + 1]]
 
-    def exact(self, point: Point, rng: np.random.Generator) -> Point:
-        """The solution that a verified point stands for: y on its conditions at x, or both on a branch of theirs.
+    def slope(self, xy: np.ndarray) -> tuple[np.ndarray, float]:
+        """The derivative in x of f at a lower solution that follows x, and what is left of its conditions."""
+        program, n, k = self.program, self.n, self.k
+        z, left = self.multipliers(xy)
+        at = program(z)
+        lam, mu = z[k : k + program.p], z[k + program.p :]
+        return (at.df + lam @ at.dg + mu @ at.dh)[:n], left
 
-        What is relaxed by 1e-8 lets F be better by its root where f is flat, and x lie on the wrong side of a tie.
+    def exact(self, point: Point, rng: np.random.Generator) -> Point:
+        """The solution that a verified point stands for: y on its conditions at x, or both on a branch of theirs, and x
+        where y is no higher than another minimiser.
+
+        What is relaxed by 1e-8 lets F be better by its root where f is flat, and a gap that passes lets x lie on the
+        wrong side of a tie.
         """
+        return self._tied(self._on_conditions(point, rng), rng)
+
+    def _tied(self, point: Point, rng: np.random.Generator) -> Point:
+        """The point with x moved to where y ties with a minimiser that lies lower by less than the tolerance."""
+        found = point
+        for _ in range(_SHIFTS):
+            if not EXACT < found.gap < np.inf or not found.lowest.points:
+                break
+            other = found.lowest.points[0]
+            (here, left), (there, left_there) = self.slope(found.xy), self.slope(other)
+            away = here - there
+            if np.abs(other - found.xy).max() <= _BESIDE or max(left, left_there) > 1e-3 or not away.any():
+                break
+            step = -1.01 * found.gap * away / (away @ away)  # a little beyond the tie
+            if not np.abs(step).max() <= _BESIDE:
+                break
+            moved = found.xy.copy()
+            moved[: self.n] += step
+            moved[self.n :] += self.cut(found.xy).slope @ step
+            moved = self.polish(np.clip(moved, self.program.lower[: self.k], self.program.upper[: self.k]))
+            after = self.judge(self.multipliers(moved)[0], rng, [p[self.n :] for p in found.lowest.points[:2]])
+            if not after.gap < found.gap:
+                break
+            found = after
+        return found if found.verified(self.tol) and found.loss <= point.loss + _BESIDE else point
+
+    def _on_conditions(self, point: Point, rng: np.random.Generator) -> Point:
+        """The point with y on its conditions at x, or both on a branch of theirs."""
         if self.multipliers(point.xy)[1] <= EXACT:
             return point
         found = []
-        for end in [self.polish(point.xy), *self.crossover(point.z)]:
+        polished = self.polish(point.xy)
+        ends = [polished, *self.crossover(point.z), *self.crossover(self.multipliers(polished)[0])]
+        for end in ends:
             z, left = self.multipliers(end[: self.k])
             if left <= EXACT and np.abs(z[: self.k] - point.xy).max() <= _BESIDE:
                 found.append(self.judge(z, rng, [p[self.n :] for p in point.lowest.points[:2]]))

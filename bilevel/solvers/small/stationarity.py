@@ -21,6 +21,7 @@ from bilevel.solvers.small.search import (
     FEASIBLE,
     Lowest,
     Search,
+    deeper,
     lower_rows,
     lower_starts,
     solve_linear,
@@ -116,6 +117,7 @@ def lower_verified(
         search = Search(program)
         at = program(program.point(xy))
         lowest = solve_lower(program, xy, lower_starts(program, xy, starts, rng))
+        lowest = deeper(program, xy, lowest, rng)
         gap = at.f - lowest.value if lowest.points else np.inf
         slack = max(1e-6, abs(gap) if np.isfinite(gap) and gap < 1e-3 else 0.0)
         ties = [p for p, value in zip(lowest.points, lowest.values, strict=True) if value <= lowest.value + slack]
@@ -348,13 +350,12 @@ class _Check:
         here = program(program.point(self.xy))
         rows = []
         for point in self.others:
-            z, left = self.search.multipliers(point)
-            there = program(z)
+            slope, left = self.search.slope(point)
+            there = program(program.point(point))
             if left > 1e-3 or there.f - here.f > 10 * self.radius:
                 continue
-            lam, mu = z[k : k + program.p], z[k + program.p :]
             gradient = here.df[:k].copy()
-            gradient[:n] -= (there.df + lam @ there.dg + mu @ there.dh)[:n]
+            gradient[:n] -= slope
             rows.append((here.f - there.f, gradient))
         return rows
 
