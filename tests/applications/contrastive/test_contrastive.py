@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 pytest.importorskip("sklearn")
 
-from bilevel import Problem, data, datasets, hypergradients, linear, lower, solve
+from bilevel import Problem, data, datasets, hypergradients, linear, lower, run, solve
 from bilevel.applications import Application, contrastive
 from bilevel.applications.contrastive import (
     DEFENCES,
@@ -361,12 +361,12 @@ def test_many_encoders_are_each_alone(x64):
     base, pool = jnp.asarray(RNG.uniform(size=(2, 12, 8, 8))), jnp.asarray(RNG.uniform(size=(2, 20, 8, 8)))
     stack = lambda trees: jax.tree.map(lambda *a: jnp.stack(a), *trees)
     solver = defences.asset_solver(20, rate=1e-2)
-    ends = []
-    for theta, b, s, stacked in [(stack(params), base, pool, True), (params[1], base[1], pool[1], False)]:
-        app = defences.asset(encode, theta, b, s, stacked=stacked)
-        solution = solve(app.problem, app.x0, app.y0, solver, steps=3, progress=False)
-        np.testing.assert_allclose(solution.y.sum(-1), 1, rtol=1e-12)  # on the simplex, of each
-        ends.append(jax.tree.map(lambda a, stacked=stacked: a[1] if stacked else a, solution.x))
+    app = defences.asset(encode, stack(params), base, pool, stacked=True)
+    solution = solve(app.problem, app.x0, app.y0, solver, steps=3, progress=False)
+    np.testing.assert_allclose(solution.y.sum(-1), 1, rtol=1e-12)  # on the simplex, of each
+    one = defences.asset(encode, params[1], base[1], pool[1])
+    alone, _ = jax.jit(lambda: run(one.problem, solver, one.x0, one.y0, 3))()
+    ends = [jax.tree.map(lambda a: a[1], solution.x), alone.x]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-10), ends[0], ends[1])
 
 
@@ -441,7 +441,7 @@ def test_what_a_pretraining_refuses_and_whose_encoder_it_takes():
         robustness_study(pretraining=learner, defences=("CLP", "blur", "ANP"))
     start = learner.init(jax.random.key(0))
     views = jnp.asarray(RNG.uniform(size=(2, 12, 8, 8)))
-    assert np.isfinite(learner.loss(start, *views)) and start["encoder"].shape == (64, 6)
+    assert np.isfinite(jax.jit(learner.loss)(start, *views)) and start["encoder"].shape == (64, 6)
 
 
 def test_the_digits_are_known_by_their_content():

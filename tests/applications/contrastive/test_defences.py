@@ -112,18 +112,13 @@ def test_asset_offsets_what_the_base_does_not_hold():
     assert above[:27].mean() > 0.7 and above[27:].mean() < 0.1
 
 
-def test_asset_starts_where_there_is_a_direction(x64):
-    """At f_0 itself every offset has its minimum; the start is away from it, and the same for each of many."""
+def test_asset_starts_where_there_is_a_direction():
+    """At f_0 itself every offset has its minimum; the start is away from it."""
     encode = MLP((5,), 3)
-    params = jax.tree.map(lambda a: a.astype(float), encode.init(KEY))
-    suspect = suspect_of(params, None)
-    one = defences.asset(encode, params, suspect.trusted, suspect.pool)
-    gradient = lambda app, x: jax.grad(app.problem.draw_upper(0))(x, app.y0)["layer0"]["w"]
-    assert np.abs(gradient(one, params)).max() < 1e-12
-    assert np.abs(gradient(one, one.x0)).max() > 1e-6
-    twice = lambda tree: jax.tree.map(lambda a: jnp.stack([a, a]), tree)
-    many = defences.asset(encode, twice(params), twice(suspect.trusted), twice(suspect.pool), stacked=True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, jnp.stack([a, a])), one.x0, many.x0)
+    params = encode.init(KEY)
+    app = defences.asset(encode, params, DIGITS.trusted, DIGITS.pool[:40])
+    gradient = jax.jit(lambda x: jax.grad(app.problem.draw_upper(0))(x, app.y0)["layer0"]["w"])
+    assert np.abs(gradient(params)).max() < 1e-6 < 1e-3 < np.abs(gradient(app.x0)).max()
 
 
 def test_a_mixture_of_two_gaussians_is_scikit_learns(x64):
