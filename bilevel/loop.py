@@ -208,7 +208,7 @@ def _advance(
             status = jnp.asarray(solver.status(state, metrics, tol), jnp.int32)
         finite = _finite(row)
         if hasattr(solver, "withdrawn"):  # the trial broke, and the run stands where it stood
-            finite = finite | solver.withdrawn(state)
+            finite = finite | solver.withdrawn(state, metrics)
         if careful:
             finite = finite & _finite((state.x, state.y))
         return k + 1, state, buffers, jnp.where(finite, status, Result.DIVERGED.value)

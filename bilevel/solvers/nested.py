@@ -144,25 +144,19 @@ class HypergradientDescent:
         def again(x: PyTree) -> Estimate[Any]:
             return self.hypergradient(upper, lower, solver, x, found.lower, found.carry)
 
-        # A trial with anything that is no number, be it the lower level's residual alone, is one without a value.
-        sound: Any = True
-        value = found.value
-        if withdraws(state.upper):
-            numbers = [value, optax.tree.norm(found.gradient), *found.metrics.values()]
-            sound = jnp.stack([jnp.all(jnp.isfinite(number)) for number in numbers]).all()
-            value = jnp.where(sound, value, jnp.nan)
         trial, memory = self._move(problem)(
             found.gradient,
             state.upper,
             state.trial,
-            value=value,
+            value=found.value,
             grad=found.gradient,
             value_fn=lambda x: _with_gradient(again, x),
         )
         x, kept = accepted(memory, trial)
         y = jax.tree.map(lambda new, old: jnp.where(kept, new, old), found.lower.y, state.y)
         left, carry = found.lower.memory, found.carry
-        if withdraws(memory):  # it leaves nothing that the next one could begin with
+        if withdraws(memory):  # a trial without a value leaves nothing that the next one could begin with
+            sound = jnp.isfinite(found.value) & jnp.isfinite(optax.tree.norm(found.gradient))
             keep = lambda new, old: jnp.where(sound | kept, new, old)  # noqa: E731
             left, carry = jax.tree.map(keep, (left, carry), (start.memory, state.carry))
         value, gradient = standing(memory, found.value, found.gradient)
@@ -181,12 +175,14 @@ class HypergradientDescent:
         if not getattr(self.hypergradient, "conclusive", True):
             return jnp.zeros((), jnp.int32)
         met = within(tol, metrics, "hypergradient_norm", *getattr(self.hypergradient, "settles", ("lower_residual",)))
-        return jnp.where(linear_settled(tol, metrics) & ~self.withdrawn(state), met, 0)
+        return jnp.where(linear_settled(tol, metrics) & ~self.withdrawn(state, metrics), met, 0)
 
-    def withdrawn(self, state: NestedState) -> jax.Array:
-        """Whether the last trial was taken back, so that what its solves report is not of the point that the run
-        stands at."""
-        return ~jnp.asarray(accepted(state.upper, state.x)[1])
+    def withdrawn(self, state: NestedState, metrics: Metrics) -> jax.Array:
+        """Whether the last trial was taken back, and the lower level had values there: one without is a fault of the
+        lower loss that no shorter step mends."""
+        lower = [metrics[name] for name in ("lower_loss", "lower_residual") if name in metrics]
+        whole = jnp.stack([jnp.isfinite(value) for value in lower]).all() if lower else True
+        return ~jnp.asarray(accepted(state.upper, state.x)[1]) & whole
 
     def multipliers(self, problem: Problem, state: NestedState) -> dict[str, PyTree]:
         """The lower level's multipliers in the user's units, where the estimator knows them; else none."""
