@@ -40,6 +40,7 @@ def plot_history(
 
     Raises:
       ImportError: matplotlib is not installed.
+      IsADirectoryError: the path is a directory's.
       ValueError: a name is not in the history, or there is nothing to draw.
     """
     try:
@@ -97,6 +98,8 @@ def plot_history(
         figure.suptitle(title)
     if path is not None:
         path = Path(path).expanduser()
+        if path.is_dir():
+            raise IsADirectoryError(f"plot(path={str(path)!r}) is a directory: give the path of a picture in it.")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     return figure

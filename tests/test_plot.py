@@ -101,3 +101,9 @@ def test_without_matplotlib(history, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"need matplotlib.*pip install 'bilevel\[plot\]'"):
         plot_history(history)
+
+
+def test_a_directory_is_no_picture(history, tmp_path):
+    with pytest.raises(IsADirectoryError, match="give the path of a picture in it"):
+        plot_history(history, path=tmp_path)
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))
