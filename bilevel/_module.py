@@ -54,7 +54,9 @@ def hyperparameters(cls: type[T]) -> type[T]:
                 object.__setattr__(self, name, float(value))
         if check is not None:
             check(self)
-        for name in int_fields:  # after the class's own words for it
+        for field in dataclasses.fields(self):  # from here on after the class's own words for it
+            _refuse_uncallable(self, field)
+        for name in int_fields:
             if isinstance(value := getattr(self, name), (float, np.floating)):
                 raise ValueError(
                     f"{type(self).__name__}({name}={value!r}): a whole number is needed, such as {name}=10."
@@ -116,7 +118,7 @@ _EXPECTED = {"float": "a number", "int": "a whole number", "bool": "True or Fals
 
 def _refuse_kind(self: Any, field: dataclasses.Field[Any]) -> None:
     """A sentence where a hyperparameter is of a kind that its annotation excludes, and nothing later would say so: text
-    for a number, a class for what is made of it, something that cannot be called for a function."""
+    for a number, a class for what is made of it."""
     value, kinds = getattr(self, field.name), _kinds(field)
     given = f"{type(self).__name__}({field.name}={value!r})"
     if isinstance(value, type) and not kinds & {"Any", "PyTree"} and not any("type" in kind for kind in kinds):
@@ -131,8 +133,14 @@ def _refuse_kind(self: Any, field: dataclasses.Field[Any]) -> None:
         if wrong or callable(value):
             expected = " or ".join(_EXPECTED[kind] for kind in ("float", "int", "bool", "None") if kind in kinds)
             raise TypeError(f"{given}: {expected} is expected, not a {type(value).__name__}.")
-    optional = kinds - {"None"}
-    if len(optional) == 1 and next(iter(optional)).startswith("Callable") and not callable(value) and value is not None:
+
+
+def _refuse_uncallable(self: Any, field: dataclasses.Field[Any]) -> None:
+    """Likewise where a function is expected."""
+    value, optional = getattr(self, field.name), _kinds(field) - {"None"}
+    one = next(iter(optional)) if len(optional) == 1 else ""
+    if one.startswith("Callable") and value is not None and value is not field.default and not callable(value):
+        given = f"{type(self).__name__}({field.name}={value!r})"
         raise TypeError(f"{given}: a function is expected, not a {type(value).__name__}.")
 
 

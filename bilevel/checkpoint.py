@@ -496,7 +496,11 @@ class Checkpoints:
         for entry in self.path.iterdir():
             if _LEFTOVER.fullmatch(entry.name) and not entry.is_symlink():
                 with contextlib.suppress(OSError, UnicodeDecodeError):
-                    if (entry / _MARK).read_text() == entry.name:
+                    # Killed as early as it can be, a run leaves a folder without its mark, or with a part of it: those
+                    # hold nothing else.
+                    bare = all(inside.name == _MARK for inside in entry.iterdir())
+                    mark = (entry / _MARK).read_text() if (entry / _MARK).exists() else ""
+                    if mark == entry.name or (bare and entry.name.startswith(mark)):
                         shutil.rmtree(entry, ignore_errors=True)
 
     def _discard(self, path: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel import Problem, Result, hypergradients, solve, solvers
+from bilevel import Problem, Result, checkpoint, hypergradients, solve, solvers
 from bilevel.checkpoint import CheckpointError, Checkpoints, fingerprint
 from bilevel.data import Clients, Minibatches, Sampler, Stream, as_step_key
 from bilevel.history import History
@@ -625,6 +625,25 @@ def test_folders_of_others_by_any_name_are_left_alone(tmp_path, name):
     kept = [p for p in tmp_path.rglob("thesis.tex") if p.read_text() == "mine"]
     assert len(kept) == 1
     assert saver.restore({"x": jnp.ones(1)})[0] == 3
+
+
+@pytest.mark.parametrize("mark", [None, "", ".bilevel_wri"])
+def test_folders_of_a_run_killed_before_they_had_its_mark_are_gone(tmp_path, mark):
+    left = tmp_path / ".bilevel_writing_abcdefgh"
+    left.mkdir()
+    if mark is not None:
+        (left / checkpoint._MARK).write_text(mark)
+    Checkpoints(tmp_path, {"solver": "s"}).save(1, {"x": jnp.zeros(1)}, History())
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".bilevel_writing")] == []
+
+
+def test_a_folder_with_a_mark_of_somebody_elses_is_left_alone(tmp_path):
+    left = tmp_path / ".bilevel_writing_abcdefgh"
+    left.mkdir()
+    (left / checkpoint._MARK).write_text(".bilevel_writing_other")
+    (left / "thesis.tex").write_text("mine")
+    Checkpoints(tmp_path, {"solver": "s"}).save(1, {"x": jnp.zeros(1)}, History())
+    assert (left / "thesis.tex").read_text() == "mine"
 
 
 def test_checkpoints_of_another_run_are_not_thinned_out(tmp_path):
