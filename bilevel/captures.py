@@ -18,6 +18,7 @@ import enum
 import functools
 import hashlib
 import os
+import pickle
 import random
 import sys
 import sysconfig
@@ -96,7 +97,7 @@ def generator_state(generator: Any) -> Any:
     if isinstance(generator, random.Random):
         return generator.getstate()
     bits = generator._bit_generator if isinstance(generator, np.random.RandomState) else generator.bit_generator
-    return repr(bits.state)
+    return pickle.dumps(bits.state)
 
 
 def described(value: Any) -> str:

@@ -49,7 +49,7 @@ class Facts:
       upper_rows: the upper level has constraints.
       projected, nonsmooth: the lower level has a projection; a prox. `coupled_prox`: the prox depends on x.
       refusal: why the problem is none for `solvers.MPCC`; "" where it is one.
-      size: of what MPCC works on: unknowns, and rows with their multipliers.
+      size: unknowns and rows that MPCC works on, counted where there is a set around y.
       unknowns: of the lower level.
       curvature: of f(x0, .) at y0: "convex", "flat" or "indefinite"; "" where it was not looked at.
     """
@@ -95,7 +95,7 @@ def look(problem: Problem, x: PyTree, y: PyTree) -> Facts:
         nonsmooth=prox is not None,
         coupled_prox=prox is not None and depends(lambda y, x: prox(x, y, 1.0), y, x, on=1),
         refusal=refused,
-        size=0 if refused else sum(size_of(problem, x, y)),
+        size=0 if refused or problem.project_lower is None else sum(size_of(problem, x, y)),
         unknowns=optax.tree.size(y),
         curvature="",
     )
