@@ -111,7 +111,7 @@ def lower_spectrum(problem: Any, x: PyTree, y: PyTree, dense: int = 64) -> tuple
 def ends_of_spectrum(matrix: Any) -> tuple[float, float]:
     """The smallest and the largest eigenvalue of a symmetric matrix, on the host; NaN where an entry is not finite.
 
-    On the host because a programme with an eigenvalue routine costs its first compile a sixth of a second.
+    On the host because the first programme with an eigenvalue routine makes jaxlib import SciPy's.
     """
     if isinstance(matrix, jax.Array) and not (matrix.is_fully_addressable or matrix.is_fully_replicated):
         low, high = jax.jit(_ends)(matrix)  # rows of it are on other processes

@@ -21,7 +21,7 @@ from bilevel.keys import Draw, as_step_key
 from bilevel.lower import LBFGS, GradientDescent, as_lower_solver
 from bilevel.optimizers import check_count
 from bilevel.precision import working
-from bilevel.problem import Problem, ProblemError, as_variable
+from bilevel.problem import Problem, ProblemError, as_variable, check_problem
 from bilevel.solvers.default import default_solver
 from bilevel.solvers.single_loop import SABA
 from bilevel.typing import PyTree
@@ -119,8 +119,7 @@ def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps
     Raises:
       ProblemError: what `problem.validate` finds.
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(f"check takes a Problem first, not {type(problem).__name__}: check(problem, x0, y0).")
+    check_problem("check", problem, "check(problem, x0, y0)")
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x, y)
     if problem.frozen is not None:

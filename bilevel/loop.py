@@ -18,7 +18,7 @@ from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
 from bilevel.optimizers import check_count
 from bilevel.precision import named, working
-from bilevel.problem import Problem, ProblemError, as_given
+from bilevel.problem import Problem, ProblemError, as_given, check_problem
 from bilevel.result import Result
 from bilevel.solvers._base import check_solver, refuse_standing
 from bilevel.streaming import Portion, on_device
@@ -53,10 +53,7 @@ def run(
     Raises:
       ProblemError: a level's data are a host's stream; inside `shard_map` a loss differs from device to device.
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(
-            f"run takes a Problem first, not {type(problem).__name__}: run(problem, solver, x0, y0, steps)."
-        )
+    check_problem("run", problem, "run(problem, solver, x0, y0, steps)")
     check_solver("run", solver)
     if isinstance(solver, HostSolver):
         raise ProblemError(

@@ -498,6 +498,12 @@ def _all_finite(leaf: Any) -> bool:
     return bool(np.isfinite(np.asarray(leaf)).all() if here else jnp.isfinite(leaf).all())
 
 
+def check_problem(owner: str, problem: Any, call: str) -> None:
+    """Raise a sentence where this is no problem; `call` says how it is given."""
+    if not isinstance(problem, Problem):
+        raise TypeError(f"{owner} takes a Problem first, not a {type(problem).__name__}: {call}.")
+
+
 def _check_data(name: str, source: Source) -> None:
     source.check(name)
     for path, leaf in jax.tree_util.tree_leaves_with_path(source.arrays):

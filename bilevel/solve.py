@@ -25,7 +25,7 @@ from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import CAPACITY, Loop, as_argument, as_solver, at_step
 from bilevel.optimizers import check_count
 from bilevel.precision import Working, named, undefined_at, working
-from bilevel.problem import Problem, ProblemError, as_variable
+from bilevel.problem import Problem, ProblemError, as_variable, check_problem
 from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule, check_callback
 from bilevel.result import Result
 from bilevel.solution import Solution
@@ -321,8 +321,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         raise TypeError(f"solve(tol={tol!r}): the tolerance is a positive number, or None to take all steps.")
     if tol is not None and not tol > 0:
         raise ValueError(f"solve(tol={tol!r}): the tolerance is positive, or None to take all steps.")
-    if not isinstance(problem, Problem):
-        raise TypeError(f"solve takes a Problem first, not {type(problem).__name__}: Problem(upper=F, lower=f, ...).")
+    check_problem("solve", problem, "Problem(upper=F, lower=f, ...)")
     x, y = as_variable("x0", x0), as_variable("y0", y0)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((x, y, problem, solver))):
         raise ProblemError(

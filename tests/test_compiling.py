@@ -66,7 +66,7 @@ def test_a_first_answer_is_five_programmes_and_a_second_none(make, problem, zero
 
 
 def test_a_small_problem_does_without_the_routines_that_take_long_to_import() -> None:
-    """A programme with an eigenvalue routine makes jaxlib import SciPy's: a sixth of a second of the first answer."""
+    """A programme with an eigenvalue routine makes jaxlib import SciPy's, much of the first answer."""
     code = """
 import sys
 import jax.numpy as jnp

@@ -25,7 +25,7 @@ from bilevel.keys import as_step_key
 from bilevel.lower import LBFGS, LowerState, as_lower_solver
 from bilevel.optimizers import AT_REST, stiff_at_rest
 from bilevel.precision import named, working
-from bilevel.problem import Problem, ProblemError, as_given
+from bilevel.problem import Problem, ProblemError, as_given, check_problem
 from bilevel.typing import LowerSolver, X, Y
 
 __all__ = [
@@ -57,11 +57,7 @@ def value_and_hypergradient(
 
       Where a training loop of your own moves y, `lower_solver=lower.Identity()` leaves it where it is.
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(
-            f"value_and_hypergradient takes a Problem first, not a {type(problem).__name__}: Problem(upper=F, lower=f, "
-            "...)."
-        )
+    check_problem("value_and_hypergradient", problem, "Problem(upper=F, lower=f, ...)")
     estimator = Implicit() if estimator is None else estimator
     check_estimator("value_and_hypergradient", estimator)
     default = 0.1 if problem.stochastic else LBFGS()

@@ -303,8 +303,7 @@ def report(residual: jax.Array, iterations: Any, negative_curvature: Any = False
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Ascending eigenvalues and eigenvectors in columns, as `jnp.linalg.eigh`; of one or two unknowns in closed form.
 
-    A programme without an eigenvalue routine compiles a sixth of a second faster, much of a small problem's first
-    answer.
+    The first programme with an eigenvalue routine makes jaxlib import SciPy's, much of a small problem's first answer.
     """
     if matrix.shape[0] > 2:
         return jnp.linalg.eigh(matrix)

@@ -39,7 +39,7 @@ from bilevel.loop import as_argument, as_solver
 from bilevel.lower import LowerState, as_lower_solver, repeat
 from bilevel.optimizers import check_count
 from bilevel.precision import Working, named, working
-from bilevel.problem import Problem, ProblemError, as_variable
+from bilevel.problem import Problem, ProblemError, as_variable, check_problem
 from bilevel.progress import reporter
 from bilevel.typing import Metrics, PyTree, X, Y
 
@@ -142,10 +142,7 @@ _NONE = History()
 
 def _checked(problem: Any, x: Any, y0: Any, lower_solver: Any, segment: Any) -> tuple[Working, Any, int]:
     """The problem and the point in the run's dtype, the lower solver and its number of steps."""
-    if not isinstance(problem, Problem):
-        raise TypeError(
-            f"metagradient takes a Problem first, not a {type(problem).__name__}: Problem(upper=F, lower=f, ...)."
-        )
+    check_problem("metagradient", problem, "Problem(upper=F, lower=f, ...)")
     if any(source.host for source in problem.sources):
         raise ProblemError("metagradient takes steps again, and a Stream gives each item once: give arrays.")
     x, y = as_variable("x", x), as_variable("y0", y0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import as_argument, as_solver, run
-from bilevel.problem import Problem, ProblemError
+from bilevel.problem import Problem, ProblemError, check_problem
 from bilevel.solvers._base import check_solver
 from bilevel.typing import Solver, X, Y
 
@@ -79,10 +79,7 @@ def multistart(
 
     What the functions capture has its value of now, as in `solve`, and another value compiles nothing anew.
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(
-            f"multistart takes a Problem first, not {type(problem).__name__}: multistart(problem, x0s, y0s, solver)."
-        )
+    check_problem("multistart", problem, "multistart(problem, x0s, y0s, solver)")
     check_solver("multistart", solver)
     counts = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves((x0s, y0s))}
     if len(counts) != 1 or 0 in counts:

@@ -14,7 +14,7 @@ import numpy as np
 from bilevel.captures import Functions, taken
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import captured_by, run
-from bilevel.problem import Problem, ProblemError, as_variable
+from bilevel.problem import Problem, ProblemError, as_variable, check_problem
 from bilevel.solvers._base import check_solver
 from bilevel.typing import Scalar, Solver, X, Y
 
@@ -86,10 +86,7 @@ def sweep(
     Memory: that of one run times the number of solvers. Solvers with branches (SRBA, SPABA, VRBO) compute both of them
     under `vmap`.
     """
-    if not isinstance(problem, Problem):
-        raise TypeError(
-            f"sweep takes a Problem first, not {type(problem).__name__}: sweep(problem, [solver, ...], x0, y0)."
-        )
+    check_problem("sweep", problem, "sweep(problem, [solver, ...], x0, y0)")
     if getattr(type(solvers), "__bilevel_hyperparameters__", False) or not isinstance(solvers, Iterable):
         raise TypeError(
             f"sweep takes several solvers in a list, not a {type(solvers).__name__}: sweep(problem, [SOBA(0.1), "
