@@ -1,4 +1,4 @@
-"""What keeping freed memory gains: a jitted step called from Python, with glibc as it is and as `import bilevel` has it.
+"""What keeping freed memory gains: a jitted step called from Python, as glibc is and as `import bilevel` has it.
 
     python benchmarks/memory.py [--rounds 20]
 
