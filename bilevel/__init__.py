@@ -27,6 +27,7 @@ from bilevel import (
     sets,
     solvers,
 )
+from bilevel._memory import keep_freed_memory
 from bilevel._module import hyperparameters, state
 from bilevel.checkpoint import CheckpointError
 from bilevel.data import ProblemError
@@ -48,6 +49,8 @@ __all__ = [
     "projections", "proposers", "prox", "regularizers", "run", "runs", "search", "sets", "solve", "solvers", "state",
     "sweep",
 ]  # fmt: skip
+
+keep_freed_memory()
 
 
 def __getattr__(name: str) -> str:
