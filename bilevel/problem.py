@@ -372,7 +372,8 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
                 "variables are floating-point arrays; give one leaf an array of numbers each."
             )
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            return jax.device_put(leaf, leaf.sharding, may_alias=False)  # a copy for which nothing is compiled
+            # A copy for which nothing is compiled; what no device was named for goes where the others lie.
+            return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
         return jnp.array(leaf, copy=True)
 
     _refuse_modules(name, tree)
