@@ -151,8 +151,8 @@ def _strong(leaf: Any) -> jax.Array:
     return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
 
-# Around a step: XLA fuses nothing across it, so that a step is the same sums in the same order wherever the programme has
-# it, and the gradient the same numbers for every `keep`.
+# Around a step: XLA fuses nothing across it, so that a step is the same sums in the same order wherever the programme
+# has it, and the gradient the same numbers for every `keep`.
 _alone = jax.lax.optimization_barrier
 
 

@@ -242,6 +242,7 @@ class Problem(Generic[X, Y]):
         _check_data("upper_data", upper)
         _check_data("lower_data", lower)
         _check_parties(upper, lower)
+        _check_places(self, x, y)
         _check_loss("upper", self.upper, upper, x, y)
         _check_loss("lower", self.lower, lower, x, y)
         if self.project_upper is not None:
@@ -344,6 +345,26 @@ def _check_loss(name: str, fn: Callable[..., Scalar], source: Source, x: PyTree,
         )
     if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
         raise ProblemError(f"{name} returned the dtype {leaves[0].dtype}; a loss is a floating-point scalar.")
+
+
+def _check_places(problem: Problem, x: PyTree, y: PyTree) -> None:
+    """A sentence where arrays were put on different devices, which no compiled programme takes together."""
+    first: tuple[str, Any] | None = None
+    for owner, tree in (("y0", y), ("x0", x), ("", problem)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "committed", False):
+                continue
+            name, devices = owner + jax.tree_util.keystr(path).removeprefix("." if not owner else ""), leaf.sharding
+            first = first or (name, devices)
+            if devices.device_set != first[1].device_set:
+                there, here = (
+                    ", ".join(str(d.id) for d in sorted(s.device_set, key=lambda d: d.id)) for s in (first[1], devices)
+                )
+                raise ProblemError(
+                    f"{first[0]} was put on the devices {there} and {name} on {here}: a programme runs over one set of "
+                    "devices. Put x0, y0 and the problem on one mesh (distributed.place), or leave out what is to go "
+                    "where the others lie."
+                )
 
 
 def as_variable(name: str, tree: PyTree) -> PyTree:

@@ -2,6 +2,7 @@
 
 python tests/mesh_run.py OUT.npz [--steps K] [--checkpoint DIR] [--metagradient]
 python tests/mesh_run.py OUT.npz --over N:K,N:K... ...     # runs in pieces: to step K on N of the devices, and so on
+python tests/mesh_run.py OUT.npz --mixed                   # y over a mesh, and other things elsewhere
 python tests/mesh_run.py OUT.npz --agents                  # four agents over two of the devices' rows, y over columns
 """
 
@@ -19,7 +20,7 @@ import sharded_run
 from distributed_problems import quadratic
 from jax.sharding import PartitionSpec as P
 
-from bilevel import ProblemError, distributed, hypergradients, lower, network, runs, solve, solvers
+from bilevel import ProblemError, distributed, hypergradients, lower, network, run, runs, solve, solvers
 
 TRAINING = lower.GradientDescent(optax.adam(1e-2, eps_root=1e-8), 5)
 SOLVER = solvers.HypergradientDescent(hypergradients.Unrolled(), TRAINING, optax.adam(0.1))
@@ -79,12 +80,38 @@ def agents():
     return found
 
 
+def mixed():
+    """A run with y alone on a mesh beside one with all on it; and what is said of two places."""
+    (problem, x, _), (_, _, y4) = sharded_run.made(jnp.zeros(()).dtype), placed(jax.devices())
+    go = lambda *at: solve(*at, SOLVER, steps=2, key=3, progress=False)
+    one, two = go(problem, x, y4), go(*placed(jax.devices()))
+    devices = sorted({len(leaf.sharding.device_set) for leaf in jax.tree.leaves((one.x, one.y))})
+    found = {"y alone": np.asarray(one.y["in"]), "all": np.asarray(two.y["in"]), "devices": devices}
+    x2 = distributed.place(x, distributed.mesh(jax.devices()[:2]))
+    elsewhere = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[1]), problem)
+    of = lambda *at: hypergradients.value_and_hypergradient(at[0], hypergradients.Unrolled(), TRAINING)(*at[1:])
+    calls = {
+        "solve": lambda: go(problem, x2, y4),
+        "run": lambda: run(problem, SOLVER, x2, y4, 2, 0),
+        "estimate": lambda: of(problem, x2, y4),
+        "metagradient": lambda: runs.metagradient(problem, x2, y4, TRAINING),
+        "data": lambda: go(elsewhere, x, y4),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except ProblemError as error:
+            found[name] = str(error)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--checkpoint")
     parser.add_argument("--metagradient", action="store_true")
+    parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--agents", action="store_true")
     parser.add_argument("--over", nargs="+", default=[])
     given = parser.parse_args()
@@ -98,6 +125,8 @@ def main():
         print(pieces.replace(",", " "))
     if given.agents:
         np.savez(given.out, **agents())
+    elif given.mixed:
+        np.savez(given.out, **mixed())
     elif not given.over:
         found = outcome(jax.devices(), given.steps, given.checkpoint, given.metagradient)
         if jax.process_index() == 0:

@@ -176,6 +176,8 @@ def test_what_cannot_be_kept_is_said():
         Unrolled(checkpoint="half")
     with pytest.raises(ValueError, match=r"checkpoint=0\): the number of states to keep is a positive integer"):
         Unrolled(checkpoint=0)
+    with pytest.raises(ValueError, match=r"checkpoint=None\): give True, the default, or False for plain reverse mode"):
+        Unrolled(checkpoint=None)
     with pytest.raises(ValueError, match=r"forward mode keeps no states at all"):
         Unrolled(mode="forward", checkpoint="sqrt")
     with pytest.raises(ValueError, match=r"needs one made of steps: .* not Function"):

