@@ -86,6 +86,17 @@ def test_a_whole_training_over_two_processes(tmp_path, x64):
     same(np.load(tmp_path / "out.npz"), mesh_run.outcome(jax.devices()[:1], 0, metagradient=True), [4])
 
 
+@pytest.mark.slow
+def test_a_whole_training_goes_on_over_other_devices(tmp_path, x64):
+    """Its disk was full on some of four devices, forward or backward; what was written is gone on from on others."""
+    printed("mesh_run.py", tmp_path / "out.npz", "--moved", devices=4)
+    found, whole = np.load(tmp_path / "out.npz"), mesh_run.outcome(jax.devices()[:1], 0, metagradient=True)
+    for part, before, after in mesh_run.MOVES:
+        named = {name: found[f"{part} {before} {after} {name}"] for name in whole}
+        same(named, whole, [after])
+        assert found[f"{part} {before} {after} first"] == 2
+
+
 def test_agents_have_copies_over_the_other_axis(tmp_path):
     """Agents along one axis of the mesh and each one's y along the other; clients' server likewise."""
     printed("mesh_run.py", tmp_path / "out.npz", "--agents", devices=4)
