@@ -119,11 +119,11 @@ def main(given=None):
         return model.loss(y, tokens).mean()
 
     @jax.jit
-    def begun(drawn, y0, key):
+    def begun(drawn, y0, key, clean):
         """A model trained from y0 on these batches for `--first` steps."""
         rule = optax.adam(optax.linear_schedule(args.rate, args.rate / 10, args.first))
         first = lower.GradientDescent(rule, args.first)
-        return first(Problem(loss, loss, drawn, drawn).draw_lower(key), None, first.init(y0)).y
+        return first(Problem(loss, loss, clean, drawn).draw_lower(key), None, first.init(y0)).y
 
     @jax.jit
     def judge(drawn, y0, key, test):
@@ -137,7 +137,7 @@ def main(given=None):
         train, target, test = prepare(wanted, other, args, seed)
         app = sources(model, train, target, batch=args.batch, seed=seed)
         if args.first:
-            y = begun(app.mixed([1, 1, 1]), app.y0, as_step_key(seed))
+            y = begun(app.mixed([1, 1, 1]), app.y0, as_step_key(seed), jnp.asarray(target))
             app = sources(model, train, target, params=y, batch=args.batch, seed=seed)
         solution = solve(
             app.problem, app.x0, app.y0, solver, steps=args.outer, key=seed, metrics=app.metrics, metrics_every=5
