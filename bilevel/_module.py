@@ -130,6 +130,7 @@ def _refuse_kind(self: Any, field: dataclasses.Field[Any]) -> None:
         return
     if kinds <= set(_EXPECTED):
         wrong = isinstance(value, (str, bytes, list, tuple, dict, set)) or (value is None and "None" not in kinds)
+        wrong = wrong or (kinds == {"bool"} and isinstance(value, (*_NUMBER, np.ndarray)))
         if wrong or callable(value):
             expected = " or ".join(_EXPECTED[kind] for kind in ("float", "int", "bool", "None") if kind in kinds)
             raise TypeError(f"{given}: {expected} is expected, not a {type(value).__name__}.")

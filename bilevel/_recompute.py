@@ -7,7 +7,7 @@ binomial schedule (`schedule`): for a given number it needs the fewest steps. sq
 twice (and once more where it is taken back), log2(T) states a few times.
 
 The program holds a step three times (forward, forward again, backward), however long the loop is and whatever is kept:
-the schedule is a table that it reads.
+the schedule is a table that it reads. With all states kept nothing is computed again, and the program holds it twice.
 
 Reference: Griewank, Walther, "Algorithm 799: Revolve", ACM Transactions on Mathematical Software 26(1), 2000.
 """
@@ -151,6 +151,11 @@ def _strong(leaf: Any) -> jax.Array:
     return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
 
+# Around a step: XLA fuses nothing across it, so that a step is the same sums in the same order wherever the programme
+# has it, and the gradient the same numbers for every `keep`.
+_alone = jax.lax.optimization_barrier
+
+
 class _Run:
     """The loop as a function of its state (`floats`, `others`) and of what its step captured, floats first.
 
@@ -164,7 +169,8 @@ class _Run:
     def step(self, t: Any, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
         both = active | passive
         consts = [both[i] for i in range(len(both))]
-        new = jax.core.eval_jaxpr(self.jaxpr, consts, jnp.asarray(t, jnp.int32), *floats, *others)
+        state = _alone((*floats, *others))
+        new = _alone(jax.core.eval_jaxpr(self.jaxpr, consts, jnp.asarray(t, jnp.int32), *state))
         return new[: self.floats], new[self.floats :]
 
     def __call__(self, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
@@ -250,7 +256,8 @@ class _Run:
             kept, of_state, of_captured = carry
             state = jax.tree.map(lambda rows: rows[plan.begin[k]], kept)
             rows = plan.rows[k], plan.rows[k + 1]
-            state, kept = self._advanced(state, kept, plan.at[k], rows, plan.to, plan.place, active, passive)
+            if len(self.plan.to):  # otherwise all states are kept
+                state, kept = self._advanced(state, kept, plan.at[k], rows, plan.to, plan.place, active, passive)
             t = self.count - 1 - k
             one = lambda floats, active: self.step(t, floats, state[1], active, passive)[0]  # noqa: E731
             of_state, more = jax.vjp(one, state[0], active)[1](of_state)

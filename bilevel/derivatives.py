@@ -55,8 +55,20 @@ def linearised(f: Loss, x: PyTree, y: PyTree) -> Linearised:
         value, gradients = jax.value_and_grad(f, argnums=(0, 1))(x, y)
         return gradients, value
 
-    (gradient_x, gradient_y), products, value = jax.linearize(gradients, y, has_aux=True)
+    (gradient_x, gradient_y), products, value = linear(gradients, y)
     return Linearised(value, gradient_x, gradient_y, products)
+
+
+def linear(fn: Callable[[PyTree], tuple[PyTree, PyTree]], y: PyTree) -> tuple[PyTree, Callable[..., PyTree], PyTree]:
+    """`jax.linearize(fn, y, has_aux=True)`; and where a part of fn (a Pallas kernel) has tangents, and none apart from
+    its value, a function that evaluates both."""
+    try:
+        return jax.linearize(fn, y, has_aux=True)
+    except ValueError as error:
+        if "Linearization failed" not in str(error):
+            raise
+    value, aux = fn(y)
+    return value, lambda v: jax.jvp(lambda y: fn(y)[0], (y,), (v,))[1], aux
 
 
 def _along(f: Loss, x: PyTree, y: PyTree, v: PyTree, argnums: Any, pick: Callable[[Any, Any], Any]) -> Any:

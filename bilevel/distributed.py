@@ -37,7 +37,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bilevel.data import Agents, as_source
 from bilevel.problem import Problem
@@ -63,9 +63,19 @@ def mesh(devices: Sequence[Any] | None = None, axis: str = "agents", shape: Mapp
     Raises:
       DistributedError: the sizes are not those of the devices.
     """
-    found = np.asarray(jax.devices() if devices is None else list(devices))
+    given = jax.devices() if devices is None else devices
+    if not isinstance(given, (Sequence, np.ndarray)) or len(given) == 0:
+        raise DistributedError(
+            f"mesh({devices!r}): devices are a list of some, such as jax.devices()[:2]; None takes all of them."
+        )
+    found = np.asarray(list(given))
     if shape is None:
         return Mesh(found, (axis,))
+    if not isinstance(shape, Mapping) or not all(_is_count(size) for size in shape.values()):
+        raise DistributedError(
+            f"mesh(shape={shape!r}): the sizes of the axes are whole numbers by name, such as "
+            '{"data": 2, "model": -1}.'
+        )
     sizes = dict(shape)
     if list(sizes.values()).count(-1) == 1:
         rest = math.prod(size for size in sizes.values() if size != -1)
@@ -77,6 +87,10 @@ def mesh(devices: Sequence[Any] | None = None, axis: str = "agents", shape: Mapp
             "product that is (-1 for one of them: what is left), or devices=jax.devices()[:n] for fewer."
         )
     return Mesh(found.reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _is_count(size: Any) -> bool:
+    return isinstance(size, (int, np.integer)) and not isinstance(size, bool)
 
 
 def place(tree: PyTree, mesh: Mesh, specs: Any = None) -> PyTree:
@@ -97,6 +111,11 @@ def place(tree: PyTree, mesh: Mesh, specs: Any = None) -> PyTree:
     Raises:
       DistributedError: the mesh has no such axis, or does not divide an array; the message names both.
     """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise DistributedError(
+            f"place(tree, mesh, specs): {type(mesh).__name__} was given as the mesh: make one with "
+            'distributed.mesh(shape={"data": 2, "model": -1}).'
+        )
     named, structure = jax.tree_util.tree_flatten_with_path(tree)
     is_spec = lambda leaf: leaf is None or isinstance(leaf, PartitionSpec)  # noqa: E731
     if is_spec(specs):
@@ -115,6 +134,8 @@ def place(tree: PyTree, mesh: Mesh, specs: Any = None) -> PyTree:
     placed = []
     for (path, leaf), spec in zip(named, along, strict=True):
         name = jax.tree_util.keystr(path).lstrip(".") or "the array"
+        if not hasattr(leaf, "dtype") and np.asarray(leaf).dtype.kind in "OUS":
+            raise DistributedError(f"place: {name} is {leaf!r}, no array: give arrays of numbers.")
         placed.append(_put(leaf, NamedSharding(mesh, _fitting(name, np.shape(leaf), spec, mesh))))
     return jax.tree.unflatten(structure, placed)
 
@@ -254,16 +275,23 @@ def _fitting(name: str, shape: tuple[int, ...], spec: Any, mesh: Mesh) -> Partit
     spec = PartitionSpec() if spec is None else spec
     if not isinstance(spec, PartitionSpec):
         raise DistributedError(f"place: the spec of {name} is {spec!r}: give a jax.sharding.PartitionSpec.")
+    taken: list[str] = []
     for i, (length, along) in enumerate(zip(shape, spec, strict=False)):
+        if along is PartitionSpec.UNCONSTRAINED:
+            raise DistributedError(f"place: the spec of {name} leaves axis {i} open: name a mesh axis there, or None.")
         axes = () if along is None else (along,) if isinstance(along, str) else tuple(along)
         for axis in axes:
             _has(mesh, axis)
+            if axis in taken:
+                raise DistributedError(f"place: the spec of {name} has the mesh's {axis!r} twice: once is the most.")
+            taken.append(axis)
         size = math.prod(mesh.shape[axis] for axis in axes)
         if length % size:
             over, most = " and ".join(map(repr, axes)), max(d for d in range(1, size + 1) if length % d == 0)
             raise DistributedError(
                 f"The mesh's {over} of {size} devices does not divide axis {i} of {name}, of shape {shape}: put "
-                f"another axis over it, pad that one to {-(-length // size) * size}, or take {most} devices there."
+                f"another axis over it, pad that one to {-(-length // size) * size}, or take {most} "
+                f"{'devices' if most > 1 else 'device'} there."
             )
     return PartitionSpec(*tuple(spec)[: len(shape)])
 

@@ -242,6 +242,7 @@ class Problem(Generic[X, Y]):
         _check_data("upper_data", upper)
         _check_data("lower_data", lower)
         _check_parties(upper, lower)
+        _check_places(self, x, y)
         _check_loss("upper", self.upper, upper, x, y)
         _check_loss("lower", self.lower, lower, x, y)
         if self.project_upper is not None:
@@ -346,6 +347,26 @@ def _check_loss(name: str, fn: Callable[..., Scalar], source: Source, x: PyTree,
         raise ProblemError(f"{name} returned the dtype {leaves[0].dtype}; a loss is a floating-point scalar.")
 
 
+def _check_places(problem: Problem, x: PyTree, y: PyTree) -> None:
+    """A sentence where arrays were put on different devices, which no compiled programme takes together."""
+    first: tuple[str, Any] | None = None
+    for owner, tree in (("y0", y), ("x0", x), ("", problem)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "committed", False):
+                continue
+            name, devices = owner + jax.tree_util.keystr(path).removeprefix("." if not owner else ""), leaf.sharding
+            first = first or (name, devices)
+            if devices.device_set != first[1].device_set:
+                there, here = (
+                    ", ".join(str(d.id) for d in sorted(s.device_set, key=lambda d: d.id)) for s in (first[1], devices)
+                )
+                raise ProblemError(
+                    f"{first[0]} was put on the devices {there} and {name} on {here}: a programme runs over one set of "
+                    "devices. Put x0, y0 and the problem on one mesh (distributed.place), or leave out what is to go "
+                    "where the others lie."
+                )
+
+
 def as_variable(name: str, tree: PyTree) -> PyTree:
     """Arrays of its own for each leaf, so that a solver never touches the caller's."""
 
@@ -372,7 +393,8 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
                 "variables are floating-point arrays; give one leaf an array of numbers each."
             )
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            return jax.device_put(leaf, leaf.sharding, may_alias=False)  # a copy for which nothing is compiled
+            # A copy for which nothing is compiled; what no device was named for goes where the others lie.
+            return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
         return jnp.array(leaf, copy=True)
 
     _refuse_modules(name, tree)

@@ -2,12 +2,18 @@
 
 python tests/mesh_run.py OUT.npz [--steps K] [--checkpoint DIR] [--metagradient]
 python tests/mesh_run.py OUT.npz --over N:K,N:K... ...     # runs in pieces: to step K on N of the devices, and so on
+python tests/mesh_run.py OUT.npz --moved                   # metagradients that stop and go on over other devices
+python tests/mesh_run.py OUT.npz --mixed                   # y over a mesh, and other things elsewhere
 python tests/mesh_run.py OUT.npz --agents                  # four agents over two of the devices' rows, y over columns
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -19,7 +25,8 @@ import sharded_run
 from distributed_problems import quadratic
 from jax.sharding import PartitionSpec as P
 
-from bilevel import ProblemError, distributed, hypergradients, lower, network, runs, solve, solvers
+from bilevel import ProblemError, distributed, hypergradients, lower, network, run, runs, solve, solvers
+from bilevel.checkpoint import CheckpointError, Checkpoints
 
 TRAINING = lower.GradientDescent(optax.adam(1e-2, eps_root=1e-8), 5)
 SOLVER = solvers.HypergradientDescent(hypergradients.Unrolled(), TRAINING, optax.adam(0.1))
@@ -79,12 +86,68 @@ def agents():
     return found
 
 
+MOVES = [(part, *move) for part in ("states", "backward") for move in ((4, 2), (4, 1), (1, 4))]
+
+
+def moved():
+    """Metagradients whose disk is full at step 2, forward or backward, gone on with over other devices: what they
+    found, over how many devices, and the first step that was written then."""
+    write, found = Checkpoints._write, {}
+
+    def until_full(self, step, *rest, part=None):
+        if part is None:
+            first.append(step)
+        elif self.path.name == part and step == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, step, *rest)
+
+    for part, before, after in MOVES:
+        first = []
+        with tempfile.TemporaryDirectory() as directory:
+            Checkpoints._write = functools.partialmethod(until_full, part=part)
+            with contextlib.suppress(CheckpointError):
+                outcome(jax.devices()[:before], 0, directory, metagradient=True)
+            Checkpoints._write = until_full
+            of = outcome(jax.devices()[:after], 0, directory, metagradient=True)
+            Checkpoints._write = write
+        named = {f"{part} {before} {after} {name}": value for name, value in of.items()}
+        found |= named | {f"{part} {before} {after} first": first[0]}
+    return found
+
+
+def mixed():
+    """A run with y alone on a mesh beside one with all on it; and what is said of two places."""
+    (problem, x, _), (_, _, y4) = sharded_run.made(jnp.zeros(()).dtype), placed(jax.devices())
+    go = lambda *at: solve(*at, SOLVER, steps=2, key=3, progress=False)
+    one, two = go(problem, x, y4), go(*placed(jax.devices()))
+    devices = sorted({len(leaf.sharding.device_set) for leaf in jax.tree.leaves((one.x, one.y))})
+    found = {"y alone": np.asarray(one.y["in"]), "all": np.asarray(two.y["in"]), "devices": devices}
+    x2 = distributed.place(x, distributed.mesh(jax.devices()[:2]))
+    elsewhere = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[1]), problem)
+    of = lambda *at: hypergradients.value_and_hypergradient(at[0], hypergradients.Unrolled(), TRAINING)(*at[1:])
+    calls = {
+        "solve": lambda: go(problem, x2, y4),
+        "run": lambda: run(problem, SOLVER, x2, y4, 2, 0),
+        "estimate": lambda: of(problem, x2, y4),
+        "metagradient": lambda: runs.metagradient(problem, x2, y4, TRAINING),
+        "data": lambda: go(elsewhere, x, y4),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except ProblemError as error:
+            found[name] = str(error)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--checkpoint")
     parser.add_argument("--metagradient", action="store_true")
+    parser.add_argument("--moved", action="store_true")
+    parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--agents", action="store_true")
     parser.add_argument("--over", nargs="+", default=[])
     given = parser.parse_args()
@@ -98,6 +161,10 @@ def main():
         print(pieces.replace(",", " "))
     if given.agents:
         np.savez(given.out, **agents())
+    elif given.moved:
+        np.savez(given.out, **moved())
+    elif given.mixed:
+        np.savez(given.out, **mixed())
     elif not given.over:
         found = outcome(jax.devices(), given.steps, given.checkpoint, given.metagradient)
         if jax.process_index() == 0:

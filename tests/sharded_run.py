@@ -53,7 +53,7 @@ ESTIMATORS = {
 DIFFERENCES = ("finite difference", "SAMA", "PZOBO", "HOZOG")
 METHODS = {
     "SOBA": solvers.SOBA(0.01, 0.01),
-    "F2SA": solvers.F2SA(0.01, 0.01),
+    "F2SA": solvers.F2SA(lower_solver=0.01, upper_optimizer=0.01),
     "descent": solvers.HypergradientDescent(hypergradients.Unrolled(), ADAM, optax.adam(1e-2)),
 }
 

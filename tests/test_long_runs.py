@@ -96,10 +96,28 @@ def test_all_schedules_are_one_derivative(name, x64):
         assert float(found.value) == pytest.approx(float(whole.value), rel=1e-14)
 
 
-def test_in_float32_too():
-    problem, x, y = training(np.float32)
-    of = lambda keep: jax.jit(value_and_hypergradient(problem, Unrolled(checkpoint=keep), ADAM_RUN))(x, y).gradient
-    np.testing.assert_allclose(flat(of("sqrt")), flat(of("all")), rtol=1e-6, atol=1e-7)
+def test_in_float32_all_schedules_are_the_same_numbers():
+    """A step is compiled alike wherever it stands. The network is wide enough for XLA to fuse parts of its step."""
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(60, 16)).astype(np.float32), rng.integers(0, 4, 60), np.arange(60))
+    losses = lambda y, batch: optax.softmax_cross_entropy_with_integer_labels(
+        jnp.tanh(jnp.tanh(batch[0] @ y["a"] + y["b"]) @ y["c"]) @ y["d"], batch[1]
+    )
+    problem = Problem(
+        lambda x, y, batch: jnp.mean(losses(y, batch)),
+        lambda x, y, batch: jnp.mean(jax.nn.sigmoid(x)[batch[2]] * losses(y, batch)),
+        rows,
+        data.Minibatches(rows, 20),
+    )
+    shapes = {"a": (16, 32), "b": (32,), "c": (32, 32), "d": (32, 4)}
+    y = {name: jnp.asarray(rng.normal(size=shape) / 4, jnp.float32) for name, shape in shapes.items()}
+    solver = lower.GradientDescent(optax.adam(1e-2, eps_root=1e-8), 60)
+    of = lambda keep: jax.jit(value_and_hypergradient(problem, Unrolled(checkpoint=keep), solver))(jnp.zeros(60), y)
+    whole = of("all")
+    for keep in ("sqrt", "log", 7):
+        found = of(keep)
+        np.testing.assert_array_equal(found.gradient, whole.gradient)
+        np.testing.assert_array_equal(flat(found.lower), flat(whole.lower))
 
 
 def temporaries(keep, steps, width):
@@ -120,7 +138,7 @@ def test_memory_is_that_of_the_schedule():
     assert copies["log"] < np.log2(steps) + 12
     assert 50 < copies[50] < 62
     assert copies[True] == copies["sqrt"]  # beyond 256 steps
-    assert temporaries(True, 256, width) == temporaries("all", 256, width)
+    assert temporaries(True, 256, width) == pytest.approx(temporaries("all", 256, width), abs=1)
 
 
 def test_the_programme_does_not_grow_with_the_run():
@@ -158,6 +176,8 @@ def test_what_cannot_be_kept_is_said():
         Unrolled(checkpoint="half")
     with pytest.raises(ValueError, match=r"checkpoint=0\): the number of states to keep is a positive integer"):
         Unrolled(checkpoint=0)
+    with pytest.raises(ValueError, match=r"checkpoint=None\): give True, the default, or False for plain reverse mode"):
+        Unrolled(checkpoint=None)
     with pytest.raises(ValueError, match=r"forward mode keeps no states at all"):
         Unrolled(mode="forward", checkpoint="sqrt")
     with pytest.raises(ValueError, match=r"needs one made of steps: .* not Function"):

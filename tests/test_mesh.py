@@ -86,6 +86,17 @@ def test_a_whole_training_over_two_processes(tmp_path, x64):
     same(np.load(tmp_path / "out.npz"), mesh_run.outcome(jax.devices()[:1], 0, metagradient=True), [4])
 
 
+@pytest.mark.slow
+def test_a_whole_training_goes_on_over_other_devices(tmp_path, x64):
+    """Its disk was full on some of four devices, forward or backward; what was written is gone on from on others."""
+    printed("mesh_run.py", tmp_path / "out.npz", "--moved", devices=4)
+    found, whole = np.load(tmp_path / "out.npz"), mesh_run.outcome(jax.devices()[:1], 0, metagradient=True)
+    for part, before, after in mesh_run.MOVES:
+        named = {name: found[f"{part} {before} {after} {name}"] for name in whole}
+        same(named, whole, [after])
+        assert found[f"{part} {before} {after} first"] == 2
+
+
 def test_agents_have_copies_over_the_other_axis(tmp_path):
     """Agents along one axis of the mesh and each one's y along the other; clients' server likewise."""
     printed("mesh_run.py", tmp_path / "out.npz", "--agents", devices=4)
@@ -120,11 +131,41 @@ MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
             lambda: distributed.mesh([1, 2, 3, 4], shape={"data": 3, "model": -1}),
             r"3 x -1 is not the number of devices, which is 4: give sizes whose product that is",
         ),
+        (
+            lambda: distributed.mesh(shape={"data": 2.0}),
+            r"'data': 2\.0\}\): the sizes of the axes are whole numbers by",
+        ),
+        (lambda: distributed.mesh(shape={"data": "2"}), "the sizes of the axes are whole numbers by name"),
+        (
+            lambda: distributed.mesh(shape=(2, 2)),
+            r"mesh\(shape=\(2, 2\)\): the sizes of the axes are whole numbers by name",
+        ),
+        (lambda: distributed.mesh(4), r"mesh\(4\): devices are a list of some"),
+        (lambda: distributed.mesh([]), r"mesh\(\[\]\): devices are a list of some"),
+        (lambda: distributed.place(np.ones((4, 4)), MESH, P("model", "model")), "has the mesh's 'model' twice"),
+        (lambda: distributed.place(np.ones((4, 4)), MESH, P(("data", "data"))), "has the mesh's 'data' twice"),
+        (lambda: distributed.place(np.ones(4), MESH, P(P.UNCONSTRAINED)), "leaves axis 0 open: name a mesh axis there"),
+        (lambda: distributed.place({"w": "abc"}, MESH), r"\['w'\] is 'abc', no array"),
+        (lambda: distributed.place(np.ones(4), None), "NoneType was given as the mesh: make one with"),
+        (lambda: distributed.place(np.ones(3), MESH, P("data")), "pad that one to 4, or take 1 device there"),
     ],
 )
 def test_errors_by_name(make, words):
     with pytest.raises(distributed.DistributedError, match=words):
         make()
+
+
+def test_what_lies_on_no_device_goes_where_the_others_lie(tmp_path):
+    """y alone on a mesh; and two places are named, before anything is compiled."""
+    printed("mesh_run.py", tmp_path / "out.npz", "--mixed", devices=4)
+    found = np.load(tmp_path / "out.npz")
+    assert found["devices"].tolist() == [4]
+    np.testing.assert_allclose(found["y alone"], found["all"], rtol=1e-10, atol=1e-13)
+    for name in ("solve", "run", "estimate", "metagradient"):
+        assert str(found[name]).startswith(
+            "y0['in'] was put on the devices 0, 1, 2, 3 and x0['in'] on 0, 1: a programme runs over one set of devices"
+        )
+    assert "y0['in'] was put on the devices 0, 1, 2, 3 and upper_data[0] on 1:" in str(found["data"])
 
 
 def test_where_arrays_are_put():

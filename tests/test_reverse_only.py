@@ -22,6 +22,7 @@ from bilevel.hypergradients import (
     value_and_hypergradient,
 )
 from bilevel.precision import ByReverse, working
+from bilevel.solvers.certificate import certify
 
 
 @jax.custom_vjp
@@ -153,15 +154,25 @@ def kernel(body):
     return lambda *a: pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct(a[0].shape, a[0].dtype), interpret=True)(*a)
 
 
-def fused(backward):
-    """A Pallas kernel of sine, whose backward pass is `backward(a, g)`."""
+def fused(backward, plain=False):
+    """A Pallas kernel of sine, whose backward pass is `backward(a, g)`; `plain`: forward it is the bare kernel."""
 
     def forward_body(a, out):
         out[...] = jnp.sin(a[...])
 
     run = jax.custom_vjp(kernel(forward_body))
-    run.defvjp(lambda a: (run(a), a), lambda a, g: (backward(a, g),))
+    ahead = kernel(forward_body) if plain else run
+    run.defvjp(lambda a: (ahead(a), a), lambda a, g: (backward(a, g),))
     return run
+
+
+def cosine(a, g):
+    """The backward pass, by a kernel that has no rule of its own."""
+
+    def body(a, out):
+        out[...] = jnp.cos(a[...])
+
+    return g * kernel(body)(a)
 
 
 def slope_body(a, g, out):
@@ -178,7 +189,19 @@ def test_a_pallas_kernel_whose_backward_pass_is_one(x64):
         )
 
 
-def test_a_kernel_without_a_second_derivative_is_named():
+def test_a_pallas_kernel_whose_backward_pass_is_a_plain_one(x64):
+    """It has tangents, together with its value alone."""
+    of = lambda f, estimator: value_and_hypergradient(
+        Problem(lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum((y - x) ** 2 + 0.3 * f(y))), estimator, 0.1
+    )(X, Y)
+    for estimator in (Unrolled(), Unrolled(checkpoint="log"), Implicit()):
+        found, expected = (of(f, estimator).gradient for f in (fused(cosine, plain=True), jnp.sin))
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def blind():
+    """A sine whose gradient has no derivative."""
+
     @jax.custom_vjp
     def opaque(a, g):
         return g * jnp.cos(a)
@@ -187,13 +210,31 @@ def test_a_kernel_without_a_second_derivative_is_named():
         raise NotImplementedError("the kernel has no second derivative")
 
     opaque.defvjp(lambda a, g: (opaque(a, g), None), none)
-    blind = jax.custom_vjp(jnp.sin)
-    blind.defvjp(lambda a: (jnp.sin(a), a), lambda a, g: (opaque(a, g),))
+    run = jax.custom_vjp(jnp.sin)
+    run.defvjp(lambda a: (jnp.sin(a), a), lambda a, g: (opaque(a, g),))
+    return run
+
+
+@pytest.mark.parametrize("make", [blind, lambda: fused(cosine, plain=True)])
+def test_a_run_of_first_derivatives_ends_on_it(make, x64):
+    """The end of a run is looked at with second derivatives: where there are none, the run stands and that is said."""
+    solver = solvers.F2SA(lower_solver=0.1, upper_optimizer=0.1, penalty=2.0)
+    found, expected = (
+        solve(problem(f), X, Y, solver, steps=5, tol=tol, progress=False)
+        for f, tol in ((make(), 1e-9), (jnp.sin, None))
+    )
+    np.testing.assert_allclose(found.x, expected.x, rtol=1e-12)
+    seen = certify(working(problem(make()), X, Y).problem, X, Y, (X, Y), Result.CONVERGED, {}, 1e-3)
+    assert seen.result is Result.CONVERGED
+    assert seen.why == "Not checked by an independent solve: lower, the lower level's loss, has no second derivative."
+
+
+def test_a_kernel_without_a_second_derivative_is_named():
     for estimator in (Unrolled(), Implicit(), Forward()):
         with pytest.raises(ValueError, match=r"^lower, the lower level's loss, has no second .*kernel has no"):
-            value_and_hypergradient(problem(blind), estimator, 0.1)(X, Y)
+            value_and_hypergradient(problem(blind()), estimator, 0.1)(X, Y)
     with pytest.raises((ValueError, ProblemError), match=r"lower, the lower level's loss, has no second derivative"):
-        solve(problem(blind), X, Y, solvers.AID(lower.GradientDescent(0.1, 3), 0.1), steps=2, progress=False)
+        solve(problem(blind()), X, Y, solvers.AID(lower.GradientDescent(0.1, 3), 0.1), steps=2, progress=False)
 
 
 def test_minibatches_and_captured_numbers(x64):

@@ -79,8 +79,9 @@ class Unrolled:
                 "the number of steps) or False (plain reverse mode)."
             )
         if not isinstance(self.checkpoint, (bool, str)):
-            count = 0 if self.checkpoint is None else self.checkpoint
-            check_count("Unrolled", "the number of states to keep is a positive integer", checkpoint=count)
+            if self.checkpoint is None:
+                raise ValueError("Unrolled(checkpoint=None): give True, the default, or False for plain reverse mode.")
+            check_count("Unrolled", "the number of states to keep is a positive integer", checkpoint=self.checkpoint)
         if self.mode == "forward" and not isinstance(self.checkpoint, bool):
             raise ValueError(
                 f"Unrolled(mode='forward', checkpoint={self.checkpoint!r}): forward mode keeps no states at all. Leave "

@@ -73,8 +73,8 @@ def repeat(
     def step(state: LowerState, i: Any) -> LowerState:
         return kernel.advance(level.redraw(first + i, kernel.steps), x, state)[0]
 
-    if isinstance(keep, int) and count > keep:
-        return repeated(step, state, count, keep)
+    if isinstance(keep, int):
+        return repeated(step, state, count, min(keep, count))
 
     def body(state: LowerState, i: Any) -> tuple[LowerState, None]:
         if keep == HOST:

@@ -30,6 +30,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import _compiling
 from bilevel.constraints import Constraints
 from bilevel.curvature import ends_of_spectrum, lower_curvature, lower_spectrum
+from bilevel.keys import as_step_key
 from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
@@ -278,12 +279,31 @@ def certify(
     With a tolerance everything in this module's table that size allows, up to 10,000 unknowns; without one, up to 2,000
     on full batches, values, sets and rows, and the lower level from y where it is constrained, penalised or not convex.
     Of a run that has `steps_left`, an end that is not there yet is said as soon as it is seen, before the other starts
-    and directions.
+    and directions. Losses without second derivatives are taken as they are, and that nothing was looked at is said.
     """
+    try:
+        return _certified(problem, x, y, start, result, metrics, tol, steps_left)
+    except (TypeError, ValueError, NotImplementedError):
+        blind = _blind(problem, x, y)
+        if blind is None:
+            raise
+        return _unlooked((f"Not checked by an independent solve: {blind}.",), result, metrics, tol)
+
+
+def _certified(
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    start: tuple[PyTree, PyTree],
+    result: Result,
+    metrics: dict[str, float],
+    tol: float | None,
+    steps_left: bool,
+) -> Certificate:
     if jax.process_count() > 1:
         return Certificate(result, unchecked=("The end was not looked at: the run is spread over several processes.",))
     if result in (Result.LOWER_LEVEL, Result.INFEASIBLE):  # a solver's own word: the search may find better or worse
-        found = certify(problem, x, y, start, Result.MAX_STEPS, metrics, tol)
+        found = _certified(problem, x, y, start, Result.MAX_STEPS, metrics, tol, False)
         return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
     if result not in _ANY:
         return Certificate(result)
@@ -298,11 +318,7 @@ def certify(
     if unchecked is None:
         return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
     if unchecked:  # nothing is evaluated on data or models of that size
-        why = " ".join(unchecked) if tol is not None and result is Result.CONVERGED else ""
-        left = metrics.get("lower_residual", 0.0)
-        if result is Result.CONVERGED and left > (1e-3 if tol is None else tol):  # of a run that unrolls its steps
-            result, why = Result.LOWER_LEVEL, f"The lower level is left with |f_y| = {left:.3g}. {why}".strip()
-        return Certificate(result, why, unchecked=unchecked)
+        return _unlooked(unchecked, result, metrics, tol)
     nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
     rows = problem.constraint is not None or problem.equality is not None
     n = optax.tree.size(y)
@@ -335,6 +351,30 @@ def certify(
                 unchecked += (f"Whether another x is better was not looked at, because of size: {size}.",)
         better = search.better
     return _concluded(numbers, result, metrics, tol, unchecked, better)
+
+
+def _unlooked(unchecked: tuple[str, ...], result: Result, metrics: dict[str, float], tol: float | None) -> Certificate:
+    """The certificate of an end that is not looked at, with the reason."""
+    why = " ".join(unchecked) if tol is not None and result is Result.CONVERGED else ""
+    left = metrics.get("lower_residual", 0.0)
+    if result is Result.CONVERGED and left > (1e-3 if tol is None else tol):  # of a run that unrolls its steps
+        result, why = Result.LOWER_LEVEL, f"The lower level is left with |f_y| = {left:.3g}. {why}".strip()
+    return Certificate(result, why, unchecked=unchecked)
+
+
+def _blind(problem: Problem, x: PyTree, y: PyTree) -> str | None:
+    """Which level's loss has no second derivative as the search takes it, linearised and stacked; None: none."""
+    for name, level in zip(("upper", "lower"), problem.levels(as_step_key(0)), strict=True):
+
+        def products(x: PyTree, y: PyTree, level: Any = level) -> PyTree:
+            product = jax.linearize(jax.grad(level, 1), x, y)[1]
+            return jax.vmap(product)(*jax.tree.map(lambda leaf: leaf[None], (x, y)))
+
+        try:
+            jax.eval_shape(products, x, y)
+        except Exception:  # whatever a kernel without a derivative says
+            return f"{name}, the {name} level's loss, has no second derivative"
+    return None
 
 
 def _concluded(

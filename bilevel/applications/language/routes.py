@@ -24,6 +24,9 @@ def penalty(rate: Any = 1e-3, upper_rate: Any = 0.03, alpha: float = 3.0) -> F2S
     epoch. Two copies of y and their moments move, and a third is what was found last. Besides the three gradients that
     the method needs a step takes those of its report. No second derivative is taken anywhere.
 
+    Give `sources` a trained model (`params=`), as the authors do: one that knows nothing yet learns the letters from
+    noise too, and the shares can go to the noise and stay there (`examples/language_sources.py --first`).
+
     Args:
         rate: of y's Adam, a number or a schedule.
         upper_rate: of x's Adam.

