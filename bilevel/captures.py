@@ -17,6 +17,7 @@ import dis
 import enum
 import functools
 import hashlib
+import inspect
 import os
 import pickle
 import random
@@ -581,6 +582,9 @@ def _library(fn: Any) -> bool:
         return not isinstance(fn, types.MethodType)
     if _users(fn.__code__.co_filename):
         return False
+    fn = inspect.unwrap(fn, stop=lambda f: not hasattr(f, "__explained__"))
+    if not isinstance(fn, types.FunctionType):  # a cache of an installed package's
+        return True
     held = [cell.cell_contents for cell in fn.__closure__ or () if cell != types.CellType()]
     held += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
     return "<locals>" not in fn.__qualname__ and all(type(value) in _ATOMS or isinstance(value, type) for value in held)

@@ -66,6 +66,8 @@ def mesh(devices: Sequence[Any] | None = None, axis: str = "agents", shape: Mapp
     found = np.asarray(jax.devices() if devices is None else list(devices))
     if shape is None:
         return Mesh(found, (axis,))
+    if not isinstance(shape, Mapping):
+        raise TypeError(f'mesh(shape={shape!r}): give the sizes of its axes by name, such as {{"data": -1}}.')
     sizes = dict(shape)
     if list(sizes.values()).count(-1) == 1:
         rest = math.prod(size for size in sizes.values() if size != -1)
@@ -97,6 +99,8 @@ def place(tree: PyTree, mesh: Mesh, specs: Any = None) -> PyTree:
     Raises:
       DistributedError: the mesh has no such axis, or does not divide an array; the message names both.
     """
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"place(mesh=...) is a {type(mesh).__name__}: give a mesh, such as distributed.mesh().")
     named, structure = jax.tree_util.tree_flatten_with_path(tree)
     is_spec = lambda leaf: leaf is None or isinstance(leaf, PartitionSpec)  # noqa: E731
     if is_spec(specs):
