@@ -162,12 +162,14 @@ def constructor(make: Callable[P, T]) -> Callable[P, T]:
             made = fitting(*args, **kwargs)
         except (TypeError, ValueError) as error:
             cls, rest = str(error)[: str(error).find("(")], str(error)[str(error).find("(") :]
-            if cls.isidentifier() and f"-> {cls}" in f"-> {make.__annotations__.get('return')}":
+            made_by = getattr(make.__globals__.get(cls), "__constructs__", False)  # type: ignore[attr-defined]
+            if made_by or (cls.isidentifier() and f"-> {cls}" in f"-> {make.__annotations__.get('return')}"):
                 raise type(error)(make.__name__ + rest) from None
             raise
         object.__setattr__(made, "_name", make.__name__)
         return made
 
+    named.__constructs__ = True  # type: ignore[attr-defined]
     return named
 
 

@@ -94,6 +94,7 @@ def _paired(samples: np.ndarray, answers: np.ndarray, paths: Sequence[Path]) -> 
         )
 
 
+@explained
 def unpickled(path: str | os.PathLike[str], allowed: Mapping[str, str] | Sequence[str] = ()) -> Any:
     """What a pickle holds, without running code of its own: only the classes and functions named are looked up.
 

@@ -419,6 +419,7 @@ def matrix(weights: Any, name: str = "matrix") -> Network:
     return found
 
 
+@explained
 def metropolis(adjacency: Any) -> np.ndarray:
     """Metropolis-Hastings weights w_ij = 1 / (1 + max(deg_i, deg_j)) of an undirected graph: symmetric, rows sum to 1.
 

@@ -51,6 +51,7 @@ Strength = Any
 Prox = Callable[[PyTree, PyTree, Any], PyTree]
 
 
+@explained
 def none() -> Prox:
     """The operator of r = 0: y itself."""
     return lambda x, y, scaling: y
@@ -197,6 +198,7 @@ def projection(project: Project) -> Prox:
     return lambda x, y, scaling: project(y)
 
 
+@explained
 def chain(*operators: Prox) -> Prox:
     """One operator after the other. The result is the operator of the terms' sum in the cases where that is known:
 

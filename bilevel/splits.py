@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel._arguments import explained
+from bilevel._arguments import explained, explained_class
 from bilevel.data import Clients, as_arrays, sample_count
 from bilevel.problem import Problem
 
@@ -30,6 +30,7 @@ class SplitError(ValueError):
     """The data cannot be split as asked; the message says why and what to change."""
 
 
+@explained_class
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Which samples are whose.

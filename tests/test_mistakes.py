@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import re
+from enum import Enum
 from pathlib import Path
 
 import jax
@@ -27,6 +28,7 @@ from bilevel import (
     lower,
     multistart,
     network,
+    optimality,
     optimizers,
     proposers,
     prox,
@@ -444,6 +446,35 @@ CALLS = {
     "progress as text": (at(progress="bar"), "progress='bar'", "True, False or None"),
     "a directory for a file": (lambda: Solution.load("/"), r"load\('/'\)", "Solution.save writes a file"),
 }  # fmt: skip
+
+
+ROOMS = (
+    solvers, hypergradients, lower, linear, data, sets, prox, network, proposers, implicit, optimality, splits,
+    datasets, distributed, diagnostics,
+)  # fmt: skip
+# What calls return, what others are built on, and what takes its options on to others.
+NOT_CALLED = {
+    "Check", "Description", "Estimate", "EstimatorCheck", "Expression", "LeastSquares", "LinearCarry", "LinearInfo",
+    "LowerState", "Metasmoothness", "Path", "PreconditionerState", "Program", "QPSolution", "Refused", "Set", "Source",
+    "Steps", "StepKey", "Tangents", "Trial", "as_lower_solver", "as_source", "as_step_key", "assemble",
+    "assemble_terms", "consensus_error", "default_solver", "execute", "finite", "jaxopt", "optimistix", "refuse", "repeat", "seen",
+    "shutdown",
+    "until",
+}  # fmt: skip
+
+
+def test_every_public_call_with_an_unknown_argument_says_so():
+    silent = []
+    for room in ROOMS:
+        for name in room.__all__:
+            call = getattr(room, name)
+            error = isinstance(call, type) and (issubclass(call, (Exception, Enum)) or hasattr(call, "_is_protocol"))
+            if callable(call) and not error and name not in NOT_CALLED:
+                with pytest.raises(TypeError) as caught:
+                    call(no_such_argument=1)
+                said = f"{name}(no_such_argument=1): there is no argument", f"{name} is not given network"
+                silent += [] if str(caught.value).startswith(said) else [f"{room.__name__}.{name}: {caught.value}"]
+    assert not silent, "\n".join(silent)
 
 
 def test_a_search_in_which_nothing_was_solved_says_why():
