@@ -457,9 +457,8 @@ NOT_CALLED = {
     "Check", "Description", "Estimate", "EstimatorCheck", "Expression", "LeastSquares", "LinearCarry", "LinearInfo",
     "LowerState", "Metasmoothness", "Path", "PreconditionerState", "Program", "QPSolution", "Refused", "Set", "Source",
     "Steps", "StepKey", "Tangents", "Trial", "as_lower_solver", "as_source", "as_step_key", "assemble",
-    "assemble_terms", "consensus_error", "default_solver", "execute", "finite", "jaxopt", "optimistix", "refuse", "repeat", "seen",
-    "shutdown",
-    "until",
+    "assemble_terms", "consensus_error", "default_solver", "execute", "finite", "jaxopt", "optimistix", "refuse",
+    "repeat", "seen", "shutdown", "until",
 }  # fmt: skip
 
 
