@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 
+from bilevel._arguments import explained, explained_class
 from bilevel._pickling import storable
 
 T = TypeVar("T")
@@ -69,6 +70,7 @@ def hyperparameters(cls: type[T]) -> type[T]:
         cls.__repr__ = __repr__  # type: ignore[assignment]
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     cls = dataclasses.dataclass(frozen=True)(cls)
+    explained_class(cls)
     storable(cls)
     cls.__bilevel_hyperparameters__ = True  # type: ignore[attr-defined]
     names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
@@ -153,18 +155,22 @@ def name_of(part: Any) -> str:
 def constructor(make: Callable[P, T]) -> Callable[P, T]:
     """A function whose name is that of a method, and which makes a more general class: what it makes has its name."""
 
+    fitting = explained(make)
+
     @functools.wraps(make)
     def named(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            made = make(*args, **kwargs)
+            made = fitting(*args, **kwargs)
         except (TypeError, ValueError) as error:
             cls, rest = str(error)[: str(error).find("(")], str(error)[str(error).find("(") :]
-            if cls.isidentifier() and f"-> {cls}" in f"-> {make.__annotations__.get('return')}":
+            made_by = getattr(make.__globals__.get(cls), "__constructs__", False)  # type: ignore[attr-defined]
+            if made_by or (cls.isidentifier() and f"-> {cls}" in f"-> {make.__annotations__.get('return')}"):
                 raise type(error)(make.__name__ + rest) from None
             raise
         object.__setattr__(made, "_name", make.__name__)
         return made
 
+    named.__constructs__ = True  # type: ignore[attr-defined]
     return named
 
 

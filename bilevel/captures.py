@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import dis
 import enum
 import functools
 import hashlib
+import inspect
 import os
 import pickle
 import random
@@ -24,7 +26,7 @@ import sys
 import sysconfig
 import types
 import zlib
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,10 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), ran
 # A function that asks what a value is would answer otherwise for a traced number, and nothing would fail.
 _ASKS = frozenset({"isinstance", "type", "hash", "id", "issubclass", "callable", "hasattr", "getattr"})
 _LIBRARY: list[str] = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-_EVERYTHING = frozenset({"globals", "eval", "exec", "__import__"})
+_EVERYTHING = frozenset({"globals", "eval", "exec", "__import__", "open"})
+_FRAMES = frozenset({"_getframe", "currentframe"})
+# By these a name may be read that no code has a word for.
+_LOOKING = _EVERYTHING | {"getattr", "hasattr", "vars", "dir", "__dict__", "attrgetter", "getmembers"}
 _PLACES = tuple(str(Path(p).resolve()) + os.sep for p in (*_LIBRARY, str(Path(__file__).parent)))
 _JITTED = type(jax.jit(lambda: None))
 _CODE = (types.FunctionType, types.MethodType, functools.partial, _JITTED)
@@ -61,8 +66,7 @@ def taken(fn: Any, args: tuple[Any, ...] | None = None) -> Any:
     """
     if isinstance(fn, Apart) or fn is None or not _apart(fn):
         return fn
-    walk = _Walk()
-    build = walk.node(fn, "")
+    walk, build = _walked(fn)
     if not walk.leaves and not walk.rebuilt:
         return fn
     places = [i for i, leaf in enumerate(walk.leaves) if leaf.may_travel]
@@ -79,16 +83,13 @@ def taken(fn: Any, args: tuple[Any, ...] | None = None) -> Any:
 
 def form(value: Any) -> Hashable:
     """What all functions within a value hold, to be compared by value; the value itself is used as it is."""
-    walk = _Walk()
-    walk.hold({"": value}, "")
-    return walk.form(value, None, frozenset())
+    return _walked(value, held=True)[0].form(value, None, frozenset())
 
 
 def host_generators(fn: Any) -> list[Any]:
     """Generators of random numbers on the host that a function may draw from: numpy's and Python's own, and those that
     it captures. What it draws while it is traced is a constant of compiled code."""
-    walk = _Walk()
-    walk.node(fn, "")
+    walk, _ = _walked(fn)
     return [np.random.mtrand._rand, random._inst, *walk.generators]  # type: ignore[attr-defined]
 
 
@@ -111,6 +112,25 @@ def described(value: Any) -> str:
     if not walk.text or isinstance(value, (tuple, list, dict)):
         return f"{_name(type(value))}({', '.join(walk.text)})"
     return walk.text[0] + (f"[{', '.join(walk.text[1:])}]" if walk.text[1:] else "")
+
+
+def _walked(value: Any, held: bool = False) -> tuple[_Walk, Callable[[_Build], Any]]:
+    """The walk that looks, in the user's modules, at the names alone that some code on its way has words for.
+
+    A module holds much that no loss reads. So the walk is done again until it finds no code with other names than it
+    began with.
+    """
+    names: frozenset[str] | None = frozenset()
+    while True:
+        walk = _Walk(names=names)
+        build: Callable[[_Build], Any] = lambda _: value  # noqa: E731
+        if held:
+            walk.hold({"": value}, "")
+        else:
+            build = walk.node(value, "")
+        if not walk.met_module or names is None or walk.spoken <= names:
+            return walk, build
+        names = None if _LOOKING & walk.spoken else names | walk.spoken
 
 
 class _Form:
@@ -259,10 +279,13 @@ class _Walk:
       rebuilt: whether anything was found that is put together again.
       asks: whether a function asks what a value is: all of them stay what they are.
       generators: of random numbers on the host, that were found.
+      met_module: whether one of the user's modules was found.
+      spoken: the names and texts in the code that was found.
       text: what was found, in words that another process would use too.
     """
 
-    def __init__(self, words: bool = False) -> None:
+    def __init__(self, words: bool = False, names: frozenset[str] | None = None) -> None:
+        self._names, self.met_module, self.spoken = names, False, set[str]()
         self.leaves: list[_Leaf] = []
         self.rebuilt = False
         self.text: list[str] = []
@@ -370,24 +393,35 @@ class _Walk:
             self.rebuilt = True
             fn = self.node(value.__wrapped__, path)  # type: ignore[attr-defined]
             return lambda b, _: fn(b)
-        if type(value) in (tuple, list) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        if type(value) in (tuple, list, deque) or (isinstance(value, tuple) and hasattr(value, "_fields")):
             self._key.append((type(value), len(value)))
             items = [self.node(item, f"{path}.{i}") for i, item in enumerate(value)]
-            if type(value) is list:
-                return lambda b, number: _filled(b, number, [], lambda new: new.extend(item(b) for item in items))
+            if type(value) in (list, deque):
+                empty: Any = [] if type(value) is list else deque(maxlen=value.maxlen)
+                return lambda b, number: _filled(
+                    b, number, copy.copy(empty), lambda new: new.extend(item(b) for item in items)
+                )
             if type(value) is tuple:
                 return lambda b, _: tuple(item(b) for item in items)
             return lambda b, _: type(value)(*(item(b) for item in items))
-        if type(value) is dict:
-            self._key.append((dict, tuple(map(_hashable, value))))
+        if type(value) in (dict, OrderedDict, defaultdict):
+            self._key.append((type(value), tuple(map(_hashable, value))))
+            if type(value) is defaultdict:
+                self.hold({"default_factory": value.default_factory}, path)
             inside = {k: self.node(v, f"{path}.{_word(k)}") for k, v in value.items()}
-            return lambda b, number: _filled(b, number, {}, _setting(b, inside))
+            return lambda b, number: _filled(b, number, copy.copy(value), _setting(b, inside))
         if isinstance(value, (set, frozenset)):
             self._key.append((type(value), frozenset(map(_hashable, value))))
             self._say(path, f"{{{', '.join(sorted(map(_word, value)))}}}")
             return lambda _b, _n: value
         if isinstance(value, types.ModuleType):
             return self._module(value, path)
+        if isinstance(value, type) and _namespace(value):
+            self._key.append((value, tuple(_contents(value))))
+            inside = {k: self.node(v, f"{path}.{k}") for k, v in _contents(value).items()}
+            return lambda b, number: _filled(
+                b, number, type(value.__name__, (), dict(_contents(value))), lambda new: _set_all(b, inside, new)
+            )
         if isinstance(value, type):
             same = self._same(value, path)
             self.hold(_settings(value), path)
@@ -400,6 +434,11 @@ class _Walk:
             self._say(path, _name(fn))
         if _library(fn):
             self._key.append(_Same(fn))
+            return lambda _b, _n: fn
+        self.spoken |= _words(code)
+        if hasattr(fn, "registry") and hasattr(fn, "dispatch"):  # functools.singledispatch, which has a memory
+            self._key.append(_Same(fn))
+            self.hold({str(i): implementation for i, implementation in enumerate(fn.registry.values())}, path)
             return lambda _b, _n: fn
         self.rebuilt = True
         reads, asks, writes = _names(code)
@@ -452,25 +491,32 @@ class _Walk:
         return build
 
     def _reached_otherwise(self, code: types.CodeType, world: Mapping[str, Any]) -> None:
-        """What a function reads by imports inside of it (of the user's modules, each as it is), and by looking at all
-        globals, which is never the same programme."""
-        for imported in _imports(code):
+        """What a function reads by imports inside of it, or by modules' names in texts (of the user's modules, each as
+        it is); the environment; and by looking at all globals, or into files, which is never the same programme."""
+        words = _words(code)
+        by_name = words & set(sys.modules) if {"import_module", "modules"} & words else set()
+        for imported in (*_imports(code), *sorted(by_name)):
             module = sys.modules.get(imported)
-            if module is not None and _users(getattr(module, "__file__", None)):
+            if module is not None and _users_module(module):
                 self._key.append(("imports", imported))
                 self.hold({"": module}, imported)
-        if any(name not in world for name in _EVERYTHING.intersection(_names(code)[0])):
+        if {"environ", "getenv"} & words:
+            self._key.append(("environment", tuple(sorted(os.environ.items()))))
+        if _FRAMES & words or any(name not in world for name in _EVERYTHING.intersection(_names(code)[0])):
             self._key.append(_Same(object()))
 
     def _module(self, module: types.ModuleType, path: str) -> Callable[[_Build, int], Any]:
-        if not _users(getattr(module, "__file__", None)):
+        if not _users_module(module):
             return self._same(module, path)
         self._key.append(("module", module.__name__))
-        found = {k: v for k, v in vars(module).items() if not k.startswith("__") and _setting_like(v)}
+        self.met_module = True
+        named = {k: v for k, v in vars(module).items() if self._names is None or k in self._names}
+        own = {k: v for k, v in named.items() if getattr(v, "__module__", "") == module.__name__}
+        code = {k: v for k, v in own.items() if isinstance(v, (types.FunctionType, _JITTED))}
+        found = code | {k: v for k, v in named.items() if not k.startswith("__") and _setting_like(v)}
         inside = {k: self.node(v, f"{path}.{k}") for k, v in found.items()}
-        # Functions that are called as module.function are used as they are, and so is what they read.
-        functions = {k: v for k, v in vars(module).items() if isinstance(v, (types.FunctionType, _JITTED, type))}
-        self.hold({k: v for k, v in functions.items() if getattr(v, "__module__", "") == module.__name__}, path)
+        # Classes are used as they are, and so is what they read.
+        self.hold({k: v for k, v in own.items() if isinstance(v, type) and k not in found}, path)
 
         def build(b: _Build, number: int) -> Any:
             new = types.ModuleType(module.__name__)
@@ -494,6 +540,8 @@ class _Walk:
             make = cls if cls is types.SimpleNamespace else lambda: object.__new__(cls)
             return lambda b, number: _filled(b, number, make(), lambda new: _setting(b, inside)(vars(new)))
         held: dict[str, Any] = {}
+        if isinstance(wrapped := getattr(value, "__wrapped__", None), _CODE):  # functools.cache
+            held["__wrapped__"] = wrapped
         # Python's own objects (a logger) count what they did. Another process finds more of a package's as it was.
         opened = cls.__module__ not in sys.stdlib_module_names and cls.__module__.partition(".")[0] != "jax"
         if self._words:
@@ -544,6 +592,14 @@ def _imports(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(4096)
+def _words(code: types.CodeType) -> frozenset[str]:
+    """All names in a code object and those within it: of globals, attributes, methods, imports, and in texts."""
+    names = (name for inside in _codes(code) for name in inside.co_names)
+    texts = (text for inside in _codes(code) for text in inside.co_consts if isinstance(text, str))
+    return frozenset((*names, *(name for text in texts for name in (text, *text.split(".")))))
+
+
+@functools.lru_cache(4096)
 def _names(code: types.CodeType) -> tuple[tuple[str, ...], bool, bool]:
     """The globals that a code object and those within it read, whether it asks for types, whether it writes globals."""
     reads: dict[str, None] = {}
@@ -575,12 +631,41 @@ def _users(file: str | None) -> bool:
     return not str(path).startswith(_PLACES) and {"site-packages", "dist-packages"}.isdisjoint(path.parts)
 
 
+def _users_module(module: types.ModuleType) -> bool:
+    """Likewise of a module; one that was made by hand has neither a file nor an origin."""
+    file = getattr(module, "__file__", None)
+    if file is None and module.__spec__ is None:
+        return module.__name__ not in sys.builtin_module_names
+    return _users(file)
+
+
+def _namespace(cls: type) -> bool:
+    """Whether a user's class is no more than settings: nothing above it, no code in it."""
+    code = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property, _JITTED)
+    values = _contents(cls).values()
+    return type(cls) is type and cls.__bases__ == (object,) and _users_type(cls) and not _slots(cls) and not (
+        dataclasses.is_dataclass(cls) or any(isinstance(value, code) or hasattr(value, "__get__") for value in values)
+    )  # fmt: skip
+
+
+def _contents(cls: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(cls).items() if not (name.startswith("__") and name.endswith("__"))}
+
+
+def _set_all(b: _Build, inside: dict[str, Callable[[_Build], Any]], new: Any) -> None:
+    for name, made in inside.items():
+        setattr(new, name, made(b))
+
+
 def _library(fn: Any) -> bool:
     """Whether a function is of an installed package and captures nothing: it is the same for ever."""
     if not isinstance(fn, types.FunctionType):
         return not isinstance(fn, types.MethodType)
     if _users(fn.__code__.co_filename):
         return False
+    fn = inspect.unwrap(fn, stop=lambda f: not hasattr(f, "__explained__"))
+    if not isinstance(fn, types.FunctionType):  # a cache of an installed package's
+        return True
     held = [cell.cell_contents for cell in fn.__closure__ or () if cell != types.CellType()]
     held += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
     return "<locals>" not in fn.__qualname__ and all(type(value) in _ATOMS or isinstance(value, type) for value in held)
@@ -634,7 +719,11 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 def _setting_like(value: Any) -> bool:
     """What a module holds beside code."""
-    return not isinstance(value, (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, _JITTED))
+    if isinstance(value, types.ModuleType):
+        return _users_module(value)
+    if isinstance(value, type):
+        return _namespace(value)
+    return not isinstance(value, (types.FunctionType, types.BuiltinFunctionType, _JITTED))
 
 
 def _apart(fn: Any) -> bool:

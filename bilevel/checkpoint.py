@@ -222,6 +222,15 @@ def _uninterrupted() -> Iterator[None]:
             handler(*caught[0])
 
 
+def _remove(folder: Path) -> None:
+    """Delete a folder of ours, its mark last: what a process killed within leaves is still known as ours."""
+    with contextlib.suppress(OSError):
+        for inside in folder.iterdir():
+            if inside.name != _MARK:
+                shutil.rmtree(inside, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.bilevel_(writing|trash)_.*")
 _MARK = "made_by_bilevel"  # a file in such a folder, which holds the folder's name: without it, it is somebody else's
@@ -464,7 +473,7 @@ class Checkpoints:
             path.rename(aside / path.name)
             logger.warning("%s was no checkpoint of this run and stood in its way: it is in %s now", path, aside)
         writing.rename(path)
-        shutil.rmtree(writing.parent, ignore_errors=True)
+        _remove(writing.parent)
         self._torn.discard(step)
         if len(found := self._found()) <= self.keep:
             return
@@ -501,14 +510,14 @@ class Checkpoints:
                     bare = all(inside.name == _MARK for inside in entry.iterdir())
                     mark = (entry / _MARK).read_text() if (entry / _MARK).exists() else ""
                     if mark == entry.name or (bare and entry.name.startswith(mark)):
-                        shutil.rmtree(entry, ignore_errors=True)
+                        _remove(entry)
 
     def _discard(self, path: Path) -> None:
         """Delete, renaming first: a process killed within leaves no half of a checkpoint under a checkpoint's name."""
         if path.exists():
             trash = self._folder("trash")
             path.rename(trash / path.name)
-            shutil.rmtree(trash, ignore_errors=True)
+            _remove(trash)
 
     def _said(self, path: Path) -> dict[str, Any]:
         """What `run.json` says; an error where it is not as it was written."""

@@ -24,6 +24,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import _compiling
+from bilevel._arguments import explained
 from bilevel.derivatives import linearised, norm
 from bilevel.typing import PyTree, Scalar
 
@@ -36,6 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@explained
 def extreme_eigenvalues(
     matvec: LinearMap, like: PyTree, key: Any = 0, steps: int = 40, *, dense: int = 64, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -123,6 +125,7 @@ def ends_of_spectrum(matrix: Any) -> tuple[float, float]:
     return float(eigenvalues[0]), float(eigenvalues[-1])
 
 
+@explained
 def dominant_eigenvalue(
     loss: Callable[..., Scalar],
     *,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections.abc
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._arguments import explained_class
 from bilevel._pickling import storable
 from bilevel.captures import form
 from bilevel.keys import Draw, StepKey, as_step_key, epoch_seed, in_epoch, mix, permute, stream_seed
@@ -57,11 +59,13 @@ def as_arrays(tree: PyTree, name: str) -> PyTree:
             )
         if isinstance(leaf, collections.abc.Iterator) or (hasattr(leaf, "__iter__") and not hasattr(leaf, "__array__")):
             if isinstance(leaf, (str, bytes)):
-                raise ProblemError(f"{where} is text: encode it as numbers.")
+                raise ProblemError(f"{where} is text: encode it as numbers; of a file, give the arrays that are in it.")
             raise ProblemError(
                 f"{where} is a {kind}, which gives batches one after the other: wrap it, data.Stream(loader), or give "
                 "arrays of all samples."
             )
+        if isinstance(leaf, os.PathLike):
+            raise ProblemError(f"{where} is a path, and data are arrays: give those that are in the file.")
         if callable(leaf) and not hasattr(leaf, "__array__"):
             what = f"the class {leaf.__name__}" if isinstance(leaf, type) else f"a {kind}"
             cure = (
@@ -196,6 +200,8 @@ class Source:
 
     def __init_subclass__(cls, leaves: tuple[str, ...] | None = ("arrays",), **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            explained_class(cls)
         cls._leaves = leaves or ()
         if leaves is None:
             jax.tree_util.register_static(cls)
@@ -624,6 +630,12 @@ class Clients(Source, leaves=("arrays", "counts", "offsets")):
                     f"Client {c}'s data have the structure {structure}, client 0's {structures[0]}: make them alike."
                 )
         counts = [sample_count(d, f"client {c}'s data") for c, d in enumerate(datasets)]
+        shapes = [[np.shape(leaf)[1:] for leaf in jax.tree.leaves(d)] for d in datasets]
+        for c, shape in enumerate(shapes):
+            if shape != shapes[0]:
+                raise ProblemError(
+                    f"A sample of client {c} has the shape {shape}, one of client 0 {shapes[0]}: make them alike."
+                )
         _check_size("Clients", size, min(counts), "the smallest client has")
         self.arrays = jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *datasets)
         self.counts = np.asarray(counts, np.int32)

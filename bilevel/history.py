@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,6 +47,13 @@ class History(Mapping[str, np.ndarray]):
         if name not in self._values:
             raise KeyError(f"the history has no {name!r}; it has {', '.join(self._values) or 'nothing'}")
         return self._joined(self._values, name)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            kept = self.__dict__.get("_values", ())
+            how = f'take history["{name}"]' if name in kept else f"it is a mapping, and has {', '.join(kept)}"
+            raise AttributeError(name if name.startswith("_") else f"the history has no attribute {name!r}: {how}.")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

@@ -32,7 +32,7 @@ import optax
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
-from bilevel._arguments import Leaves, bind, hoisted, holds_tracer, replaced, signature
+from bilevel._arguments import Leaves, bind, explained, hoisted, holds_tracer, replaced, signature
 from bilevel.linear import CG, GMRES, Dense
 from bilevel.linear._common import is_skew
 from bilevel.optimality import stationarity
@@ -50,6 +50,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@explained
 def custom_root(
     optimality_fun: Callable[..., PyTree],
     has_aux: bool = False,
@@ -134,6 +135,7 @@ def custom_root(
     return decorator
 
 
+@explained
 def custom_fixed_point(
     fixed_point_fun: Callable[..., PyTree],
     has_aux: bool = False,
@@ -155,6 +157,7 @@ def custom_fixed_point(
     return custom_root(optimality_fun, has_aux, solve, reference, symmetric=symmetric)
 
 
+@explained
 def root_jvp(
     optimality_fun: Callable[..., PyTree], sol: Y, args: Args, tangents: Args, solve: Solve | None = None
 ) -> Y:
@@ -174,6 +177,7 @@ def root_jvp(
     return _linear_solve(matvec, optax.tree.scale(-1, b), linear_solve)
 
 
+@explained
 def root_vjp(
     optimality_fun: Callable[..., PyTree], sol: Y, args: Args, cotangent: Y, solve: Solve | None = None
 ) -> Args:
@@ -191,6 +195,7 @@ def root_vjp(
     return transposed_in_args(optax.tree.scale(-1, u))
 
 
+@explained
 def argmin(
     f: Callable[..., Any],
     solver: Callable[[Callable[[X, Y], Scalar], X, Y], R],
@@ -225,11 +230,12 @@ def argmin(
             "with a lower solver of bilevel.lower, or a step size, the hypergradient is "
             "hypergradients.value_and_hypergradient(problem, None, lower_solver)."
         )
+    called = explained(solver, "argmin's solver, called as solver(lower, x, y),")
     condition = stationarity(lambda y, x, *data: f(x, y, *data)) if optimality is None else optimality
 
     @custom_root(condition, has_aux=has_aux, solve=linear_solver)
     def solve_lower(y0: Y, x: X, *data: PyTree) -> R:
-        return solver(lambda x, y: f(x, y, *data), x, y0)
+        return called(lambda x, y: f(x, y, *data), x, y0)
 
     def y_star(x: X, y0: Y, *data: PyTree) -> R:
         return solve_lower(y0, x, *data)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import _compiling
+from bilevel._arguments import explained
 from bilevel._convolutions import in_canonical_order
 from bilevel._module import name_of
 from bilevel._settings import settings
@@ -30,6 +31,7 @@ __all__ = ["run"]
 CAPACITY = 16384
 
 
+@explained
 def run(
     problem: Problem[X, Y], solver: Solver, x0: X, y0: Y, steps: int, key: int | jax.Array | StepKey = 0
 ) -> tuple[Any, Metrics]:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilevel._arguments import explained
 from bilevel._module import hyperparameters
 from bilevel.typing import PyTree
 
@@ -308,18 +309,21 @@ def _links(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 # ---------------------------------------------------------------- the named graphs
 
 
+@explained
 def ring(n: int) -> Network:
     """Agents on a circle, each averaging with its two neighbours: weights 1/3, spectral gap O(1/n^2)."""
     _positive("ring", n=n)
     return _circulant(n, f"ring({n})", {1 % n, -1 % n} - {0})
 
 
+@explained
 def torus(rows: int, cols: int) -> Network:
     """A grid closed in both directions, each agent averaging with four neighbours: weights 1/5, gap O(1/n)."""
     _positive("torus", rows=rows, cols=cols)
     return _Torus(rows * cols, f"torus({rows}, {cols})", rows, cols, 1 / (1 + len(_steps(rows) + _steps(cols))))
 
 
+@explained
 def exponential(n: int) -> Network:
     """The static exponential graph, made symmetric: agent i averages with i +- 1, 2, 4, ... (mod n); gap O(1/log n).
 
@@ -331,12 +335,14 @@ def exponential(n: int) -> Network:
     return _circulant(n, f"exponential({n})", {s * p % n for p in powers for s in (1, -1)} - {0})
 
 
+@explained
 def complete(n: int) -> Network:
     """Everybody averages with everybody: W = 1 1' / n, one all-reduce, spectral gap 1."""
     _positive("complete", n=n)
     return _Complete(n, f"complete({n})")
 
 
+@explained
 def star(n: int) -> Network:
     """Agent 0 in the middle, Metropolis weights 1/n on the spokes: gap 1/n."""
     _positive("star", n=n)
@@ -345,6 +351,7 @@ def star(n: int) -> Network:
     return from_adjacency(adjacency, name=f"star({n})")
 
 
+@explained
 def erdos_renyi(n: int, probability: float, seed: int = 0) -> Network:
     """A random graph, each edge present with the given probability, Metropolis weights; drawn again until it is
     connected; a `NetworkError` where none of a thousand draws is.
@@ -364,6 +371,7 @@ def erdos_renyi(n: int, probability: float, seed: int = 0) -> Network:
     )
 
 
+@explained
 def matrix(weights: Any, name: str = "matrix") -> Network:
     """A network from its mixing matrix.
 
@@ -411,6 +419,7 @@ def matrix(weights: Any, name: str = "matrix") -> Network:
     return found
 
 
+@explained
 def metropolis(adjacency: Any) -> np.ndarray:
     """Metropolis-Hastings weights w_ij = 1 / (1 + max(deg_i, deg_j)) of an undirected graph: symmetric, rows sum to 1.
 
@@ -432,11 +441,13 @@ def metropolis(adjacency: Any) -> np.ndarray:
     return weights + np.diag(1 - weights.sum(axis=1))
 
 
+@explained
 def from_adjacency(adjacency: Any, name: str = "graph") -> Network:
     """A network from an undirected graph, with Metropolis weights."""
     return matrix(metropolis(adjacency), name)
 
 
+@explained
 def time_varying(networks: Sequence[Network]) -> Network:
     """Step k mixes with network k mod their number. Each may be disconnected in itself (made by `one_peer` or as a
     matching), their union not.
@@ -456,6 +467,7 @@ def time_varying(networks: Sequence[Network]) -> Network:
     return _TimeVarying(networks[0].n, f"time_varying({', '.join(w.name for w in networks)})", networks)
 
 
+@explained
 def one_peer(n: int) -> Network:
     """Time-varying: at step k agent i of n = 2, 4, 8, ... averages with agent i XOR 2^(k mod log2 n).
 

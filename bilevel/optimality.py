@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel._arguments import signature
+from bilevel._arguments import explained, signature
 
 Function = Callable[..., Any]
 Condition = Callable[..., Any]
@@ -33,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@explained
 def stationarity(fun: Function) -> Condition:
     """An unconstrained minimum: grad fun(y, *args) = 0, the gradient by the first argument.
 
@@ -48,6 +49,7 @@ def stationarity(fun: Function) -> Condition:
     return _with_signature(condition, fun)
 
 
+@explained
 def projected_gradient(fun: Function, projection: Function, step: Any = 1.0) -> Condition:
     """A minimum over a convex set: P(y - step grad fun(y, *args), hyperparams) - y = 0.
 
@@ -56,6 +58,7 @@ def projected_gradient(fun: Function, projection: Function, step: Any = 1.0) -> 
     return mirror_descent(fun, projection, lambda y: y, step)
 
 
+@explained
 def proximal_gradient(fun: Function, prox: Function, step: Any = 1.0) -> Condition:
     """A minimum of a smooth fun + g: prox(y - step grad fun(y, *args), hyperparams, step) - y = 0.
 
@@ -65,6 +68,7 @@ def proximal_gradient(fun: Function, prox: Function, step: Any = 1.0) -> Conditi
     return _fixed_point(fun, lambda y: y, step, back, "hyperparams_prox")
 
 
+@explained
 def mirror_descent(fun: Function, projection: Function, mirror_map: Callable[[Any], Any], step: Any = 1.0) -> Condition:
     """A minimum over a convex set in a Bregman geometry: P(grad phi(y) - step grad fun(y, *args), hyperparams) - y = 0.
 
@@ -80,6 +84,7 @@ def mirror_descent(fun: Function, projection: Function, mirror_map: Callable[[An
     return _fixed_point(fun, mirror_map, step, back, "hyperparams_proj")
 
 
+@explained
 def block_coordinate(fun: Function, block_prox: Function, step: Any = 1.0) -> Condition:
     """A minimum of a smooth fun(y) + sum_j g_j(y_j), the blocks y_j along the leading axis of every leaf of y.
 
@@ -90,6 +95,7 @@ def block_coordinate(fun: Function, block_prox: Function, step: Any = 1.0) -> Co
     return proximal_gradient(fun, jax.vmap(block_prox, in_axes=(0, None, None)), step)
 
 
+@explained
 def kkt(fun: Function, eq: Function | None = None, ineq: Function | None = None) -> Condition:
     """The Karush-Kuhn-Tucker conditions of  min_y fun(y)  s.t.  eq(y) = 0,  ineq(y) <= 0.
 
@@ -131,6 +137,7 @@ def kkt(fun: Function, eq: Function | None = None, ineq: Function | None = None)
     return condition
 
 
+@explained
 def kkt_qp(
     matvec_Q: Function | None = None, matvec_A: Function | None = None, matvec_G: Function | None = None
 ) -> Condition:

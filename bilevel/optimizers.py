@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 
 from bilevel import derivatives
+from bilevel._arguments import explained
 from bilevel._forward import forward_only
 from bilevel._module import state
 from bilevel._roots import root, with_roots
@@ -46,8 +48,8 @@ def check_optimizer(owner: str, name: str, value: Any) -> None:
     if isinstance(value, (optax.GradientTransformation, jax.Array, jax.core.Tracer)):
         return
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not value > 0:
-            raise ValueError(f"{owner}({name}={value!r}): a step size is positive.")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{owner}({name}={value!r}): a step size is positive and finite.")
         return
     home = getattr(value, "__module__", "").split(".")[0]
     made = getattr(value, "__qualname__", "")
@@ -142,6 +144,22 @@ def value_and_gradient(loss: Any, variable: PyTree, memory: PyTree) -> tuple[jax
     shapes = jax.eval_shape(evaluate, variable)
     known = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), (known.value, known.grad), shapes)
     return jax.lax.cond(jnp.isfinite(known[0]), lambda _: known, evaluate, variable)
+
+
+def unfit(rule: Any, variable: PyTree) -> str:
+    """Why a rule cannot move a variable, in a line; "" where it can, or where that cannot be seen."""
+    full = as_optimizer(rule)
+    try:
+        memory = jax.eval_shape(full.init, variable)
+    except Exception as error:  # whatever a rule says to another tree
+        return " ".join(str(error).split())[:200]
+    try:
+        moved = jax.eval_shape(lambda v, m: optax.apply_updates(v, full.update(v, m, v)[0]), variable, memory)
+    except Exception:  # it may look at values
+        return ""
+    shapes = lambda tree: [leaf.shape for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    here, there = shapes(jax.eval_shape(lambda v: v, variable)), shapes(moved)
+    return "" if here == there else f"it takes shapes {here} to {there}"
 
 
 # ---------------------------------------------------------------- at a gradient of zero
@@ -375,6 +393,7 @@ def standing(memory: PyTree, value: jax.Array, gradient: PyTree) -> tuple[jax.Ar
     return kept_value.astype(value.dtype), optax.tree.cast_like(kept_gradient, gradient)
 
 
+@explained
 @functools.cache
 def coupled_adam(
     learning_rate: float = 3e-4, b1: float = 0.5, b2: float = 0.999, weight_decay: float = 1e-3
@@ -404,6 +423,7 @@ class SpectralState(Withdrawing):
         return self.values[0], self.gradient
 
 
+@explained
 @functools.cache
 def spectral(memory: int = 10, largest: float = 1.0) -> optax.GradientTransformationExtraArgs:
     """Barzilai-Borwein steps, safeguarded, with one evaluation per step and no step size to choose.
@@ -520,6 +540,7 @@ class QuasiNewtonState(Withdrawing):
         return self.value, self.gradient
 
 
+@explained
 @functools.cache
 def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransformationExtraArgs:
     """L-BFGS with its backtracking spread over outer iterations: one evaluation per step, and no step size to choose.

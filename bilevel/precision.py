@@ -23,12 +23,13 @@ import jax.numpy as jnp
 
 from bilevel import derivatives
 from bilevel._convolutions import convolves
-from bilevel._module import state
+from bilevel._module import name_of, state
 from bilevel._traces import equations, inner, reached, traffic
 from bilevel.captures import Apart
 from bilevel.data import as_source
 from bilevel.frozen import Cut, fixed_functions
 from bilevel.level import takes_batch
+from bilevel.optimizers import is_rule, unfit
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
 
@@ -176,6 +177,14 @@ def _translated(error: Exception, method: Any, problem: Problem, x: PyTree, y: P
             "projection or a constraint. Give the lower level a rule with a number of steps (0.1, optax.adam), or take "
             "hypergradients.Implicit (solvers.AID), which does not differentiate through the solver."
         )
+    for owner, field, rule in _rules(method):
+        for variable, at in (("x", x), ("y", y)):
+            if field.startswith("upper") == (variable == "x") and (wrong := unfit(rule, at)):
+                return (
+                    f"{name_of(owner)}({field}=...) does not fit {variable}: {wrong}. A step size is one number; a "
+                    "rule for parts of a variable (optax.masked, optax.multi_transform) is given a tree like "
+                    f"{variable}, or a function that makes one of it."
+                )
     inside = any(isinstance(leaf, jax.core.Tracer) and _varying(leaf) for leaf in jax.tree.leaves(problem))
     if inside and ("varying" in str(error) or "{V:" in str(error)):
         # Some of JAX's own parts (its linear solves, linearised functions) do not keep the account.
@@ -185,6 +194,15 @@ def _translated(error: Exception, method: Any, problem: Problem, x: PyTree, y: P
             "or run under jit."
         )
     return ""
+
+
+def _rules(method: Any) -> Iterator[tuple[Any, str, Any]]:
+    """The step rules of a solver and of its lower solver, with whose they are and by which name."""
+    for owner in (method, getattr(method, "lower_solver", None)):
+        for field in ("upper_optimizer", "lower_optimizer", "optimizer"):
+            rule = getattr(owner, field, None)
+            if is_rule(rule) or isinstance(rule, jax.Array):
+                yield owner, field, rule
 
 
 def undefined_at(problem: Problem, x: PyTree, y: PyTree) -> str:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._arguments import explained_class
 from bilevel._pickling import storable
 from bilevel._traces import traffic
 from bilevel.captures import Functions, generator_state, host_generators, taken
@@ -31,6 +32,7 @@ _SETS = ": a set such as sets.Box(lower, upper) or sets.Simplex(), or a function
 _FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", *_ROWS)
 
 
+@explained_class
 @storable
 @dataclasses.dataclass(frozen=True)
 class Problem(Generic[X, Y]):

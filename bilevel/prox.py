@@ -37,6 +37,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel._arguments import explained
 from bilevel.quadratic import qp
 from bilevel.sets import _aligned, _flat, _known
 from bilevel.typing import Project, PyTree
@@ -50,11 +51,13 @@ Strength = Any
 Prox = Callable[[PyTree, PyTree, Any], PyTree]
 
 
+@explained
 def none() -> Prox:
     """The operator of r = 0: y itself."""
     return lambda x, y, scaling: y
 
 
+@explained
 def lasso(strength: Strength) -> Prox:
     """r = strength |y|_1: sign(y) max(|y| - scaling strength, 0), soft thresholding.
 
@@ -64,6 +67,7 @@ def lasso(strength: Strength) -> Prox:
     return _entrywise("lasso", _soft, strength)
 
 
+@explained
 def ridge(strength: Strength) -> Prox:
     """r = strength |y|^2 / 2: y / (1 + scaling strength).
 
@@ -72,6 +76,7 @@ def ridge(strength: Strength) -> Prox:
     return _entrywise("ridge", lambda y, s: y / (1 + s), strength)
 
 
+@explained
 def elastic_net(lasso: Strength, ridge: Strength) -> Prox:
     """r = lasso |y|_1 + ridge |y|^2 / 2: soft thresholding, then shrinking.
 
@@ -80,16 +85,19 @@ def elastic_net(lasso: Strength, ridge: Strength) -> Prox:
     return _entrywise("elastic_net", lambda y, one, two: _soft(y, one) / (1 + two), lasso, ridge)
 
 
+@explained
 def non_negative_lasso(strength: Strength) -> Prox:
     """r = strength |y|_1 on y >= 0: max(y - scaling strength, 0)."""
     return _entrywise("non_negative_lasso", lambda y, s: jax.nn.relu(y - s), strength)
 
 
+@explained
 def non_negative_ridge(strength: Strength) -> Prox:
     """r = strength |y|^2 / 2 on y >= 0: max(y, 0) / (1 + scaling strength)."""
     return _entrywise("non_negative_ridge", lambda y, s: jax.nn.relu(y) / (1 + s), strength)
 
 
+@explained
 def log_barrier(strength: Strength) -> Prox:
     """r = - strength sum log y: (y + sqrt(y^2 + 4 scaling strength)) / 2, positive; written so that nothing cancels."""
 
@@ -102,6 +110,7 @@ def log_barrier(strength: Strength) -> Prox:
     return _entrywise("log_barrier", positive, strength)
 
 
+@explained
 def group_lasso(strength: Strength, axis: int | tuple[int, ...] | None = None) -> Prox:
     """r = sum over groups of strength |y_g|_2: y_g max(1 - scaling strength / |y_g|, 0).
 
@@ -142,6 +151,7 @@ def group_lasso(strength: Strength, axis: int | tuple[int, ...] | None = None) -
     return prox
 
 
+@explained
 def least_squares(A: Any, b: Any, strength: Strength = 1.0) -> Prox:
     """r = strength |A y - b|^2 / 2: (I + scaling strength A^T A)^{-1} (y + scaling strength A^T b), y raveled.
 
@@ -160,6 +170,7 @@ def least_squares(A: Any, b: Any, strength: Strength = 1.0) -> Prox:
     return prox
 
 
+@explained
 def non_negative_least_squares(A: Any, b: Any, strength: Strength = 1.0) -> Prox:
     """r = strength |A y - b|^2 / 2 on y >= 0, by `implicit.qp`; the arguments are those of `least_squares`."""
     _check("non_negative_least_squares", strength)
@@ -175,6 +186,7 @@ def non_negative_least_squares(A: Any, b: Any, strength: Strength = 1.0) -> Prox
     return prox
 
 
+@explained
 def projection(project: Project) -> Prox:
     """r = 0 on a set and infinite elsewhere: the projection, whatever x and the scaling are.
 
@@ -186,6 +198,7 @@ def projection(project: Project) -> Prox:
     return lambda x, y, scaling: project(y)
 
 
+@explained
 def chain(*operators: Prox) -> Prox:
     """One operator after the other. The result is the operator of the terms' sum in the cases where that is known:
 

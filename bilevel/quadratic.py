@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._arguments import explained
 from bilevel._module import state
 
 __all__ = ["QPSolution", "QPStatus", "qp"]
@@ -51,6 +52,7 @@ class QPSolution:
     residual: jax.Array
 
 
+@explained
 def qp(
     Q: Any,
     c: Any,

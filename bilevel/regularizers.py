@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel._arguments import explained
 from bilevel.data import as_keyed
 from bilevel.typing import PyTree
 
@@ -37,6 +38,7 @@ def renormalise(a: PyTree) -> PyTree:
     return jax.tree.map(leaf, a)
 
 
+@explained
 def perturbed(
     loss: Callable[..., jax.Array],
     radius: float | Callable[[Any], Any] = 0.3,
@@ -162,6 +164,7 @@ def entropy(x: PyTree) -> jax.Array:
     return _mean(found)
 
 
+@explained
 def penalised(
     loss: Callable[..., jax.Array], *terms: tuple[Callable[[PyTree], jax.Array], float | Callable[[Any], Any]]
 ) -> Callable[..., jax.Array]:

@@ -7,8 +7,10 @@ import functools
 import json
 import logging
 import math
+import numbers
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._arguments import explained, explained_class
 from bilevel.checkpoint import CheckpointError
 from bilevel.history import History
 from bilevel.keys import as_step_key
@@ -33,6 +36,7 @@ __all__ = ["Discovery", "LowerProblem", "search"]
 logger = logging.getLogger("bilevel")
 
 
+@explained_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowerProblem:
     """The continuous problem below a proposal: what `problem_of(proposal)` returns.
@@ -155,9 +159,13 @@ class Discovery:
         failed = sum(t.failed for t in self.trials)
         lines = [f"{len(self.trials)} trials in {self.seconds:.1f} s, {failed} failed. {self.reason}"]
         lines += [f"  {trial!r}" for trial in self.ranked(3)]
+        if failed and failed == len(self.trials):
+            error, count = Counter(trial.error for trial in self.trials).most_common(1)[0]
+            lines.append(f"  None was solved; of {count}: {error or 'the loss was not finite'}")
         return "\n".join(lines)
 
 
+@explained
 def search(
     problem_of: Callable[[Any], Any],
     proposer: Proposer,
@@ -211,7 +219,7 @@ def search(
       TypeError, ValueError: an argument, by name, before the first compile.
       CheckpointError: the folder belongs to another run, or a proposal cannot be written.
     """
-    _check_arguments(problem_of, proposer, evaluations, batch, finalists, solver)
+    _check_arguments(problem_of, proposer, evaluations, batch, finalists, solver, seconds, tokens, target, patience)
     base = as_step_key(key).random
     log = None if checkpoint is None else _Log(Path(checkpoint), _describe(proposer, base, batch))
     trials, before = ([], 0.0) if log is None else log.read()
@@ -253,9 +261,16 @@ def search(
     return Discovery(tuple(trials), last, result, reason, spent(), spent_tokens)
 
 
-def _check_arguments(problem_of: Any, proposer: Any, evaluations: int, batch: int, finalists: int, solver: Any) -> None:
+def _check_arguments(
+    problem_of: Any, proposer: Any, evaluations: int, batch: int, finalists: int, solver: Any,
+    seconds: Any, tokens: Any, target: Any, patience: Any,
+) -> None:  # fmt: skip
     if not callable(problem_of):
         raise TypeError(f"search(problem_of=...): a function of a proposal is needed, not {type(problem_of).__name__}.")
+    if isinstance(proposer, type):
+        raise TypeError(
+            f"search(proposer={proposer.__name__}): this is the class; make one of it, {proposer.__name__}(...)."
+        )
     if missing := [name for name in ("ask", "tell") if not callable(getattr(proposer, name, None))]:
         raise TypeError(
             f"search(proposer=...): {type(proposer).__name__} has no method {' and no '.join(missing)}. A proposer has "
@@ -264,6 +279,9 @@ def _check_arguments(problem_of: Any, proposer: Any, evaluations: int, batch: in
     for name, value in (("evaluations", evaluations), ("batch", batch), ("finalists", finalists)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"search({name}={value!r}): a positive integer is needed.")
+    for name, value in (("seconds", seconds), ("tokens", tokens), ("target", target), ("patience", patience)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+            raise TypeError(f"search({name}={value!r}): a number or None is needed.")
     if not (solver is None or callable(solver)):
         raise TypeError("search(solver=...): a lower.LevenbergMarquardt or a function (problem, key) -> (loss, y).")
 

@@ -50,6 +50,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
+from bilevel._arguments import explained
 from bilevel._module import hyperparameters
 from bilevel.quadratic import projection
 from bilevel.typing import Project, PyTree
@@ -163,6 +164,7 @@ class Box(Set):
         return lower, upper
 
 
+@explained
 def NonNegative() -> Box:
     """The non-negative orthant, z >= 0: `Box(0, inf)`."""
     return Box(0.0, math.inf)
@@ -675,6 +677,7 @@ class Transport(Set):
         )
 
 
+@explained
 def Birkhoff(n: int) -> Transport:
     """The doubly stochastic matrices (n, n): `Transport(ones(n), ones(n))`."""
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:

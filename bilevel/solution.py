@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic
 import jax
 import numpy as np
 
+from bilevel._arguments import Named
 from bilevel._module import name_of
 from bilevel._pickling import storable
 from bilevel.history import History
@@ -47,7 +48,7 @@ class Best(Generic[X, Y]):
 
 @storable
 @dataclasses.dataclass(frozen=True)
-class Solution(Generic[X, Y]):
+class Solution(Named, Generic[X, Y]):
     """The end of a run.
 
     Attributes:
@@ -110,6 +111,8 @@ class Solution(Generic[X, Y]):
     def load(path: str | os.PathLike[str]) -> Solution[Any, Any]:
         """A solution that `save` has written. Reading a pickle can run code: load your own files only."""
         file = Path(path).expanduser()
+        if file.is_dir():
+            raise ValueError(f"Solution.load({str(path)!r}): that is a directory, and Solution.save writes a file.")
         if not file.exists():
             raise FileNotFoundError(f"Solution.load({str(path)!r}): there is no such file; Solution.save writes one.")
         try:

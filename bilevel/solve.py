@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import _compiling, host
+from bilevel._arguments import explained
 from bilevel._module import name_of
 from bilevel._settings import settings, users_settings
 from bilevel.keys import StepKey, as_step_key
@@ -66,6 +67,7 @@ _TIGHTER = 4
 
 @settings()
 @_compiling.sized()
+@explained
 def solve(
     problem: Problem[X, Y],
     x0: X | None = None,
@@ -136,6 +138,8 @@ def solve(
     check_count("solve", steps=steps, metrics_every=metrics_every, callback_every=callback_every)
     check_count("solve", checkpoint_every=checkpoint_every, checkpoint_keep=checkpoint_keep, chunk=chunk)
     check_count("solve", patience=patience)
+    if progress is not None and not isinstance(progress, (bool, np.bool_)):
+        raise TypeError(f"solve(progress={progress!r}): True, False or None is expected.")
     before = state if isinstance(state, Solution) else None
     if before is not None:
         state, solver = before.state, before.solver if solver is None else solver

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._arguments import explained, explained_class
 from bilevel.data import Clients, as_arrays, sample_count
 from bilevel.problem import Problem
 
@@ -29,6 +30,7 @@ class SplitError(ValueError):
     """The data cannot be split as asked; the message says why and what to change."""
 
 
+@explained_class
 @dataclasses.dataclass(frozen=True)
 class Split:
     """Which samples are whose.
@@ -108,12 +110,14 @@ class Split:
         return text
 
 
+@explained
 def iid(count: int, clients: int, seed: int = 0) -> Split:
     """`count` samples dealt out at random in equal parts (to one sample)."""
     _check(count, clients)
     return Split(np.array_split(np.random.default_rng(seed).permutation(count), clients), f"iid(seed={seed})")
 
 
+@explained
 def dirichlet(labels: Any, clients: int, concentration: float = 0.5, seed: int = 0, minimum: int = 2) -> Split:
     """Label skew: the shares in which each class goes to the clients are drawn from a symmetric Dirichlet distribution.
 
@@ -150,6 +154,7 @@ def dirichlet(labels: Any, clients: int, concentration: float = 0.5, seed: int =
     )
 
 
+@explained
 def shards(labels: Any, clients: int, per_client: int = 2, seed: int = 0) -> Split:
     """Samples sorted by label, cut into clients * per_client equal shards, each client dealt `per_client` of them.
 
@@ -167,6 +172,7 @@ def shards(labels: Any, clients: int, per_client: int = 2, seed: int = 0) -> Spl
     return Split(indices, f"shards(per_client={per_client}, seed={seed})", labels)
 
 
+@explained
 def imbalanced(count: int, clients: int, ratio: float = 10.0, seed: int = 0, labels: Any = None) -> Split:
     """Equal distributions, unequal sizes: sizes fall geometrically, the largest `ratio` times the smallest."""
     _check(count, clients)
@@ -189,6 +195,7 @@ def imbalanced(count: int, clients: int, ratio: float = 10.0, seed: int = 0, lab
     )  # fmt: skip
 
 
+@explained
 def feature_shift(split: Split, features: Any, strength: float, seed: int = 0) -> np.ndarray:
     """Each client's instrument reads differently: features times (1 + strength a) plus strength b standard deviations.
 
@@ -232,6 +239,7 @@ def _check(count: int, clients: int, minimum: int = 1) -> None:
         raise SplitError(f"{count} samples are too few for {clients} clients with at least {minimum} each.")
 
 
+@explained
 def cross_validation(
     loss: Callable[[PyTree, PyTree], jax.Array],
     penalty: Callable[[PyTree, PyTree], jax.Array] | None,

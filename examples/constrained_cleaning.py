@@ -122,11 +122,11 @@ def draw(path, solution, weights, flipped, before):
     loss, acc, gap, hist = figure.subplots(1, 4)
     history = solution.history
     loss.plot(history.steps["upper_loss"], history["upper_loss"])
-    loss.set(title="loss on the clean set", xlabel="step")
+    loss.set(title="loss on the clean set", xlabel="step", ylabel="cross-entropy")
     acc.plot(history.steps["test accuracy"], history["test accuracy"], label="learnt")
     for (what, value), color in zip(before.items(), ("C3", "C2", "C7"), strict=True):
         acc.axhline(value, color=color, ls="--", lw=1, label=what)
-    acc.set(title="test accuracy", xlabel="step")
+    acc.set(xlabel="step", ylabel="test accuracy")
     acc.legend(fontsize=7)
     gap.plot(history.steps["gap"], np.abs(history["gap"]) + 1e-12, lw=0.8, label="gap")
     gap.plot(
@@ -136,12 +136,12 @@ def draw(path, solution, weights, flipped, before):
         ms=1,
         label="violation",
     )
-    gap.set(title="gap and violation", xlabel="step", yscale="log")
+    gap.set(xlabel="step", ylabel="gap and violation", yscale="log")
     gap.legend(fontsize=8)
     hist.hist(
         [weights[~flipped], weights[flipped]], bins=30, label=["right", "flipped"], color=["C2", "C3"], stacked=True
     )
-    hist.set(title="weights of the samples", xlabel="sigmoid(w)")
+    hist.set(title="weights of the samples", xlabel="sigmoid(w)", ylabel="samples")
     hist.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

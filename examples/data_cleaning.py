@@ -152,16 +152,16 @@ def draw(path, history, weights, flipped, images, noisy, truth, before):
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.4, 1))
     loss, acc, hist = top.subplots(1, 3)
     loss.plot(history.steps["upper_loss"], history["upper_loss"], color="C0")
-    loss.set(title="loss on the clean set", xlabel="outer step")
+    loss.set(title="loss on the clean set", xlabel="outer step", ylabel="cross-entropy")
     acc.plot(history.steps["test accuracy"], history["test accuracy"], color="C0", label="learnt weights")
     for (what, value), color in zip(before.items(), ("C3", "C7", "C2"), strict=True):
         acc.axhline(value, color=color, ls="--", lw=1, label=what)
-    acc.set(title="test accuracy", xlabel="outer step", ylim=(min(before.values()) - 0.1, 1))
+    acc.set(xlabel="outer step", ylabel="test accuracy", ylim=(min(before.values()) - 0.1, 1))
     acc.legend(fontsize=8)
     hist.hist(
         [weights[~flipped], weights[flipped]], bins=30, label=["clean", "flipped"], color=["C2", "C3"], stacked=True
     )
-    hist.set(title="weights of the training samples", xlabel="sigmoid(x)")
+    hist.set(title="weights of the training samples", xlabel="sigmoid(x)", ylabel="samples")
     hist.legend(fontsize=8, loc="upper center")
     side = int(np.sqrt(images.shape[1]))
     bottom.suptitle("the lowest weights: given label (true label)", fontsize=10)

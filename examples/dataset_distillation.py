@@ -145,7 +145,7 @@ def draw(path, sets, score, history):
     accuracy_axis = right.subplots()
     accuracy_axis.plot(history.steps["test accuracy"], history["test accuracy"], color="C0", label="distilled")
     accuracy_axis.axhline(float(score(sets["class means"])), color="C3", ls="--", lw=1, label="class means")
-    accuracy_axis.set(title="test accuracy", xlabel="outer step")
+    accuracy_axis.set(xlabel="outer step", ylabel="test accuracy")
     accuracy_axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

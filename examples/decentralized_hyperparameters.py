@@ -1,12 +1,12 @@
 """Ridge regression with one penalty per feature, learnt by hospitals that talk to their neighbours only.
 
-    min over x   mean_i |A_i' y*(x) - t_i'|^2 / (2 n') + prior |x|^2 / 2            each hospital's own validation
-    patients s.t.         y*(x) = argmin over y of  mean_i |A_i y - t_i|^2 / (2 n) + sum_j exp(x_j) y_j^2 / 2
+    min over x   mean_i |A_i' y*(x) - t_i'|^2 / (2 n') + prior |x|^2 / 2      (each hospital's own validation patients)
+    s.t.         y*(x) = argmin over y of  mean_i |A_i y - t_i|^2 / (2 n) + sum_j exp(x_j) y_j^2 / 2
 
 The patients of the diabetes data are sorted by how far their disease has progressed and dealt out in blocks: hospitals
-  differ. The reference solution
-is the centralised one on the pooled data. The methods run on several graphs; what is drawn is the distance to that
-solution and the hospitals' disagreement, against what one hospital has sent to each neighbour.
+differ. The reference solution is the centralised one on the pooled data. The methods run on several graphs; what is
+drawn is the distance to that solution and the hospitals' disagreement, against what one hospital has sent to each
+neighbour.
 
     python examples/decentralized_hyperparameters.py
     python examples/decentralized_hyperparameters.py --agents 16 --steps 10000

@@ -127,12 +127,14 @@ def main(argv=None):
                 0.25,
                 bottom=bottom,
                 color=f"C{good}",
+                label=f"good {good + 1}" if k == 0 else None,
                 alpha=0.85,
             )
             bottom += np.asarray(orders[:, good])
     right.set(
         xlabel="some new days: known prices, least squares, layer", ylabel="order, by good", title="Orders", xticks=[]
     )
+    right.legend(ncols=GOODS, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     figure.savefig(args.out, dpi=120)
     print(f"saved {args.out}")
     return regrets

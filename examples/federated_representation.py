@@ -1,8 +1,10 @@
 """A shared representation over 100 clients that hold two classes each: federated hyper-representation.
 
-    min over x   F(x, y*(x))     x: the body of a network (features), F: cross-entropy on the clients' validation
-    samples s.t.         y*(x) = argmin over y of f(x, y)     y: its head, f: cross-entropy on their training samples +
-    weight decay
+    min over x   F(x, y*(x))
+    s.t.         y*(x) = argmin over y of f(x, y)
+
+x is the body of a network (features) and y its head, F the cross-entropy on the clients' validation samples, f that on
+their training samples with a weight decay.
 
 The samples are sorted by label, cut into shards, and each client is dealt two. In every round the server samples n
 clients, and SimFBO moves body, head and the linear system's variable with one exchange. What is drawn is the accuracy

@@ -190,7 +190,12 @@ def draw(path, initial, found, tasks, shown=0):
             y = jax.tree.map(lambda leaf, k=k: leaf[k, 0], path_of_y)
             axis.plot(grid, network(y, grid), color=color, label=f"{k} steps", ls=":" if k == 0 else "-")
         axis.plot(*(points[0] for points in one["support"]), "k^", ms=5)
-        axis.set(title=f"{name} initial point", ylim=(1.6 * truth.min() - 1, 1.6 * truth.max() + 1))
+        axis.set(
+            title=f"{name} initial point",
+            xlabel="input",
+            ylabel="output",
+            ylim=(1.6 * truth.min() - 1, 1.6 * truth.max() + 1),
+        )
     curves[0].legend(fontsize=8)
     for (name, error), color in zip(found.items(), ("C7", "C0", "C2"), strict=True):
         last.semilogy(error.mean(1), "o-", ms=3, color=color, label=name)

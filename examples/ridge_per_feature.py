@@ -179,7 +179,7 @@ def draw(path, solution, one_x, grid, grid_losses):
     loss = solution.history["upper_loss"]
     right.plot(solution.history.steps["upper_loss"], np.minimum.accumulate(loss), color="C0", label="a penalty each")
     right.axhline(float(grid_losses.min()), color="C3", ls="--", label="one penalty, by grid search")
-    right.set(title="validation loss (best so far)", xlabel="outer step")
+    right.set(xlabel="outer step", ylabel="validation loss (best so far)")
     right.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -152,7 +152,7 @@ def draw(path, rows, paths):
             left.plot(steps / steps[-1], history["upper_loss"], label=f"{name}, F at its y ({steps[-1] + 1} steps)")
     for i, (name, validation, *_) in enumerate(rows[1:]):
         left.axhline(validation, color=("C7", "C0", "C1")[i], ls="--", lw=1, label=f"{name}, solved to the end")
-    left.set(title="validation loss", xlabel="share of the run", yscale="log")
+    left.set(xlabel="share of the run", ylabel="validation loss", yscale="log")
     left.legend(fontsize=8)
     largest = max(float(jnp.abs(y).max()) for y, _ in paths.values())
     for axis, (name, (y, _)) in zip(maps, paths.items(), strict=True):

@@ -174,9 +174,9 @@ def draw(path, grid, rows, runs):
     for name, (solution, _) in runs.items():
         middle.plot(solution.history.steps["upper_loss"], solution.history["upper_loss"], label=name)
         gap.plot(solution.history.steps["gap"], np.abs(solution.history["gap"]) + 1e-12, lw=0.8, label=name)
-    middle.set(title="smooth validation loss", xlabel="step")
+    middle.set(xlabel="step", ylabel="smooth validation loss")
     middle.legend(fontsize=8)
-    gap.set(title="gap function of the lower level", xlabel="step", yscale="log")
+    gap.set(xlabel="step", ylabel="gap function of the lower level", yscale="log")
     gap.legend(fontsize=8)
     for name, (solution, multipliers) in runs.items():
         right.scatter(SCALE * np.asarray(solution.x), multipliers, s=8, alpha=0.6, label=name)

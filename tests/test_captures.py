@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
+import importlib
+import os
+import sys
 import types
+from collections import OrderedDict, defaultdict, deque
 
 import captured
 import jax
@@ -136,12 +140,44 @@ SLOTTED = Slotted()
 KEPT = Net(1.0)
 
 
+MADE = types.ModuleType("made_by_hand")
+sys.modules["made_by_hand"] = MADE
+ORDERED, DEFAULT, QUEUE = OrderedDict(lam=1.0), defaultdict(float, lam=1.0), deque([1.0], maxlen=2)
+NUMBER = np.float32(1)
+
+
+@functools.lru_cache
+def cached():
+    return LAM
+
+
+@functools.singledispatch
+def dispatched(x):
+    return LAM * x**2
+
+
+def written():
+    with open(captured.FILE) as file:
+        return float(file.read())
+
+
+def plus(penalty):
+    """A loss with this penalty."""
+    return lambda x, y: (y - 1) ** 2 + penalty(x)
+
+
 def closure(lam):
     return lambda x, y: (y - 1) ** 2 + lam * x**2
 
 
 def set_all(lam):
-    global LAM
+    global LAM, NUMBER
+    NUMBER, captured.OTHER = np.float32(lam), int(lam)
+    captured.Settings.lam = captured.Settings.parts["a"][0] = MADE.lam = lam
+    ORDERED["lam"] = DEFAULT["lam"] = QUEUE[0] = lam
+    sys.modules["captured"].FILE.write_text(str(lam))
+    os.environ["BILEVEL_TEST_LAM"] = str(lam)
+    cached.cache_clear()
     LAM = SETTINGS["lam"] = NAMESPACE.lam = KEPT.lam = lam
     ARRAY[:] = lam  # in place
     captured.LAM = by_attribute.lam = ByClass.LAM = SLOTTED.lam = lam
@@ -170,7 +206,27 @@ MOVING |= {
     "an attribute of the function": lambda lam: by_attribute,
     "checkpoint": lambda lam: lambda x, y: (y - 1) ** 2 + jax.checkpoint(penalty)(x),
 }
+MOVING |= {
+    "a module's attribute": lambda lam: plus(lambda x: captured.LAM * x**2),
+    "a module's function": lambda lam: plus(lambda x: captured.penalty(x)),
+    "a module's namespace": lambda lam: plus(lambda x: captured.Settings.lam * x**2),
+    "a dictionary of a namespace": lambda lam: plus(lambda x: captured.Settings.parts["a"][0] * x**2),
+    "a module that was made by hand": lambda lam: plus(lambda x: MADE.lam * x**2),
+    "an ordered dictionary": lambda lam: plus(lambda x: ORDERED["lam"] * x**2),
+    "a dictionary with a default": lambda lam: plus(lambda x: DEFAULT["lam"] * x**2 + DEFAULT.get("none", 0)),
+    "a queue": lambda lam: plus(lambda x: QUEUE[0] * x**2),
+    "a number of numpy's": lambda lam: plus(lambda x: NUMBER * x**2),
+}
 FIXED = {
+    "a cache": lambda lam: plus(lambda x: cached() * x**2),
+    "a dispatched function": lambda lam: plus(lambda x: dispatched(x)),
+    "the environment": lambda lam: plus(lambda x: float(os.environ["BILEVEL_TEST_LAM"]) * x**2),
+    "the environment by getenv": lambda lam: plus(lambda x: float(os.getenv("BILEVEL_TEST_LAM")) * x**2),
+    "sys.modules": lambda lam: plus(lambda x: sys.modules["captured"].LAM * x**2),
+    "a module imported by its name": lambda lam: plus(lambda x: importlib.import_module("captured").LAM * x**2),
+    "getattr": lambda lam: plus(lambda x: getattr(captured, "LA" + "M"[:1]) * x**2),
+    "a file": lambda lam: plus(lambda x: written() * x**2),
+    "a caller's globals": lambda lam: plus(lambda x: sys._getframe().f_globals["LAM"] * x**2),
     "branch": lambda lam: by_branch,
     "type": lambda lam: by_type,
     "custom_vjp": lambda lam: lambda x, y: (y - 1) ** 2 + penalty_by_vjp(x),
@@ -182,6 +238,11 @@ FIXED = {
     "class": lambda lam: ByClass.loss,
     "slots": lambda lam: SLOTTED,
 }
+
+
+@pytest.fixture(autouse=True)
+def file_of_a_number(tmp_path):
+    captured.FILE = tmp_path / "number"
 
 
 @pytest.mark.parametrize("name", [*MOVING, *FIXED])
@@ -197,7 +258,15 @@ def test_a_captured_number_has_its_value_of_now_and_travels_where_it_can(name):
     assert len(traces) == (1 if name in MOVING else 4)
 
 
-def test_fifty_solves_with_another_number_each_are_right_and_compile_once():
+def in_all_places(x, y):
+    """(y - 1)^2 + LAM x^2, the number read from a dozen places."""
+    objects = LAM + SETTINGS["lam"] + ARRAY[0] + NAMESPACE.lam + NUMBER + KEPT.lam + ORDERED["lam"] + QUEUE[0]
+    modules = captured.LAM + captured.Settings.lam + captured.Settings.parts["a"][0] + MADE.lam
+    return (y - 1) ** 2 + (objects + modules) / 12 * x**2
+
+
+@pytest.mark.parametrize("loss", [by_global, in_all_places])
+def test_fifty_solves_with_another_number_each_are_right_and_compile_once(loss):
     solver = solvers.AID(upper_optimizer=0.1)
     compiled = []
     count = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
@@ -205,7 +274,7 @@ def test_fifty_solves_with_another_number_each_are_right_and_compile_once():
     for i, lam in enumerate(np.linspace(0.2, 5, 50)):
         set_all(float(lam))
         solution = solve(
-            Problem(by_global, lambda x, y: (y - x) ** 2), jnp.zeros(()), jnp.zeros(()), solver, steps=200, tol=1e-5
+            Problem(loss, lambda x, y: (y - x) ** 2), jnp.zeros(()), jnp.zeros(()), solver, steps=200, tol=1e-5
         )
         np.testing.assert_allclose(solution.x, 1 / (1 + lam), atol=1e-4)
         if i == 1:

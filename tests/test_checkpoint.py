@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,22 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(tmp_path, unint
     assert steps_on_disk(tmp_path)[-1] == STEPS
     assert len(steps_on_disk(tmp_path)) <= 3
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith("step_") or "." in p.name]  # leftovers are gone
+
+
+def test_what_is_deleted_keeps_its_mark_until_the_last(tmp_path, monkeypatch):
+    """So that a run killed within leaves a folder that the next one knows as its own, and deletes."""
+    whole, seen = shutil.rmtree, []
+
+    def watched(path, **options):
+        if path.parent == tmp_path:
+            seen.append({inside.name for inside in path.iterdir()} <= {"made_by_bilevel"})
+        else:
+            seen.append((path.parent / "made_by_bilevel").exists())
+        whole(path, **options)
+
+    monkeypatch.setattr("bilevel.checkpoint.shutil.rmtree", watched)
+    the_run(tmp_path, checkpoint_every=1, checkpoint_keep=1)
+    assert len(seen) > 3 and all(seen)
 
 
 def test_ctrl_c_returns_what_there_is_saves_it_and_resumes_exactly(tmp_path, uninterrupted):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import re
+from enum import Enum
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +19,21 @@ from bilevel import (
     Problem,
     Solution,
     data,
+    datasets,
     diagnostics,
+    distributed,
     hypergradients,
     implicit,
     linear,
     lower,
     multistart,
+    network,
+    optimality,
+    optimizers,
+    proposers,
     prox,
     run,
+    search,
     sets,
     solve,
     solvers,
@@ -333,10 +344,160 @@ FURTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*MISTAKES, *FURTHER])
+def taking(call, *args, **options):
+    """A call whose arguments do not fit its signature."""
+    return lambda: call(*args, **options)
+
+
+RAGGED = [np.ones((2, 3)), np.ones((2, 4))]
+GRAMMAR = proposers.Grammar(("a", "b"))
+NOTHING = proposers.ReplayProposer(())
+VECTORS = Problem(lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: jnp.sum((y - x) ** 2))
+
+# Calls that do not fit: another library's words for the arguments, one too many, one too few; parts that do not fit.
+CALLS = {
+    "steps by their place": (taking(solve, Q, A(0.0), A(0.0), solvers.SOBA(), 9), "and 9 is one more", "steps=9"),
+    "steps of a sweep by their place": (taking(sweep, Q, [], A(0.0), A(0.0), 9), "sweep.*9 is one more", "steps=9"),
+    "evaluations by their place": (taking(search, F, NOTHING, 9), "search.*9 is one more", "evaluations=9"),
+    "a learning rate": (
+        taking(solvers.AID, learning_rate=0.1), r"AID\(learning_rate=0\.1", "mean upper_optimizer=.*step s",
+    ),
+    "lr": (taking(solvers.SOBA, lr=0.1), r"SOBA\(lr=", "upper_optimizer= or lower_optimizer="),
+    "lr of an engine": (taking(solvers.DSOBA, network.ring(3), lr=0.1), r"DSOBA\(lr=", "upper_optimizer= or lower_op"),
+    "the step size of a descent": (
+        taking(lower.GradientDescent, step_size=0.1), r"step_size", "mean optimizer=.*step size",
+    ),
+    "an inner learning rate": (taking(solvers.MAML, inner_lr=0.1), "inner_lr", "mean lower_optimizer="),
+    "inner steps": (taking(solvers.ITD, inner_steps=10), "inner_steps", "mean lower_steps="),
+    "an inner solver": (taking(solvers.AID, inner_solver=lower.Newton()), "inner_solver", r"mean lower_solver=\?"),
+    "maxiter of solve": (taking(solve, Q, A(0.0), A(0.0), maxiter=10), "maxiter", r"mean steps=\?"),
+    "max_iter of CG": (taking(linear.CG, max_iter=10), r"CG\(max_iter=10", r"mean max_steps=\?"),
+    "maxiter of L-BFGS": (taking(lower.LBFGS, maxiter=10), r"LBFGS\(maxiter=10", r"mean steps=\?"),
+    "a rate of quasi_newton": (taking(optimizers.quasi_newton, lr=1), r"quasi_newton\(lr=1", "takes memory, largest"),
+    "a seed": (taking(solve, Q, A(0.0), A(0.0), seed=1), "seed=1", r"mean key=\?"),
+    "verbose": (taking(solve, Q, A(0.0), A(0.0), verbose=True), "verbose", r"mean progress=\?"),
+    "a method's name": (taking(solve, Q, A(0.0), A(0.0), method="SOBA"), "method", r"solvers\.AID\(\)"),
+    "batches in solve": (taking(solve, Q, A(0.0), A(0.0), batch_size=3), "batch_size", r"data\.Minibatches\("),
+    "a batch's size": (taking(data.Minibatches, ROWS, batch_size=3), "batch_size", r"mean size=\?"),
+    "shuffled batches": (taking(data.Minibatches, ROWS, 3, shuffle=True), "shuffle", "anew in each epoch"),
+    "outer and inner": (taking(Problem, outer=F, inner=f), r"Problem\(outer", r"mean upper=\?"),
+    "upper_loss": (taking(Problem, upper_loss=F, lower_loss=f), "upper_loss", r"mean upper=\?"),
+    "one loss": (taking(Problem, F), "Problem is not given lower", r"Problem\(upper, lower\)"),
+    "bounds of a Problem": (taking(Problem, F, f, bounds=(0, 1)), "bounds", r"project_upper=sets\.Box"),
+    "data of a Problem": (taking(Problem, F, f, train_data=ROWS), "train_data", "upper_data= or lower_data="),
+    "x in solve": (taking(solve, Q, x=A(0.0)), "no argument x=", r"mean x0=\?"),
+    "x0 twice": (taking(solve, Q, A(0.0), x0=A(0.0)), "x0 twice", "by its place.*by its name"),
+    "run without steps": (taking(run, Q, solvers.SOBA(), A(0.0), A(0.0)), "not given steps", r"x0, y0, steps\)"),
+    "a sweep without a start": (taking(sweep, Q, []), "not given x0 and y0", r"sweep\(problem, solvers, x0, y0\)"),
+    "steps of an estimator": (
+        taking(hypergradients.Unrolled, steps=3), "steps=3", r"lower\.GradientDescent\(0\.1, steps",
+    ),
+    "the lower solution of an estimate": (lambda: estimate()().y, "Estimate has no attribute 'y'", "lower"),
+    "an estimate's grad": (lambda: estimate()().grad, "no attribute 'grad'", r"mean gradient\?"),
+    "an estimate taken apart": (lambda: [*estimate()()], "Estimate is no tuple", "value, gradient"),
+    "jax.grad of an estimate": (
+        lambda: jax.grad(value_and_hypergradient(Q))(A(0.0), A(0.0)), "Estimate", r"\.gradient is the hypergradient",
+    ),
+    "an estimate without y": (lambda: value_and_hypergradient(Q)(A(0.0)), "not given y", r"\(problem\)\(x, y\)"),
+    "a solution taken apart": (lambda: [*at()()], "Solution is no tuple", "x, y, result"),
+    "a solution's loss": (lambda: at()().loss, "no attribute 'loss'", "history"),
+    "a history's attribute": (lambda: at()().history.upper_loss, "upper_loss", r'history\["upper_loss"\]'),
+    "a box's low": (taking(sets.Box, low=0, high=1), "low=0", r"mean lower=\?"),
+    "a ball's r": (taking(sets.Ball, r=1), "r=1", r"mean radius=\?"),
+    "a lasso's lam": (taking(prox.lasso, lam=0.1), r"lasso\(lam=", r"mean strength=\?"),
+    "an elastic net of one strength": (
+        taking(prox.elastic_net, 0.1), "not given ridge", r"elastic_net\(lasso, ridge\)",
+    ),
+    "a graph's p": (taking(network.erdos_renyi, 5, p=0.3), "p=0.3", r"mean probability=\?"),
+    "a method without its network": (taking(solvers.DSOBA), "not given network", r"DSOBA\(network\)"),
+    "folds by n_splits": (
+        taking(splits.cross_validation, F, None, WIDE, A(0.0), n_splits=3), "n_splits", r"mean folds=\?",
+    ),
+    "trials of a search": (taking(search, F, NOTHING, n_trials=9), "n_trials", r"mean evaluations=\?"),
+    "a proposer's class": (taking(search, F, proposers.ReplayProposer), "the class", r"ReplayProposer\(\.\.\.\)"),
+    "seconds as text": (taking(search, F, NOTHING, seconds="3"), r"search\(seconds='3'\)", "a number or None"),
+    "a linear solver of custom_root": (
+        taking(implicit.custom_root, f, linear_solver=linear.CG()), "linear_solver", r"mean solve=\?",
+    ),
+    "a quadratic programme of P": (taking(implicit.qp, P=WIDE, q=ROWS), r"qp\(P=", "takes Q, c, A, b, G, h"),
+    "a solver of two arguments in argmin": (
+        lambda: implicit.argmin(f, lambda x, y: y)(A(0.0), A(0.0)), r"solver\(lower, x, y\)", "is one more",
+    ),
+    "shares for sizes": (taking(datasets.split, (WIDE,), sizes=(0.5, 0.5), seed=0), r"0\.5, 0\.5", "counts of samples"),
+    "the size of a mesh": (taking(distributed.mesh, shape=3), "shape=3", "the sizes of the axes are whole numbers by name"),
+    "no mesh": (taking(distributed.place, ROWS, 4), "place.*int", r"distributed\.mesh\("),
+    "an infinite step": (taking(solvers.SOBA, float("inf")), "inf", "positive and finite"),
+    "a step size per entry": (
+        at(solver=solvers.AID(upper_optimizer=jnp.ones(3))), r"AID\(upper_optimizer", "A step size is one number",
+    ),
+    "a rule for other parts": (
+        at(VECTORS, jnp.zeros(2), jnp.zeros(2), solvers.AID(upper_optimizer=optax.masked(ADAM, {"a": True}))),
+        "does not fit x", "given a tree like x",
+    ),
+    "labels without a rule": (
+        at(VECTORS, jnp.zeros(2), jnp.zeros(2), solvers.AID(0.1, optax.multi_transform({"a": ADAM}, "b"))),
+        r"AID\(upper_optimizer", "given a tree like x",
+    ),
+    "a file as data": (batch_of(upper_data=Path("train.csv")), "upper_data is a path", "arrays"),
+    "clients of other shapes": (taking(data.Clients, RAGGED), "client 1.*4.*client 0.*3", "make them alike"),
+    "feasible as text": (
+        taking(multistart, Q, ROWS, ROWS, solvers.SOBA(), feasible="no"), r"feasible='no'", "a number is needed",
+    ),
+    "progress as text": (at(progress="bar"), "progress='bar'", "True, False or None"),
+    "a directory for a file": (lambda: Solution.load("/"), r"load\('/'\)", "Solution.save writes a file"),
+}  # fmt: skip
+
+
+ROOMS = (
+    solvers, hypergradients, lower, linear, data, sets, prox, network, proposers, implicit, optimality, splits,
+    datasets, distributed, diagnostics,
+)  # fmt: skip
+# What calls return, what others are built on, and what takes its options on to others.
+NOT_CALLED = {
+    "Check", "Description", "Estimate", "EstimatorCheck", "Expression", "LeastSquares", "LinearCarry", "LinearInfo",
+    "LowerState", "Metasmoothness", "Path", "PreconditionerState", "Program", "QPSolution", "Refused", "Set", "Source",
+    "Steps", "StepKey", "Tangents", "Trial", "as_lower_solver", "as_source", "as_step_key", "assemble",
+    "assemble_terms", "consensus_error", "default_solver", "execute", "finite", "jaxopt", "optimistix", "refuse",
+    "repeat", "seen", "shutdown", "until",
+}  # fmt: skip
+
+
+def test_every_public_call_with_an_unknown_argument_says_so():
+    silent = []
+    for room in ROOMS:
+        for name in room.__all__:
+            call = getattr(room, name)
+            error = isinstance(call, type) and (issubclass(call, (Exception, Enum)) or hasattr(call, "_is_protocol"))
+            if callable(call) and not error and name not in NOT_CALLED:
+                with pytest.raises(TypeError) as caught:
+                    call(no_such_argument=1)
+                said = f"{name}(no_such_argument=1): there is no argument", f"{name} is not given network"
+                silent += [] if str(caught.value).startswith(said) else [f"{room.__name__}.{name}: {caught.value}"]
+    assert not silent, "\n".join(silent)
+
+
+def test_a_search_in_which_nothing_was_solved_says_why():
+    found = search(lambda proposal: None, proposers.GrammarProposer(GRAMMAR), evaluations=2, batch=2, progress=False)
+    assert re.search("None was solved; of 2: TypeError: problem_of returned a NoneType", repr(found))
+
+
+def test_an_error_from_within_a_call_that_fits_is_what_it_was():
+    def broken(lower, x, y):
+        return f(1, 2, 3)
+
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        implicit.argmin(f, broken)(A(0.0), A(0.0))
+
+
+def test_what_is_taken_apart_by_name_is_copied_and_stored():
+    kept = pickle.loads(pickle.dumps(copy.copy(at()())))
+    assert hasattr(kept, "x") and not hasattr(kept, "loss") and copy.deepcopy(kept.history)["upper_loss"].size == 2
+
+
+@pytest.mark.parametrize("name", [*MISTAKES, *FURTHER, *CALLS])
 def test_the_message_names_the_thing_and_the_cure(name):
-    mistake, thing, cure = (MISTAKES | FURTHER)[name]
-    with pytest.raises((TypeError, ValueError, FileNotFoundError)) as caught:
+    mistake, thing, cure = (MISTAKES | FURTHER | CALLS)[name]
+    with pytest.raises((TypeError, ValueError, FileNotFoundError, AttributeError)) as caught:
         mistake()
     message = str(caught.value)
     assert re.search(thing, message), message
@@ -345,4 +506,6 @@ def test_the_message_names_the_thing_and_the_cure(name):
 
 
 def test_there_are_sixty_and_more_than_forty_further_ones():
-    assert len(MISTAKES) >= 60 and len(FURTHER) >= 40 and not set(MISTAKES) & set(FURTHER)
+    kinds = MISTAKES, FURTHER, CALLS
+    assert len(MISTAKES) >= 60 and min(len(FURTHER), len(CALLS)) >= 40
+    assert len(set().union(*kinds)) == sum(map(len, kinds))

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PEERS = [f"docs/how_to/moving_from_{peer}.md" for peer in ("higher", "betty", "torchopt", "learn2learn")]
+SIDE_BY_SIDE = "docs/how_to/side_by_side.md"
 PAGES = ["README.md", "docs/how_to/moving_from_pytorch.md", *PEERS]
 
 
@@ -40,12 +41,36 @@ def test_commands_of_the_readme_are_the_ones_that_ci_runs():
         assert line == f"{install} && .venv/bin/python {last}"
 
 
-@pytest.mark.parametrize("page", PEERS)
+@pytest.mark.parametrize("page", [*PEERS, SIDE_BY_SIDE])
 def test_lines_are_counted_as_the_page_says(page):
-    """The second block of each side is the programme, the first its data; the peer's is at least valid Python."""
+    """For each task four blocks: theirs (imports or data, the programme) and ours. Their Python is at least valid."""
     text = (ROOT / page).read_text()
-    said = re.search(r": (\d+) lines; here: (\d+) lines", text)
-    for fence, count in (("py", said[1]), ("python", said[2])):
-        programme = re.findall(rf"^```{fence}\n(.*?)^```", text, re.M | re.S)[1]
-        compile(programme, page, "exec")
-        assert sum(bool(line.strip()) for line in programme.splitlines()) == int(count)
+    tasks = re.findall(r": (\d+) lines; here: (\d+) lines", text)
+    blocks = re.findall(r"^```(py|julia|python)\n(.*?)^```", text, re.M | re.S)[: 4 * len(tasks)]
+    assert tasks and len(blocks) == 4 * len(tasks)
+    for task, (theirs, ours) in enumerate(tasks):
+        for place, said in ((1, theirs), (3, ours)):
+            language, programme = blocks[4 * task + place]
+            assert (language == "python") == (place == 3)
+            if language != "julia":
+                compile(programme, page, "exec")
+            lines = [line for line in programme.splitlines() if line.strip()]
+            assert sum(not line.startswith(("import ", "from ")) for line in lines) == int(said), programme
+        assert int(ours) <= int(theirs)
+
+
+@pytest.mark.slow
+def test_the_programmes_of_the_other_side_run(tmp_path, monkeypatch):
+    """Ours of each task; that page's blocks are one script, and what it found is what the task asks for."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    solutions = {}
+    for task in re.split("^## ", (ROOT / SIDE_BY_SIDE).read_text(), flags=re.M)[1:]:
+        for block in re.findall(r"^```python\n(.*?)^```", task, re.M | re.S):
+            exec(compile(block, SIDE_BY_SIDE, "exec"), names)
+        solutions[task.splitlines()[0]] = names.pop("solution", None)
+    network, anil, toll = (solutions[name].history["upper_loss"] for name in solutions if solutions[name])
+    assert network[-1] < 0.2 * network[0] and anil[-1] < 0.5 * anil[0]
+    assert abs(solutions["A toll"].x - 1) < 1e-3 and toll[-1] < -0.499
+    assert names["cost"](names["model"]) < names["cost"](0 * names["model"])
+    assert abs(names["lasso"].best_score_ / names["net"].best_score_ - 1) < 0.05

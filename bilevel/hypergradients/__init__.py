@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel._arguments import explained
 from bilevel._module import name_of
 from bilevel._settings import settings
 from bilevel.frozen import as_rule, refuse_rule
@@ -35,6 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@explained
 def value_and_hypergradient(
     problem: Problem[X, Y], estimator: Estimator | None = None, lower_solver: Any = None
 ) -> Callable[..., Estimate[X]]:
@@ -102,7 +104,7 @@ def value_and_hypergradient(
         gradient, at = found.given(estimate.gradient, estimate.lower.y)
         return dataclasses.replace(estimate, gradient=gradient, lower=LowerState(at, estimate.lower.memory))
 
-    return evaluate
+    return explained(evaluate, of="value_and_hypergradient(problem)")
 
 
 def _refuse_parts(estimator: Estimator, problem: Problem[Any, Any]) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
+from bilevel._arguments import Named
 from bilevel._module import state
 from bilevel.level import Level
 from bilevel.lower import LowerState, repeat
@@ -16,7 +17,7 @@ from bilevel.typing import LowerSolver, Metrics, PyTree, Scalar, X
 
 
 @state
-class Estimate(Generic[X]):
+class Estimate(Named, Generic[X]):
     """What an estimator returns.
 
     Attributes:
@@ -32,6 +33,13 @@ class Estimate(Generic[X]):
     lower: LowerState
     carry: PyTree
     metrics: Metrics
+
+    def __repr__(self) -> str:
+        metrics = ", ".join(self.metrics) if isinstance(self.metrics, dict) else self.metrics
+        return (
+            f"Estimate(value={self.value}; .gradient is the hypergradient, without any jax.grad; .lower and .carry go "
+            f"back into the next call, .lower.y is the lower solution; .metrics: {metrics})"
+        )
 
 
 class Estimator(Protocol):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives, linear
+from bilevel._arguments import explained
 from bilevel._module import hyperparameters
 from bilevel.hypergradients._base import Estimate
 from bilevel.level import Level
@@ -140,6 +141,7 @@ def _stacked(x: PyTree, y: PyTree) -> bool:
     return len(copies) == 1 and all(jnp.ndim(b) and jnp.shape(b)[1:] == jnp.shape(a) for a, b in pairs)
 
 
+@explained
 def JacobianFree(step: float = 1.0) -> Implicit:
     """The inverse of the fixed-point system replaced by the identity, with one gradient step as the fixed-point map.
 

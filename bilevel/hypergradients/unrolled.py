@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 
+from bilevel._arguments import explained
 from bilevel._module import hyperparameters
 from bilevel.hypergradients._base import Estimate, last_steps, lower_metrics
 from bilevel.hypergradients.forward import Forward
@@ -186,6 +187,7 @@ class _Keeping:
         return self.solver.end(repeat(self.solver, level, x, self.solver.begin(x, state), keep=self.keep))
 
 
+@explained
 def OneStep() -> Unrolled:
     """Differentiate the last step of the lower solver only: F_x + (d_x Phi)' F_y.
 

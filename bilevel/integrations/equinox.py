@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel._arguments import explained
 from bilevel.data import as_step_key
 from bilevel.integrations._modules import Apply, Path, calibrated, from_dictionary, to_dictionary
 
@@ -111,6 +112,7 @@ class _Equinox(Apply):
         return self.eval()
 
 
+@explained
 def from_equinox(module: Any, state: Any = None, *, axis: str | None = "batch") -> tuple[dict[Any, Any], Apply]:
     """Split an Equinox module into its parameters and a pure function of them.
 

@@ -16,6 +16,7 @@ import flax.errors
 import jax
 from flax import linen, nnx
 
+from bilevel._arguments import explained
 from bilevel.data import as_step_key
 from bilevel.integrations import _modules
 from bilevel.integrations._modules import Apply, calibrated, flat, from_dictionary, nested, untouched
@@ -92,6 +93,7 @@ def _drawn(base: jax.Array, i: int, leaf: Any) -> Any:
     return jax.random.split(key, leaf.shape) if leaf.shape else key
 
 
+@explained
 def from_nnx(module: nnx.Module) -> tuple[dict[str, Any], Apply]:
     """Split a Flax nnx module into its parameters and a pure function of them.
 
@@ -126,7 +128,9 @@ def _instead(module: Any) -> str:
         return f"not the class {module.__name__}: make one of it, {module.__name__}({made})"
     if isinstance(module, linen.Module):
         return "not one of linen: from_linen(module, module.init(key, inputs))"
-    return "not one of nnx: from_nnx(module)" if isinstance(module, nnx.Module) else f"not {type(module).__name__}"
+    if isinstance(module, nnx.Module):
+        return "not one of nnx: from_nnx(module)"
+    return f"not {type(module).__name__}: give the module itself; its parameters come back with the function to call"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,6 +171,7 @@ class _Linen(Apply):
         raise NotImplementedError("A linen module takes its mode in the call: apply(params, x, train=False).")
 
 
+@explained
 def from_linen(
     module: linen.Module, variables: Mapping[str, Any], *, method: Callable[..., Any] | str | None = None
 ) -> tuple[dict[str, Any], Apply]:

@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._arguments import explained, explained_class
 from bilevel.data import Agents, as_source
 from bilevel.history import History
 from bilevel.keys import StepKey
@@ -197,6 +198,7 @@ def _numbers(content: RecordDict) -> int:
 # ---------------------------------------------------------------- the client
 
 
+@explained
 def client_app(setup: Callable[[Context], tuple[Problem, PyTree, PyTree]]) -> ClientApp:
     """A `ClientApp` that answers the oracles on this client's data.
 
@@ -477,6 +479,7 @@ def _size(answer: Terms, name: str) -> float:
     return math.hypot(*(_norm(leaf) for leaf in jax.tree.leaves(_part(answer, name))))
 
 
+@explained
 def run(
     grid: Grid,
     solver: Federated,
@@ -572,6 +575,7 @@ def run(
 # ---------------------------------------------------------------- a grid without a network
 
 
+@explained_class
 class InProcessGrid(Grid):
     """All clients in this process, one after the other: no start-up, no network; for tests and for trying an app out.
 

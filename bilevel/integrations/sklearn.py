@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
+from bilevel._arguments import explained_class
+
 try:
     from sklearn.base import BaseEstimator
     from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
@@ -46,6 +48,7 @@ _MODELS: dict[type, tuple[str, tuple[str, ...]]] = {
 _NEWTON_STEPS, _FISTA_STEPS = 100, 5000
 
 
+@explained_class
 class HypergradientSearchCV(BaseEstimator):
     """The penalties of a linear model by gradient descent on its cross-validated loss.
 

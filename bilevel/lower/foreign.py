@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel._arguments import explained
 from bilevel._forward import forward_only
 from bilevel._module import hyperparameters
 from bilevel.level import Level
@@ -118,6 +119,7 @@ def as_lower_solver(solver: Any) -> LowerSolver:
     )
 
 
+@explained
 def jaxopt(solver_class: Any, **options: Any) -> Function:
     """A jaxopt solver, which minimises y -> f(x, y) from the incoming y.
 
@@ -136,6 +138,7 @@ def jaxopt(solver_class: Any, **options: Any) -> Function:
     return Function(solve)
 
 
+@explained
 def optimistix(solver: Any, **options: Any) -> Function:
     """An optimistix minimiser from the incoming y: `lower.optimistix(optimistix.BFGS(1e-8, 1e-8), max_steps=100)`."""
     options = {"throw": False, **options}

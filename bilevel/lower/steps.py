@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives, optimizers
+from bilevel._arguments import explained
 from bilevel._module import hyperparameters, state
 from bilevel._roots import with_roots
 from bilevel.level import Level
@@ -256,6 +257,7 @@ def _check_schedules(owner: str, given: Any) -> None:
         )
 
 
+@explained
 def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> GradientDescent:
     """L-BFGS (`optimizers.quasi_newton`) to a tolerance on |f_y|, without a step size: full batches, no projection."""
     check_count("LBFGS", "the most steps are a positive integer, and there is no step size to give", steps=steps)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from bilevel._arguments import explained_class
 from bilevel.proposers.expressions import (
     OPERATIONS,
     Expression,
@@ -28,6 +29,7 @@ from bilevel.proposers.trials import Trial, best_of
 __all__ = ["GrammarProposer"]
 
 
+@explained_class
 @dataclasses.dataclass(frozen=True)
 class GrammarProposer:
     """Laws of a grammar by evolution: additive ones `sum_i p_i term_i` by default, whose fit is a linear least squares.

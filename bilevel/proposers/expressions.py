@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from bilevel._arguments import explained_class
+
 __all__ = ["Expression", "Grammar", "GrammarError", "Parameter", "Refused", "finite"]
 
 Node = tuple[Any, ...]
@@ -47,6 +49,7 @@ class Refused:
     reason: str
 
 
+@explained_class
 @dataclasses.dataclass(frozen=True)
 class Parameter:
     """A number of an expression that the lower level fits, in the user's own units.
@@ -475,6 +478,7 @@ def additive(terms: Sequence[Node]) -> Expression:
 # ---------------------------------------------------------------- the grammar
 
 
+@explained_class
 @dataclasses.dataclass(frozen=True)
 class Grammar:
     """What a law may be made of, and how large it may be.

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilevel._arguments import explained_class
 from bilevel.proposers.expressions import Expression, Grammar, Refused
 from bilevel.proposers.replay import read_answer
 from bilevel.proposers.trials import Trial, best_of, short_error
@@ -24,6 +25,7 @@ __all__ = ["LLMProposer"]
 _LONGEST_WAIT = 20.0  # seconds between two attempts, whatever the server asks for
 
 
+@explained_class
 class LLMProposer:
     """Laws by a language model (needs `pip install 'bilevel[openai]'`).
 

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilevel._arguments import explained_class
 from bilevel.proposers.trials import Trial
 
 __all__ = ["OptunaProposer"]
 
 
+@explained_class
 class OptunaProposer:
     """Optuna chooses: each proposal is a dictionary of names and values (needs `pip install 'bilevel[optuna]'`).
 

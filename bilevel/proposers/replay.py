@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 
+from bilevel._arguments import explained_class
 from bilevel.proposers.expressions import Grammar, GrammarError, Refused
 from bilevel.proposers.trials import Trial, short_error
 
 __all__ = ["ReplayProposer", "read_answer"]
 
 
+@explained_class
 @dataclasses.dataclass(frozen=True)
 class ReplayProposer:
     """Proposals from a list: for tests, for documentation, and to run a recorded session again without its model.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bilevel._arguments import explained_class
 from bilevel.history import History
 from bilevel.optimizers import check_count
 from bilevel.recorder import Event
@@ -32,6 +33,7 @@ class Decision:
     growth: float
 
 
+@explained_class
 @dataclasses.dataclass(frozen=True)
 class EarlyStopping:
     """A rule on a sequence of eigenvalues lambda_0, lambda_1, ..., one every `every` epochs.
@@ -170,6 +172,7 @@ class Snapshot:
     state: Any
 
 
+@explained_class
 class Monitor:
     """A callback of `solve` that ends the run where an `EarlyStopping` rule fires, and has the variables to go back to.
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilevel._arguments import explained
 from bilevel._module import state
 from bilevel._recompute import split
 from bilevel._settings import settings, users_settings
@@ -55,6 +56,7 @@ class Adjoint:
 
 
 @settings()
+@explained
 def metagradient(
     problem: Problem[X, Y],
     x: X,

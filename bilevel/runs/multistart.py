@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._arguments import Named, explained
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import as_argument, as_solver, run
 from bilevel.problem import Problem, ProblemError, check_problem
@@ -20,7 +22,7 @@ __all__ = ["Multistart", "multistart"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Multistart(Generic[X, Y]):
+class Multistart(Named, Generic[X, Y]):
     """The ends of all starts.
 
     Attributes:
@@ -51,6 +53,7 @@ def _run_all(problem: Problem[X, Y], solver: Any, x0s: X, y0s: Y, key: StepKey, 
     return jax.vmap(one)(x0s, y0s)
 
 
+@explained
 def multistart(
     problem: Problem[X, Y],
     x0s: X,
@@ -79,6 +82,9 @@ def multistart(
 
     What the functions capture has its value of now, as in `solve`, and another value compiles nothing anew.
     """
+    for name, bound in (("feasible", feasible), ("settled", settled)):
+        if not isinstance(bound, numbers.Real):
+            raise TypeError(f"multistart({name}={bound!r}): a number is needed.")
     check_problem("multistart", problem, "multistart(problem, x0s, y0s, solver)")
     check_solver("multistart", solver)
     counts = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves((x0s, y0s))}

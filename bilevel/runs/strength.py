@@ -15,6 +15,7 @@ from typing import Any, Generic
 import jax
 import jax.numpy as jnp
 
+from bilevel._arguments import explained
 from bilevel.checkpoint import Checkpoints, fingerprint
 from bilevel.keys import StepKey, as_step_key
 from bilevel.precision import working
@@ -68,6 +69,7 @@ class Adaptive(_OfSolution, Generic[X, Y]):
         return f"Adaptive({path})\n{self.solution!r}"
 
 
+@explained
 def adaptive(
     problem: Problem[X, Y],
     x0: X,
@@ -243,6 +245,7 @@ class Best(_OfSolution):
         return f"Best(strength {self.strength}, score {self.score:.6g}; all: {listed})"
 
 
+@explained
 def keep_best(run: Callable[[Any], Any], strengths: Iterable[Any], evaluate: Callable[[PyTree, PyTree], Any]) -> Best:
     """The R-DARTS protocol: search with several strengths, and keep what is best after a short retraining.
 

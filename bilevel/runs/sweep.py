@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel._arguments import Named, explained
 from bilevel.captures import Functions, taken
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import captured_by, run
@@ -22,7 +23,7 @@ __all__ = ["Sweep", "sweep"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep(Generic[X, Y]):
+class Sweep(Named, Generic[X, Y]):
     """What a sweep found.
 
     Attributes:
@@ -59,6 +60,7 @@ def _run_all(
     return jax.vmap(one)(solvers)
 
 
+@explained
 def sweep(
     problem: Problem[X, Y],
     solvers: Sequence[Solver],
