@@ -104,9 +104,17 @@ def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
 
 
 def lower_verified(
-    problem: Problem, x: PyTree, y: PyTree, starts: int = 12, key: int = 0, program: Program | None = None
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    starts: int = 12,
+    key: int = 0,
+    program: Program | None = None,
+    noise: float = 0.0,
 ) -> Lower:
     """The lower level at x solved from `starts` points, y the first, and F compared among its minimisers.
+
+    Minimisers whose values differ by less than `noise`, where a typical gradient of f in y is one, are taken for equal.
 
     Raises:
       ProblemError: see `refusal`.
@@ -119,7 +127,7 @@ def lower_verified(
         lowest = solve_lower(program, xy, lower_starts(program, xy, starts, rng))
         lowest = deeper(program, xy, lowest, rng)
         gap = at.f - lowest.value if lowest.points else np.inf
-        slack = max(1e-6, abs(gap) if np.isfinite(gap) and gap < 1e-3 else 0.0)
+        slack = max(1e-6, noise, abs(gap) if np.isfinite(gap) and gap < 1e-3 else 0.0)
         ties = [p for p, value in zip(lowest.points, lowest.values, strict=True) if value <= lowest.value + slack]
         known = [search.polish(point) for point in ties]
         for point in known[:4]:  # minimisers that are many: the one with the least F, on the conditions at this x
