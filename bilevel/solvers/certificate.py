@@ -42,6 +42,7 @@ from bilevel.solvers._units import Units, changes, moves, normalised, rms, times
 from bilevel.solvers.small.mpcc import around
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.quadratic import exact_end
+from bilevel.solvers.small.search import solve_lower
 from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
 from bilevel.typing import PyTree, Scalar
 
@@ -437,7 +438,7 @@ def _of_small(
         "violation": lower.violation,
         "repaired": 0.0 if np.isfinite(lower.gap) else lower.violation,
         "bounded": float(not (falls or (lower.gap > 1e-3 and unbounded(problem, x, y, program, curved=True)))),
-        "runaway": float(sizes.max(initial=0.0)),
+        "runaway": _runaway(program, x, y, float(sizes.max(initial=0.0))),
         "unanswered": lower.answer_violation if "start_loss" in metrics else 0.0,
         "gap": lower.gap,
         "gain": max(lower.optimistic_gain, lower.loss_change / program.upper_scale),
@@ -476,6 +477,19 @@ def _of_small(
     elif not jax.tree.leaves(x):
         found["near"] = 0.0
     return _concluded(found, result, metrics, tol, unchecked, better)
+
+
+def _runaway(program: Program, x: PyTree, y: PyTree, size: float) -> float:
+    """`size`, how far x is from zero in units of the start, where twice as far F is lower still; else 0: the units were
+    those of a kink."""
+    if not size > _RUNAWAY or not np.isfinite(size):
+        return size
+    with program.precision():
+        xy = program.scaled(x, y)
+        further = np.clip(2 * xy, program.own_lower[: xy.size], program.own_upper[: xy.size])
+        found = solve_lower(program, further, [further[program.n :], xy[program.n :]])
+        here = program(program.point(xy)).F
+        return size if found.points and here > program(program.point(found.points[0])).F else 0.0
 
 
 def _elsewhere(program: Program, upper_loss: float, found: dict[str, float]) -> tuple[PyTree, PyTree] | None:

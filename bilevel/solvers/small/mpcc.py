@@ -422,6 +422,8 @@ class _Run:
                 xy = far[(step // 4 - 1) % len(far)]
             elif near:
                 xy = near[(step // 2) % len(near)]
+            if self.best is None or self.best.loss - _LOWER > program(program.point(xy)).F:
+                points.append(search.judge(search.multipliers(xy)[0], rng))  # it is a point of the problem itself
         z, left = search.multipliers(xy)
         if branching and left > 1e-3 and program.p:
             stationary = False  # there is no multiplier at a lower solution: no constraint qualification
