@@ -42,7 +42,7 @@ from bilevel.solvers._units import Units, changes, moves, normalised, rms, times
 from bilevel.solvers.small.mpcc import around
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.quadratic import exact_end
-from bilevel.solvers.small.search import solve_lower
+from bilevel.solvers.small.search import FEASIBLE, solve_lower
 from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
 from bilevel.typing import PyTree, Scalar
 
@@ -424,11 +424,11 @@ def _of_small(
     before = Program(problem, *start, "The certificate")
     n, k = program.n, program.n + program.m
     with np.errstate(all="ignore"):
-        sizes = np.abs(program.start[:n] * program.columns[:n]) / before.columns[:n]
+        sizes = np.abs(program.start * program.columns[:k]) / before.columns[:k]
     if any((program.columns[part] < 1e-3 * before.columns[part]).any() for part in (slice(0, n), slice(n, k))):
         program = before  # at the end a variable is zero but for rounding, which is no unit
         program.start = program.scaled(x, y)
-    falls = unbounded(problem, x, y, program)
+    falls = unbounded(problem, x, y, program) or (sizes[n:].max() > _RUNAWAY and _falls_further(program, x, y))
     starts = 1 if falls else 12  # nothing is to be found where f falls for ever
     lower = lower_verified(problem, x, y, starts, program=program, noise=sampled.get("lower", 0.0))
     upper_loss, lower_loss = program.losses(x, y)
@@ -438,7 +438,7 @@ def _of_small(
         "violation": lower.violation,
         "repaired": 0.0 if np.isfinite(lower.gap) else lower.violation,
         "bounded": float(not (falls or (lower.gap > 1e-3 and unbounded(problem, x, y, program, curved=True)))),
-        "runaway": _runaway(program, x, y, float(sizes.max(initial=0.0))),
+        "runaway": _runaway(program, x, y, float(sizes[:n].max(initial=0.0))),
         "unanswered": lower.answer_violation if "start_loss" in metrics else 0.0,
         "gap": lower.gap,
         "gain": max(lower.optimistic_gain, lower.loss_change / program.upper_scale),
@@ -490,6 +490,15 @@ def _runaway(program: Program, x: PyTree, y: PyTree, size: float) -> float:
         found = solve_lower(program, further, [further[program.n :], xy[program.n :]])
         here = program(program.point(xy)).F
         return size if found.points and here > program(program.point(found.points[0])).F else 0.0
+
+
+def _falls_further(program: Program, x: PyTree, y: PyTree) -> bool:
+    """Whether f is lower still, or beyond all numbers, at twice a y that ran away."""
+    with program.precision(), np.errstate(all="ignore"):
+        xy = program.scaled(x, y)
+        further = np.concatenate([xy[: program.n], 2 * xy[program.n :]])
+        here, there = program(program.point(xy)), program(program.point(further))
+        return not np.isfinite(there.f) or (there.f < here.f and program.violation(there, upper=False) <= FEASIBLE)
 
 
 def _elsewhere(program: Program, upper_loss: float, found: dict[str, float]) -> tuple[PyTree, PyTree] | None:
