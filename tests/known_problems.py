@@ -1326,7 +1326,7 @@ def kink_at_the_start() -> Case:
 
 @case
 def curve_of_minimisers() -> Case:
-    """f = (y1 - (y0^2 + x))^2: all of a parabola. F = y0^2 + (y1 - 1)^2 + x^2 at (t, t^2 + x) is least for x = (1 - t^2)/2.
+    """f = (y1 - (y0^2 + x))^2: all of a parabola, (t, t^2 + x). F = y0^2 + (y1 - 1)^2 + x^2, best for x = (1 - t^2)/2.
 
     There it is t^2 + (1 - t^2)^2/2, which has its minimum 1/2 at t = 0: x = 1/2.
     """

@@ -224,7 +224,8 @@ def _never_rests(values: list[float], slopes: list[float]) -> bool:
         return False
     if values[0] - values[1] <= 1e3 * np.finfo(float).eps * abs(values[0]):
         return False
-    return last == down.size or bool(slopes[last] > 1e-8 * min(slopes) and not np.any(slopes[last + 1 :]))
+    # Less than rounding would leave of a slope at the edge of a floor.
+    return last == down.size or bool(slopes[last] > 1e-20 * min(slopes) and not np.any(slopes[last + 1 :]))
 
 
 def _rests(program: Program, xy: np.ndarray, value: float, size: float) -> bool:
