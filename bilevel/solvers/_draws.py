@@ -32,6 +32,8 @@ _FIRST, _FEWEST, _MOST = 64, 8, 4096
 """Draws to begin with; where they do not differ; the most of them."""
 _BYTES = 2**20
 """What one evaluation of both losses on all draws may read and write, where more than the fewest are taken."""
+_HELD = 2**28
+"""Bytes that the draws may hold."""
 _ERRORS = 3.0
 """Standard errors that a difference may be off."""
 _SEED = 0x5EED
@@ -65,6 +67,10 @@ def fixed_draws(
     try:
         found = _drawn(problem, 1, step)
         one = sum(traffic(jax.make_jaxpr(level)(x, y).jaxpr) for level in found.full_levels())
+        held = [source.arrays for source in found.sources if isinstance(source, Draws)]
+        size = sum(leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(held))
+        if size * _FEWEST > _HELD:
+            return f"a draw holds {size / 2**20:.3g} MiB, of which several are too many"
         most = max(_FEWEST, min(_MOST, _BYTES // max(one, 1)))
         found = _drawn(problem, min(count, most), step)
         lengths = units_of_variables(found, x, y, *start)

@@ -306,7 +306,8 @@ def certify(
         return Certificate(result)
     unchecked = _obstacles(problem, x, y, tol)
     sampled: dict[str, float] = {}
-    if unchecked == () and any(source.redrawn for source in problem.sources):
+    looked = tol is not None or result is Result.CONVERGED
+    if looked and unchecked == () and any(source.redrawn for source in problem.sources):
         fixed = fixed_draws(problem, x, y, start, 10 * (1e-3 if tol is None else tol), step)
         if isinstance(fixed, Fixed):
             problem = fixed.problem
@@ -340,7 +341,7 @@ def _looked(
             exact = None if unchecked or unchecked is None else exact_end(problem, x, y, start)
             if exact is not None:
                 return _concluded(_noisier(exact[0], sampled), result, metrics, tol, (), exact[1])
-            if not refusal(problem, x, y):
+            if unchecked == () and not refusal(problem, x, y):
                 return _of_small(problem, x, y, start, result, metrics, tol, sampled)
     if unchecked is None:
         return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
