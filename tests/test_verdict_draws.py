@@ -159,6 +159,14 @@ def test_draws_that_are_too_large_are_not_stacked():
     assert "a draw holds 64 MiB" in " ".join(found.unchecked)
 
 
+def test_of_a_single_item_of_a_stream_nothing_is_known():
+    for whole, error in ((False, np.inf), (True, 0.0)):
+        item = data.Streamed(np.ones(1, np.float32), 1, whole)
+        problem = Problem(lambda x, y, b: b * jnp.sum(x), lambda x, y: jnp.sum((y - x) ** 2), upper_data=item)
+        one = jnp.ones(1)
+        assert fixed_draws(problem, one, one, (one, one), 0.1).upper == error
+
+
 @pytest.mark.parametrize("solver", [None, pytest.param(solvers.SOBA(0.05, 0.05), marks=pytest.mark.slow)])
 def test_a_run_on_a_sampler_does_not_converge_at_a_wrong_well(solver):
     upper, lower, at, words = WRONG["another well is lower"]

@@ -117,8 +117,11 @@ def _errors(problem: Problem, lengths: tuple[Any, Any], x: PyTree, y: PyTree) ->
     for source, (mean, error) in zip(problem.sources, _spread(problem, x, y, moves(x, y, lengths)), strict=True):
         mean, error = np.abs(np.asarray(mean, float)), np.asarray(error, float)
         usable = np.isfinite(mean) & np.isfinite(error)
-        if not isinstance(source, Draws) or source.exact or not usable.any():
+        if not isinstance(source, Draws) or source.exact:
             found.append(0.0)
+            continue
+        if not usable.any():  # of a single draw nothing is known
+            found.append(np.inf)
             continue
         unit = float(np.median(mean[usable]))
         typical = _ERRORS * float(np.median(error[usable]))
