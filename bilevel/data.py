@@ -181,6 +181,8 @@ class Source:
       blocks: the number of numbered batches, where `numbered` gives the number of each; None: they have none.
       unnumbered: why not, in words.
       cuttable: `full()` is nothing but samples, drawn in smaller batches otherwise: a pass over it may go in pieces.
+      redrawn: whether another key gives another `full()`: there is no end of samples, or they carry their key.
+      averaged: its batch is many draws, stacked, and a loss on it is the mean of those on each.
     """
 
     arrays: PyTree = None
@@ -196,6 +198,7 @@ class Source:
     blocks: int | None = None
     unnumbered: str = "have no numbers"
     cuttable: bool = False
+    averaged: bool = False
     _leaves: tuple[str, ...] = ()
 
     def __init_subclass__(cls, leaves: tuple[str, ...] | None = ("arrays",), **options: Any) -> None:
@@ -240,6 +243,11 @@ class Source:
     def varies(self) -> bool:
         """Whether another key gives another batch."""
         return self.random
+
+    @property
+    def redrawn(self) -> bool:
+        """Whether another key gives another `full()`."""
+        return self.random and self.count is None
 
     def numbered(self, key: StepKey) -> tuple[jax.Array, PyTree]:
         """The number of this step's batch, and the batch."""
@@ -476,6 +484,8 @@ class Keyed(Source, leaves=("source",)):
         """The key does."""
         return True
 
+    redrawn = varies
+
     def draw(self, key: StepKey) -> PyTree:
         """The batch of this step, and its key."""
         return self.source.draw(key), key.fold_in(Draw.KEYED)
@@ -527,10 +537,11 @@ class Shared(Source, leaves=("source",)):
             raise TypeError(f"Shared wraps a source that is drawn from in the compiled loop, not {what}.")
         self.source = as_source(source)
 
-    arrays, size, count, random, parties, owners, even, stacked, shares, check, varies = (  # type: ignore[assignment]
+    arrays, size, count, random, parties, owners, even, stacked, shares, check, varies, redrawn = (  # type: ignore[assignment]
         property(operator.attrgetter(f"source.{name}"))
         for name in (
             "arrays", "size", "count", "random", "parties", "owners", "even", "stacked", "shares", "check", "varies",
+            "redrawn",
         )
     )  # fmt: skip
 
@@ -814,6 +825,17 @@ class Stream(Source, leaves=None):
                 raise ValueError(f"The stream {what}. Give a list, a loader object, or a function start -> iterator.")
             skip, first = 0 if _is_function(given) else max(skip - count, 0), False
 
+    def first(self, size: int, most: int) -> tuple[list[PyTree], bool]:
+        """Its first items, up to `size` bytes (one at least) and `most` in number, and whether they are all it has."""
+        given: Any = self.iterable
+        found: list[PyTree] = []
+        for item in given(0) if _is_function(given) else given:
+            found.append(jax.tree.map(np.asarray, as_arrays(item, "the stream's item")))
+            size -= sum(leaf.nbytes for leaf in jax.tree.leaves(found[-1]))
+            if size <= 0 or len(found) == most:
+                return found, False
+        return found, True
+
     def example(self) -> PyTree:
         """The first item."""
         return jax.tree.map(np.asarray, next(self.items()))
@@ -833,13 +855,27 @@ class Stream(Source, leaves=None):
         return f"Stream({type(self.iterable).__name__}, draws={self.draws})"
 
 
+class Draws(Source, leaves=("arrays",)):
+    """Draws that were made once, stacked: a loss is the mean over them, which estimates that over all there are, or
+    is it where they are `exact`."""
+
+    random, averaged = False, True
+
+    def __init__(self, arrays: PyTree, exact: bool = False) -> None:
+        self.arrays, self.exact = arrays, exact
+
+    def draw(self, key: StepKey) -> PyTree:
+        """All of them."""
+        return self.arrays
+
+
 class Streamed(Source, leaves=("items",)):
-    """The items of one step of a `Stream`, as the compiled loop sees them."""
+    """The items of one step of a `Stream`, as the compiled loop sees them; `whole`: they are all that it has."""
 
     count = None  # type: ignore[assignment]
 
-    def __init__(self, items: PyTree, draws: int) -> None:
-        self.items, self.draws = items, draws
+    def __init__(self, items: PyTree, draws: int, whole: bool = False) -> None:
+        self.items, self.draws, self.whole_stream = items, draws, whole
 
     def draw(self, key: StepKey) -> PyTree:
         """Item `key.step mod draws` of this step."""

@@ -62,9 +62,16 @@ class Level:
 
     def full(self) -> Level:
         """The level on all its samples."""
-        return self.on(self.source.full(self.key))
+        batch = self.source.full(self.key)
+        return dataclasses.replace(self, batch=batch) if self.source.averaged else self.on(batch)
+
+    def each(self, x: PyTree, y: PyTree) -> jax.Array:
+        """The loss on each of the draws of an averaged source."""
+        return jax.vmap(self.loss, in_axes=(None, None, 0))(x, y, self.batch)
 
     def _at(self, x: PyTree, y: PyTree, batch: PyTree) -> Scalar:
+        if self.source.averaged:
+            return jnp.mean(self.each(x, y))
         loss = self.loss if self.source.given else lambda x, y, _: self.loss(x, y)
         if self.who is None:
             return loss(x, y, batch)
@@ -137,7 +144,8 @@ class Level:
                 "multipliers, would belong to other samples each time. Give the level's data as bare arrays (a full "
                 "batch)."
             )
-        return lambda x, y: fn(x, y, self.batch)
+        batch = jax.tree.map(lambda leaf: leaf[0], self.batch) if self.source.averaged else self.batch
+        return lambda x, y: fn(x, y, batch)
 
 
 class Levels(NamedTuple):

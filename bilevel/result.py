@@ -23,6 +23,7 @@ class Result(enum.IntEnum):
     NOT_STATIONARY = 10
     UNBOUNDED = 11
     LOCAL = 12
+    UNRESOLVED = 13
 
     @property
     def sentence(self) -> str:
@@ -44,4 +45,5 @@ _SENTENCES = {
     Result.NOT_STATIONARY: "stopped where F can be lowered by moving x",
     Result.UNBOUNDED: "ended where the lower level has no minimiser, or ran away while the upper loss fell",
     Result.LOCAL: "met the tolerance at a local solution; another x has a lower F",
+    Result.UNRESOLVED: "met the tolerance, but the noise of the data hides whether this is a solution",
 }

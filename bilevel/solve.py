@@ -272,7 +272,8 @@ def _settle(
         x, y = (_pooled(tree, like) for tree, like in zip((run.state.x, run.state.y), start, strict=True))
         try:
             left = run.result is Result.CONVERGED and run.done < run.schedule.steps and trial < _TIGHTER
-            found = certify(streams.peeked(), x, y, start, ended, numbers, tol, left)
+            looked = streams.peeked() if tol is None else streams.sampled()
+            found = certify(looked, x, y, start, ended, numbers, tol, left, max(run.done - 1, 0))
         except KeyboardInterrupt:  # the run is there, and what was not looked at is said
             run.interrupted()
             found = Certificate(run.result, unchecked=("The end was not looked at: Ctrl-C.",))

@@ -76,6 +76,14 @@ class Streams:
             found[name] = Streamed(jax.tree.map(lambda *leaves: jnp.stack(leaves), *first), stream.draws)
         return dataclasses.replace(self._problem, **found)
 
+    def sampled(self) -> Problem:
+        """The problem with some of the first items in place, at least a step's, for what estimates means over them."""
+        found: dict[str, Any] = {}
+        for name, stream in self._streams.items():
+            items, ended = stream.first(_SAMPLED_BYTES, max(_SAMPLED, stream.draws))
+            found[name] = Streamed(jax.tree.map(lambda *leaves: np.stack(leaves), *items), len(items), ended)
+        return dataclasses.replace(self._problem, **found)
+
     def begin(self, step: int) -> None:
         """Read from this step's items on."""
         for name, stream in self._streams.items():
@@ -101,6 +109,7 @@ class Streams:
             reader.close()
 
 
+_SAMPLED, _SAMPLED_BYTES = 64, 2**22  # items of a stream that are read for means over them
 _SEGMENT_BYTES, _SEGMENT_STEPS, _SEGMENTS_AHEAD = 2**24, 4096, 4
 _PATIENCE = 0.05  # seconds that a loop with a step's items at hand waits for a fuller segment
 

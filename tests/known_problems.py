@@ -1269,3 +1269,119 @@ def worst_case() -> Case:
         ),
         _v(5), _v(0), top, lambda x: -top, ([top], [y]),
     )  # fmt: skip
+
+
+# Found by a later hunt -----------------------------------------------------------------------------------------------
+
+
+@case
+def falls_to_an_asymptote() -> Case:
+    """f = exp(-y) comes down to 0 and has no minimiser."""
+    return Case(
+        "unbounded",
+        Problem(lambda x, y: (x[0] - 1) ** 2 + y[0] ** 2, lambda x, y: jnp.exp(-y[0]) + 0 * x[0]),
+        _v(0), _v(0), None, words=frozenset({"UNBOUNDED"}),
+    )  # fmt: skip
+
+
+@case
+def logarithm_down() -> Case:
+    """f = -log(1 + y^2) falls for ever, by less and less, from its maximum at 0."""
+    return Case(
+        "unbounded",
+        Problem(lambda x, y: (x[0] - 1) ** 2 + y[0] ** 2, lambda x, y: -jnp.log(1 + y[0] ** 2) + 0 * x[0]),
+        _v(0), _v(0), None, words=frozenset({"UNBOUNDED"}),
+    )  # fmt: skip
+
+
+@case
+def runs_away_along_a_line() -> Case:
+    """f = -x y has no minimiser at x = 1, and only y runs: F = (x - 1)^2 is 0 all the way."""
+    return Case(
+        "unbounded",
+        Problem(lambda x, y: (x[0] - 1) ** 2, lambda x, y: -x[0] * y[0]),
+        _v(1), _v(0), None, words=frozenset({"UNBOUNDED", "LOWER_LEVEL"}),
+    )  # fmt: skip
+
+
+@case
+def sixth_power() -> Case:
+    """f = (y - x)^6: y = x, with three derivatives that vanish. F = (x - 1)^2 + x^2/10: x = 10/11, F = 1/11."""
+    return Case(
+        "flat",
+        Problem(lambda x, y: (y[0] - 1) ** 2 + x[0] ** 2 / 10, lambda x, y: (y[0] - x[0]) ** 6),
+        _v(0), _v(2), 1 / 11, _zero, ([10 / 11], [10 / 11]),
+    )  # fmt: skip
+
+
+@case
+def kink_at_the_start() -> Case:
+    """F = -|y| + x^2/4 with y = x, from its kink: x = 2 or -2, F = -1."""
+    return Case(
+        "kink",
+        Problem(lambda x, y: -jnp.abs(y[0]) + x[0] ** 2 / 4, lambda x, y: (y[0] - x[0]) ** 2),
+        _v(0), _v(0), -1.0, _zero,
+    )  # fmt: skip
+
+
+@case
+def curve_of_minimisers() -> Case:
+    """f = (y1 - (y0^2 + x))^2: all of a parabola, (t, t^2 + x). F = y0^2 + (y1 - 1)^2 + x^2, best for x = (1 - t^2)/2.
+
+    There it is t^2 + (1 - t^2)^2/2, which has its minimum 1/2 at t = 0: x = 1/2.
+    """
+    return Case(
+        "several minimisers",
+        Problem(lambda x, y: y[0] ** 2 + (y[1] - 1) ** 2 + x[0] ** 2, lambda x, y: (y[1] - y[0] ** 2 - x[0]) ** 2),
+        _v(0.2), _v(1, -1), 0.5, _zero, ([0.5], [0.0, 0.5]),
+    )  # fmt: skip
+
+
+@case
+def saddle_at_the_start() -> Case:
+    """Four wells, from the saddle point between two: f = (y0^2 - 1)^2 + (y1^2 - 1)^2, F best at (1, -1)."""
+    return Case(
+        "several minimisers",
+        Problem(
+            lambda x, y: (y[0] - 1) ** 2 + (y[1] + 1) ** 2 + (x[0] - 0.3) ** 2,
+            lambda x, y: (y[0] ** 2 - 1) ** 2 + (y[1] ** 2 - 1) ** 2 + 0 * x[0],
+        ),
+        _v(0), _v(0, 1), 0.0, _zero, ([0.3], [1.0, -1.0]),
+    )  # fmt: skip
+
+
+@case
+def edge_of_a_simplex() -> Case:
+    """f = x y0 + (2 - x) y1 on a simplex jumps from y = (0, 1) to (1, 0) at x = 1, where all of it ties.
+
+    F = (y0 - 1/2)^2 + (x - 1)^2 is 0 there, at y = (1/2, 1/2), and at least 1/4 elsewhere.
+    """
+    return Case(
+        "tie",
+        Problem(
+            lambda x, y: (y[0] - 0.5) ** 2 + (x[0] - 1) ** 2,
+            lambda x, y: x[0] * y[0] + (2 - x[0]) * y[1],
+            project_lower=sets.Simplex(),
+        ),
+        _v(0), _v(1, 0), 0.0, lambda x: float(min(x[0], 2 - x[0])), ([1.0], [0.5, 0.5]),
+    )  # fmt: skip
+
+
+@case
+def steps_of_a_floor() -> Case:
+    """y = floor(x) and F = (y - 2)^2 + x^2/100: x = 2, F = 1/25, at the edge of a step where every slope is x/50."""
+    return Case(
+        "discontinuous",
+        Problem(lambda x, y: (y[0] - 2) ** 2 + x[0] ** 2 / 100, lambda x, y: (y[0] - jnp.floor(x[0])) ** 2),
+        _v(0.5), _v(0), 0.04, _zero,
+    )  # fmt: skip
+
+
+@case
+def free_where_x_is_zero() -> Case:
+    """f = x^2 (y + 1)^2: y = -1, but at x = 0 any y. F = (y - 1)^2 + x^2: 0 there, and above 4 elsewhere."""
+    return Case(
+        "tie",
+        Problem(lambda x, y: (y[0] - 1) ** 2 + x[0] ** 2, lambda x, y: x[0] ** 2 * (y[0] + 1) ** 2),
+        _v(1), _v(0), 0.0, _zero, ([0.0], [1.0]),
+    )  # fmt: skip

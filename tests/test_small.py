@@ -421,3 +421,43 @@ def test_a_search_goes_where_it_is_sent(x64):
     state, _ = next(solver.search(problem, state, key))
     np.testing.assert_allclose(state.upper_loss, -1.1, atol=1e-6)
     assert not state.led
+
+
+@pytest.mark.parametrize(
+    "lower, quadratic, convex",
+    [
+        (lambda x, y: jnp.exp(x[0]) * jnp.sum((y - x) ** 2), True, True),
+        (lambda x, y: -jnp.sum((y - x) ** 2), True, False),
+        (lambda x, y: (y[0] - x[0]) ** 2, True, False),  # flat along y[1]
+        (lambda x, y: jnp.sum((y - x) ** 4), False, False),
+        (lambda x, y: jnp.sum(y**2) + jnp.abs(y[0]), False, False),
+    ],
+)
+def test_a_lower_level_with_one_minimiser_is_seen(x64, lower, quadratic, convex):
+    program = Program(
+        Problem(lambda x, y: jnp.sum(y), lower, project_lower=sets.Box(-2.0, 2.0)), jnp.ones(2), jnp.ones(2)
+    )
+    assert program.quadratic is quadratic
+    assert program.convex(program.start) is convex
+    curved = Problem(lambda x, y: jnp.sum(y), lower, constraint=lambda x, y: 1 - y[0] ** 2)
+    assert not Program(curved, jnp.ones(2), jnp.ones(2)).convex(program.start)
+
+
+@pytest.mark.parametrize(
+    "lower, at, falls",
+    [
+        (lambda y: jnp.exp(-y), 0.0, True),
+        (lambda y: jnp.exp(-y), 35.0, True),  # its values end as numbers
+        (lambda y: -jnp.log(1 + y**2), 0.0, True),
+        (lambda y: -jnp.log(y), 3.0, True),
+        (lambda y: 1 / (1 + y**2), 0.5, True),
+        (lambda y: jax.nn.relu(3 - y) ** 2, 0.0, False),  # a floor that it takes
+        (lambda y: y**4, 0.5, False),
+        (lambda y: jax.nn.softplus(y) - y / 3, 0.5, False),
+        (lambda y: y - jnp.log(y), 1.2, False),
+        (lambda y: jax.nn.sigmoid(-y) - 2 * jnp.exp(-((y + 3) ** 2)), 0.0, False),  # lower in a well than far away
+    ],
+)
+def test_a_value_that_is_approached_and_never_taken_is_no_minimum(x64, lower, at, falls):
+    problem = Problem(lambda x, y: y[0] + x[0], lambda x, y: lower(y[0]))
+    assert unbounded(problem, jnp.zeros(1), jnp.array([at])) is falls

@@ -17,7 +17,8 @@ from bilevel.solvers.certificate import certify
 QUICK = (
     "free_coordinate", "two_wells", "concave_lower", "empty_lower_set", "kink_to_pass", "start_outside",
     "upper_row_in_y", "two_roads", "simple_line", "tie_at_a_moving_end", "free_at_one_x", "empty_upper_set",
-    "saddle_of_the_upper_level", "hole_far_away", "bounds_on_the_safe_side",
+    "saddle_of_the_upper_level", "hole_far_away", "bounds_on_the_safe_side", "falls_to_an_asymptote", "logarithm_down",
+    "kink_at_the_start",
 )  # fmt: skip
 
 everywhere = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
@@ -69,6 +70,10 @@ def test_nearly_all_are_solved(x64):
 
 
 SCALES = {"upper": (1e-8, 1e8), "lower": (1e-8, 1e8), "x": (1e-8, 1e8), "y": (1e-8, 1e8)}
+SCALED = (
+    "shrinkage", "free_and_coupled", "kink_to_pass", "concave_lower", "capacity", "upper_row_in_y",
+    "falls_to_an_asymptote", "curve_of_minimisers", "edge_of_a_simplex",
+)  # fmt: skip
 quick_scales = {("kink_to_pass", "upper", 1e8), ("capacity", "y", 1e-8)}
 
 
@@ -76,7 +81,7 @@ quick_scales = {("kink_to_pass", "upper", 1e8), ("capacity", "y", 1e-8)}
     ("name", "what", "by"),
     [
         pytest.param(name, what, by, marks=() if (name, what, by) in quick_scales else pytest.mark.slow)
-        for name in ("shrinkage", "free_and_coupled", "kink_to_pass", "concave_lower", "capacity", "upper_row_in_y")
+        for name in SCALED
         for what, factors in SCALES.items()
         for by in factors
     ],

@@ -11,6 +11,9 @@
     stationary     no small feasible move of x, y following by a lower solve of its own, lowers F;
     not beaten     no large move does (for a few unknowns).
 
+Where data have no end, all of it is looked at on draws of its own (`_draws`); their sampling error is a tolerance like
+that of rounding, and where it is above what the run was asked for, that is said.
+
 Of a linear-quadratic problem without sets and rows the measures are exact, from one Hessian (`small.quadratic`).
 CONVERGED means that all of it held; what was not checked, because of size or of the kind of data, is said.
 """
@@ -35,10 +38,12 @@ from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
 from bilevel.result import Result
+from bilevel.solvers._draws import Fixed, fixed_draws
 from bilevel.solvers._units import Units, changes, moves, normalised, rms, times, units_of_losses, units_of_variables
 from bilevel.solvers.small.mpcc import around
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.quadratic import exact_end
+from bilevel.solvers.small.search import FEASIBLE, solve_lower
 from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
 from bilevel.typing import PyTree, Scalar
 
@@ -58,6 +63,8 @@ _SEARCHED = 150
 """The most unknowns and lower rows with which there is such a search."""
 _BLIND = 3
 """Random directions."""
+_APART = 0.1
+"""How far from y, in units, a lower minimiser is at least that is another one, where f is strongly convex around y."""
 _RUNAWAY = 1e10
 """How far x is from zero at most, in units that it had at the start."""
 _NEAR, _FAR, _WAYS = (1e-2, 1e-1), (1.0, 4.0, 16.0, 64.0, 256.0), (1.0, 4.0)
@@ -74,7 +81,8 @@ class Certificate:
       measures: numbers by name: `lower_loss`, `polished_gap` (how much lower another solve of the lower level came),
         `polished_violation` (what that solve could not repair), `polished_change` (F at the lower level's solution that
         is best for F, less F), `descent` (how much lower F came nearby), `curvature_least` and `curvature_greatest`
-        (eigenvalues of f_yy), as far as measured.
+        (eigenvalues of f_yy), as far as measured; of data without an end `sampling_error`, that of a change of F or f
+        by one unit, relative to it.
       unchecked: what was not checked, a sentence each.
       unsettled: the end is near a solution and not close enough: a run with a smaller tolerance may mend it.
       better: a point (x, y) with a lower F, feasible and lower-optimal as far as the search saw, or None.
@@ -116,7 +124,7 @@ def verdict(
     bias, capped = metrics.get("bias", 0.0), metrics.get("multiplier_at_cap", 0.0)
     change, penalised = get("polished_change"), "penalty" in metrics
     undecided = above("gain", margin, "noise_upper")
-    convex = _bend(found) == 1
+    convex = _bend(found) == 1 and get("apart") < _APART  # else the other y is in another valley
     settled = (
         result is Result.MAX_STEPS
         and metrics.get("hypergradient_norm", np.inf) <= asked * (1 + abs(metrics.get("upper_loss", 0.0)))
@@ -231,6 +239,14 @@ def verdict(
             Result.LOCAL,
             f"Another x, further away, has an upper loss smaller by {get('beaten'):.2g}: this is a local solution.",
         ),
+        (
+            above("sampling_error", margin),
+            (Result.CONVERGED,),
+            Result.UNRESOLVED,
+            f"On {get('draws'):.0f} draws the losses' changes are known to {100 * get('sampling_error'):.2g}% of a "
+            f"unit, and the tolerance asks for {100 * margin:.2g}%: nothing above that speaks against this end, and "
+            "nothing below can be seen. Draw larger batches, or ask for a larger tolerance.",
+        ),
     )
     # And this one is added to it.
     remark = (
@@ -273,16 +289,18 @@ def certify(
     metrics: dict[str, float],
     tol: float | None,
     steps_left: bool = False,
+    step: int = 0,
 ) -> Certificate:
     """Check the end (x, y) of a run from `start` that ended by `result`, with `metrics` of its last step.
 
     With a tolerance everything in this module's table that size allows, up to 10,000 unknowns; without one, up to 2,000
     on full batches, values, sets and rows, and the lower level from y where it is constrained, penalised or not convex.
     Of a run that has `steps_left`, an end that is not there yet is said as soon as it is seen, before the other starts
-    and directions. Losses without second derivatives are taken as they are, and that nothing was looked at is said.
+    and directions. `step` is that of keys which reach a loss (`data.Keyed`). Losses without second derivatives are taken
+    as they are, and that nothing was looked at is said.
     """
     try:
-        return _certified(problem, x, y, start, result, metrics, tol, steps_left)
+        return _certified(problem, x, y, start, result, metrics, tol, steps_left, step)
     except (TypeError, ValueError, NotImplementedError):
         blind = _blind(problem, x, y)
         if blind is None:
@@ -299,22 +317,54 @@ def _certified(
     metrics: dict[str, float],
     tol: float | None,
     steps_left: bool,
+    step: int,
 ) -> Certificate:
     if jax.process_count() > 1:
         return Certificate(result, unchecked=("The end was not looked at: the run is spread over several processes.",))
     if result in (Result.LOWER_LEVEL, Result.INFEASIBLE):  # a solver's own word: the search may find better or worse
-        found = _certified(problem, x, y, start, Result.MAX_STEPS, metrics, tol, False)
+        found = _certified(problem, x, y, start, Result.MAX_STEPS, metrics, tol, False, step)
         return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
     if result not in _ANY:
         return Certificate(result)
     unchecked = _obstacles(problem, x, y, tol)
+    sampled: dict[str, float] = {}
+    looked = tol is not None or result is Result.CONVERGED
+    if looked and unchecked == () and any(source.redrawn for source in problem.sources):
+        fixed = fixed_draws(problem, x, y, start, 10 * (1e-3 if tol is None else tol), step)
+        if isinstance(fixed, Fixed):
+            problem = fixed.problem
+            error = max(fixed.upper, fixed.lower)
+            sampled = {"draws": fixed.draws, "sampling_error": error, "upper": fixed.upper, "lower": fixed.lower}
+        else:
+            unchecked = (f"Not checked by an independent solve: {fixed}.",)
+    found = _looked(problem, x, y, start, result, metrics, tol, steps_left, unchecked, sampled)
+    if sampled.get("sampling_error"):
+        said = f"Looked at on {sampled['draws']:.0f} draws: changes of the losses by less than "
+        said += f"{100 * sampled['sampling_error']:.2g}% of a unit are sampling error."
+        found = dataclasses.replace(found, unchecked=(*found.unchecked, said))
+    return found
+
+
+def _looked(
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    start: tuple[PyTree, PyTree],
+    result: Result,
+    metrics: dict[str, float],
+    tol: float | None,
+    steps_left: bool,
+    unchecked: tuple[str, ...] | None,
+    sampled: dict[str, float],
+) -> Certificate:
+    """The certificate of a problem on samples that stay."""
     if tol is not None or result is Result.CONVERGED:
         with np.errstate(all="ignore"):  # a run may have ended at numbers of any size
             exact = None if unchecked or unchecked is None else exact_end(problem, x, y, start)
             if exact is not None:
-                return _concluded(exact[0], result, metrics, tol, (), exact[1])
-            if not refusal(problem, x, y):
-                return _of_small(problem, x, y, start, result, metrics, tol)
+                return _concluded(_noisier(exact[0], sampled), result, metrics, tol, (), exact[1])
+            if unchecked == () and not refusal(problem, x, y):
+                return _of_small(problem, x, y, start, result, metrics, tol, sampled)
     if unchecked is None:
         return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
     if unchecked:  # nothing is evaluated on data or models of that size
@@ -327,7 +377,7 @@ def _certified(
     at, here, changed, found = _examined(problem, lengths, x, y, moves(x, y, lengths), curved=curved)
     units = units_of_losses(lengths, here, changed)
     ends = ends_of_spectrum(found.pop("curvature")) if curved else None
-    numbers = {name: float(value) for name, value in found.items()} | _in_units(units)
+    numbers = _noisier({name: float(value) for name, value in found.items()} | _in_units(units), sampled)
     if ends is not None:
         numbers["curvature_least"], numbers["curvature_greatest"] = ends
     better = None
@@ -377,6 +427,13 @@ def _blind(problem: Problem, x: PyTree, y: PyTree) -> str | None:
     return None
 
 
+def _noisier(found: dict[str, float], sampled: dict[str, float]) -> dict[str, float]:
+    """The measures with the sampling error beside rounding."""
+    for level in ("upper", "lower") if sampled else ():
+        found[f"noise_{level}"] = max(found[f"noise_{level}"], sampled[level])
+    return found | {name: sampled[name] for name in ("draws", "sampling_error") if name in sampled}
+
+
 def _concluded(
     found: dict[str, float],
     result: Result,
@@ -387,6 +444,9 @@ def _concluded(
 ) -> Certificate:
     """The certificate that measures lead to, whichever search took them."""
     result, why = verdict(found, result, metrics, tol)
+    seen = {"gap": "lower", "gain": "upper", "near": "upper", "far": "upper"}
+    if "draws" in found and not any(found.get(name, 0.0) > found[f"noise_{level}"] for name, level in seen.items()):
+        better = None  # as far as the draws can tell
     measures = {name: found[name] for name in _REPORTED if name in found}
     unsettled = result is Result.NOT_STATIONARY or (result is Result.LOWER_LEVEL and found.get("gap", 1.0) <= 0.1)
     return Certificate(result, why, measures, unchecked, unsettled, better)
@@ -400,25 +460,28 @@ def _of_small(
     result: Result,
     metrics: dict[str, float],
     tol: float | None,
+    sampled: dict[str, float],
 ) -> Certificate:
     """The same of a small problem, on the host: all vertices of the multipliers and all branches."""
     program = Program(problem, x, y, "The certificate")
     before = Program(problem, *start, "The certificate")
     n, k = program.n, program.n + program.m
     with np.errstate(all="ignore"):
-        sizes = np.abs(program.start[:n] * program.columns[:n]) / before.columns[:n]
+        sizes = np.abs(program.start * program.columns[:k]) / before.columns[:k]
     if any((program.columns[part] < 1e-3 * before.columns[part]).any() for part in (slice(0, n), slice(n, k))):
         program = before  # at the end a variable is zero but for rounding, which is no unit
         program.start = program.scaled(x, y)
-    lower = lower_verified(problem, x, y, program=program)
+    falls = unbounded(problem, x, y, program) or (sizes[n:].max() > _RUNAWAY and _falls_further(program, x, y))
+    starts = 1 if falls else 12  # nothing is to be found where f falls for ever
+    lower = lower_verified(problem, x, y, starts, program=program, noise=sampled.get("lower", 0.0))
     upper_loss, lower_loss = program.losses(x, y)
     found: dict[str, float] = {
         "finite": float(np.isfinite(upper_loss) and np.isfinite(lower_loss)),
         "upper_violation": lower.upper_violation,
         "violation": lower.violation,
         "repaired": 0.0 if np.isfinite(lower.gap) else lower.violation,
-        "bounded": float(not unbounded(problem, x, y, program, curved=lower.gap > 1e-3)),
-        "runaway": float(sizes.max(initial=0.0)),
+        "bounded": float(not (falls or (lower.gap > 1e-3 and unbounded(problem, x, y, program, curved=True)))),
+        "runaway": _runaway(program, x, y, float(sizes[:n].max(initial=0.0))),
         "unanswered": lower.answer_violation if "start_loss" in metrics else 0.0,
         "gap": lower.gap,
         "gain": max(lower.optimistic_gain, lower.loss_change / program.upper_scale),
@@ -429,6 +492,9 @@ def _of_small(
         "polished_violation": lower.violation,
         "polished_change": lower.loss_change if lower.loss_change > lower.loss_gain else -lower.loss_gain,
     }
+    if lower.better is not None:
+        found["apart"] = float(np.abs(program.scaled(x, lower.better) - program.scaled(x, y)).max(initial=0.0))
+    found = _noisier(found, sampled)
     if (
         found["gain"] > 1e-3
         and problem.project_lower is None
@@ -456,6 +522,28 @@ def _of_small(
     return _concluded(found, result, metrics, tol, unchecked, better)
 
 
+def _runaway(program: Program, x: PyTree, y: PyTree, size: float) -> float:
+    """`size`, how far x is from zero in units of the start, where twice as far F is lower still; else 0: the units were
+    those of a kink."""
+    if not size > _RUNAWAY or not np.isfinite(size):
+        return size
+    with program.precision():
+        xy = program.scaled(x, y)
+        further = np.clip(2 * xy, program.own_lower[: xy.size], program.own_upper[: xy.size])
+        found = solve_lower(program, further, [further[program.n :], xy[program.n :]])
+        here = program(program.point(xy)).F
+        return size if found.points and here > program(program.point(found.points[0])).F else 0.0
+
+
+def _falls_further(program: Program, x: PyTree, y: PyTree) -> bool:
+    """Whether f is lower still, or beyond all numbers, at twice a y that ran away."""
+    with program.precision(), np.errstate(all="ignore"):
+        xy = program.scaled(x, y)
+        further = np.concatenate([xy[: program.n], 2 * xy[program.n :]])
+        here, there = program(program.point(xy)), program(program.point(further))
+        return not np.isfinite(there.f) or (there.f < here.f and program.violation(there, upper=False) <= FEASIBLE)
+
+
 def _elsewhere(program: Program, upper_loss: float, found: dict[str, float]) -> tuple[PyTree, PyTree] | None:
     """A verified point with a lower F, from a few starts of a search; `far` and `beaten` say by how much."""
     best = around(program, _AROUND)
@@ -471,7 +559,7 @@ def _elsewhere(program: Program, upper_loss: float, found: dict[str, float]) -> 
 
 _REPORTED = (
     "lower_loss", "polished_gap", "polished_violation", "polished_change", "descent", "beaten", "curvature_least",
-    "curvature_greatest",
+    "curvature_greatest", "sampling_error",
 )  # fmt: skip
 
 
@@ -480,10 +568,8 @@ def _obstacles(problem: Problem, x: PyTree, y: PyTree, tol: float | None) -> tup
     sources = problem.sources
     if any(source.host for source in sources):
         return None
-    if any(source.random and source.count is None for source in sources):
-        return ("Not checked by an independent solve: the data have no end.",)
     if problem.stochastic and tol is None:
-        return ("Not checked by an independent solve: minibatches, and no tolerance.",)
+        return ("Not checked by an independent solve: samples are drawn, and there is no tolerance.",)
     for name, tree in (("x", x), ("y", y)):
         if optax.tree.size(tree) > (MANY if tol is not None else _CURVED):
             size = f"{name} holds {optax.tree.size(tree):,} numbers"
@@ -608,6 +694,7 @@ class _Search:
             change = float(solved.upper[chosen])
             if change < 0:
                 self._keep(self.at[0], solved.w[chosen])
+                found["apart"] = float(np.abs(solved.w[chosen] - w).max())
             elif tied[here_first]:
                 change = float(solved.upper[here_first]) if tied.sum() == 1 else min(change, 0.0)
         if tilt:

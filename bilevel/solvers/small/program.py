@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import _compiling, sets
+from bilevel._traces import degrees
 from bilevel.constraints import depends
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
@@ -250,6 +251,30 @@ class Program:
                 return jax.jvp(parts, (y,), (tangent,))[1]
 
             return not depends(slopes, y, x, y, on=0)
+
+    @functools.cached_property
+    def quadratic(self) -> bool:
+        """Whether f(x, .) is seen to be of degree two at most, and the lower level's rows to be affine, at every x."""
+        lower = self.problem.full_lower()
+        with self.precision():
+            x, y = self.trees(self.start)
+            if self.double:
+                x, y = jax.tree.map(lambda leaf: np.asarray(leaf, float), (x, y))
+            parts = lambda y, x: (lower(x, y), *_rows(lower, self._bounds[1], y, x, y))  # noqa: E731
+            traced = jax.make_jaxpr(parts)(y, x).jaxpr
+            given = [1.0] * len(jax.tree.leaves(y)) + [0.0] * len(jax.tree.leaves(x))
+            loss, *rows = degrees(traced, given)
+            return loss <= 2 and max(rows, default=0.0) <= 1 and not traced.effects
+
+    def convex(self, xy: np.ndarray) -> bool:
+        """Whether the lower level at the x of `xy` is seen to have one minimiser, and no other local one."""
+        if not self.quadratic:
+            return False
+        hessian = self(self.point(xy)).dr[:, self.n : self.n + self.m]
+        if not np.isfinite(hessian).all():
+            return False
+        ends = np.linalg.eigvalsh((hessian + hessian.T) / 2)
+        return bool(ends[0] > 1e-9 * ends[-1])
 
     @staticmethod
     def _user_shapes(problem: Problem, x: PyTree, y: PyTree, counts: tuple[int, ...]) -> dict[str, tuple[PyTree, int]]:

@@ -138,7 +138,8 @@ def solve_lower(
         lower[:n] = upper[:n] = xy[:n]
         rows = lower_rows(program)
         solved = lambda y: minimise(rows, y, lower, upper, method=method, iterations=iterations, tol=1e-13, far=1e30)  # noqa: E731
-        ends = [solved(start) for start in tried]
+        # Where there is one minimiser, other starts than the first and one more lead to it again.
+        ends = [solved(start) for start in (tried[:2] if program.convex(xy) else tried)]
     return _lowest(program, tried, ends)
 
 

@@ -35,6 +35,8 @@ _MOST = 256
 """The most linear programmes, and the most supports that are looked at for vertices."""
 _RADIUS = 1e-3
 _VERTEX = 1e-6
+_REACHES = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
+"""How far a ray is followed, in units of y or in its size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +106,17 @@ def refusal(problem: Problem, x: PyTree, y: PyTree, largest: int = 300) -> str:
 
 
 def lower_verified(
-    problem: Problem, x: PyTree, y: PyTree, starts: int = 12, key: int = 0, program: Program | None = None
+    problem: Problem,
+    x: PyTree,
+    y: PyTree,
+    starts: int = 12,
+    key: int = 0,
+    program: Program | None = None,
+    noise: float = 0.0,
 ) -> Lower:
     """The lower level at x solved from `starts` points, y the first, and F compared among its minimisers.
+
+    Minimisers whose values differ by less than `noise`, where a typical gradient of f in y is one, are taken for equal.
 
     Raises:
       ProblemError: see `refusal`.
@@ -119,7 +129,7 @@ def lower_verified(
         lowest = solve_lower(program, xy, lower_starts(program, xy, starts, rng))
         lowest = deeper(program, xy, lowest, rng)
         gap = at.f - lowest.value if lowest.points else np.inf
-        slack = max(1e-6, abs(gap) if np.isfinite(gap) and gap < 1e-3 else 0.0)
+        slack = max(1e-6, noise, abs(gap) if np.isfinite(gap) and gap < 1e-3 else 0.0)
         ties = [p for p, value in zip(lowest.points, lowest.values, strict=True) if value <= lowest.value + slack]
         known = [search.polish(point) for point in ties]
         for point in known[:4]:  # minimisers that are many: the one with the least F, on the conditions at this x
@@ -163,6 +173,8 @@ def lower_verified(
 def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = None, curved: bool = False) -> bool:
     """Whether f(x, .) keeps falling, feasibly, along a ray from y: steepest descent or the most negative curvature.
 
+    It may fall for ever, or towards a value that it does not take.
+
     `curved`: or along a path, by its least values in boxes that grow.
     """
     program = program or Program(problem, x, y, "The check of the lower level")
@@ -185,18 +197,43 @@ def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = 
                 length = np.linalg.norm(ray)
             if not 0 < length < np.inf:
                 continue
-            values_along = []
-            for reach in (1e1, 1e2, 1e3, 1e4):
+            values_along, slopes = [at.f], [at.df[n:k] @ ray / length]
+            for reach in _REACHES:
                 point = xy.copy()
                 point[n:] += reach * size * ray / length
                 there = program(program.point(point))
                 if not np.isfinite(there.f) or program.violation(there, upper=False) > FEASIBLE:
                     break
                 values_along.append(there.f)
-            falls = np.diff([at.f, *values_along])
-            if len(values_along) == 4 and (falls < 0).all() and falls[-1] < falls[0]:
+                slopes.append(there.df[n:k] @ ray / length)
+            if len(values_along) <= len(_REACHES):
+                continue
+            falls = np.diff([at.f, *values_along[3:]])
+            if (falls < 0).all() and falls[-1] < falls[0]:
+                return True
+            if _never_rests(values_along, slopes) and not _rests(program, xy, values_along[-1], size):
                 return True
         return curved and _falls_in_boxes(program, xy)
+
+
+def _never_rests(values: list[float], slopes: list[float]) -> bool:
+    """Whether f goes down by more than rounding along a ray, and its slope dwindles and is never seen to end."""
+    down = np.asarray(slopes[1:]) < 0
+    last = int(down.sum())  # beyond, the slope is too small for a number
+    if not last or not down[:last].all() or (np.diff(values) > 0).any():
+        return False
+    if values[0] - values[1] <= 1e3 * np.finfo(float).eps * abs(values[0]):
+        return False
+    # Less than rounding would leave of a slope at the edge of a floor.
+    return last == down.size or bool(slopes[last] > 1e-20 * min(slopes) and not np.any(slopes[last + 1 :]))
+
+
+def _rests(program: Program, xy: np.ndarray, value: float, size: float) -> bool:
+    """Whether a point that is not far away lies lower."""
+    starts = lower_starts(program, xy, 8, np.random.default_rng(0))
+    found = solve_lower(program, xy, starts)
+    near = [f for point, f in zip(found.points, found.values, strict=True) if np.abs(point - xy).max() < 1e2 * size]
+    return min(near, default=np.inf) < value
 
 
 def _falls_in_boxes(program: Program, xy: np.ndarray) -> bool:
@@ -263,6 +300,23 @@ class _Check:
         ]
         self.lowest: Lowest = lowest
         self.loss = program(program.point(self.xy)).F
+        self.still = self._still()
+
+    def _still(self) -> float:
+        """How much F falls along F_y at this x while f does not rise by more than rounding.
+
+        Nothing, but where f is flat to a high order, so that lower solves leave y off by more than their values say.
+        """
+        program, here, fall = self.program, self.program(self.program.point(self.xy)), 0.0
+        size = np.linalg.norm(here.dF[self.n : self.k])
+        for step in 10.0 ** np.arange(-5, 0.5, 0.5) if 0 < size < np.inf else ():
+            point = self.xy.copy()
+            point[self.n :] -= step * here.dF[self.n : self.k] / size
+            there = program(program.point(point))
+            if not there.f <= here.f + 1e-13 * (1 + abs(here.f)) or program.violation(there, upper=False) > FEASIBLE:
+                break
+            fall = min(fall, there.F - self.loss)
+        return fall
 
     def run(self) -> Stationarity:
         vertices, complete = self.vertices()
@@ -414,7 +468,7 @@ class _Check:
         for factor in (1.0, 0.1):
             step = factor * direction
             gained, reached = self.trial(self.xy + step, step)
-            if gained <= 0.2 * factor * slope * min(size, self.radius):
+            if gained - self.still <= 0.2 * factor * slope * min(size, self.radius):
                 return reached
         return None
 
@@ -447,6 +501,7 @@ class _Check:
         for direction in directions:
             step = np.concatenate([self.radius * direction, np.zeros(self.program.m)])
             gained, reached = self.trial(self.xy + step, step)
+            gained -= self.still
             if gained / self.radius < best[0]:
                 best = gained / self.radius, step, reached
         if best[0] > -max(10 * self.tol, 1e-3):
