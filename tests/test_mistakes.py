@@ -424,7 +424,7 @@ CALLS = {
         lambda: implicit.argmin(f, lambda x, y: y)(A(0.0), A(0.0)), r"solver\(lower, x, y\)", "is one more",
     ),
     "shares for sizes": (taking(datasets.split, (WIDE,), sizes=(0.5, 0.5), seed=0), r"0\.5, 0\.5", "counts of samples"),
-    "the size of a mesh": (taking(distributed.mesh, shape=3), "shape=3", "the sizes of the axes are whole numbers by name"),
+    "the size of a mesh": (taking(distributed.mesh, shape=3), "shape=3", "sizes of the axes are whole numbers"),
     "no mesh": (taking(distributed.place, ROWS, 4), "place.*int", r"distributed\.mesh\("),
     "an infinite step": (taking(solvers.SOBA, float("inf")), "inf", "positive and finite"),
     "a step size per entry": (

@@ -229,7 +229,7 @@ def test_a_run_of_first_derivatives_ends_on_it(make, x64):
     assert seen.why == "Not checked by an independent solve: lower, the lower level's loss, has no second derivative."
 
 
-def test_a_kernel_without_a_second_derivative_is_named():
+def test_a_kernel_without_a_second_derivative_is_named(x64):
     for estimator in (Unrolled(), Implicit(), Forward()):
         with pytest.raises(ValueError, match=r"^lower, the lower level's loss, has no second .*kernel has no"):
             value_and_hypergradient(problem(blind()), estimator, 0.1)(X, Y)

@@ -296,8 +296,8 @@ def certify(
     With a tolerance everything in this module's table that size allows, up to 10,000 unknowns; without one, up to 2,000
     on full batches, values, sets and rows, and the lower level from y where it is constrained, penalised or not convex.
     Of a run that has `steps_left`, an end that is not there yet is said as soon as it is seen, before the other starts
-    and directions. `step` is that of keys which reach a loss (`data.Keyed`). Losses without second derivatives are taken
-    as they are, and that nothing was looked at is said.
+    and directions. `step` is that of keys which reach a loss (`data.Keyed`). Losses without second derivatives are
+    taken as they are, and that nothing was looked at is said.
     """
     try:
         return _certified(problem, x, y, start, result, metrics, tol, steps_left, step)
