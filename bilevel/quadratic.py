@@ -132,10 +132,14 @@ def _checked(*given: Any) -> tuple[Any, ...]:
     names = ("Q", "c", "A", "b", "G", "h")
     arrays = []
     for name, a in zip(names, given, strict=True):
-        if a is not None and not isinstance(a, (jax.Array, np.ndarray)):
-            a = jnp.asarray(a, float)
-        if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
-            a = jnp.asarray(a, float)
+        try:
+            if a is not None and not (hasattr(a, "dtype") and jnp.issubdtype(a.dtype, jnp.floating)):
+                a = jnp.asarray(a, float)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"qp: {name} is a {type(a).__name__} that is no array of numbers ({error}). Give Q (n, n), c (n,), and "
+                "A (p, n), b (p,), G (m, n), h (m,) where there are such rows."
+            ) from None
         if a is not None and not isinstance(a, jax.core.Tracer) and np.isnan(np.asarray(a, float)).any():
             raise ValueError(f"qp: {name} holds a NaN.")
         arrays.append(a)

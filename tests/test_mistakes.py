@@ -419,6 +419,8 @@ CALLS = {
     "a linear solver of custom_root": (
         taking(implicit.custom_root, f, linear_solver=linear.CG()), "linear_solver", r"mean solve=\?",
     ),
+    "a quadratic programme in words": (taking(implicit.qp, "Q", "c"), "qp: Q is a str", r"Give Q \(n, n\), c \(n,\)"),
+    "a quadratic programme of functions": (taking(implicit.qp, WIDE[:2], len), "qp: c is a builtin", "Give Q"),
     "a quadratic programme of P": (taking(implicit.qp, P=WIDE, q=ROWS), r"qp\(P=", "takes Q, c, A, b, G, h"),
     "a solver of two arguments in argmin": (
         lambda: implicit.argmin(f, lambda x, y: y)(A(0.0), A(0.0)), r"solver\(lower, x, y\)", "is one more",
