@@ -177,10 +177,11 @@ def test_an_estimator_takes_all_of_it_at_once(name):
 def test_a_lower_solver_takes_all_of_it_at_once(name):
     solver, case = LOWER[name]
     x, y = case.start(jnp.bfloat16, jnp.bfloat16, np.float32)
+    estimator = ESTIMATORS["NullSpace" if name == "EqualityDescent" else "HOZOG"][0]  # one that honours the case's rows
     with all_settings():
-        found = jax.jit(
-            lambda problem, x, y: value_and_hypergradient(problem, ESTIMATORS["HOZOG"][0], solver)(x, y).lower.y
-        )(case.problem(), x, y)
+        found = jax.jit(lambda problem, x, y: value_and_hypergradient(problem, estimator, solver)(x, y).lower.y)(
+            case.problem(), x, y
+        )
     assert dtypes(found) == dtypes(y)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found))
 
