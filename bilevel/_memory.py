@@ -21,8 +21,9 @@ def keep_freed_memory() -> bool:
 
     XLA on CPU asks for a programme's temporaries anew with every call, in one block. glibc maps a block of 32 MiB or
     more for itself and unmaps it when it is freed, so that the system has to zero every page of it again at the next
-    call, a fifth of some steps' time and nothing that shows in others (`benchmarks/memory.py`). Nothing is done where the user has settings of `malloc` in the
-    environment (MALLOC_..., GLIBC_TUNABLES) or `BILEVEL_KEEP_MEMORY=0`, nor where the C library is another one.
+    call: a fifth of some steps' time, and nothing that shows in others (`benchmarks/memory.py`). Nothing is done where
+    the user has settings of `malloc` in the environment (MALLOC_..., GLIBC_TUNABLES) or `BILEVEL_KEEP_MEMORY=0`, nor
+    where the C library is another one.
 
     Returns:
       Whether it was done.
