@@ -4,8 +4,8 @@
 
 Two layers, both directions, inputs twice the width, the same weights. The gradient is that of the sum of squares by
 the weights and the inputs. `masked` is given lengths too, as texts of a batch have; PyTorch's side has none.
-`steps` are those of gradient descent, all in one programme here and in a loop there, as a lower level is trained: XLA
-asks the system for the memory of a call's temporaries anew with every call, which is some of what one gradient costs.
+`steps` are those of gradient descent, all in one programme here and in a loop there, as a lower level is trained. Both
+sides have the memory that `import bilevel` keeps between calls (`memory.py`).
 Rounds alternate between the sides. A ratio below 1 means that ours takes less.
 """
 
