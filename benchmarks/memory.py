@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--rounds 20]
 
-Each side is a process of its own on one core, the sides in turn: a step of momentum SGD of the nano detector, and the
-gradient of a two-layer bidirectional LSTM (the setting of `benchmarks/sequence.py`). Printed are CPU times, the size
-of the compiled step's temporaries, and the pages that the system had to give per call.
+Each side is a process of its own on one core, the sides in turn: a step of momentum SGD of the nano detector, the
+gradient of a two-layer bidirectional LSTM (the setting of `benchmarks/sequence.py`), and that of a denoiser of many
+small products (`benchmarks/forward_mode.py`), which has little to gain and should lose nothing. Printed are CPU times,
+the size of the compiled step's temporaries, and the pages that the system had to give per call.
 """
 
 from __future__ import annotations
@@ -51,7 +52,20 @@ def lstm_gradient() -> Any:
     return jax.grad(lambda p, x: jnp.square(net(p, x, None)).sum(), argnums=(0, 1)), (net.init(jax.random.key(0)), x)
 
 
-CASES = {"nano detector, a step": detector_step, "LSTM, a gradient": lstm_gradient}
+def denoiser_gradient() -> Any:
+    """The gradient of a small denoiser's training loss and its arguments: width 16, windows of 16 x 4, batch 32."""
+    from bilevel.applications.time_series import Denoiser, population, sines_windows
+
+    parts = [sines_windows(200, 16, 4, seed) for seed in (0, 1)]
+    app = population(*parts, denoiser=Denoiser(16, 4, 16, 1, 1), bins=4, batch=32, held_out=64)
+    return lambda problem, x, y: problem.draw_lower(0).gradient(x, y), (app.problem, app.x0, app.y0)
+
+
+CASES = {
+    "nano detector, a step": detector_step,
+    "LSTM, a gradient": lstm_gradient,
+    "denoiser, a gradient": denoiser_gradient,
+}
 
 
 def side(name: str, rounds: int) -> None:

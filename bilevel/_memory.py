@@ -12,7 +12,7 @@ __all__ = ["OFF", "keep_freed_memory"]
 OFF = "BILEVEL_KEEP_MEMORY"
 """The environment's variable that leaves the C library as it is: "0"."""
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST, _KEPT = 2**30, 2**31 - 1  # bytes: of one block, and of all that is kept at the heap's end
 
 
@@ -34,7 +34,8 @@ def keep_freed_memory() -> bool:
     with contextlib.suppress(OSError, AttributeError):  # no glibc: musl has no `mallopt` that does anything
         library = ctypes.CDLL(None)
         library.gnu_get_libc_version  # noqa: B018
-        # One arena for all threads: those of other arenas are unmapped when they are empty, and XLA works in threads.
-        options = ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _KEPT))
+        # Not one arena for all threads besides: products of small matrices, which ask for scratch space each, then
+        # search what the compiler has left behind (the denoiser's row in the benchmark).
+        options = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _KEPT))
         return all([bool(library.mallopt(*option)) for option in options])
     return False
