@@ -51,13 +51,14 @@ def mmd(a: Array, b: Array, bandwidths: Sequence[float] = TRAINING, *, unbiased:
     scales = jnp.asarray([-0.5 / w for w in bandwidths], a.dtype)
 
     def mean(p: Array, q: Array, same: bool) -> Array:
-        squares = jnp.square(p[:, None] - q[None])
+        squares = jnp.square(p[..., :, None] - q[..., None, :])
         total = functools.reduce(jnp.add, [jnp.exp(squares * s) for s in scales])
         if not (unbiased and same):
-            return total.mean((0, 1))
-        n = len(p)
-        return (total.sum((0, 1)) - n * len(bandwidths)) / (n * (n - 1))
+            return total.mean((-2, -1))
+        n = p.shape[-1]
+        return (total.sum((-2, -1)) - n * len(bandwidths)) / (n * (n - 1))
 
+    a, b = jnp.moveaxis(a, 0, -1), jnp.moveaxis(b, 0, -1)  # the samples along the last axis: a long one, for the vectors
     return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
 
 
