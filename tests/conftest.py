@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,14 @@ from pathlib import Path
 import jax
 import pytest
 from problems import float64
+
+# The tests wait for the compiler more than for anything else, so that it is told to work less: no optimisation of machine
+# code, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of emitting fusions. It reads the
+# variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the compiler's own level for the oldest
+# and newest versions.
+if "XLA_FLAGS" not in os.environ:
+    older = " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0" + older
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A background job starts with Ctrl-C ignored, and so would all that it starts; the tests of Ctrl-C are meant.
