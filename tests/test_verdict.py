@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from known_problems import CASES, Case
 
-from bilevel import Problem, Solution, solve
+from bilevel import Problem, Solution, sets, solve
 from bilevel.result import Result
 from bilevel.solvers import certificate
 from bilevel.solvers.certificate import certify
@@ -116,6 +116,48 @@ def test_float32_says_converged_only_where_it_is_right():
     found = solved(case)
     assert np.asarray(found.y).dtype == np.float32
     assert found.result.name != "CONVERGED" or not case.wrong(found.x, found.y)
+
+
+SADDLES = {
+    # F = |y - 1|^2 but for one coordinate, where it is t^4 - 4t^2 from t = y - 1 = 0; y = x.
+    "of F": (lambda x, y: jnp.sum((y[1:] - 1) ** 2) - 4 * (y[0] - 1) ** 2 + (y[0] - 1) ** 4, lambda x: x),
+    # The direction down is no coordinate: a^2 + b^2 + 4ab + a^4.
+    "of two coordinates": (
+        lambda x, y: jnp.sum((y - 1) ** 2) + 4 * (y[0] - 1) * (y[1] - 1) + (y[0] - 1) ** 4,
+        lambda x: x,
+    ),
+    # F is linear in y0 = 1 + t^4/4 - t^2 with t = x0 - 1, and only the lower level bends.
+    "of the lower level": (
+        lambda x, y: jnp.sum((y[1:] - 1) ** 2) + y[0],
+        lambda x: x.at[0].set(1 + (x[0] - 1) ** 4 / 4 - (x[0] - 1) ** 2),
+    ),
+    "and none": (lambda x, y: jnp.sum((y - 1) ** 2) + (y[0] - 1) ** 4, lambda x: x),
+}
+quick_saddles = {
+    ("of two coordinates", 200, "y in a box"), ("of the lower level", 110, ""), ("and none", 60, "y in a box"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "where"),
+    [
+        pytest.param(name, n, where, marks=() if (name, n, where) in quick_saddles else pytest.mark.slow)
+        for name in SADDLES
+        for n in (20, 60, 110, 200)
+        for where in ("", "x in a box", "y in a box")
+    ],
+)
+def test_a_saddle_point_of_many_unknowns_is_no_solution(x64, name, n, where):
+    """x = 1 is stationary; one direction of n leads down, and random ones do not see it."""
+    upper, answer = SADDLES[name]
+    sets_ = {"x in a box": {"project_upper": sets.Box(-3, 3)}, "y in a box": {"project_lower": sets.Box(-3, 3)}}
+    problem = Problem(upper, lambda x, y: jnp.sum((y - answer(x)) ** 2), **sets_.get(where, {}))
+    at = jnp.ones(n)
+    found = certify(problem, at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-4)
+    assert (found.result is Result.CONVERGED) is (name == "and none"), found
+    if name != "and none":
+        assert found.result in (Result.NOT_STATIONARY, Result.LOCAL)
+        assert problem.upper(*found.better) < problem.upper(at, at) - 1e-3
 
 
 @pytest.mark.parametrize("x, result", [(0.0, Result.NOT_STATIONARY), (10 / 11, Result.CONVERGED)])

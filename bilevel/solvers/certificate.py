@@ -8,7 +8,8 @@
     bounded        f(x, .) does not fall for ever, and x did not run away;
     minimised      no start reaches a lower f(x, .);
     optimistic     no other minimiser of f(x, .) has a lower F;
-    stationary     no small feasible move of x, y following by a lower solve of its own, lowers F;
+    stationary     no small feasible move of x, y following by a lower solve of its own, lowers F: along the slope,
+                   where x -> F(x, y*(x)) bends down most, and along random directions;
     not beaten     no large move does (for a few unknowns).
 
 Where data have no end, all of it is looked at on draws of its own (`_draws`); their sampling error is a tolerance like
@@ -32,7 +33,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import _compiling
 from bilevel.constraints import Constraints
-from bilevel.curvature import ends_of_spectrum, lower_curvature, lower_spectrum
+from bilevel.curvature import ends_of_spectrum, least_curved, lower_curvature, lower_spectrum
 from bilevel.keys import as_step_key
 from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
@@ -396,6 +397,8 @@ def _looked(
         search.minimise(starts=1 if not whole and not concave else 8 if n <= _MANY_STARTS else 4, choose=whole)
         if movable and np.isfinite(numbers["gap"]):
             search.move()
+            if max(numbers["near"], numbers.get("far", 0.0)) <= 10 * (1e-3 if tol is None else tol):
+                search.bend()
             if "far" not in numbers:
                 size = f"{optax.tree.size(x):,} unknowns of the upper level"
                 unchecked += (f"Whether another x is better was not looked at, because of size: {size}.",)
@@ -724,7 +727,6 @@ class _Search:
         """Move x, solve the lower level there, and see whether F is lower; not `everywhere`: along the slope alone."""
         found, u = self.found, self.flat_u
         solved, best = self._base
-        warm = [solved.w[best], *self.others]
         random = np.random.default_rng(11)
         few = u.size <= _FEW and everywhere
         blind = _BLIND if u.size <= _MANY_STARTS else 1  # a random direction sees little of many unknowns' slope
@@ -733,10 +735,8 @@ class _Search:
             directions += [sign * row for row in np.eye(u.size) for sign in (1.0, -1.0)]
         if self._tilted is not None:
             w1, lam1, weight = self._tilted
-            flat = _slope(
-                self.problem, self.units, *self.at, warm[0], solved.multipliers[best], w1, lam1, weight
-            )  # fmt: skip
-            slope = _flat(flat)
+            w0, lam0 = solved.w[best], solved.multipliers[best]
+            slope = _flat(_slope(self.problem, self.units, *self.at, self.at[0], w0, lam0, w1, lam1, weight))
             length = np.linalg.norm(slope)
             if np.isfinite(length) and length > 0:
                 directions.insert(0, -slope / length * u.size**0.5)
@@ -746,16 +746,45 @@ class _Search:
         if wide:  # of many unknowns some ways, and the one to zero, on which a set is left, or a norm
             tries += [(size, "far", u + size * d) for d in directions[:_BLIND] for size in _WAYS]
             tries += [(1.0, "far", u * (1 - part)) for part in (0.5, 1.0, 2.0)]
-        if not tries:
+        if tries:
+            self._tried(tries)
+        if few or wide:
+            found["far"], found["beaten"] = found.get("far", 0.0), found.get("beaten", 0.0)
+
+    def bend(self) -> None:
+        """Move x where x -> F(x, y*(x)) bends down most: at a saddle point the other directions of many see nothing."""
+        u, solved, best = self.flat_u, *self._base
+        if self._tilted is None or u.size < 2:
             return
+        w1, weight = self._tilted[0], self._tilted[2]
+
+        def slope(flat: np.ndarray) -> np.ndarray:
+            reached = self._reach([flat, flat], [solved.w[best], w1], [0.0, weight])
+            pairs = [part for i in range(2) for part in (reached.w[i], reached.multipliers[i])]
+            there = _unflat(flat, self.at[0])
+            return _flat(_slope(self.problem, self.units, *self.at, there, *pairs, weight)).astype(np.float64)
+
+        step = _NEAR[0] * u.size**0.5
+        move = lambda d: _projected(self.problem, self.units, self.at[0], [(u + step * d).astype(u.dtype)])[0]  # noqa: E731
+        here = slope(u)
+        least = least_curved(lambda d: (slope(move(d)) - here) / step, u.size)
+        if least is not None and least[0] < 0:
+            ways = [sign * u.size**0.5 * least[1] for sign in (1.0, -1.0)]
+            sizes = [(size, "near") for size in _NEAR] + [(size, "far") for size in _WAYS]
+            self._tried([(size, kind, u + size * d) for d in ways for size, kind in sizes])
+
+    def _tried(self, tries: list[tuple[float, str, np.ndarray]]) -> None:
+        """F where x is moved to (size, kind, there), the lower level solved anew."""
+        found, u, solved, best = self.found, self.flat_u, *self._base
+        warm = [solved.w[best], *self.others]
         moved = _projected(self.problem, self.units, self.at[0], [t[2].astype(u.dtype) for t in tries])
         us = [target for target in moved for _ in warm]
         reached = self._reach(us, [w for _ in moved for w in warm], [0.0] * len(us))
         width = len(warm)
         here = float(solved.upper[best]) if not self.others else min(float(solved.upper[best]), 0.0)
         allowed = max(1e-4, 1.01 * found["upper_violation"])
-        lowest = {"near": 0.0, "far": 0.0}
-        drop = {"near": 0.0, "far": 0.0}
+        lowest = {kind: found.get(kind, 0.0) for kind in ("near", "far")}
+        drop = {kind: found.get(name, 0.0) for kind, name in (("near", "descent"), ("far", "beaten"))}
         for i, (size, kind, _) in enumerate(tries):
             rows = slice(i * width, (i + 1) * width)
             value = np.where(reached.violation[rows] <= 1e-4, reached.lower[rows], np.inf)
@@ -773,7 +802,7 @@ class _Search:
                 if kind == "far" or lowest["far"] == 0.0:
                     self._keep(_unflat(moved[i], self.at[0]), reached.w[rows][j])
         found["near"], found["descent"] = lowest["near"], drop["near"]
-        if few or wide:
+        if lowest["far"] > 0.0:
             found["far"], found["beaten"] = lowest["far"], drop["far"]
 
 
@@ -834,11 +863,23 @@ def _proximal_gap(problem: Problem, units: Units, u: PyTree, w: PyTree) -> Scala
 
 @_compiling.jit
 def _slope(
-    problem: Problem, units: Units, u: PyTree, w: PyTree, w0: Any, lam0: Any, w1: Any, lam1: Any, weight: Any
+    problem: Problem,
+    units: Units,
+    u: PyTree,
+    w: PyTree,
+    there: PyTree,
+    w0: Any,
+    lam0: Any,
+    w1: Any,
+    lam1: Any,
+    weight: Any,
 ) -> PyTree:
-    """The gradient of x -> (min (f + weight F) - min f) / weight by the envelope theorem: that of h, to O(weight)."""
+    """The gradient of x -> (min (f + weight F) - min f) / weight by the envelope theorem: that of h, to O(weight).
+
+    It is that at `there`; the rows are scaled as at (u, w), like their multipliers.
+    """
     upper, lower = normalised(problem, units)
-    rows = Constraints(lower, u, w).at(u, w)
+    rows, u = Constraints(lower, u, w).at(u, w), there
     unravel = ravel_pytree(w)[1]
     w0, w1 = unravel(w0), unravel(w1)
 
