@@ -30,12 +30,15 @@ from bilevel.solvers.small.search import (
 )
 from bilevel.typing import PyTree
 
-__all__ = ["Lower", "Stationarity", "lower_verified", "refusal", "stationary", "unbounded"]
+__all__ = ["Lower", "Stationarity", "kinked", "lower_verified", "refusal", "stationary", "unbounded"]
 
 _MOST = 256
 """The most linear programmes, and the most supports that are looked at for vertices."""
 _RADIUS = 1e-3
 _VERTEX = 1e-6
+_LOOKED, _SHARP = 20, 3e-3
+"""Of how many coordinates a kink is looked for, and how much of f's rise a hundredth of the way leaves at one: a
+hundredth at a kink, less than a thousandth where f is smooth or rises like a power of 3/2."""
 _BENT = (1e-2, 1e-1)
 """How far x is moved where F bends down, in its units."""
 _REACHES = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
@@ -219,6 +222,29 @@ def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = 
         return curved and _falls_in_boxes(program, xy)
 
 
+def kinked(program: Program, xy: np.ndarray) -> bool:
+    """Whether f(x, .) rises from (x, y), where a lower solve ended, in proportion to the distance and not to its square
+    on both sides: |y| does, and no loss whose second derivatives exist.
+    """
+    if not program.double:
+        return False
+    n, k = program.n, program.n + program.m
+    here = program(program.point(xy))
+
+    def rise(step: np.ndarray) -> float:
+        points = [xy + sign * step for sign in (1.0, -1.0)]
+        inside = all(((p >= program.own_lower[:k]) & (p <= program.own_upper[:k]))[n:].all() for p in points)
+        return sum(program(program.point(p)).f - here.f for p in points) if inside else np.nan
+
+    for j in range(n, min(k, n + _LOOKED)):
+        step = np.zeros(k)
+        step[j] = 1.0
+        far, near = rise(1e-3 * step), rise(1e-5 * step)
+        if far > 1e-6 and near > _SHARP * far:
+            return True
+    return False
+
+
 def _never_rests(values: list[float], slopes: list[float]) -> bool:
     """Whether f goes down by more than rounding along a ray, and its slope dwindles and is never seen to end."""
     down = np.asarray(slopes[1:]) < 0
@@ -323,6 +349,11 @@ class _Check:
         return fall
 
     def run(self) -> Stationarity:
+        here = self.program(self.program.point(self.xy))
+        if not all(np.isfinite(part).all() for part in (here.dF, here.dr, here.dG, here.dH, here.dg, here.dh)):
+            return self.sampled("A derivative is not a number at this point")
+        if kinked(self.program, self.xy):
+            return self.sampled("The lower loss has a kink at y")
         vertices, complete = self.vertices()
         if not vertices:
             return self.sampled("The lower level has no multiplier at this point")
