@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from known_problems import CASES, Case
 
-from bilevel import Problem, Solution, sets, solve
+from bilevel import Problem, Solution, sets, solve, solvers
 from bilevel.result import Result
 from bilevel.solvers import certificate
 from bilevel.solvers.certificate import certify
@@ -188,7 +188,7 @@ SLOPES = {
         {"right": (10 / 11, 10 / 11), "wrong": (0.8, 0.8)},
     ),
 }
-quick_slopes = {("a nonsmooth term", 200, "wrong"), ("a flat floor", 200, "wrong"), ("no curvature", 20, "wrong")}
+quick_slopes = {("a nonsmooth term", 200, "wrong")}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_kink_of_the_lower_loss_is_named_with_its_cure(x64, name):
     assert found.result is not Result.CONVERGED or abs(found.x[0] - 10 / 11) < 1e-2
     assert "The lower loss has a kink at its minimiser" in found.reason
     assert "constraint=" in found.reason
-    assert found.steps <= 4  # one start of MPCC for each tolerance
+    assert found.steps < solvers.MPCC().starts
     smooth = Problem(problem.upper, lambda x, y: jnp.abs(y[0] - x[0]) ** 1.5)
     at = jnp.full(1, 0.5)
     assert "kink at its minimiser" not in certify(smooth, at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-4).why
