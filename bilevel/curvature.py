@@ -31,7 +31,7 @@ from bilevel.typing import PyTree, Scalar
 LinearMap = Callable[[PyTree], PyTree]
 
 __all__ = [
-    "dominant_eigenvalue", "ends_of_spectrum", "extreme_eigenvalues", "hessian_norm", "jacobian_norm",
+    "dominant_eigenvalue", "ends_of_spectrum", "extreme_eigenvalues", "hessian_norm", "jacobian_norm", "least_curved",
     "lower_curvature", "lower_spectrum", "probe_estimate",
     "secant_estimate", "spectral_norm", "unit_direction",
 ]  # fmt: skip
@@ -123,6 +123,33 @@ def ends_of_spectrum(matrix: Any) -> tuple[float, float]:
         return float("nan"), float("nan")
     eigenvalues = np.linalg.eigvalsh(wide)
     return float(eigenvalues[0]), float(eigenvalues[-1])
+
+
+def least_curved(
+    product: Callable[[np.ndarray], np.ndarray], size: int, steps: int = 12
+) -> tuple[float, np.ndarray] | None:
+    """About the least eigenvalue of a symmetric map on vectors of the host, from above, with its unit vector.
+
+    By Lanczos's process as in `extreme_eigenvalues`, with `steps` products, which may be differences of gradients; None
+    where one of them is not finite.
+    """
+    basis = np.zeros((0, size))
+    images, vector = [], np.random.default_rng(13).standard_normal(size)
+    for _ in range(min(steps, size)):
+        whole = np.linalg.norm(vector)
+        for _ in range(2):
+            vector = vector - basis.T @ (basis @ vector)
+        left = np.linalg.norm(vector)
+        if not left > 1e-9 * whole:
+            break
+        basis = np.concatenate([basis, vector[None] / left])
+        vector = np.asarray(product(basis[-1]), np.float64)
+        if not np.isfinite(vector).all():
+            return None
+        images.append(vector)
+    reduced = basis @ np.stack(images, axis=1)
+    values, vectors = np.linalg.eigh((reduced + reduced.T) / 2)
+    return float(values[0]), vectors[:, 0] @ basis
 
 
 @explained

@@ -11,6 +11,7 @@ from bilevel.curvature import (
     extreme_eigenvalues,
     hessian_norm,
     jacobian_norm,
+    least_curved,
     probe_estimate,
     secant_estimate,
     spectral_norm,
@@ -41,6 +42,22 @@ def test_lanczos_finds_both_ends_of_an_indefinite_spectrum(x64):
     a = (q * values) @ q.T
     low, high = jax.jit(lambda: extreme_eigenvalues(lambda v: a @ v, jnp.zeros(200)))()
     np.testing.assert_allclose([low, high], [-7, 11], rtol=1e-6)
+
+
+def test_the_least_eigenvalue_of_a_map_on_the_host_comes_with_its_vector():
+    """An isolated one below a spread spectrum is found from few products, by differences of a gradient, too."""
+    values = np.concatenate([[-1.0], np.linspace(1, 5, 299)])
+    Q = np.linalg.qr(np.random.default_rng(0).normal(size=(300, 300)))[0]
+    A = Q * values @ Q.T
+    gradient = lambda z: A @ z + 0.1 * z**2
+    products = []
+    least, vector = least_curved(lambda d: (products.append(d), gradient(1e-5 * d) / 1e-5)[1], 300)
+    assert len(products) == 12
+    np.testing.assert_allclose(least, -1.0, atol=1e-2)
+    assert abs(vector @ Q[:, 0]) > 0.99
+    assert least_curved(lambda d: np.zeros(3), 3)[0] == 0.0
+    np.testing.assert_allclose(least_curved(lambda d: np.array([1.0, -2.0]) * d, 2)[0], -2.0)
+    assert least_curved(lambda d: np.full(2, np.nan), 2) is None
 
 
 def test_lanczos_survives_breakdown(x64):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from known_problems import CASES, Case
 
-from bilevel import Problem, Solution, solve
+from bilevel import Problem, Solution, sets, solve, solvers
 from bilevel.result import Result
 from bilevel.solvers import certificate
 from bilevel.solvers.certificate import certify
@@ -116,6 +116,138 @@ def test_float32_says_converged_only_where_it_is_right():
     found = solved(case)
     assert np.asarray(found.y).dtype == np.float32
     assert found.result.name != "CONVERGED" or not case.wrong(found.x, found.y)
+
+
+SADDLES = {
+    # F = |y - 1|^2 but for one coordinate, where it is t^4 - 4t^2 from t = y - 1 = 0; y = x.
+    "of F": (lambda x, y: jnp.sum((y[1:] - 1) ** 2) - 4 * (y[0] - 1) ** 2 + (y[0] - 1) ** 4, lambda x: x),
+    # The direction down is no coordinate: a^2 + b^2 + 4ab + a^4.
+    "of two coordinates": (
+        lambda x, y: jnp.sum((y - 1) ** 2) + 4 * (y[0] - 1) * (y[1] - 1) + (y[0] - 1) ** 4,
+        lambda x: x,
+    ),
+    # F is linear in y0 = 1 + t^4/4 - t^2 with t = x0 - 1, and only the lower level bends.
+    "of the lower level": (
+        lambda x, y: jnp.sum((y[1:] - 1) ** 2) + y[0],
+        lambda x: x.at[0].set(1 + (x[0] - 1) ** 4 / 4 - (x[0] - 1) ** 2),
+    ),
+    "and none": (lambda x, y: jnp.sum((y - 1) ** 2) + (y[0] - 1) ** 4, lambda x: x),
+}
+quick_saddles = {
+    ("of two coordinates", 200, "y in a box"), ("of the lower level", 110, ""), ("and none", 60, "y in a box"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "where"),
+    [
+        pytest.param(name, n, where, marks=() if (name, n, where) in quick_saddles else pytest.mark.slow)
+        for name in SADDLES
+        for n in (20, 60, 110, 200)
+        for where in ("", "x in a box", "y in a box")
+    ],
+)
+def test_a_saddle_point_of_many_unknowns_is_no_solution(x64, name, n, where):
+    """x = 1 is stationary; one direction of n leads down, and random ones do not see it."""
+    upper, answer = SADDLES[name]
+    sets_ = {"x in a box": {"project_upper": sets.Box(-3, 3)}, "y in a box": {"project_lower": sets.Box(-3, 3)}}
+    problem = Problem(upper, lambda x, y: jnp.sum((y - answer(x)) ** 2), **sets_.get(where, {}))
+    at = jnp.ones(n)
+    found = certify(problem, at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-4)
+    assert (found.result is Result.CONVERGED) is (name == "and none"), found
+    if name != "and none":
+        assert found.result in (Result.NOT_STATIONARY, Result.LOCAL)
+        assert problem.upper(*found.better) < problem.upper(at, at) - 1e-3
+
+
+def soft(x, y, step):
+    return jnp.sign(y) * jnp.maximum(jnp.abs(y) - step, 0)
+
+
+# Losses, what to set besides, and with "right" the solution x = c, y = d of all coordinates, with "wrong" another end.
+SLOPES = {
+    # y = soft(x, 1): 8 a coordinate at x = 2, 9 at x = 0, with a term of which only the prox is known.
+    "a nonsmooth term": (
+        lambda x, y: jnp.sum((y - 3) ** 2 + x**2),
+        lambda x, y: jnp.sum((y - x) ** 2) / 2,
+        {"prox_lower": soft},
+        {"right": (2.0, 1.0), "wrong": (2.4, 1.4)},
+    ),
+    # Any y in [x - 1, x + 1]: F is best at x = 3/2, and from elsewhere no y that stays a minimiser sees that.
+    "a flat floor": (
+        lambda x, y: jnp.sum((x - 3) ** 2 + (y + 1) ** 2),
+        lambda x, y: jnp.sum(jnp.maximum(jnp.abs(y - x) - 1, 0.0) ** 2),
+        {},
+        {"right": (1.5, 0.5), "wrong": (1.575, 0.575)},
+    ),
+    # f_yy is no number at y = x.
+    "no curvature": (
+        lambda x, y: jnp.sum((y - 1) ** 2 + x**2 / 10),
+        lambda x, y: jnp.sum(jnp.abs(y - x) ** 1.5),
+        {},
+        {"right": (10 / 11, 10 / 11), "wrong": (0.8, 0.8)},
+    ),
+}
+quick_slopes = {("a nonsmooth term", 200, "wrong")}
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "which"),
+    [
+        pytest.param(name, n, which, marks=() if (name, n, which) in quick_slopes else pytest.mark.slow)
+        for name in SLOPES
+        for n in (20, 200, 400)
+        for which in ("right", "wrong")
+    ],
+)
+def test_many_unknowns_are_moved_along_a_slope_whatever_the_lower_level_is(x64, name, n, which):
+    """Random directions see nothing of it: an end at which nothing else was tried is none that anything is known of."""
+    upper, lower, more, at = SLOPES[name]
+    x, y = (jnp.full(n, value) for value in at[which])
+    found = certify(Problem(upper, lower, **more), x, y, (x + 1, y + 1), Result.CONVERGED, {}, 1e-4)
+    assert (found.result is Result.CONVERGED) is (which == "right"), found
+    if which == "wrong":
+        assert found.result is Result.NOT_STATIONARY
+
+
+KINKS = {
+    "an absolute value": lambda x, y: jnp.abs(y[0] - x[0]),
+    "a maximum": lambda x, y: jnp.max(jnp.stack([y[0] - x[0], x[0] - y[0], (y[0] - x[0]) / 2])),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("an absolute value", marks=pytest.mark.slow), "a maximum"])
+def test_a_kink_of_the_lower_loss_is_named_with_its_cure(x64, name):
+    """y = x on the kink: x = 10/11. Derivatives of f say nothing there, and the search does not go on for long."""
+    problem = Problem(lambda x, y: (y[0] - 1) ** 2 + x[0] ** 2 / 10, KINKS[name])
+    found = solve(problem, jnp.array([0.3]), jnp.zeros(1), steps=5000, tol=1e-4, progress=False)
+    assert found.result is not Result.CONVERGED or abs(found.x[0] - 10 / 11) < 1e-2
+    assert "The lower loss has a kink at its minimiser" in found.reason
+    assert "constraint=" in found.reason
+    assert found.steps < solvers.MPCC().starts
+    smooth = Problem(problem.upper, lambda x, y: jnp.abs(y[0] - x[0]) ** 1.5)
+    at = jnp.full(1, 0.5)
+    assert "kink at its minimiser" not in certify(smooth, at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-4).why
+
+
+def test_the_cure_of_a_kink_works(x64):
+    """The same with the kink as rows, t >= y - x and t >= x - y, f = t."""
+    problem = Problem(
+        lambda x, y: (y[0] - 1) ** 2 + x[0] ** 2 / 10,
+        lambda x, y: y[1],
+        constraint=lambda x, y: jnp.stack([y[0] - x[0] - y[1], x[0] - y[0] - y[1]]),
+    )
+    found = solve(problem, jnp.array([0.3]), jnp.zeros(2), steps=5000, tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED
+    np.testing.assert_allclose(found.x, 10 / 11, rtol=1e-3)
+
+
+def test_a_loss_that_is_flat_in_pieces_is_looked_at_far_away(x64):
+    """y = floor(x), F = (y - 2)^2 + x^2/100: from x = 0 no derivative leads to x = 2."""
+    case = CASES["steps_of_a_floor"]()
+    found = certify(case.problem, jnp.zeros(1), jnp.zeros(1), (case.x0, case.y0), Result.CONVERGED, {}, 1e-4)
+    assert found.result is Result.LOCAL
+    assert case.problem.upper(*found.better) < 2
 
 
 @pytest.mark.parametrize("x, result", [(0.0, Result.NOT_STATIONARY), (10 / 11, Result.CONVERGED)])

@@ -8,7 +8,8 @@
     bounded        f(x, .) does not fall for ever, and x did not run away;
     minimised      no start reaches a lower f(x, .);
     optimistic     no other minimiser of f(x, .) has a lower F;
-    stationary     no small feasible move of x, y following by a lower solve of its own, lowers F;
+    stationary     no small feasible move of x, y following by a lower solve of its own, lowers F: along the slope,
+                   where x -> F(x, y*(x)) bends down most, and along random directions;
     not beaten     no large move does (for a few unknowns).
 
 Where data have no end, all of it is looked at on draws of its own (`_draws`); their sampling error is a tolerance like
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +34,8 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import _compiling
 from bilevel.constraints import Constraints
-from bilevel.curvature import ends_of_spectrum, lower_curvature, lower_spectrum
+from bilevel.curvature import ends_of_spectrum, least_curved, lower_curvature, lower_spectrum
+from bilevel.hypergradients.implicit import Implicit
 from bilevel.keys import as_step_key
 from bilevel.lower import LowerState, Newton
 from bilevel.lower.accurate import augmented_lagrangian
@@ -44,7 +47,7 @@ from bilevel.solvers.small.mpcc import around
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.quadratic import exact_end
 from bilevel.solvers.small.search import FEASIBLE, solve_lower
-from bilevel.solvers.small.stationarity import lower_verified, refusal, stationary, unbounded
+from bilevel.solvers.small.stationarity import kinked, lower_verified, refusal, stationary, unbounded
 from bilevel.typing import PyTree, Scalar
 
 __all__ = ["Certificate", "certify", "verdict"]
@@ -63,6 +66,8 @@ _SEARCHED = 150
 """The most unknowns and lower rows with which there is such a search."""
 _BLIND = 3
 """Random directions."""
+_STEADY = 1e-4
+"""By how much of a unit a little of F beside f changes F at most, where what it does elsewhere says something."""
 _APART = 0.1
 """How far from y, in units, a lower minimiser is at least that is another one, where f is strongly convex around y."""
 _RUNAWAY = 1e10
@@ -240,6 +245,14 @@ def verdict(
             f"Another x, further away, has an upper loss smaller by {get('beaten'):.2g}: this is a local solution.",
         ),
         (
+            above("blind", 0.0),
+            (Result.CONVERGED,),
+            Result.UNRESOLVED,
+            "The slope of x -> F(x, y*(x)) is not a number here, and of many directions few were tried: nothing that "
+            "was seen speaks against this end. Write the losses so that they have derivatives (a root or a norm of "
+            "z + 1e-12 in place of z).",
+        ),
+        (
             above("sampling_error", margin),
             (Result.CONVERGED,),
             Result.UNRESOLVED,
@@ -248,7 +261,14 @@ def verdict(
             "nothing below can be seen. Draw larger batches, or ask for a larger tolerance.",
         ),
     )
-    # And this one is added to it.
+    # And these are added to it.
+    kink = (
+        above("kinked", 0.0),
+        (),
+        result,
+        "The lower loss has a kink at its minimiser (an absolute value, a maximum, a norm), where its derivatives say "
+        "nothing: give the kink as rows, |z| as t with constraint= z - t and -z - t (MPCC, LVHBA), or as prox_lower=.",
+    )
     remark = (
         capped > 0,
         (Result.CONVERGED,),
@@ -257,7 +277,7 @@ def verdict(
         "exists.",
     )
     said, held = [], True
-    for row in (next((row for row in rows if row[0]), None), remark):
+    for row in (next((row for row in rows if row[0]), None), kink, remark):
         if row is not None and row[0]:
             held = False
             result = row[2] if result in row[1] else result
@@ -396,6 +416,8 @@ def _looked(
         search.minimise(starts=1 if not whole and not concave else 8 if n <= _MANY_STARTS else 4, choose=whole)
         if movable and np.isfinite(numbers["gap"]):
             search.move()
+            if max(numbers["near"], numbers.get("far", 0.0)) <= 10 * (1e-3 if tol is None else tol):
+                search.bend()
             if "far" not in numbers:
                 size = f"{optax.tree.size(x):,} unknowns of the upper level"
                 unchecked += (f"Whether another x is better was not looked at, because of size: {size}.",)
@@ -494,6 +516,9 @@ def _of_small(
     }
     if lower.better is not None:
         found["apart"] = float(np.abs(program.scaled(x, lower.better) - program.scaled(x, y)).max(initial=0.0))
+    with program.precision():
+        lowest = program.scaled(x, lower.minimisers[0] if lower.minimisers else y)
+        found["kinked"] = float(kinked(program, lowest))
     found = _noisier(found, sampled)
     if (
         found["gain"] > 1e-3
@@ -547,14 +572,35 @@ def _falls_further(program: Program, x: PyTree, y: PyTree) -> bool:
 def _elsewhere(program: Program, upper_loss: float, found: dict[str, float]) -> tuple[PyTree, PyTree] | None:
     """A verified point with a lower F, from a few starts of a search; `far` and `beaten` say by how much."""
     best = around(program, _AROUND)
+    points = [] if best is None else [best.xy]
+    if program.n <= _FEW:
+        points += _far_along_coordinates(program, upper_loss / program.upper_scale)
     fall, reached = 0.0, None
-    if best is not None:
-        reached = program.trees(best.xy)
+    if points:
+        with program.precision():
+            reached = program.trees(min(points, key=lambda xy: program(program.point(xy)).F))
         there = lower_verified(program.problem, *reached, program=program)
         # To the search's tolerance: F is taken at the exact lower solution.
         fall = upper_loss - program.losses(*reached)[0] - max(there.loss_change, 0.0) if there.gap <= 1e-5 else 0.0
     found["far"], found["beaten"] = max(fall, 0.0) / program.upper_scale, max(fall, 0.0)
     return reached if fall > 0 else None
+
+
+def _far_along_coordinates(program: Program, loss: float) -> list[np.ndarray]:
+    """The lower solution with the lowest F, below `loss`, of x moved along each coordinate: nothing of a loss that is
+    flat in pieces is seen by a search with derivatives."""
+    n, k = program.n, program.n + program.m
+    found: list[np.ndarray] = []
+    with program.precision():
+        for j, sign, size in itertools.product(range(n), (1.0, -1.0), _FAR):
+            xy = program.start.copy()
+            xy[j] += sign * size
+            xy = np.clip(xy, program.own_lower[:k], program.own_upper[:k])
+            for point in solve_lower(program, xy, [xy[n:]]).points[:1]:
+                at = program(program.point(point))
+                if program.violation(at) <= FEASIBLE and loss > at.F:
+                    loss, found = at.F, [point]
+    return found
 
 
 _REPORTED = (
@@ -641,7 +687,7 @@ class _Search:
         self.better: tuple[PyTree, PyTree] | None = None
         self.others: list[np.ndarray] = []
         self._base: tuple[_Reached, int]
-        self._tilted: tuple[Any, Any, float] | None = None
+        self._tilted: tuple[Any, float, float] | None = None  # y, F there and the weight of F
 
     def _reach(self, us: list[Any], ws: list[Any], weights: list[float]) -> _Reached:
         parts = []
@@ -715,7 +761,7 @@ class _Search:
         ]
         self.others = separate[:1]
         if tilt and np.isfinite(reached.upper[starts]):
-            self._tilted = (reached.w[starts], reached.multipliers[starts], self.weights[0])
+            self._tilted, self._tie = (reached.w[starts], float(reached.upper[starts]), self.weights[0]), tie
 
     def _keep(self, u: PyTree, w: Any) -> None:
         self.better = (times(self.units.x, u), times(self.units.y, _unflat(w, self.at[1])))
@@ -723,45 +769,83 @@ class _Search:
     def move(self, everywhere: bool = True) -> None:
         """Move x, solve the lower level there, and see whether F is lower; not `everywhere`: along the slope alone."""
         found, u = self.found, self.flat_u
-        solved, best = self._base
-        warm = [solved.w[best], *self.others]
         random = np.random.default_rng(11)
         few = u.size <= _FEW and everywhere
         blind = _BLIND if u.size <= _MANY_STARTS else 1  # a random direction sees little of many unknowns' slope
         directions = [random.standard_normal(u.shape) for _ in range(blind if everywhere else 0)]
         if few:
             directions += [sign * row for row in np.eye(u.size) for sign in (1.0, -1.0)]
-        if self._tilted is not None:
-            w1, lam1, weight = self._tilted
-            flat = _slope(
-                self.problem, self.units, *self.at, warm[0], solved.multipliers[best], w1, lam1, weight
-            )  # fmt: skip
-            slope = _flat(flat)
-            length = np.linalg.norm(slope)
-            if np.isfinite(length) and length > 0:
-                directions.insert(0, -slope / length * u.size**0.5)
+        slope = self._slope(u)
+        if not np.isfinite(slope).all():  # at a kink, as a norm has at zero: that of one side says where to try
+            slope = self._slope((u + 1e-3 * np.random.default_rng(17).standard_normal(u.shape)).astype(u.dtype))
+        found["blind"] = float(not few and not np.isfinite(slope).all())
+        length = np.linalg.norm(slope)
+        steepest = np.isfinite(length) and length > 0
+        directions.insert(0, -slope / length * u.size**0.5 if steepest else np.zeros(u.shape))
         sizes = [(size, "near") for size in _NEAR] + ([(size, "far") for size in _FAR] if few else [])
         tries = [(size, kind, u + size * d) for d in directions for size, kind in sizes]
         wide = everywhere and not few and self._room > 8
         if wide:  # of many unknowns some ways, and the one to zero, on which a set is left, or a norm
             tries += [(size, "far", u + size * d) for d in directions[:_BLIND] for size in _WAYS]
             tries += [(1.0, "far", u * (1 - part)) for part in (0.5, 1.0, 2.0)]
+        self._tried(tries[: len(sizes)], best_for_upper=True)
+        self._tried(tries[len(sizes) :], best_for_upper=False)
+        if few or wide:
+            found["far"], found["beaten"] = found.get("far", 0.0), found.get("beaten", 0.0)
+
+    def bend(self) -> None:
+        """Move x where x -> F(x, y*(x)) bends down most: at a saddle point the other directions of many see nothing."""
+        u = self.flat_u
+        if u.size < 2:
+            return
+        step = _NEAR[0] * u.size**0.5
+        move = lambda d: _projected(self.problem, self.units, self.at[0], [(u + step * d).astype(u.dtype)])[0]  # noqa: E731
+        here = self._slope(u)
+        least = least_curved(lambda d: (self._slope(move(d)) - here) / step, u.size)
+        if least is not None and least[0] < 0:
+            ways = [sign * u.size**0.5 * least[1] for sign in (1.0, -1.0)]
+            sizes = [(size, "near") for size in _NEAR] + [(size, "far") for size in _WAYS]
+            self._tried([(size, kind, u + size * d) for d in ways for size, kind in sizes], best_for_upper=True)
+
+    def _slope(self, flat: np.ndarray) -> np.ndarray:
+        """That of x -> F(x, y*(x)) at x = `flat`."""
+        (solved, best), there = self._base, _unflat(flat, self.at[0])
+        if self._tilted is None:
+            w = self._reach([flat], [solved.w[best]], [0.0]).w[0]
+            slope = _implicit(self.problem, self.units, there, _unflat(w, self.at[1]))
+        else:
+            weight = self._tilted[2]
+            reached = self._reach([flat, flat], [solved.w[best], self._tilted[0]], [0.0, weight])
+            pairs = [part for i in range(2) for part in (reached.w[i], reached.multipliers[i])]
+            slope = _slope(self.problem, self.units, *self.at, there, *pairs, weight)
+        return _flat(slope).astype(np.float64)
+
+    def _tried(self, tries: list[tuple[float, str, np.ndarray]], best_for_upper: bool) -> None:
+        """F where x is moved to (size, kind, there), the lower level solved anew; `best_for_upper`: and with a little
+        of F added, so that of several minimisers the one that is best for F follows x."""
         if not tries:
             return
+        found, u, solved, best = self.found, self.flat_u, *self._base
+        warm, weights = [solved.w[best], *self.others], [0.0] * (1 + len(self.others))
+        here = float(solved.upper[best]) if not self.others else min(float(solved.upper[best]), 0.0)
+        tie = 1e-9
+        steady = self._tilted is not None and abs(self._tilted[1] - here) <= _STEADY
+        if self._tilted is not None and steady and best_for_upper:
+            warm, weights = [*warm, self._tilted[0]], [*weights, self._tilted[2]]
+            here, tie = min(here, self._tilted[1]), max(tie, self._tie)
         moved = _projected(self.problem, self.units, self.at[0], [t[2].astype(u.dtype) for t in tries])
         us = [target for target in moved for _ in warm]
-        reached = self._reach(us, [w for _ in moved for w in warm], [0.0] * len(us))
+        reached = self._reach(us, [w for _ in moved for w in warm], [w for _ in moved for w in weights])
         width = len(warm)
-        here = float(solved.upper[best]) if not self.others else min(float(solved.upper[best]), 0.0)
         allowed = max(1e-4, 1.01 * found["upper_violation"])
-        lowest = {"near": 0.0, "far": 0.0}
-        drop = {"near": 0.0, "far": 0.0}
+        lowest = {kind: found.get(kind, 0.0) for kind in ("near", "far")}
+        drop = {kind: found.get(name, 0.0) for kind, name in (("near", "descent"), ("far", "beaten"))}
         for i, (size, kind, _) in enumerate(tries):
             rows = slice(i * width, (i + 1) * width)
             value = np.where(reached.violation[rows] <= 1e-4, reached.lower[rows], np.inf)
             if not np.isfinite(value).any():
                 continue
-            tied = value <= value.min() + 1e-9
+            tied = value <= value.min() + tie
             upper = np.where(tied, reached.upper[rows], np.inf)
             j = int(np.argmin(upper))
             if not np.isfinite(upper[j]) or reached.upper_violation[rows][j] > allowed or value.min() < -1e5:
@@ -773,7 +857,7 @@ class _Search:
                 if kind == "far" or lowest["far"] == 0.0:
                     self._keep(_unflat(moved[i], self.at[0]), reached.w[rows][j])
         found["near"], found["descent"] = lowest["near"], drop["near"]
-        if few or wide:
+        if lowest["far"] > 0.0:
             found["far"], found["beaten"] = lowest["far"], drop["far"]
 
 
@@ -834,11 +918,23 @@ def _proximal_gap(problem: Problem, units: Units, u: PyTree, w: PyTree) -> Scala
 
 @_compiling.jit
 def _slope(
-    problem: Problem, units: Units, u: PyTree, w: PyTree, w0: Any, lam0: Any, w1: Any, lam1: Any, weight: Any
+    problem: Problem,
+    units: Units,
+    u: PyTree,
+    w: PyTree,
+    there: PyTree,
+    w0: Any,
+    lam0: Any,
+    w1: Any,
+    lam1: Any,
+    weight: Any,
 ) -> PyTree:
-    """The gradient of x -> (min (f + weight F) - min f) / weight by the envelope theorem: that of h, to O(weight)."""
+    """The gradient of x -> (min (f + weight F) - min f) / weight by the envelope theorem: that of h, to O(weight).
+
+    It is that at `there`; the rows are scaled as at (u, w), like their multipliers.
+    """
     upper, lower = normalised(problem, units)
-    rows = Constraints(lower, u, w).at(u, w)
+    rows, u = Constraints(lower, u, w).at(u, w), there
     unravel = ravel_pytree(w)[1]
     w0, w1 = unravel(w0), unravel(w1)
 
@@ -848,6 +944,18 @@ def _slope(
     direct = jax.grad(upper)(u, w1)
     there, here = jax.grad(lagrangian)(u, w1, lam1), jax.grad(lagrangian)(u, w0, lam0)
     return jax.tree.map(lambda d, a, b: d + (a - b) / weight, direct, there, here)
+
+
+@_compiling.jit
+def _implicit(problem: Problem, units: Units, u: PyTree, w: PyTree) -> PyTree:
+    """The slope of x -> F(x, y*(x)) by the implicit function theorem, where a nonsmooth term has no values to add F to.
+
+    At a kink it is that of one of the sides, and of rows it knows nothing: it says where to try.
+    """
+    upper, lower = normalised(problem, units)
+    estimate, solved = Implicit(), LowerState(w, None)
+    stay: Any = lambda lower, u, start: start  # noqa: E731
+    return estimate(upper, lower, stay, u, solved, estimate.init(lower, u, w)).gradient
 
 
 def _flat(tree: PyTree) -> np.ndarray:

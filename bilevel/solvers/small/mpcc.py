@@ -19,7 +19,7 @@ from bilevel.result import Result
 from bilevel.solvers.small.nlp import METHODS
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.search import EXACT, LADDER, Lowest, Point, Search, lower_starts, sample, solve_lower, spread
-from bilevel.solvers.small.stationarity import unbounded
+from bilevel.solvers.small.stationarity import kinked, unbounded
 from bilevel.typing import Metrics, PyTree
 
 __all__ = ["MPCC", "Local", "MPCCState", "around"]
@@ -37,6 +37,8 @@ _LOWER = 1e-4
 """Scaled F: what counts as a lower one elsewhere."""
 _SOME, _MANY, _IDLE = 40, 100, 2
 """From how many unknowns and rows on a search ends early, and after how many starts that found nothing lower."""
+_IN_KINKS = 2
+"""Lower solves at a verification, and rounds of cuts, where f has a kink at its minimiser."""
 _FAR = 2
 """Starts at lower solutions that lie far from the others."""
 
@@ -263,7 +265,10 @@ class _Run:
         if done == 0 and self._falls():
             yield 0, self._hopeless(), True
             return
-        for step in range(done, solver.most_steps):
+        most = solver.most_steps
+        if self._is_kinked():  # derivatives lead nowhere, and each lower solve takes its time
+            most, self.search.lower_count, self.search.rounds = 1, _IN_KINKS, _IN_KINKS
+        for step in range(done, max(most, done + 1)):
             rng = np.random.default_rng([*self._seed, step])
             points = self._from(step, rng, lead)
             lead = None
@@ -275,7 +280,7 @@ class _Run:
                 yield 0, self._hopeless(), True
                 return
             self.losses.append(point.loss if point.verified(solver.tol) else np.inf)
-            finished = step + 1 == solver.most_steps or (passed and (step + 1 >= solver.starts or self._is_idle()))
+            finished = step + 1 >= most or (passed and (step + 1 >= solver.starts or self._is_idle()))
             if finished and passed and self.best is not None:
                 self.best = self.search.exact(self.best, rng)
             yield step, point, finished
@@ -289,6 +294,13 @@ class _Run:
         )
         self.best.gap = np.inf
         return self.best
+
+    def _is_kinked(self) -> bool:
+        """Whether f has a kink where a lower solve from the start ends: its conditions, which the search is by, say
+        nothing there."""
+        program = self.program
+        found = solve_lower(program, program.start, [program.start[program.n :]])
+        return bool(found.points) and kinked(program, found.points[0])
 
     def _falls(self, curved: bool = False) -> bool:
         """Whether the lower level falls for ever at the start and at points around it: there is nothing to search."""
@@ -314,7 +326,7 @@ class _Run:
                     points.append(sharper)
                     points.sort(key=lambda point: _rank(point, tol))
                     continue
-                closer = self.search.judge(point.z, rng, known, 3 * self.solver.lower_starts, deep=not looks)
+                closer = self.search.judge(point.z, rng, known, 3 * self.search.lower_count, deep=not looks)
                 falls = unbounded(self.program.problem, *self.program.trees(point.xy), self.program)
                 if falls or not closer.verified(tol):
                     point.gap = np.inf if falls else closer.gap

@@ -381,7 +381,10 @@ class Search:
             held[program.pairs[:, 0]] = True
             rows = np.concatenate([at.dr, at.dg[held], at.dh])
             unknown = np.r_[n:k, k + np.flatnonzero(held), k + program.p : program.size]
-            found = -np.linalg.lstsq(rows[:, unknown], rows[:, :n], rcond=1e-9)[0][: program.m] if n else slope
+            if n and np.isfinite(rows).all():
+                found = -np.linalg.lstsq(rows[:, unknown], rows[:, :n], rcond=1e-9)[0][: program.m]
+            else:
+                found = slope
             if np.isfinite(found).all() and np.abs(found).max(initial=0.0) < _STEEP:
                 slope = found
         return Cut(xy[n:], weight, xy[:n], slope)

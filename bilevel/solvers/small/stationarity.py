@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.curvature import least_curved
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers.small.nlp import minimise
 from bilevel.solvers.small.program import PASS_BYTES, Evaluated, Program, size_of
@@ -29,12 +30,17 @@ from bilevel.solvers.small.search import (
 )
 from bilevel.typing import PyTree
 
-__all__ = ["Lower", "Stationarity", "lower_verified", "refusal", "stationary", "unbounded"]
+__all__ = ["Lower", "Stationarity", "kinked", "lower_verified", "refusal", "stationary", "unbounded"]
 
 _MOST = 256
 """The most linear programmes, and the most supports that are looked at for vertices."""
 _RADIUS = 1e-3
 _VERTEX = 1e-6
+_LOOKED, _SHARP = 20, 3e-3
+"""Of how many coordinates a kink is looked for, and how much of f's rise a hundredth of the way leaves at one: a
+hundredth at a kink, less than a thousandth where f is smooth or rises like a power of 3/2."""
+_BENT = (1e-2, 1e-1)
+"""How far x is moved where F bends down, in its units."""
 _REACHES = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
 """How far a ray is followed, in units of y or in its size."""
 
@@ -216,6 +222,29 @@ def unbounded(problem: Problem, x: PyTree, y: PyTree, program: Program | None = 
         return curved and _falls_in_boxes(program, xy)
 
 
+def kinked(program: Program, xy: np.ndarray) -> bool:
+    """Whether f(x, .) rises from (x, y), where a lower solve ended, in proportion to the distance and not to its square
+    on both sides: |y| does, and no loss whose second derivatives exist.
+    """
+    if not program.double:
+        return False
+    n, k = program.n, program.n + program.m
+    here = program(program.point(xy))
+
+    def rise(step: np.ndarray) -> float:
+        points = [xy + sign * step for sign in (1.0, -1.0)]
+        inside = all(((p >= program.own_lower[:k]) & (p <= program.own_upper[:k]))[n:].all() for p in points)
+        return sum(program(program.point(p)).f - here.f for p in points) if inside else np.nan
+
+    for j in range(n, min(k, n + _LOOKED)):
+        step = np.zeros(k)
+        step[j] = 1.0
+        far, near = rise(1e-3 * step), rise(1e-5 * step)
+        if far > 1e-6 and near > _SHARP * far:
+            return True
+    return False
+
+
 def _never_rests(values: list[float], slopes: list[float]) -> bool:
     """Whether f goes down by more than rounding along a ray, and its slope dwindles and is never seen to end."""
     down = np.asarray(slopes[1:]) < 0
@@ -271,8 +300,9 @@ def stationary(
 
     with the rows' values in place, so that a kink nearer than the radius counts as reached. Where another lower
     minimiser ties with y, its value bounds that of y: a row more. A descent that is found is tried, with lower solves
-    at the x that it leads to; what F does there decides. Where no multiplier exists, sampled directions alone are
-    tried.
+    at the x that it leads to; what F does there decides. Where there is none, x is moved where x -> F(x, y(x)) bends
+    down most, by differences of its gradients: a saddle point is none of the solutions. Where no multiplier exists,
+    sampled directions alone are tried.
 
     Raises:
       ProblemError: see `refusal`.
@@ -319,6 +349,11 @@ class _Check:
         return fall
 
     def run(self) -> Stationarity:
+        here = self.program(self.program.point(self.xy))
+        if not all(np.isfinite(part).all() for part in (here.dF, here.dr, here.dG, here.dH, here.dg, here.dh)):
+            return self.sampled("A derivative is not a number at this point")
+        if kinked(self.program, self.xy):
+            return self.sampled("The lower loss has a kink at y")
         vertices, complete = self.vertices()
         if not vertices:
             return self.sampled("The lower level has no multiplier at this point")
@@ -342,10 +377,47 @@ class _Check:
                 return Stationarity(slope, self.in_units(direction), whole, why, self.in_units(reached))
         if steep:  # the conditions promise what F does not do: they say too little here (f is flat to second order)
             return self.sampled("What the lower level's conditions promise to first order does not happen")
+        if (bent := self.bent()) is not None:
+            return dataclasses.replace(bent, checked=whole, why=why)
         return Stationarity(max((s for s, _ in found if s > threshold), default=0.0), None, whole, why)
 
     def in_units(self, direction: np.ndarray) -> tuple[PyTree, PyTree]:
         return self.program.trees(direction)
+
+    def bent(self) -> Stationarity | None:
+        """The direction in which x -> F(x, y(x)) bends down most, where F falls along it; None: it does not."""
+        program, n, k = self.program, self.n, self.k
+        free = np.flatnonzero(np.minimum(self.xy - program.lower[:k], program.upper[:k] - self.xy)[:n] > self.radius)
+        if free.size < 2:
+            return None
+
+        def along(d: np.ndarray) -> np.ndarray:
+            step = np.zeros(k)
+            step[free] = d
+            step[n:] = slope @ step[:n]
+            return step
+
+        def gradient(xy: np.ndarray) -> np.ndarray:
+            xy = self.search.polish(xy)
+            at = program(program.point(xy))
+            return (at.dF[:n] + self.search.cut(xy).slope.T @ at.dF[n:k])[free]
+
+        def product(d: np.ndarray) -> np.ndarray:
+            ahead, back = (gradient(self.xy + sign * self.radius * along(d)) for sign in (1, -1))
+            return (ahead - back) / (2 * self.radius)
+
+        slope = self.search.cut(self.xy).slope
+        least = least_curved(product, free.size)
+        if least is None or not least[0] < 0:
+            return None
+        best: tuple[float, Any, Any] = (0.0, None, None)
+        for size, sign in itertools.product(_BENT, (1, -1)):
+            step = sign * size * along(least[1])
+            gained, reached = self.trial(self.xy + step, step)
+            best = min(best, ((gained - self.still) / size, step, reached), key=lambda entry: entry[0])
+        if best[0] > -max(10 * self.tol, 1e-3):
+            return None
+        return Stationarity(best[0], self.in_units(best[1]), True, "", self.in_units(best[2]))
 
     # ------------------------------------------------------------ multipliers
 
