@@ -183,6 +183,7 @@ class Source:
       cuttable: `full()` is nothing but samples, drawn in smaller batches otherwise: a pass over it may go in pieces.
       redrawn: whether another key gives another `full()`: there is no end of samples, or they carry their key.
       averaged: its batch is many draws, stacked, and a loss on it is the mean of those on each.
+      separate: and y is stacked likewise, one for each draw.
     """
 
     arrays: PyTree = None
@@ -199,6 +200,7 @@ class Source:
     unnumbered: str = "have no numbers"
     cuttable: bool = False
     averaged: bool = False
+    separate: bool = False
     _leaves: tuple[str, ...] = ()
 
     def __init_subclass__(cls, leaves: tuple[str, ...] | None = ("arrays",), **options: Any) -> None:
@@ -601,6 +603,11 @@ def _bare(source: Any, wrappers: tuple[type[Keyed] | type[Shared], ...]) -> Any:
     return source
 
 
+def of_one_step(source: Source) -> bool:
+    """Whether all of a step's batches are one draw (`Shared`, with keys or without), of which there is no end."""
+    return _bare(source, (Keyed,)).shared and source.redrawn
+
+
 def as_keyed(owner: str, *batch: Any) -> tuple[PyTree, StepKey]:
     """A batch of `data.Keyed` in its two parts; an error where it is another."""
     if len(batch) == 1 and isinstance(batch[0], tuple) and len(batch[0]) == 2 and isinstance(batch[0][1], StepKey):
@@ -857,14 +864,19 @@ class Stream(Source, leaves=None):
 
 class Draws(Source, leaves=("arrays",)):
     """Draws that were made once, stacked: a loss is the mean over them, which estimates that over all there are, or
-    is it where they are `exact`."""
+    is it where they are `exact`. Each has a y of its own where they are `separate`; a level without data is not
+    `given`."""
 
     random, averaged = False, True
 
-    def __init__(self, arrays: PyTree, exact: bool = False) -> None:
-        self.arrays, self.exact = arrays, exact
+    def __init__(self, arrays: PyTree, exact: bool = False, separate: bool = False, given: bool = True) -> None:
+        self.arrays, self.exact, self.separate, self.given = arrays, exact, separate, given
 
     def draw(self, key: StepKey) -> PyTree:
+        """All of them."""
+        return self.arrays
+
+    def full(self, key: StepKey | None = None) -> PyTree:
         """All of them."""
         return self.arrays
 

@@ -67,7 +67,8 @@ class Level:
 
     def each(self, x: PyTree, y: PyTree) -> jax.Array:
         """The loss on each of the draws of an averaged source."""
-        return jax.vmap(self.loss, in_axes=(None, None, 0))(x, y, self.batch)
+        loss = self.loss if self.source.given else lambda x, y, _: self.loss(x, y)
+        return jax.vmap(loss, in_axes=(None, 0 if self.source.separate else None, 0))(x, y, self.batch)
 
     def _at(self, x: PyTree, y: PyTree, batch: PyTree) -> Scalar:
         if self.source.averaged:

@@ -548,10 +548,11 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
     At an accepted point x_k the direction d = -H g_k is that of L-BFGS with the last `memory` pairs of positive
     curvature, and the trial is x_k + t d, with t = 1, or as much less as keeps the move within `largest` times the
     larger of rms(x), rms(x_0) and 4 rms(last move), in root mean square (the first: a tenth of it, and at x_0 = 0 as
-    `spectral`). A trial whose value exceeds that of x_k by more than 1e-4 <g_k, t d>, or is not finite, is withdrawn,
-    and the next one has a quarter of its t; when t has fallen below 1e-6 the pairs are dropped. Where two
-    values agree to half the digits of the dtype (a lower solution is only so exact) the slopes decide: a trial is kept
-    if its slope is at most 0.9998 of the one at x_k.
+    `spectral`). Without a pair d is along -g_k, a tenth of the limit long, or four times as long as the last move where
+    that met no positive curvature, up to rms(x_0). A trial whose value exceeds that of x_k by more than
+    1e-4 <g_k, t d>, or is not finite, is withdrawn, and the next one has a quarter of its t; when t has fallen below
+    1e-6 the pairs are dropped. Where two values agree to half the digits of the dtype (a lower solution is only so
+    exact) the slopes decide: a trial is kept if its slope is at most 0.9998 of the one at x_k.
 
     For deterministic objectives without a projection: `update` needs `value=`, which `HypergradientDescent` and the
     lower solvers give. Under a projection take `spectral`.
@@ -607,7 +608,12 @@ def quasi_newton(memory: int = 10, largest: float = 1.0) -> optax.GradientTransf
         rms = functools.partial(_root_mean_square, dtype=dtype)
         unit = jnp.where(first, _first_unit(rms(x), rms(g), value), old.unit)
         limit = largest * _farthest(rms(x), rms(moved), unit, accepted)
-        fallback = 0.1 * limit / jnp.maximum(rms(g), _least_norm(dtype))
+        # Along a move without positive curvature the value falls the faster the further: the next one goes further, by
+        # what the start is long, so that 200 moves down a value without a bound end at a number.
+        unbent = accepted & ~first & (curvature <= 0)
+        further = jnp.minimum(4 * rms(moved), largest * unit)
+        length = jnp.maximum(0.1 * limit, jnp.where(unbent, further, 0))
+        fallback = length / jnp.maximum(rms(g), _least_norm(dtype))
         d = _two_loop(g, s_all, z_all, rho, fallback, dot)
         downhill = dot(g, d) < 0
         d = jax.tree.map(lambda d, g: jnp.where(downhill, d, -fallback.astype(g.dtype) * g), d, g)

@@ -62,6 +62,23 @@ def test_another_unit_changes_no_step(unit, factor):
     np.testing.assert_allclose(scaled.y / (factor if unit == "y" else 1), plain.y, rtol=2e-3, atol=1e-6)
 
 
+def test_another_unit_changes_no_step_of_what_takes_all_samples():
+    """Units of losses and of x change rounding alone; y's changes where lower solves end, which are as exact as x
+    needs."""
+
+    @jax.jit
+    def end(units):
+        problem, x0, y0 = ridge(**units)
+        return run(problem.whole(), AID(), x0, y0, 8)[0].x / units["x"]
+
+    ones = dict.fromkeys(("upper", "lower", "x", "y"), 1.0)
+    plain = end(ones)
+    assert np.linalg.norm(plain + 1) > 0.5
+    for unit in ones:
+        for factor in (2.0**-7, 2.0**7):
+            np.testing.assert_allclose(end({**ones, unit: factor}), plain, atol=1e-3 if unit == "y" else 1e-5)
+
+
 def test_what_it_takes_follows_the_data():
     problem, x0, y0 = ridge()
     reduction = lambda p: type(ProbedSingleLoop()._reduction(p, x0, y0))

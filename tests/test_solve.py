@@ -232,6 +232,19 @@ def test_quasi_newton_rule_on_an_ill_conditioned_quadratic_and_its_need_for_valu
         optimizers.spectral().update(jnp.ones(2), optimizers.spectral().init(jnp.ones(2)), jnp.ones(2))
 
 
+def test_quasi_newton_goes_further_while_it_meets_no_positive_curvature(x64):
+    """h = 1 - x^2 / 2 from x = 1, in any units: moves of a tenth of x_0, of four times that, and then of all of x_0."""
+    rule = optimizers.quasi_newton()
+    for unit in (1e-3, 1.0, 1e3):
+        x = jnp.array([unit])
+        memory, moves = rule.init(x), []
+        for _ in range(3):
+            update, memory = rule.update(-x, memory, x, value=unit**2 - x[0] ** 2 / 2)
+            moves.append(float(update[0] / x[0]))
+            x = x + update
+        np.testing.assert_allclose(moves, [0.1, 0.4 / 1.1, 1 / 1.5], rtol=1e-12)
+
+
 NAMED = {
     "AID": solvers.AID(),
     "ITD": solvers.ITD(60, 0.1, 0.1),

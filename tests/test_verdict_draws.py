@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel import Problem, data, solve, solvers
+from bilevel import Problem, data, lower, solve, solvers
 from bilevel.result import Result
 from bilevel.solvers._draws import fixed_draws
 from bilevel.solvers.certificate import certify
@@ -19,6 +19,7 @@ SOURCES = {
     "stream": lambda: data.Stream([np.float32(SIZE), np.float32(-SIZE)]),
     "minibatches": lambda: data.Minibatches(np.array([SIZE, -SIZE]), 1),
     "keyed": lambda: data.Keyed(),
+    "shared": lambda: data.Shared(data.Sampler(lambda key, arrays: SIZE * jax.random.normal(key))),
 }
 
 
@@ -75,7 +76,7 @@ WRONG = {
         {"SEVERAL_MINIMISERS"},
     ),
 }
-quick = {("two wells tie", "noisy"), ("a kink in x", "noiseless")}
+quick = {("two wells tie", "noisy"), ("a kink in x", "noiseless"), ("another well is lower", "shared")}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,9 @@ def right(source):
     return drawn(lambda x, y: jnp.sum((y - 1) ** 2 + 0.1 * x**2), lambda x, y: jnp.sum((y - x) ** 2), source)
 
 
-@pytest.mark.parametrize("source", ["noiseless", "noisy", pytest.param("keyed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "source", ["noiseless", "noisy", *(pytest.param(s, marks=pytest.mark.slow) for s in ("keyed", "shared"))]
+)
 def test_a_right_end_is_let_stand_and_the_sampling_error_is_said(x64, source):
     at = jnp.full(1, 10 / 11)
     found = certify(right(source), at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-2)
@@ -141,14 +144,70 @@ def test_the_sampling_error_is_that_of_the_mean_and_falls_as_draws_are_asked_for
         assert found.lower == 0.0
 
 
-def test_draws_that_each_have_a_lower_level_of_their_own_are_not_averaged():
-    tasks = data.Shared(data.Sampler(lambda key, arrays: jax.random.normal(key)))
+SHARED = data.Shared(data.Sampler(lambda key, arrays: jax.random.normal(key)))
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_draws_that_each_have_a_lower_level_of_their_own_have_a_y_of_their_own(x64, keyed):
+    """f = (y - x - b)^2 and F = (y - b)^2 + x^2 on the same b: y_i = x + b_i, and F = 2 x^2 whatever b."""
+    read = (lambda b: b[0]) if keyed else (lambda b: b)
+    tasks = data.Keyed(SHARED) if keyed else SHARED
     problem = Problem(
-        lambda x, y, b: jnp.sum((y - b) ** 2 + x**2), lambda x, y, b: jnp.sum((y - x - b) ** 2),
+        lambda x, y, b: jnp.sum((y - read(b)) ** 2 + x**2), lambda x, y, b: jnp.sum((y - x - read(b)) ** 2),
         upper_data=tasks, lower_data=tasks,
     )  # fmt: skip
     one = jnp.ones(1)
-    assert "a lower level of its own" in fixed_draws(problem, one, one, (one, one), 0.1)
+    fixed = fixed_draws(problem, one, one, (one, one), 0.1)
+    assert fixed.upper == fixed.lower == 0.0
+    b = [read(source.arrays) for source in fixed.problem.sources]
+    np.testing.assert_array_equal(*b)
+    assert np.std(b[0]) > 0.3
+    np.testing.assert_allclose(fixed.y[:, 0], 1 + b[0], rtol=1e-9)
+    np.testing.assert_allclose(fixed.problem.full_upper()(one, fixed.y), 2.0, rtol=1e-9)
+
+
+def test_the_error_of_draws_with_lower_levels_of_their_own_is_that_of_where_y_follows(x64):
+    """h_b(x) = b x with b = 1 + e through y = b x: a change of x by d changes h by d, with the error 3 d / sqrt(N)."""
+    problem = Problem(
+        lambda x, y: jnp.sum(y),
+        lambda x, y, b: jnp.sum((y - (1 + b) * x) ** 2),
+        lower_data=SHARED,
+    )
+    one = jnp.ones(1)
+    fixed = fixed_draws(problem, one, one, (one, one), 10.0)
+    np.testing.assert_allclose(fixed.upper, 3 / fixed.draws**0.5, rtol=0.3)
+
+
+def test_which_draws_with_lower_levels_of_their_own_are_not_looked_at_is_said():
+    def loss(x, y, b):
+        return jnp.sum((y - x - b) ** 2)
+
+    for size, options, word in (
+        (1, {"project_lower": lambda y: y}, "project_lower= binds one y"),
+        (1_000, {}, "8 of 1,000 unknowns each are too many"),
+    ):
+        at = jnp.ones(size)
+        problem = Problem(loss, loss, SHARED, SHARED, **options)
+        found = certify(problem, at, at, (at, at), Result.CONVERGED, {}, 1e-2)
+        assert word in found.why
+
+
+@pytest.mark.parametrize(
+    ("sign", "words"),
+    [(-1, {"NOT_STATIONARY", "LOCAL"}), pytest.param(1, {"CONVERGED"}, marks=pytest.mark.slow)],
+)
+def test_a_run_on_shared_tasks_is_looked_at(sign, words):
+    """h(x) = +-x^2 + x^4 / 2 on tasks of their own; the run stands at its stationary point x = 0 from the start."""
+    problem = Problem(
+        lambda x, y, b: jnp.sum(sign * (y - b) ** 2 + (y - b) ** 4 / 2),
+        lambda x, y, b: jnp.sum((y - b - x) ** 2),
+        upper_data=SHARED,
+        lower_data=SHARED,
+    )
+    solver = solvers.AID(lower.Newton(), 1e-3)
+    found = solve(problem, jnp.zeros(1), jnp.zeros(1), solver, steps=20, tol=1e-2, progress=False)
+    assert found.result.name in words, found
+    assert found.y.shape == (1,)
 
 
 def test_draws_that_are_too_large_are_not_stacked():

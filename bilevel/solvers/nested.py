@@ -213,7 +213,7 @@ def AID(
 ) -> HypergradientDescent:
     """Approximate implicit differentiation: a lower solve, a warm-started linear solve, an upper step.
 
-    Defaults, for full batches, without a step size or a unit to choose: `lower.Relative(lower.LBFGS(tol=1e-6))`,
+    Defaults, for full batches, without a step size or a unit to choose: `lower.Relative(lower.LBFGS(tol=1e-4))`,
     `linear.Robust` (CG from a warm start, or GMRES with a projection or prox on the lower level, and least squares
     where f_yy is singular; up to 32 unknowns as a matrix), `optimizers.quasi_newton()` (`optimizers.spectral()` with a
     projection on the upper level). `lower_solver=lower.Newton()` solves small or badly conditioned lower levels to the
@@ -224,7 +224,7 @@ def AID(
     """
     return HypergradientDescent(
         Implicit(linear_solver),
-        Relative(LBFGS()) if lower_solver is None else lower_solver,
+        Relative(LBFGS(tol=1e-4)) if lower_solver is None else lower_solver,
         upper_optimizer,
     )
 
