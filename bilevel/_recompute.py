@@ -25,7 +25,7 @@ import numpy as np
 
 from bilevel.typing import PyTree
 
-__all__ = ["Schedule", "repeated", "schedule", "split"]
+__all__ = ["Schedule", "alone", "repeated", "schedule", "split"]
 
 
 class Schedule(NamedTuple):
@@ -161,7 +161,7 @@ def _strong(leaf: Any) -> jax.Array:
 
 # Around a step: XLA fuses nothing across it, so that a step is the same sums in the same order wherever the programme
 # has it, and the gradient the same numbers for every `keep`.
-_alone = jax.lax.optimization_barrier
+alone = jax.lax.optimization_barrier
 
 
 class _Run:
@@ -178,8 +178,8 @@ class _Run:
     def step(self, t: Any, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
         both = active | passive
         consts = [both[i] for i in range(len(both))]
-        state = _alone((*floats, *others))
-        new = _alone(jax.core.eval_jaxpr(self.jaxpr, consts, jnp.asarray(t, jnp.int32), *state))
+        state = alone((*floats, *others))
+        new = alone(jax.core.eval_jaxpr(self.jaxpr, consts, jnp.asarray(t, jnp.int32), *state))
         return new[: self.floats], new[self.floats :]
 
     def __call__(self, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any, Any]:

@@ -36,6 +36,7 @@ from bilevel.checkpoint import Checkpoints, fingerprint, placed
 from bilevel.history import History
 from bilevel.hypergradients import Estimate, Unrolled
 from bilevel.hypergradients._base import lower_metrics
+from bilevel.hypergradients.unrolled import end_value
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import as_argument, as_solver
 from bilevel.lower import LowerState, as_lower_solver
@@ -313,7 +314,7 @@ def _ended(
 
     def objective(x: PyTree, floats: list[jax.Array]) -> tuple[jax.Array, LowerState]:
         end = _kernel(parts).end(join(floats, others))
-        return upper(x, end.y), end
+        return end_value(upper, x, end.y), end
 
     (value, end), (of_x, of_state) = jax.value_and_grad(objective, (0, 1), has_aux=True)(x, floats)
     return value, end, Adjoint(of_state, of_x), lower_metrics(lower, x, end.y)
