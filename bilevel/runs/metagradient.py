@@ -78,8 +78,8 @@ def metagradient(
         found.value, found.gradient, found.lower.y
 
     The derivative of `hypergradients.Unrolled`, by the same steps and added up in the same order: as a rule to the last
-    bit that of its schedules, where the value is asked for with the gradient. The device holds one segment's states, the host (or the disk) one state per segment. Each
-    step is computed twice, and a third time where it is taken back.
+    bit that of its schedules, where the value is asked for with the gradient. The device holds one segment's states,
+    the host (or the disk) one state per segment. Each step is computed twice, and a third time where it is taken back.
 
     Args:
       problem: the problem; its data are arrays or drawn from arrays, and not a `data.Stream`.
