@@ -25,7 +25,7 @@ import numpy as np
 
 from bilevel.typing import PyTree
 
-__all__ = ["Schedule", "repeated", "schedule", "split"]
+__all__ = ["Schedule", "alone", "repeated", "schedule", "split"]
 
 
 class Schedule(NamedTuple):
@@ -116,8 +116,10 @@ def split(tree: PyTree) -> tuple[list[Any], list[Any], Callable[[list[Any], list
     return take(True), take(False), join
 
 
-def repeated(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, steps: int, keep: int) -> PyTree:
-    """`for i in range(steps): state = body(state, i)`, differentiable in reverse with `keep` states.
+def repeated(
+    body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, steps: int, keep: int, beside: PyTree = ()
+) -> tuple[PyTree, PyTree]:
+    """`for i in range(steps): state = body(state, i)`, differentiable in reverse with `keep` states; and `beside`.
 
     What `body` captures is differentiated too, where somebody asks for it. Higher derivatives of that derivative, in
     both modes, are those of the loop with all states kept.
@@ -127,6 +129,8 @@ def repeated(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, steps: 
       state: any pytree of arrays.
       steps: how many.
       keep: the number of states, from 1 to `steps`.
+      beside: arrays that `body` captures, which are returned as they are: the sum of their cotangents over the steps
+        begins with that of what is returned, so that a loop in parts adds up what the whole loop does, in its order.
     """
     state = jax.tree.map(_strong, state)
     floats, others, join = split(state)
@@ -140,10 +144,14 @@ def repeated(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, steps: 
 
     # What the body captures must be an argument: a custom derivative sees nothing else.
     traced = jax.make_jaxpr(flat)(jnp.int32(0), floats, others)
-    run = _Run(traced.jaxpr, len(floats), schedule(steps, keep), keep)
     captured = dict(enumerate(traced.consts))
     active = {i: c for i, c in captured.items() if jnp.issubdtype(jnp.result_type(c), jnp.inexact)}
-    return join(*run(floats, others, active, {i: c for i, c in captured.items() if i not in active}))
+    leaves, structure = jax.tree.flatten(beside)
+    places = [next((i for i, c in active.items() if c is leaf), None) for leaf in leaves]
+    run = _Run(traced.jaxpr, len(floats), schedule(steps, keep), keep, frozenset(i for i in places if i is not None))
+    *end, through = run(floats, others, active, {i: c for i, c in captured.items() if i not in active})
+    given = [leaf if i is None else through[i] for i, leaf in zip(places, leaves, strict=True)]
+    return join(*end), jax.tree.unflatten(structure, given)
 
 
 def _strong(leaf: Any) -> jax.Array:
@@ -153,31 +161,34 @@ def _strong(leaf: Any) -> jax.Array:
 
 # Around a step: XLA fuses nothing across it, so that a step is the same sums in the same order wherever the programme
 # has it, and the gradient the same numbers for every `keep`.
-_alone = jax.lax.optimization_barrier
+alone = jax.lax.optimization_barrier
 
 
 class _Run:
     """The loop as a function of its state (`floats`, `others`) and of what its step captured, floats first.
 
     Captured arrays are dictionaries by their number: which of them are differentiated is thus the form of the argument.
+    Those with a number in `through` are returned too.
     """
 
-    def __init__(self, jaxpr: Any, floats: int, plan: Schedule, keep: int) -> None:
-        self.jaxpr, self.floats, self.plan, self.keep = jaxpr, floats, plan, keep
+    def __init__(self, jaxpr: Any, floats: int, plan: Schedule, keep: int, through: frozenset[int]) -> None:
+        self.jaxpr, self.floats, self.plan, self.keep, self.through = jaxpr, floats, plan, keep, through
         self.count = len(plan.begin)
 
     def step(self, t: Any, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
         both = active | passive
         consts = [both[i] for i in range(len(both))]
-        state = _alone((*floats, *others))
-        new = _alone(jax.core.eval_jaxpr(self.jaxpr, consts, jnp.asarray(t, jnp.int32), *state))
+        state = alone((*floats, *others))
+        new = alone(jax.core.eval_jaxpr(self.jaxpr, consts, jnp.asarray(t, jnp.int32), *state))
         return new[: self.floats], new[self.floats :]
 
-    def __call__(self, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
+    def __call__(self, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any, Any]:
+        handed = lambda active: {i: active[i] for i in self.through}  # noqa: E731
+
         @jax.custom_vjp
-        def run(floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
+        def run(floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any, Any]:
             go = lambda t, state: self.step(t, state[0], state[1], active, passive)  # noqa: E731
-            return jax.lax.fori_loop(0, self.count, go, (floats, others))
+            return *jax.lax.fori_loop(0, self.count, go, (floats, others)), handed(active)
 
         def forward(floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
             value = lambda tree: jax.tree.map(lambda p: p.value, tree, is_leaf=_is_primal)  # noqa: E731
@@ -185,12 +196,13 @@ class _Run:
             rest = {i: c.value for i, c in active.items() if not c.perturbed} | value(passive)
             given = value(floats), value(others), asked, rest
             ends, kept = self.sweep(*given)
-            return ends, (given, kept)
+            return (*ends, handed(value(active))), (given, kept)
 
         def backward(residuals: Any, cotangents: Any) -> Any:
             given, kept = residuals
-            cotangents = [_instantiated(c) for c in cotangents[0]]
-            of_state, of_captured = self.pullback(*given, kept, cotangents)
+            of_ends, _, of_through = jax.tree.map(_instantiated, cotangents, is_leaf=_is_zero)
+            so_far = {i: of_through.get(i, jnp.zeros_like(c)) for i, c in given[2].items()}
+            of_state, of_captured = self.pullback(*given, kept, of_ends, so_far)
             return of_state, [None] * len(given[1]), {i: of_captured.get(i) for i in active}, {i: None for i in passive}
 
         run.defvjp(forward, backward, symbolic_zeros=True)
@@ -211,12 +223,12 @@ class _Run:
         return sweep(*given)
 
     def pullback(self, *given: Any) -> tuple[Any, Any]:
-        """The cotangents of the first state and of what is captured, from those of the end."""
+        """The cotangents of the first state and of what is captured, from those of the end and the sums so far."""
         pullback = jax.custom_jvp(self._pullback)
 
         @pullback.defjvp
         def _(primals: Any, tangents: Any) -> Any:
-            without = lambda args: (*args[:4], args[5])  # noqa: E731  # without what is kept
+            without = lambda args: (*args[:4], *args[5:])  # noqa: E731  # without what is kept
             _, along = jax.jvp(self._plain_pullback, without(primals), without(tangents))
             return pullback(*primals), along
 
@@ -235,9 +247,12 @@ class _Run:
         ends, _, others = jax.vjp(plain, floats, active, has_aux=True)
         return ends, others
 
-    def _plain_pullback(self, floats: Any, others: Any, active: Any, passive: Any, cotangents: Any) -> tuple[Any, Any]:
+    def _plain_pullback(
+        self, floats: Any, others: Any, active: Any, passive: Any, cotangents: Any, so_far: Any
+    ) -> tuple[Any, Any]:
         back = jax.vjp(lambda floats, active: self._plain(floats, others, active, passive)[0], floats, active)[1]
-        return back(cotangents)
+        of_state, of_captured = back(cotangents)
+        return of_state, jax.tree.map(jnp.add, so_far, of_captured)
 
     def _sweep(self, *given: Any) -> tuple[Any, Any]:
         floats, others, active, passive = given
@@ -248,7 +263,7 @@ class _Run:
         return self._advanced(state, kept, 0, (0, len(stops)), stops, places, active, passive)
 
     def _pullback(
-        self, floats: Any, others: Any, active: Any, passive: Any, kept: Any, cotangents: Any
+        self, floats: Any, others: Any, active: Any, passive: Any, kept: Any, cotangents: Any, so_far: Any
     ) -> tuple[Any, Any]:
         plan = jax.tree.map(jnp.asarray, self.plan._replace(steps=0))
 
@@ -263,8 +278,7 @@ class _Run:
             of_state, more = jax.vjp(one, state[0], active)[1](of_state)
             return kept, of_state, jax.tree.map(jnp.add, of_captured, more)
 
-        none = jax.tree.map(jnp.zeros_like, active)
-        _, of_state, of_captured = jax.lax.fori_loop(0, self.count, back, (kept, cotangents, none))
+        _, of_state, of_captured = jax.lax.fori_loop(0, self.count, back, (kept, cotangents, so_far))
         return of_state, of_captured
 
     def _advanced(
@@ -287,8 +301,12 @@ def _is_primal(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
 
 
+def _is_zero(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
+
+
 def _instantiated(cotangent: Any) -> Any:
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+    if _is_zero(cotangent):
         return jnp.zeros(cotangent.shape, cotangent.dtype)
     return cotangent
 

@@ -177,6 +177,16 @@ def _translated(error: Exception, method: Any, problem: Problem, x: PyTree, y: P
             "projection or a constraint. Give the lower level a rule with a number of steps (0.1, optax.adam), or take "
             "hypergradients.Implicit (solvers.AID), which does not differentiate through the solver."
         )
+    blind = "Linearization failed" in what or "custom_vjp function" in what
+    if blind and "has no second derivative" not in what:  # which says it already
+        for level in ("upper", "lower"):
+            if _has_own(problem, level, x, y):
+                return (
+                    f"{level}, the {level} level's loss, has a part with a custom_vjp (a kernel) that {name} does not "
+                    f"get through twice ({what[:200]}): its backward pass has no derivative apart from its value. Give "
+                    "that backward pass a custom_vjp of its own, take another implementation, or a method of first "
+                    "derivatives alone (solvers.F2SA, solvers.PenaltyDescent, hypergradients.FirstOrder)."
+                )
     for owner, field, rule in _rules(method):
         for variable, at in (("x", x), ("y", y)):
             if field.startswith("upper") == (variable == "x") and (wrong := unfit(rule, at)):
@@ -231,6 +241,15 @@ def _has_gradient(problem: Problem, level: str, x: PyTree, y: PyTree) -> bool:
     return True
 
 
+def _has_own(problem: Problem, level: str, x: PyTree, y: PyTree) -> bool:
+    """Whether a loss has parts with a reverse mode of their own."""
+    return _own(_traced(problem, level, lambda call, s: call(x, y, s)))
+
+
+def _own(jaxpr: Any) -> bool:
+    return any(e.primitive.name.startswith("custom_vjp") for e in equations(jaxpr))
+
+
 def _forward(problem: Problem, level: str, x: PyTree, y: PyTree) -> bool:
     """Whether a loss's gradient has a derivative in forward mode: tried, in a trace alone."""
     try:
@@ -239,7 +258,14 @@ def _forward(problem: Problem, level: str, x: PyTree, y: PyTree) -> bool:
     except Exception:  # whatever a kernel without a derivative says
         return False
     # How JAX writes down the tangent of a custom_vjp; it raises its error when that is evaluated.
-    return all(equation.primitive.name != "custom_lin" for equation in equations(traced))
+    return not any(equation.primitive.name == "custom_lin" or _torn(equation) for equation in equations(traced))
+
+
+def _torn(equation: Any) -> bool:
+    """Whether this is the tangent of a Pallas kernel some of whose operands have none: JAX 0.10 writes it down with
+    more blocks than arrays, and fails where it is compiled or batched."""
+    blocks = getattr(equation.params.get("grid_mapping"), "block_mappings", ())
+    return len(blocks) > len(equation.invars) + len(equation.outvars)
 
 
 def _traced(problem: Problem, level: str, ask: Callable[[Callable[..., Any], Any], Any]) -> Any:
@@ -299,9 +325,7 @@ def _outputs(problem: Problem, x: PyTree, y: PyTree) -> tuple[dict[str, list[Any
         found[name] = jax.tree.leaves(shapes)
         computed += traffic(traced.jaxpr)
         has_convolutions = has_convolutions or convolves(traced.jaxpr)
-        if name in ("upper", "lower") and any(
-            e.primitive.name.startswith("custom_vjp") for e in equations(traced.jaxpr)
-        ):
+        if name in ("upper", "lower") and _own(traced.jaxpr):
             own.append(name)
     return found, own, computed, has_convolutions
 

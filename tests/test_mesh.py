@@ -17,6 +17,8 @@ from bilevel import Problem, distributed
 LAYER = 32 * 32  # the numbers of one layer's matrix
 # A sum of 24,576 terms, 23 in all, and a difference of it of .002, of which rounding is some 5e-10.
 BOUNDS = {"HOZOG": 1e-8}
+# CG's vectors and those of the least squares behind it: 0.327 in float64 on 1 x 4, 0.320 in float32.
+PEAKS = {"Robust": 1.31 / 4}
 DIFFERENCES = ("finite difference", "SAMA", "PZOBO", "HOZOG", "F2SA")  # they divide by a small number
 
 
@@ -29,12 +31,12 @@ def checked(found):
         assert distance < BOUNDS.get(name, 1e-10 if name in DIFFERENCES else 1e-12), name
         assert kept, name
         assert gathered <= LAYER, name
-        assert peak < 1.3 / 4, name
+        assert peak < PEAKS.get(name, 1.3 / 4), name
 
 
 def test_variables_over_a_mesh_stay_there():
-    """A linear system and random directions, samples along an axis of their own; all others below."""
-    checked(measured("--float64", "--mesh", "2x2", "CG", "forward"))
+    """Linear systems and random directions, samples along an axis of their own; all others below."""
+    checked(measured("--float64", "--mesh", "2x2", "Robust", "GMRES", "forward"))
 
 
 @pytest.mark.slow

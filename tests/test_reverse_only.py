@@ -199,6 +199,51 @@ def test_a_pallas_kernel_whose_backward_pass_is_a_plain_one(x64):
         np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def product(own, plain=False):
+    """A Pallas kernel (a, b) -> sin(a) b, and for its backward pass one of three operands and two results; `own`: which
+    has a backward pass of its own."""
+    from jax.experimental import pallas as pl
+
+    def forward_body(a, b, out):
+        out[...] = jnp.sin(a[...]) * b[...]
+
+    def backward_body(a, b, g, of_a, of_b):
+        of_a[...] = g[...] * jnp.cos(a[...]) * b[...]
+        of_b[...] = g[...] * jnp.sin(a[...])
+
+    def backward(a, b, g):
+        one = jax.ShapeDtypeStruct(a.shape, a.dtype)
+        return pl.pallas_call(backward_body, out_shape=(one, one), interpret=True)(a, b, g)
+
+    pullback = backward
+    if own:
+        pullback = jax.custom_vjp(backward)
+        by_hand = lambda a, b, g: (g * jnp.cos(a) * b, g * jnp.sin(a))
+        pullback.defvjp(lambda *at: (pullback(*at), at), lambda at, c: jax.vjp(by_hand, *at)[1](c))
+    bare = kernel(forward_body)
+    run = jax.custom_vjp(lambda a, b: bare(a, b))
+    run.defvjp(lambda a, b: ((bare if plain else run)(a, b), (a, b)), lambda r, g: pullback(*r, g))
+    return lambda a: run(a, jnp.cos(a) + a)
+
+
+@pytest.mark.parametrize("name", ["Implicit", "Unrolled, log", "Forward", "StochasticImplicit"])
+def test_a_pallas_kernel_of_several_operands(name, x64):
+    estimator, solver, parts = ESTIMATORS[name]
+    of = lambda f: value_and_hypergradient(problem(f, **parts), estimator, solver)(X, Y).gradient
+    np.testing.assert_allclose(of(product(own=True)), of(lambda a: jnp.sin(a) * (jnp.cos(a) + a)), rtol=1e-12)
+
+
+def test_what_a_plain_backward_kernel_has_no_derivative_for_is_named(x64):
+    """Of several operands it has none at all: JAX makes no tangents of it where some operands have none."""
+    torn, single = product(own=False, plain=True), fused(cosine, plain=True)
+    for name, (estimator, solver, parts) in ESTIMATORS.items():
+        for f in (torn, single):
+            if f is torn or name in ("Forward", "Unrolled, plain"):
+                what = "no second derivative, neither" if f is torn else "a part with a custom_vjp"
+                with pytest.raises(ValueError, match=rf"^lower, the lower level's loss, has {what}.*solvers\.F2SA"):
+                    value_and_hypergradient(problem(f, **parts), estimator, solver)(X, Y)
+
+
 def blind():
     """A sine whose gradient has no derivative."""
 

@@ -32,7 +32,7 @@ class ActiveSet:
 
     For f strongly convex in y and convex constraints with linearly independent active gradients, Y the whole space. The
     lower solver must remember multipliers, as `lower.Accurate` does; they are carried here. Per call: the lower solve
-    and two dense systems of size m + p.
+    and two dense systems of size m + p, which over a mesh every device has whole.
 
     Attributes:
       eps: what counts as weakly active.
@@ -116,7 +116,8 @@ class NullSpace:
 
     For f strongly convex on the null space of A; no inequalities, Y the whole space. The lower solver is one that stays
     on the equality, such as `lower.EqualityDescent`. Per call: the lower solve, a gradient of F, up to `linear_steps`
-    Hessian-vector products, 1 cross product, and a factorisation of A A'.
+    Hessian-vector products, 1 cross product, and a factorisation of A A'. A is dense, and over a mesh every device has
+    the whole of it.
 
     Attributes:
       linear_steps: the most CG steps, from the last w.

@@ -34,7 +34,8 @@ class Dense(Solver):
 
     d products (batched), d^3/3 operations for a symmetric matrix and twice that otherwise, d^2 memory; one product
     for the residual (under `jit` only if it is used). A symmetric matrix gets a Cholesky factor or, being indefinite
-    (`info.negative_curvature` is then True), an LU factor. The derivative reuses it.
+    (`info.negative_curvature` is then True), an LU factor. The derivative reuses it. Over a mesh every device has the
+    whole matrix and b.
 
     Attributes:
       symmetric: whether H' = H is to be expected, up to rounding: such a matrix is made symmetric exactly. Where H and
@@ -100,7 +101,8 @@ class Nystrom(Solver):
     rho, which is the same and loses no digits when rho is small. k products per build; one for the residual, which is
     that of (H + rho I) v = b (under `jit` only if it is used).
 
-    Outside the k directions v is b / rho. For accuracy use `CG(preconditioner=NystromPreconditioner(...))`.
+    Outside the k directions v is b / rho. For accuracy use `CG(preconditioner=NystromPreconditioner(...))`. The k
+    directions are a matrix of k rows of length d, which over a mesh every device has whole.
 
     Attributes:
       rank: k, at most d; 10 as in Hataya and Yamada.

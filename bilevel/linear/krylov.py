@@ -295,8 +295,7 @@ class Robust(Krylov):
 
 def _typical(h: Matvec, b: PyTree) -> jax.Array:
     """|H u| / |u| at a random u: the root mean square of the eigenvalues, as an expectation."""
-    unflatten = flattener(b)[1]
-    u = unflatten(jax.random.normal(jax.random.key(11), (size(b),), working_dtype(b)))
+    u = optax.tree.random_like(jax.random.key(11), b, jax.random.normal)
     return jax.lax.stop_gradient(ratio(norm(h(u)), norm(u)))
 
 
@@ -434,8 +433,9 @@ class GMRES(Krylov):
     """Restarted GMRES: the v that minimises ||b - H v|| over a Krylov space of at most `restart` dimensions, repeated.
 
     One product per iteration and one per restart, for the true residual (so `info.residual` is exact); memory restart
-    * d. The basis is orthogonalised twice (classical Gram-Schmidt, two dense products per iteration, which a GPU
-    likes). It ends early when a restart brings no gain, be it that precision is reached or that it stagnates.
+    * d, each leaf's part shaped, and over a mesh lying, as the leaf. The basis is orthogonalised twice (classical
+    Gram-Schmidt, dense products of the basis, which a GPU likes). It ends early when a restart brings no gain, be it
+    that precision is reached or that it stagnates.
 
     Attributes: `tol`, `max_steps` (iterations in all), `warm_start` and `damping` as for `CG`; tol=None iterates to
       the precision of the dtype, at most `max_steps` times.
@@ -451,31 +451,41 @@ class GMRES(Krylov):
 
     def _iterations(self, h: Matvec, b: PyTree, v: PyTree, precondition: None) -> Answer:
         target, eps, dtype = residual_target(self.tol, b), epsilon(b), working_dtype(b)
-        flatten, unflatten = flattener(b)
-        d = size(b)
-        m = min(self.restart, d, self.max_steps)
+        wide, given = lambda tree: optax.tree.cast(tree, dtype), lambda tree: optax.tree.cast_like(tree, b)
+        m = min(self.restart, size(b), self.max_steps)
+
+        def along(basis: PyTree, w: PyTree) -> jax.Array:
+            """<basis_i, w> for all i."""
+            full = jax.lax.Precision.HIGHEST
+            each = jax.tree.map(lambda rows, w: jnp.tensordot(rows, w, w.ndim, precision=full), basis, w)
+            return jax.tree.reduce(jnp.add, each)
+
+        def combined(weights: jax.Array, basis: PyTree) -> PyTree:
+            """The sum of weights_i basis_i."""
+            full = jax.lax.Precision.HIGHEST
+            return jax.tree.map(lambda rows: jnp.tensordot(weights, rows, 1, precision=full), basis)
 
         class Arnoldi(NamedTuple):
-            basis: jax.Array  # [m + 1, d], orthonormal rows, zero from row j + 1 on
+            basis: PyTree  # m + 1 of b's kind along a leading axis, orthonormal, zero from row j + 1 on
             triangle: jax.Array  # [m, m], R of the Hessenberg matrix's QR, ones on the diagonal from column j on
             rotations: jax.Array  # [m + 1, m + 1], Q' of it
             j: jax.Array
             residual: jax.Array
 
-        def arnoldi(r: jax.Array, k: jax.Array) -> tuple[jax.Array, Arnoldi]:
-            beta = jnp.linalg.norm(r)
+        def arnoldi(r: PyTree, k: jax.Array) -> tuple[PyTree, Arnoldi]:
+            beta = norm(r)
 
             def unfinished(s: Arnoldi) -> jax.Array:
                 return (s.j < m) & (k + s.j < self.max_steps) & (s.residual > target)
 
             def step(s: Arnoldi) -> Arnoldi:
-                w = flatten(h(unflatten(s.basis[s.j])))
-                length = jnp.linalg.norm(w)
-                first = matmul(s.basis, w)
-                w = w - matmul(first, s.basis)
-                second = matmul(s.basis, w)
-                w = w - matmul(second, s.basis)
-                rest = jnp.linalg.norm(w)
+                w = wide(h(given(jax.tree.map(lambda rows: rows[s.j], s.basis))))
+                length = norm(w)
+                first = along(s.basis, w)
+                w = optax.tree.sub(w, combined(first, s.basis))
+                second = along(s.basis, w)
+                w = optax.tree.sub(w, combined(second, s.basis))
+                rest = norm(w)
                 rest = jnp.where(rest <= eps * length, 0, rest)  # the Krylov space is invariant: the solution is in it
                 column = matmul(s.rotations, (first + second).at[s.j + 1].set(rest))
                 a, c = column[s.j], column[s.j + 1]
@@ -486,17 +496,18 @@ class GMRES(Krylov):
                 rotations = rotations.at[s.j + 1].set(cos * lower - sin * upper)
                 triangle = s.triangle.at[:, s.j].set(jnp.where(jnp.arange(m) < s.j, column[:m], 0))
                 triangle = triangle.at[s.j, s.j].set(diagonal)
-                basis = s.basis.at[s.j + 1].set(ratio(w, rest))
+                basis = jax.tree.map(lambda rows, w: rows.at[s.j + 1].set(ratio(w, rest)), s.basis, w)
                 return Arnoldi(basis, triangle, rotations, s.j + 1, beta * jnp.abs(rotations[s.j + 1, 0]))
 
-            basis = jnp.zeros((m + 1, d), dtype).at[0].set(ratio(r, beta))
+            basis = jax.tree.map(lambda r: jnp.zeros((m + 1, *r.shape), dtype).at[0].set(ratio(r, beta)), r)
             initial = Arnoldi(basis, jnp.eye(m, dtype=dtype), jnp.eye(m + 1, dtype=dtype), jnp.int32(0), beta)
             s = jax.lax.while_loop(unfinished, step, initial)
             # a zero on the diagonal: H is singular on the space, and that direction is left out
             solvable = (jnp.arange(m) < s.j) & (jnp.diagonal(s.triangle) != 0)
             g = jnp.where(solvable, beta * s.rotations[:m, 0], 0)
             triangle = s.triangle + jnp.diag(jnp.where(jnp.diagonal(s.triangle) == 0, 1, 0).astype(dtype))
-            return matmul(jax.scipy.linalg.solve_triangular(triangle, g), s.basis[:m]), s
+            weights = jax.scipy.linalg.solve_triangular(triangle, g)
+            return combined(jnp.append(weights, jnp.zeros((), dtype)), s.basis), s
 
         class State(NamedTuple):
             v: PyTree
@@ -509,8 +520,8 @@ class GMRES(Krylov):
             return (s.k < self.max_steps) & (s.norm > target) & s.gained
 
         def step(s: State) -> State:
-            change, process = arnoldi(flatten(s.r), s.k)
-            v = axpy(1.0, unflatten(change), s.v)
+            change, process = arnoldi(wide(s.r), s.k)
+            v = axpy(1.0, given(change), s.v)
             r = axpy(-1.0, h(v), b)
             gained = ~(norm(r) >= s.norm)  # a NaN is let through
             v, r, residual = optax.tree.where(gained, (v, r, norm(r)), (s.v, s.r, s.norm))

@@ -208,7 +208,8 @@ class NystromPreconditioner(Refreshed):
     """The map P^-1 = I + U'[(l_k + mu) / (l + mu) - 1]U: for spectra with a few large eigenvalues.
 
     The k = `rank` leading eigenpairs (l, U) of H are approximated from k products with a random subspace; P brings them
-    down to the smallest of them, l_k, and leaves the rest alone.
+    down to the smallest of them, l_k, and leaves the rest alone. U is a matrix of k rows of length d, which over a mesh
+    every device has whole.
 
     Attributes:
       rank: the number of products per build, at most d.
@@ -242,7 +243,8 @@ class StaleCholesky(Refreshed):
     """The Cholesky factorisation P = L L' of an H of some solves ago: for d up to a few hundred, any conditioning.
 
     A build costs d products (batched) and d^3/3 operations; afterwards a solve needs only what H has moved
-    since. Where the factor does not exist (H not positive definite at the build) P is the identity.
+    since. Where the factor does not exist (H not positive definite at the build) P is the identity. Over a mesh every
+    device has the whole factor.
 
     Attributes:
       refresh: solves between two builds, None for a single build. The default is long because a build costs d products.

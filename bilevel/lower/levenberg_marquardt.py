@@ -53,7 +53,7 @@ class LevenbergMarquardt:
     stands at
     its bound and is pushed outwards takes no part in the linear system. An iteration costs one evaluation of r and one
     tangent of it per parameter, all at the trial point. It is pure: `vmap` is many fits at once. A fit that is done
-    stands still until the last of them is.
+    stands still until the last of them is. J is dense, and over a mesh every device has the whole of it.
 
     As a lower solver `residuals` is r(x, y), or r(x, y, batch), whose sum of squares is the lower loss; `fit` alone
     needs no problem.

@@ -69,12 +69,9 @@ def repeat(
     host's memory, and moved there and back within the programme. `first` may be traced where there is a `count`.
     """
     count = kernel.steps - first if count is None else count
-
-    def step(state: LowerState, i: Any) -> LowerState:
-        return kernel.advance(level.redraw(first + i, kernel.steps), x, state)[0]
-
     if isinstance(keep, int):
-        return repeated(step, state, count, min(keep, count))
+        return stretch(kernel, level, x, state, first, count, min(keep, count))[0]
+    step = _stepping(kernel, level, x, first)
 
     def body(state: LowerState, i: Any) -> tuple[LowerState, None]:
         if keep == HOST:
@@ -83,6 +80,18 @@ def repeat(
 
     policy = _ON_HOST if keep == HOST else None
     return jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=policy), state, jnp.arange(count))[0]
+
+
+def stretch(
+    kernel: Kernel, level: Level, x: PyTree, state: LowerState, first: Any, count: int, keep: int
+) -> tuple[LowerState, PyTree]:
+    """As `repeat` with `keep` states, and x itself: in reverse mode the sum of x's cotangents over the steps goes on
+    from that of this x, so that stretches one after the other add up what the whole run does, to the last bit."""
+    return repeated(_stepping(kernel, level, x, first), state, count, keep, x)
+
+
+def _stepping(kernel: Kernel, level: Level, x: PyTree, first: Any) -> Callable[[LowerState, Any], LowerState]:
+    return lambda state, i: kernel.advance(level.redraw(first + i, kernel.steps), x, state)[0]
 
 
 _STATE = "bilevel state"

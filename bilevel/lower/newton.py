@@ -42,6 +42,9 @@ class Newton:
     the number of steps (by x and what the level closes over; by the start its derivative is zero): `Unrolled` through
     it is `Implicit`.
 
+    y is one vector here, which over a mesh every device has whole (above `dense` unknowns too): large models take steps
+    (`lower.GradientDescent`, `lower.LBFGS`).
+
     For full batches, f twice differentiable; Y the whole space or a set with bounds (`sets.Box`: an object with
     `bounds(y) -> (lower, upper)`).
 

@@ -7,7 +7,8 @@ back by one compiled programme, which needs what `Unrolled` needs for L steps:
 
     a_k, g_k  from  a_{k+1}:    a_k = (d_s Psi_k)' a_{k+1},    g_k = g_{k+1} + (d_x Psi_k)' a_{k+1}
 
-with Psi_k the segment, a_n = (F_y, 0) and g_n = F_x. (a_k, g_k) and the states are all that a process needs to go on.
+with Psi_k the segment, a_n = (F_y, 0) and g_n = 0; the gradient is F_x + g_0. (a_k, g_k) and the states are all that a
+process needs to go on.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ from bilevel.checkpoint import Checkpoints, fingerprint, placed
 from bilevel.history import History
 from bilevel.hypergradients import Estimate, Unrolled
 from bilevel.hypergradients._base import lower_metrics
+from bilevel.hypergradients.unrolled import end_value
 from bilevel.keys import StepKey, as_step_key
 from bilevel.loop import as_argument, as_solver
-from bilevel.lower import LowerState, as_lower_solver, repeat
+from bilevel.lower import LowerState, as_lower_solver
+from bilevel.lower.loops import stretch
 from bilevel.optimizers import check_count
 from bilevel.precision import Working, named, working
 from bilevel.problem import Problem, ProblemError, as_variable, check_problem
@@ -74,8 +77,9 @@ def metagradient(
         found = runs.metagradient(problem, x, y0, training, checkpoint="runs/meta")
         found.value, found.gradient, found.lower.y
 
-    The derivative of `hypergradients.Unrolled`, equal to it up to rounding; the device holds one segment's states, the
-    host (or the disk) one state per segment. Each step is computed twice, and a third time where it is taken back.
+    The derivative of `hypergradients.Unrolled`, by the same steps and added up in the same order: as a rule to the last
+    bit that of its schedules, where the value is asked for with the gradient. The device holds one segment's states,
+    the host (or the disk) one state per segment. Each step is computed twice, and a third time where it is taken back.
 
     Args:
       problem: the problem; its data are arrays or drawn from arrays, and not a `data.Stream`.
@@ -123,7 +127,7 @@ def metagradient(
                 bar.update(bounds[k + 1], _NONE)
 
             value, end, upper, metrics = _ended(problem, parts, x, now, base)
-            adjoint = upper if adjoint is None else adjoint
+            adjoint = Adjoint(upper.state, optax.tree.zeros_like(x)) if adjoint is None else adjoint
             for k in reversed(range(count - done)):
                 at, now = states.newest(start, k) or (0, start)
                 for missing in range(at, k):  # a file is torn: again from the one before it
@@ -134,7 +138,7 @@ def metagradient(
                 if k + 1 < count:  # the adjoint before this one is there too, and goes on from state k
                     states.drop(k + 1)
                 bar.update(2 * steps - bounds[k], _NONE)
-        gradient = _from_start(problem, parts, x, y, adjoint)
+        gradient = _whole(problem, parts, x, y, adjoint, upper.x)
     gradient, at = given.given(gradient, end.y)
     return Estimate(value, gradient, LowerState(at, end.memory), (), metrics)
 
@@ -175,7 +179,7 @@ def _checked(problem: Any, x: Any, y0: Any, lower_solver: Any, segment: Any) -> 
 
 def _marks(problem: Problem, solver: Any, x: PyTree, y: PyTree, base: StepKey, length: int) -> dict[str, str]:
     """What a directory belongs to: a run's fingerprint, in which the point counts, and the segments' length."""
-    found = fingerprint(problem, solver, x, y, base) | {"segment": str(length)}
+    found = fingerprint(problem, solver, x, y, base) | {"segment": str(length), "F_x": "added last"}
     values = {name: found.pop(name) for name in list(found) if name.startswith("start ")}
     return found | {f"{name.removeprefix('start ')} contents": value for name, value in values.items()}
 
@@ -273,8 +277,8 @@ def _begun(problem: Problem, parts: Any, x: PyTree, y: PyTree) -> LowerState:
 def _advanced(
     problem: Problem, parts: Any, x: PyTree, state: LowerState, base: StepKey, first: Any, *, count: int
 ) -> LowerState:
-    """A segment."""
-    return repeat(_kernel(parts), problem.levels(base).lower, x, state, first, count)
+    """A segment, its steps as `_pulled_back` computes them again."""
+    return stretch(_kernel(parts), problem.levels(base).lower.mixed_mode(), x, state, first, count, 1)[0]
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -291,13 +295,14 @@ def _pulled_back(
 ) -> Adjoint:
     """A segment's derivative, from the state at its beginning."""
     lower, (floats, others, join) = problem.levels(base).lower.mixed_mode(), split(state)
-    keep = Unrolled().kept(_kernel(parts), count)
+    keep: Any = Unrolled().kept(_kernel(parts), count) or count
 
-    def run(x: PyTree, floats: list[jax.Array]) -> list[jax.Array]:
-        return split(repeat(_kernel(parts), lower, x, join(floats, others), first, count, keep))[0]
+    def run(x: PyTree, floats: list[jax.Array]) -> Adjoint:
+        end, x = stretch(_kernel(parts), lower, x, join(floats, others), first, count, keep)
+        return Adjoint(split(end)[0], x)
 
-    of_x, of_state = jax.vjp(run, x, floats)[1](adjoint.state)
-    return Adjoint(of_state, optax.tree.add(adjoint.x, of_x))
+    of_x, of_state = jax.vjp(run, x, floats)[1](adjoint)
+    return Adjoint(of_state, of_x)
 
 
 @jax.jit
@@ -309,14 +314,14 @@ def _ended(
 
     def objective(x: PyTree, floats: list[jax.Array]) -> tuple[jax.Array, LowerState]:
         end = _kernel(parts).end(join(floats, others))
-        return upper(x, end.y), end
+        return end_value(upper, x, end.y), end
 
     (value, end), (of_x, of_state) = jax.value_and_grad(objective, (0, 1), has_aux=True)(x, floats)
     return value, end, Adjoint(of_state, of_x), lower_metrics(lower, x, end.y)
 
 
 @jax.jit
-def _from_start(problem: Problem, parts: Any, x: PyTree, y: PyTree, adjoint: Adjoint) -> PyTree:
-    """The gradient, with what goes through a start that depends on x."""
+def _whole(problem: Problem, parts: Any, x: PyTree, y: PyTree, adjoint: Adjoint, of_x: PyTree) -> PyTree:
+    """The gradient, with F_x and what goes through a start that depends on x."""
     _, back = jax.vjp(lambda x: split(_kernel(parts).begin(x, as_solver(parts).init(y)))[0], x)
-    return optax.tree.add(adjoint.x, back(adjoint.state)[0])
+    return optax.tree.add(optax.tree.add(of_x, adjoint.x), back(adjoint.state)[0])
