@@ -13,10 +13,10 @@ import jax
 import pytest
 from problems import float64
 
-# The tests wait for the compiler more than for anything else, so that it is told to work less: no optimisation of machine
-# code, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of emitting fusions. It reads the
-# variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the compiler's own level for the oldest
-# and newest versions.
+# The tests wait for the compiler more than for anything else, so that it is told to work less: no optimisation of
+# machine code, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of emitting fusions. It reads
+# the variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the compiler's own level for the
+# oldest and newest versions.
 if "XLA_FLAGS" not in os.environ:
     older = " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0" + older

@@ -58,7 +58,7 @@ def mmd(a: Array, b: Array, bandwidths: Sequence[float] = TRAINING, *, unbiased:
         n = p.shape[-1]
         return (total.sum((-2, -1)) - n * len(bandwidths)) / (n * (n - 1))
 
-    a, b = jnp.moveaxis(a, 0, -1), jnp.moveaxis(b, 0, -1)  # the samples along the last axis: a long one, for the vectors
+    a, b = jnp.moveaxis(a, 0, -1), jnp.moveaxis(b, 0, -1)  # the samples along a long last axis
     return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
 
 
