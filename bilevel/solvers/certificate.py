@@ -9,7 +9,7 @@
     minimised      no start reaches a lower f(x, .);
     optimistic     no other minimiser of f(x, .) has a lower F;
     stationary     no small feasible move of x, y following by a lower solve of its own, lowers F: along the slope,
-                   where x -> F(x, y*(x)) bends down most, and along random directions;
+                   where x -> F(x, y*(x)) bends down most (up to 300 unknowns of x), and along random directions;
     not beaten     no large move does (for a few unknowns).
 
 Where data have no end, all of it is looked at on draws of its own (`_draws`); their sampling error is a tolerance like
@@ -67,6 +67,8 @@ _SEARCHED = 150
 """The most unknowns and lower rows with which there is such a search."""
 _BLIND = 3
 """Random directions."""
+_BENDS = 300
+"""The most unknowns of x of which it is looked for where F bends down: a dozen lower solves, one after the other."""
 _STEADY = 1e-4
 """By how much of a unit a little of F beside f changes F at most, where what it does elsewhere says something."""
 _APART = 0.1
@@ -804,7 +806,7 @@ class _Search:
     def bend(self) -> None:
         """Move x where x -> F(x, y*(x)) bends down most: at a saddle point the other directions of many see nothing."""
         u = self.flat_u
-        if u.size < 2:
+        if not 1 < u.size <= _BENDS:
             return
         step = _NEAR[0] * u.size**0.5
         move = lambda d: _projected(self.problem, self.units, self.at[0], [(u + step * d).astype(u.dtype)])[0]  # noqa: E731
