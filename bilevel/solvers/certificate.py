@@ -428,9 +428,11 @@ def _looked(
             search.move()
             if max(numbers["near"], numbers.get("far", 0.0)) <= 10 * (1e-3 if tol is None else tol):
                 search.bend()
+            size = f"because of size: {optax.tree.size(x):,} unknowns of the upper level."
+            if optax.tree.size(x) > _BENDS:
+                unchecked += (f"Whether F falls to both sides of x along some direction was not looked at, {size}",)
             if "far" not in numbers:
-                size = f"{optax.tree.size(x):,} unknowns of the upper level"
-                unchecked += (f"Whether another x is better was not looked at, because of size: {size}.",)
+                unchecked += (f"Whether another x is better was not looked at, {size}",)
         better = search.better
     return _concluded(numbers, result, metrics, tol, unchecked, better)
 
