@@ -210,6 +210,19 @@ def test_many_unknowns_are_moved_along_a_slope_whatever_the_lower_level_is(x64, 
         assert found.result is Result.NOT_STATIONARY
 
 
+@pytest.mark.parametrize("n", [200, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_kink_at_which_no_slope_is_a_number_is_not_passed_over(n):
+    """f = |y - x| in the 2-norm has no derivative at y = x: x = 10/11 is the solution, and 4/5 is none."""
+    problem = Problem(lambda x, y: jnp.sum((y - 1) ** 2 + x**2 / 10), lambda x, y: jnp.linalg.norm(y - x))
+    for value in (0.8, 10 / 11):
+        at = jnp.full(n, value)
+        found = certify(problem, at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-4)
+        assert found.result in (Result.NOT_STATIONARY, Result.UNRESOLVED), found
+        if found.result is Result.UNRESOLVED:
+            assert "is not a number here" in found.why
+            assert "z + 1e-12 in place of z" in found.why
+
+
 KINKS = {
     "an absolute value": lambda x, y: jnp.abs(y[0] - x[0]),
     "a maximum": lambda x, y: jnp.max(jnp.stack([y[0] - x[0], x[0] - y[0], (y[0] - x[0]) / 2])),

@@ -788,20 +788,24 @@ class _Search:
         if few:
             directions += [sign * row for row in np.eye(u.size) for sign in (1.0, -1.0)]
         slope = self._slope(u)
+        found["blind"] = float(not few and not np.isfinite(slope).all())
         if not np.isfinite(slope).all():  # at a kink, as a norm has at zero: that of one side says where to try
             slope = self._slope((u + 1e-3 * np.random.default_rng(17).standard_normal(u.shape)).astype(u.dtype))
-        found["blind"] = float(not few and not np.isfinite(slope).all())
         length = np.linalg.norm(slope)
-        steepest = np.isfinite(length) and length > 0
-        directions.insert(0, -slope / length * u.size**0.5 if steepest else np.zeros(u.shape))
+        usable = np.isfinite(length) and length > 0
+        steepest = -slope / length * u.size**0.5 if usable else np.zeros(u.shape)
         sizes = [(size, "near") for size in _NEAR] + ([(size, "far") for size in _FAR] if few else [])
-        tries = [(size, kind, u + size * d) for d in directions for size, kind in sizes]
+        along = [(size, kind, u + size * steepest) for size, kind in sizes]
+        # And back: at a kink of f the slope may be that of no side, and F fall the other way.
+        along += [(size, "near", u - size * steepest) for size in _NEAR]
+        directions.insert(0, steepest)
+        tries = [(size, kind, u + size * d) for d in directions[1:] for size, kind in sizes]
         wide = everywhere and not few and self._room > 8
         if wide:  # of many unknowns some ways, and the one to zero, on which a set is left, or a norm
             tries += [(size, "far", u + size * d) for d in directions[:_BLIND] for size in _WAYS]
             tries += [(1.0, "far", u * (1 - part)) for part in (0.5, 1.0, 2.0)]
-        self._tried(tries[: len(sizes)], best_for_upper=True)
-        self._tried(tries[len(sizes) :], best_for_upper=False)
+        self._tried(along, best_for_upper=True)
+        self._tried(tries, best_for_upper=False)
         if few or wide:
             found["far"], found["beaten"] = found.get("far", 0.0), found.get("beaten", 0.0)
 
