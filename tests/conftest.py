@@ -6,6 +6,8 @@ import gc
 import importlib.metadata
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,13 +19,25 @@ from problems import float64
 # machine code, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of emitting fusions. It reads
 # the variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the compiler's own level for the
 # oldest and newest versions.
-if "XLA_FLAGS" not in os.environ:
-    older = " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0" + older
+OLDER = " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
+QUICK = "--xla_backend_optimization_level=0" + OLDER
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A background job starts with Ctrl-C ignored, and so would all that it starts; the tests of Ctrl-C are meant.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """What is `optimised` runs in a process of its own, compiled as users' programmes are."""
+    if os.environ["XLA_FLAGS"] != QUICK or pyfuncitem.get_closest_marker("optimised") is None:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=3" + OLDER}
+    done = subprocess.run(command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 @pytest.fixture

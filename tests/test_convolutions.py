@@ -113,6 +113,7 @@ def network():
         lambda: solvers.AID(lower.GradientDescent(0.1, steps=3), optax.sgd(0.1)),
     ],
 )
+@pytest.mark.optimised
 def test_a_run_is_what_it_was_and_its_loop_has_one_order(make, monkeypatch) -> None:
     problem, x, y = network()
     seen = []

@@ -45,6 +45,7 @@ def test_all_tracked_is_exact_on_a_ring(x64: None) -> None:
     SPARKLE(RING, 0.05, 0.2, 0.2),
     SPARKLE(RING, 0.05, 0.2, 0.2, x="extra", y="extra", v="extra"),
 ], ids=["gt", "ed", "extra"])  # fmt: skip
+@pytest.mark.optimised
 def test_float32_after_100_000_steps(solver: Decentralized) -> None:
     problem, _ = quadratic(8, het=1.0)
     error, last = _error(problem, solver, 100_000)

@@ -96,6 +96,7 @@ def test_all_schedules_are_one_derivative(name, x64):
         assert float(found.value) == pytest.approx(float(whole.value), rel=1e-14)
 
 
+@pytest.mark.optimised
 def test_in_float32_all_schedules_are_the_same_numbers():
     """A step is compiled alike wherever it stands. The network is wide enough for XLA to fuse parts of its step."""
     rng = np.random.default_rng(0)

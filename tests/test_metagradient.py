@@ -77,6 +77,7 @@ def test_to_the_last_digits(x64):
     np.testing.assert_allclose(flat(found.gradient), flat(whole.gradient), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.optimised
 def test_to_the_last_bit():
     """In float32, over several hundred steps, with a rest: the same steps, added up in the same order."""
     training = dataclasses.replace(TRAINING, steps=300)

@@ -62,6 +62,7 @@ def inputs(batch=2):
 
 
 @pytest.mark.parametrize("name", ["plain", "guidance_lora"])
+@pytest.mark.optimised
 def test_the_network_is_diffusers(name):
     file = fixture(f"{name}.npz")
     net = Flux.from_config(json.loads(str(file["config"])))
