@@ -156,6 +156,7 @@ def tiny(bins=2, **options):
 
 
 @pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.optimised
 def test_forward_is_reverse_along_adam_steps(x64, steps):
     app = tiny()
     cast = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)
