@@ -796,8 +796,6 @@ class _Search:
         steepest = -slope / length * u.size**0.5 if usable else np.zeros(u.shape)
         sizes = [(size, "near") for size in _NEAR] + ([(size, "far") for size in _FAR] if few else [])
         along = [(size, kind, u + size * steepest) for size, kind in sizes]
-        # And back: at a kink of f the slope may be that of no side, and F fall the other way.
-        along += [(size, "near", u - size * steepest) for size in _NEAR]
         directions.insert(0, steepest)
         tries = [(size, kind, u + size * d) for d in directions[1:] for size, kind in sizes]
         wide = everywhere and not few and self._room > 8
@@ -805,6 +803,9 @@ class _Search:
             tries += [(size, "far", u + size * d) for d in directions[:_BLIND] for size in _WAYS]
             tries += [(1.0, "far", u * (1 - part)) for part in (0.5, 1.0, 2.0)]
         self._tried(along, best_for_upper=True)
+        if usable and found["near"] < 0.25 * _NEAR[-1] * length * u.size**0.5:
+            # F does not fall as the slope has it: at a kink of f it may be that of no side, and F fall the other way.
+            self._tried([(size, "near", u - size * steepest) for size in _NEAR], best_for_upper=True)
         self._tried(tries, best_for_upper=False)
         if few or wide:
             found["far"], found["beaten"] = found.get("far", 0.0), found.get("beaten", 0.0)
