@@ -356,9 +356,10 @@ def _certified(
         fixed = fixed_draws(problem, x, y, start, 10 * (1e-3 if tol is None else tol), step)
         if isinstance(fixed, Fixed):
             own = of_one_step(problem.sources[1])
-            if own and _unlooked((), result, metrics, tol).result is not result:  # the run's own y, on its own draw
-                return _unlooked((), result, metrics, tol)
             if own:
+                alone = _unlooked((), result, metrics, tol)  # the run's own y, on its own draw
+                if alone.result is not result:
+                    return alone
                 start = start[0], jax.tree.map(lambda y0, y: jnp.broadcast_to(y0, y.shape), start[1], fixed.y)
             problem, y = fixed.problem, fixed.y
             error = max(fixed.upper, fixed.lower)
