@@ -165,17 +165,20 @@ def unfit(rule: Any, variable: PyTree) -> str:
 # ---------------------------------------------------------------- at a gradient of zero
 
 
-def stiff_at_rest(rule: Any, variable: PyTree) -> bool:
-    """Whether a rule's first update grows a thousand times faster at a gradient of zero than its size elsewhere.
+def stiff_at_rest(rule: Any, variable: PyTree, memory: PyTree = None) -> bool:
+    """Whether a rule's update grows a thousand times faster at a gradient of zero than its size elsewhere: its first, or
+    that after steps which have left this `memory`.
 
     Adam and its relatives divide by a root of a mean square and a tiny eps, which at an optimum is all there is: the
-    derivative of their steps is 1 / eps there, and says nothing about the lower solution.
+    derivative of their steps is 1 / eps there, and says nothing about the lower solution. Not so where the mean square
+    still holds larger gradients.
     """
     if not is_rule(rule):
         return False
     full = as_optimizer(rule)
-    # One number for each leaf will do, and costs nothing.
-    variable = ones = jax.tree.map(lambda leaf: jnp.ones((1,) * jnp.ndim(leaf), jnp.result_type(leaf)), variable)
+    if memory is None:  # one number for each leaf will do, and costs nothing
+        variable = jax.tree.map(lambda leaf: jnp.ones((1,) * jnp.ndim(leaf), jnp.result_type(leaf)), variable)
+    ones = optax.tree.ones_like(variable)
     zero = optax.tree.zeros_like(ones)
 
     def update(gradient: PyTree, memory: PyTree) -> PyTree:
@@ -185,7 +188,8 @@ def stiff_at_rest(rule: Any, variable: PyTree) -> bool:
         """Of the slope after some steps at rest (RAdam begins with plain ones), and of the updates elsewhere."""
         like = lambda new, old: jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), new, old)  # noqa: E731
         rest = lambda _, memory: like(update(zero, memory)[1], memory)  # noqa: E731
-        rested = jax.lax.fori_loop(0, 8, rest, jax.tree.map(jnp.asarray, full.init(variable)))
+        left = full.init(variable) if memory is None else memory
+        rested = jax.lax.fori_loop(0, 8, rest, jax.tree.map(jnp.asarray, left))
         slope = jax.jvp(lambda g: with_roots(update)(g, rested)[0], (zero,), (ones,))[1]
         norm = lambda tree: optax.tree.norm(jax.tree.map(jnp.nan_to_num, tree))  # noqa: E731
         first, later = norm(update(ones, full.init(variable))[0]), norm(update(ones, rested)[0])

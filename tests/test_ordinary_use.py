@@ -234,6 +234,24 @@ def test_clipping_at_an_optimum_is_plain_descent(rule, estimator):
     np.testing.assert_allclose(estimate.gradient, 2 * (1 - 0.9**5) * jnp.sum(REST - 1) + 2 * X, rtol=1e-5)
 
 
+def test_moments_that_have_seen_gradients_are_not_stiff_at_an_optimum():
+    """A lower run that reaches its optimum to the last bit and is handed back: the derivative is that of its steps."""
+    rule = optax.adam(0.1)
+    solver = lower.GradientDescent(rule, 5)
+    seen = optax.tree.set(rule.init(REST), count=100, nu=jnp.ones_like(REST))
+    estimate = value_and_hypergradient(QUADRATIC, hypergradients.Unrolled(), solver)(X, lower.LowerState(REST, seen))
+
+    def after(x):
+        y, memory = REST, seen
+        for _ in range(5):
+            updates, memory = rule.update(jax.grad(QUADRATIC.lower, 1)(x, y), memory, y)
+            y = optax.apply_updates(y, updates)
+        return QUADRATIC.upper(x, y)
+
+    np.testing.assert_allclose(estimate.gradient, jax.grad(after)(X), rtol=1e-5)
+    assert not np.allclose(estimate.gradient, jax.grad(QUADRATIC.upper)(X, REST), rtol=1e-2)
+
+
 def test_an_eps_root_of_the_size_of_a_step_is_the_cure():
     rule = optax.adam(1e-2, eps_root=1e-3)
     at = lambda steps: (

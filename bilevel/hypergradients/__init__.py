@@ -99,7 +99,7 @@ def value_and_hypergradient(
             estimate = estimator(upper, lower, solver, found.x, start, carry)
         left = estimate.metrics.get("lower_residual", 1.0)
         at_rest = getattr(estimator, "through", False) and not isinstance(left, jax.core.Tracer) and left == 0
-        if at_rest and stiff_at_rest(as_rule(solver), found.y):
+        if at_rest and stiff_at_rest(as_rule(solver), estimate.lower.y, estimate.lower.memory):
             raise ProblemError(AT_REST.format(what=name_of(solver)))
         gradient, at = found.given(estimate.gradient, estimate.lower.y)
         return dataclasses.replace(estimate, gradient=gradient, lower=LowerState(at, estimate.lower.memory))
