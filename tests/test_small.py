@@ -13,6 +13,7 @@ from bilevel import Problem, data, sets, solvers
 from bilevel.data import ProblemError
 from bilevel.keys import as_step_key
 from bilevel.result import Result
+from bilevel.solvers.small.branches import best_branches
 from bilevel.solvers.small.nlp import Rows, minimise
 from bilevel.solvers.small.program import Program
 from bilevel.solvers.small.search import Search, solve_lower
@@ -368,6 +369,42 @@ def test_a_linear_lower_level_is_seen_and_solved_at_once(x64):
         assert not Program(dataclasses.replace(linear, lower=lower), jnp.ones(1), jnp.ones(2)).linear
     free = Problem(lambda x, y: y[0] ** 2, lambda x, y: -y[0], constraint=lambda x, y: x[0] - y[0])
     assert unbounded(free, jnp.ones(1), jnp.ones(1))
+
+
+def test_a_lower_solve_that_creeps_to_a_known_end_is_left(x64):
+    """min (y - 2)^2 s.t. y^2 <= x at x = 0: y = 0 alone, without a qualification, and steps that get ever shorter."""
+    problem = Problem(lambda x, y: y[0] ** 2, lambda x, y: (y[0] - 2) ** 2, constraint=lambda x, y: y**2 - x)
+    calls = []
+    for starts in ([[-1.0]], np.linspace(-1, 3, 12)[:, None]):
+        program = Program(problem, jnp.zeros(1), -jnp.ones(1))
+        before = program.calls
+        lowest = solve_lower(program, program.start, np.asarray(starts))
+        assert abs(lowest.points[0][1]) < 1e-6
+        calls.append(program.calls - before)
+    assert calls[0] > 60  # else it does not creep, and says nothing
+    assert calls[1] < calls[0] + 12 * 40
+
+
+def test_the_best_branch_of_a_linear_problem_is_found_at_once(x64):
+    """y = max(x - 1, 0) for x <= 2, above it y = x - 1 is no more in the upper rows; F = x - 3y: x = 2 beats x = 0."""
+    problem = Problem(
+        lambda x, y: x[0] - 3 * y[0],
+        lambda x, y: y[0],
+        project_lower=sets.Box(0.0, 5.0),
+        project_upper=sets.Box(0.0, 5.0),
+        constraint=lambda x, y: x - 1 - y,
+        upper_constraint=lambda x, y: y - 1,
+    )
+    program = Program(problem, jnp.zeros(1), jnp.ones(1))
+    assert program.affine
+    found = best_branches(program, program.start)
+    np.testing.assert_allclose(found[0] * program.columns[:2], [2.0, 1.0], atol=1e-6)
+    curved = dataclasses.replace(problem, upper_constraint=lambda x, y: y**2 - 1)
+    assert best_branches(Program(curved, jnp.zeros(1), jnp.ones(1)), program.start) == []
+    quadratic = dataclasses.replace(problem, lower=lambda x, y: y[0] ** 2)
+    program = Program(quadratic, jnp.zeros(1), jnp.ones(1))
+    found = best_branches(program, program.start)
+    np.testing.assert_allclose(found[0] * program.columns[:2], [2.0, 1.0], atol=1e-6)
 
 
 def test_a_cut_bounds_the_lower_value_to_second_order(x64):

@@ -16,6 +16,7 @@ from bilevel.keys import StepKey, as_step_key
 from bilevel.optimizers import check_count
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
+from bilevel.solvers.small.branches import best_branches
 from bilevel.solvers.small.nlp import METHODS
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.search import EXACT, LADDER, Lowest, Point, Search, lower_starts, sample, solve_lower, spread
@@ -379,7 +380,8 @@ class _Run:
         """Lower solutions at many x: of each set of active rows that is met the best for F, the best first; and some
         that lie far from these and from each other.
 
-        The first is the one next to where the upper level would like y to be.
+        The first are those on the best branches, where a linear programme tells; then comes the one next to where the
+        upper level would like y to be.
         """
         if self._scouts is None:
             search, program = self.search, self.program
@@ -407,6 +409,7 @@ class _Run:
                         feasible.append((cost, point))
                     first += [point] if i == 0 else []
             near = first + [point for _, point in sorted(best.values(), key=lambda pair: pair[0])]
+            near = best_branches(program, start) + near
             # Two solutions with the same active rows may lie on different sides of a set: what is far is tried, too.
             feasible = sorted(feasible, key=lambda pair: pair[0])[: (len(feasible) + 1) // 2]
             taken = [start, *near[:2]]

@@ -266,6 +266,16 @@ class Program:
             loss, *rows = degrees(traced, given)
             return loss <= 2 and max(rows, default=0.0) <= 1 and not traced.effects
 
+    @functools.cached_property
+    def affine(self) -> bool:
+        """Whether all rows are seen to be affine in (x, y), and f to be of degree two at most: then the lower level's
+        conditions are affine in (x, y, lam, mu)."""
+        with self.precision():
+            rows = functools.partial(_all_rows, self.problem, self._bounds, self.layout)
+            traced = jax.make_jaxpr(rows)(self.start if self.double else self.start.astype(np.float32)).jaxpr
+            _, lower, *others = degrees(traced, [1.0])
+            return lower <= 2 and max(others, default=0.0) <= 1 and not traced.effects
+
     def convex(self, xy: np.ndarray) -> bool:
         """Whether the lower level at the x of `xy` is seen to have one minimiser, and no other local one."""
         if not self.quadratic:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.solvers.small.nlp import Rows, minimise
+from bilevel.solvers.small.nlp import Rows, attempt, minimise
 from bilevel.solvers.small.program import Evaluated, Program
 
 __all__ = ["Lowest", "Point", "Search", "deeper", "lower_starts", "solve_lower"]
@@ -45,6 +45,9 @@ _SEVERAL, _HOPS, _PATIENCE = 3, 100, 10
 """From how many valleys on the lower level is solved from more starts, how many, and how many without success."""
 _SHIFTS = 5
 """Steps of x to a tie."""
+_FIRST, _BESIDE_KNOWN = 30, 3e-2
+"""Evaluations of a lower solve after which it is looked at where it goes, and how near it is to the end of another one
+that it is left, in units of y."""
 _WIDE = 1e2
 """Units of a variable: a box as wide as this one is no hint of where to look."""
 
@@ -137,9 +140,15 @@ def solve_lower(
         lower, upper = program.own_lower.copy(), program.own_upper.copy()
         lower[:n] = upper[:n] = xy[:n]
         rows = lower_rows(program)
-        solved = lambda y: minimise(rows, y, lower, upper, method=method, iterations=iterations, tol=1e-13, far=1e30)  # noqa: E731
+        given: Any = {"method": method, "iterations": iterations, "tol": 1e-13, "far": 1e30}
         # Where there is one minimiser, other starts than the first and one more lead to it again.
-        ends = [solved(start) for start in (tried[:2] if program.convex(xy) else tried)]
+        for start in tried[:2] if program.convex(xy) else tried:
+            # At rows without a qualification a method creeps: one that creeps to where another one has been is left.
+            end = attempt(rows, start, lower, upper, **given, evaluations=_FIRST if ends else np.inf)
+            if end.rested:
+                ends.append(end.point)
+            elif not any(np.abs(end.point - other).max() <= _BESIDE_KNOWN for other in ends):
+                ends.append(minimise(rows, end.point, lower, upper, **given))
     return _lowest(program, tried, ends)
 
 
