@@ -81,4 +81,6 @@ def _best(program: Program, xy: np.ndarray) -> np.ndarray | None:
         constraints=LinearConstraint(rows, least, most),
         options={"node_limit": _NODES},
     )
-    return None if solved.x is None or not np.isfinite(solved.x).all() else np.asarray(solved.x[:k])
+    if solved.x is None or not np.abs(solved.x).max() < (1 - _SAME) * _LARGE:  # where M ends it, it falls for ever
+        return None
+    return np.asarray(solved.x[:k])

@@ -19,7 +19,18 @@ from bilevel.result import Result
 from bilevel.solvers.small.branches import best_branches
 from bilevel.solvers.small.nlp import METHODS
 from bilevel.solvers.small.program import Program, flatten
-from bilevel.solvers.small.search import EXACT, LADDER, Lowest, Point, Search, lower_starts, sample, solve_lower, spread
+from bilevel.solvers.small.search import (
+    EXACT,
+    LADDER,
+    SAME,
+    Lowest,
+    Point,
+    Search,
+    lower_starts,
+    sample,
+    solve_lower,
+    spread,
+)
 from bilevel.solvers.small.stationarity import kinked, unbounded
 from bilevel.typing import Metrics, PyTree
 
@@ -315,7 +326,7 @@ class _Run:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""
         tol, n = self.solver.tol, self.program.n
         points = sorted(points, key=lambda point: _rank(point, tol))
-        known = [other[n:] for point in points for other in point.lowest.points[:2]]
+        known = _apart([other[n:] for point in points for other in point.lowest.points[:2]])
         first, looks = points[0], 0
         while points:
             point = points.pop(0)
@@ -520,6 +531,15 @@ def around(program: Program, starts: int) -> Point | None:
             if idle >= starts:
                 break
     return None
+
+
+def _apart(points: list[np.ndarray]) -> list[np.ndarray]:
+    """Those that are not one of the others again."""
+    found: list[np.ndarray] = []
+    for point in points:
+        if all(np.abs(point - other).max() > SAME for other in found):
+            found.append(point)
+    return found
 
 
 def _rank(point: Point, tol: float) -> tuple[int, float]:

@@ -33,6 +33,8 @@ _BOTH = 3
 """Rounds of cuts in which the search goes on from the lower solution, too."""
 EXACT = 1e-10
 """What the conditions of a lower solution are left with by rounding."""
+SAME = 1e-4
+"""How far apart two lower solutions are at least, in units of the variables, that are two."""
 _BESIDE = 1e-2
 """How far from a relaxed point the exact one is at most, in units of the variables."""
 _STEEP = 1e3
@@ -165,7 +167,7 @@ def _lowest(program: Program, starts: list[np.ndarray], ends: list[np.ndarray]) 
     values: list[float] = []
     valleys: list[tuple[float, np.ndarray]] = []
     for value, i, point in found:
-        if all(np.abs(point - other).max() > 1e-4 for other in points):
+        if all(np.abs(point - other).max() > SAME for other in points):
             points.append(point)
             values.append(value)
         if i >= len(starts) and all(abs(value - other) > _SAME_VALLEY for other, _ in valleys):
