@@ -371,6 +371,21 @@ def test_a_linear_lower_level_is_seen_and_solved_at_once(x64):
     assert unbounded(free, jnp.ones(1), jnp.ones(1))
 
 
+def test_a_solution_on_an_upper_row_is_no_saddle(x64):
+    """F = 4 (y0 - y1)^2 - (y0 + y1)^2 with y = x over x0 + x1 <= 1, or x0 + y1 <= 1: x = (1/2, 1/2).
+
+    F bends down across the row, where nothing is to be had. Along one it does: 3 (y0 - y1)^2 less makes it a saddle.
+    """
+    follow, at = lambda x, y: jnp.sum((y - x) ** 2), jnp.full(2, 0.5)
+    for row in (lambda x, y: jnp.sum(x) - 1, lambda x, y: x[0] + y[1] - 1, lambda x, y: jnp.sum(x) ** 2 - 1):
+        upper = lambda x, y: 4 * (y[0] - y[1]) ** 2 - jnp.sum(y) ** 2
+        problem = Problem(upper, follow, upper_constraint=row)
+        assert stationary(problem, at, at).slope > -1e-4
+        bent = lambda x, y, upper=upper: upper(x, y) - 5 * (y[0] - y[1]) ** 2 + (y[0] - y[1]) ** 4
+        found = stationary(dataclasses.replace(problem, upper=bent), at, at)
+        assert found.slope < -1e-3
+
+
 def test_a_lower_solve_that_creeps_to_a_known_end_is_left(x64):
     """min (y - 2)^2 s.t. y^2 <= x at x = 0: y = 0 alone, without a qualification, and steps that get ever shorter."""
     problem = Problem(lambda x, y: y[0] ** 2, lambda x, y: (y[0] - 2) ** 2, constraint=lambda x, y: y**2 - x)
