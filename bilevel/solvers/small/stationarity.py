@@ -402,7 +402,7 @@ class _Check:
         if free.size < 2:
             return None
         slope, here = self.search.cut(self.xy).slope, program(program.point(self.xy))
-        active = ~program.upper_inequality | (here.G > -self.radius)
+        active = ~program.upper_inequality | (-self.radius < here.G)
         rows = np.concatenate([here.dG[active], here.dH])
         basis = _null_space((rows[:, :n] + rows[:, n:k] @ slope)[:, free])
         if not basis.shape[1]:
