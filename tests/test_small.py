@@ -400,6 +400,19 @@ def test_a_lower_solve_that_creeps_to_a_known_end_is_left(x64):
     assert calls[1] < calls[0] + 12 * 40
 
 
+def test_lower_solves_that_all_creep_are_not_all_waited_for(x64):
+    """min (y0 - 2)^2 s.t. y0^4 <= x at x = 0: y0 = 0, any y1; each start goes to its own y1, in more than 20 steps."""
+    problem = Problem(
+        lambda x, y: y[0] ** 2, lambda x, y: (y[0] - 2) ** 2, constraint=lambda x, y: y[0] ** 4 - x[0]
+    )  # fmt: skip
+    program = Program(problem, jnp.zeros(1), -jnp.ones(2))
+    before = program.calls
+    starts = [np.array([-1.0, y1]) for y1 in np.linspace(-30, 30, 12)]
+    lowest = solve_lower(program, program.start, starts, iterations=20)
+    assert abs(lowest.points[0][1]) < 0.1
+    assert program.calls - before < 12 * 30  # going on with each, it is twice twenty for most
+
+
 def test_the_best_branch_of_a_linear_problem_is_found_at_once(x64):
     """y = max(x - 1, 0) for x <= 2, above it y = x - 1 is no more in the upper rows; F = x - 3y: x = 2 beats x = 0."""
     problem = Problem(

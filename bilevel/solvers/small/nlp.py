@@ -14,8 +14,8 @@ METHODS = ("SLSQP", "trust-constr")
 _SHORT = {"inequality": "ineq", "equality": "eq"}  # SciPy's names
 _SINGULAR = 6
 """SLSQP's word for equations of which some follow from others."""
-_SPENT = -1
-"""Our word for a call that was left."""
+_SPENT, _LIMIT = -1, {"SLSQP": 9, "trust-constr": 0}
+"""Our word for a call that was left, and their word for one whose iterations are spent."""
 _TRIALS = 3
 FAR = 1e7
 """In units of the variables: a point beyond it is not kept."""
@@ -43,7 +43,7 @@ class End(NamedTuple):
 
     Attributes:
       point: the point.
-      rested: whether it ended there by itself; False: its evaluations were spent.
+      rested: whether it ended there by itself; False: its iterations or evaluations were spent.
     """
 
     point: np.ndarray
@@ -95,7 +95,7 @@ def attempt(
         point[free] = np.clip(z, lower[free], upper[free])
         return _walled(_columns(rows(point), free))
 
-    end, basis, status = whole[free], None, 0
+    end, basis, status = whole[free], None, _SINGULAR
     for _ in range(_TRIALS):
         found, status = _local(reduced, end, lower[free], upper[free], basis, method, iterations, tol, evaluations)
         if found is None or not np.isfinite(found).all() or np.abs(found).max() > far:
@@ -112,7 +112,7 @@ def attempt(
         basis = left[:, :rank]
     whole = whole.copy()
     whole[free] = np.clip(end, lower[free], upper[free])
-    return End(whole, status != _SPENT)
+    return End(whole, status not in (_SPENT, _LIMIT[method]))
 
 
 def _local(
@@ -174,7 +174,7 @@ def _local(
                 options=options,
             )
     except (ValueError, np.linalg.LinAlgError):  # of a subproblem without a solution
-        return None, 0
+        return None, _SINGULAR
     except _SpentError:
         return last["iterate"], _SPENT
     return found.x, int(found.status)

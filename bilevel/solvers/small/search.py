@@ -47,9 +47,9 @@ _SEVERAL, _HOPS, _PATIENCE = 3, 100, 10
 """From how many valleys on the lower level is solved from more starts, how many, and how many without success."""
 _SHIFTS = 5
 """Steps of x to a tie."""
-_FIRST, _BESIDE_KNOWN = 30, 3e-2
-"""Evaluations of a lower solve after which it is looked at where it goes, and how near it is to the end of another one
-that it is left, in units of y."""
+_FIRST, _BESIDE_KNOWN, _CREPT = 30, 3e-2, 3
+"""Evaluations of a lower solve after which it is looked at where it goes, how near it is to the end of another one that
+it is left, in units of y, and how many solves may spend all their iterations."""
 _WIDE = 1e2
 """Units of a variable: a box as wide as this one is no hint of where to look."""
 
@@ -143,14 +143,18 @@ def solve_lower(
         lower[:n] = upper[:n] = xy[:n]
         rows = lower_rows(program)
         given: Any = {"method": method, "iterations": iterations, "tol": 1e-13, "far": 1e30}
+        crept = 0
         # Where there is one minimiser, other starts than the first and one more lead to it again.
         for start in tried[:2] if program.convex(xy) else tried:
-            # At rows without a qualification a method creeps: one that creeps to where another one has been is left.
+            # At rows without a qualification a method creeps: one that creeps to where another one has been is left,
+            # and where some have crept others are not waited for.
             end = attempt(rows, start, lower, upper, **given, evaluations=_FIRST if ends else np.inf)
-            if end.rested:
-                ends.append(end.point)
-            elif not any(np.abs(end.point - other).max() <= _BESIDE_KNOWN for other in ends):
-                ends.append(minimise(rows, end.point, lower, upper, **given))
+            if ends and not end.rested:
+                if any(np.abs(end.point - other).max() <= _BESIDE_KNOWN for other in ends):
+                    continue
+                end = attempt(rows, end.point, lower, upper, **given) if crept < _CREPT else end
+            crept += not end.rested
+            ends.append(end.point)
     return _lowest(program, tried, ends)
 
 
