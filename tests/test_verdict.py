@@ -141,6 +141,21 @@ def test_float32_says_converged_only_where_it_is_right():
     assert found.result.name != "CONVERGED" or not case.wrong(found.x, found.y)
 
 
+@pytest.mark.parametrize("start", [0.1, 0.9], ids=["from inside", "from outside"])
+def test_an_end_at_the_edge_of_a_domain_is_rounded_into_it(start):
+    """F = (1/3 - x)^1.5 - y with y = x <= 1/3: x = 1/3, which is more than a third in single precision, no number."""
+    assert not jax.config.jax_enable_x64
+    assert float(np.float32(1 / 3)) > 1 / 3
+    problem = Problem(
+        lambda x, y: (1 / 3 - x[0]) ** 1.5 - y[0],
+        lambda x, y: (y[0] - x[0]) ** 2,
+        upper_constraint=lambda x, y: x[0] - 1 / 3,
+    )
+    found = solve(problem, jnp.array([start]), jnp.zeros(1), steps=5000, tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED, found
+    np.testing.assert_allclose(found.x, 1 / 3, rtol=1e-4)
+
+
 SADDLES = {
     # F = |y - 1|^2 but for one coordinate, where it is t^4 - 4t^2 from t = y - 1 = 0; y = x.
     "of F": (lambda x, y: jnp.sum((y[1:] - 1) ** 2) - 4 * (y[0] - 1) ** 2 + (y[0] - 1) ** 4, lambda x: x),

@@ -491,7 +491,7 @@ class _Run:
         ends["upper_loss"][step] = point.loss * program.upper_scale
         ends["verified"][step] = point.verified(tol)
         self._learn(ends)
-        x, y = program.trees(best.xy)
+        x, y = program.trees_inside(best.xy)
         with program.precision():
             upper, lower = _multipliers(self.search, best)
         return MPCCState(

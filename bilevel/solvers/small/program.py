@@ -355,6 +355,24 @@ class Program:
         cut = self.layout.x.num_leaves
         return jax.tree.unflatten(self.layout.x, leaves[:cut]), jax.tree.unflatten(self.layout.y, leaves[cut:])
 
+    def trees_inside(self, xy: np.ndarray) -> tuple[PyTree, PyTree]:
+        """`trees`; where the losses are numbers at (x, y) and none at what it is rounded to, every number is rounded
+        towards the start instead, or away from it: the edge of a domain lies between."""
+        found, (dtype, *others) = self.trees(xy), self.dtypes
+        numbers = lambda trees: bool(np.isfinite(self.losses(*trees)).all())  # noqa: E731
+        if dtype == np.float64 or any(other != dtype for other in others) or numbers(found):
+            return found
+        columns = self.columns[: self.n + self.m]
+        raw = xy * columns
+        near = raw.astype(dtype)
+        for sign in (1.0, -1.0):
+            way = sign * (self.start * columns - raw)
+            other_side = np.nextafter(near, (near + way).astype(dtype))
+            moved = self.trees(np.where((near - raw) * way < 0, other_side, near).astype(float) / columns)
+            if numbers(moved):
+                return moved
+        return found
+
     def scaled(self, x: PyTree, y: PyTree) -> np.ndarray:
         """(x, y) of the user as one scaled vector."""
         return np.concatenate([flatten(x), flatten(y)]) / self.columns[: self.n + self.m]
