@@ -132,7 +132,8 @@ class MPCC:
 
     Attributes:
       starts: the first is (x0, y0), the others are drawn in the boxes that sets and rows imply, and around the start,
-        at widths of all sizes.
+        at widths of all sizes; where the lower level's conditions and all rows are affine, some of them lie on the best
+        branch of active rows, found by a mixed-integer linear programme.
       method: "SLSQP" or "trust-constr", of `scipy.optimize.minimize`.
       tol: the largest f(x, y) less the lowest value found, in units in which f has a unit gradient.
       rounds: the most rounds of cuts of a start.
