@@ -92,9 +92,9 @@ def traffic(jaxpr: Any) -> int:
 # and what has their sum.
 _KEEPS = frozenset((
     "broadcast_in_dim", "copy", "copy_p", "cumsum", "dynamic_slice", "expand_dims", "gather", "neg", "reduce_sum",
-    "reshape", "rev", "slice", "squeeze", "transpose",
+    "reshape", "rev", "slice", "squeeze", "tile", "transpose", "unstack",
 ))  # fmt: skip
-_GREATEST = frozenset(("add", "add_any", "concatenate", "dynamic_update_slice", "pad", "sub"))
+_GREATEST = frozenset(("add", "add_any", "concatenate", "dynamic_update_slice", "pad", "stack", "sub"))
 _SUM = frozenset(("conv_general_dilated", "dot_general", "mul"))
 
 

@@ -138,6 +138,8 @@ def test_sets_and_rows_are_left_to_the_search():
         (lambda x: jnp.sum(jnp.outer(x, x) @ x), 3),
         (lambda x: jnp.sum(jnp.arange(3.0) ** 5 * x), 1),
         (lambda x: jax.jit(jnp.square)(x)[0], 2),
+        (lambda x: jnp.sum(jnp.stack([x[0] * x[1], x[2]])), 2),
+        (lambda x: jnp.sum(jnp.tile(jnp.concatenate([x, x]), 2)), 1),
         (lambda x: jnp.sum(x**0), 0),
         (lambda x: jnp.sum(1 / x), np.inf),
         (lambda x: jnp.sum(jnp.sin(x)) ** 0 * 2, 0),

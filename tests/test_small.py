@@ -13,6 +13,7 @@ from bilevel import Problem, data, sets, solvers
 from bilevel.data import ProblemError
 from bilevel.keys import as_step_key
 from bilevel.result import Result
+from bilevel.solvers.small.branches import best_branches
 from bilevel.solvers.small.nlp import Rows, minimise
 from bilevel.solvers.small.program import Program
 from bilevel.solvers.small.search import Search, solve_lower
@@ -368,6 +369,70 @@ def test_a_linear_lower_level_is_seen_and_solved_at_once(x64):
         assert not Program(dataclasses.replace(linear, lower=lower), jnp.ones(1), jnp.ones(2)).linear
     free = Problem(lambda x, y: y[0] ** 2, lambda x, y: -y[0], constraint=lambda x, y: x[0] - y[0])
     assert unbounded(free, jnp.ones(1), jnp.ones(1))
+
+
+def test_a_solution_on_an_upper_row_is_no_saddle(x64):
+    """F = 4 (y0 - y1)^2 - (y0 + y1)^2 with y = x over x0 + x1 <= 1, or x0 + y1 <= 1: x = (1/2, 1/2).
+
+    F bends down across the row, where nothing is to be had. Along one it does: 3 (y0 - y1)^2 less makes it a saddle.
+    """
+    follow, at = lambda x, y: jnp.sum((y - x) ** 2), jnp.full(2, 0.5)
+    for row in (lambda x, y: jnp.sum(x) - 1, lambda x, y: x[0] + y[1] - 1, lambda x, y: jnp.sum(x) ** 2 - 1):
+        upper = lambda x, y: 4 * (y[0] - y[1]) ** 2 - jnp.sum(y) ** 2
+        problem = Problem(upper, follow, upper_constraint=row)
+        assert stationary(problem, at, at).slope > -1e-4
+        bent = lambda x, y, upper=upper: upper(x, y) - 5 * (y[0] - y[1]) ** 2 + (y[0] - y[1]) ** 4
+        found = stationary(dataclasses.replace(problem, upper=bent), at, at)
+        assert found.slope < -1e-3
+
+
+def test_a_lower_solve_that_creeps_to_a_known_end_is_left(x64):
+    """min (y - 2)^2 s.t. y^2 <= x at x = 0: y = 0 alone, without a qualification, and steps that get ever shorter."""
+    problem = Problem(lambda x, y: y[0] ** 2, lambda x, y: (y[0] - 2) ** 2, constraint=lambda x, y: y**2 - x)
+    calls = []
+    for starts in ([[-1.0]], np.linspace(-1, 3, 12)[:, None]):
+        program = Program(problem, jnp.zeros(1), -jnp.ones(1))
+        before = program.calls
+        lowest = solve_lower(program, program.start, np.asarray(starts))
+        assert abs(lowest.points[0][1]) < 1e-6
+        calls.append(program.calls - before)
+    assert calls[0] > 60  # else it does not creep, and says nothing
+    assert calls[1] < calls[0] + 12 * 40
+
+
+def test_lower_solves_that_all_creep_are_not_all_waited_for(x64):
+    """min (y0 - 2)^2 s.t. y0^4 <= x at x = 0: y0 = 0, any y1; each start goes to its own y1, in more than 20 steps."""
+    problem = Problem(
+        lambda x, y: y[0] ** 2, lambda x, y: (y[0] - 2) ** 2, constraint=lambda x, y: y[0] ** 4 - x[0]
+    )  # fmt: skip
+    program = Program(problem, jnp.zeros(1), -jnp.ones(2))
+    before = program.calls
+    starts = [np.array([-1.0, y1]) for y1 in np.linspace(-30, 30, 12)]
+    lowest = solve_lower(program, program.start, starts, iterations=20)
+    assert abs(lowest.points[0][1]) < 0.1
+    assert program.calls - before < 12 * 30  # going on with each, it is twice twenty for most
+
+
+def test_the_best_branch_of_a_linear_problem_is_found_at_once(x64):
+    """y = max(x - 1, 0) for x <= 2, above it y = x - 1 is no more in the upper rows; F = x - 3y: x = 2 beats x = 0."""
+    problem = Problem(
+        lambda x, y: x[0] - 3 * y[0],
+        lambda x, y: y[0],
+        project_lower=sets.Box(0.0, 5.0),
+        project_upper=sets.Box(0.0, 5.0),
+        constraint=lambda x, y: x - 1 - y,
+        upper_constraint=lambda x, y: y - 1,
+    )
+    program = Program(problem, jnp.zeros(1), jnp.ones(1))
+    assert program.affine
+    found = best_branches(program, program.start)
+    np.testing.assert_allclose(found[0] * program.columns[:2], [2.0, 1.0], atol=1e-6)
+    curved = dataclasses.replace(problem, upper_constraint=lambda x, y: y**2 - 1)
+    assert best_branches(Program(curved, jnp.zeros(1), jnp.ones(1)), program.start) == []
+    quadratic = dataclasses.replace(problem, lower=lambda x, y: y[0] ** 2)
+    program = Program(quadratic, jnp.zeros(1), jnp.ones(1))
+    found = best_branches(program, program.start)
+    np.testing.assert_allclose(found[0] * program.columns[:2], [2.0, 1.0], atol=1e-6)
 
 
 def test_a_cut_bounds_the_lower_value_to_second_order(x64):

@@ -110,12 +110,50 @@ def test_a_nonsmooth_term_leaves_no_local_solution_unsaid(x64, start):
     np.testing.assert_allclose(found.x, 30 / 11, rtol=1e-2)
 
 
+@pytest.mark.parametrize("start", [1.0, pytest.param(5.0, marks=pytest.mark.slow)])
+def test_a_small_piece_of_a_linear_problem_is_no_hiding_place(x64, start):
+    """F = -8 x0 - 4 x1 - 40 y0 over x0 + 2 x1 <= 2.2 + y1; y = (2 (x1 - 1), 0) for x0 <= 1/2 - 2 (x1 - 1), x1 >= 1.
+
+    On that piece, a triangle of x in boxes up to 10, lies x = (0, 1.1) with F = -12.4. Elsewhere the best is
+    x = (.75, 1.225), y = (0, 1) with -10.9, to which starts in the boxes go.
+    """
+    rows = lambda x, y: jnp.stack([y[0] + y[1] - 1, 4 * x[0] - 2 + 4 * y[0] - y[1], 4 * x[1] - 4 - 2 * y[0] - y[1]])
+    problem = Problem(
+        lambda x, y: -8 * x[0] - 4 * x[1] - 40 * y[0],
+        lambda x, y: y[0] + 2 * y[1],
+        project_upper=sets.Box(0.0, 10.0),
+        project_lower=sets.Box(0.0, 10.0),
+        constraint=rows,
+        upper_constraint=lambda x, y: x[0] + 2 * x[1] - 2.2 - y[1],
+    )
+    at = jnp.full(2, start)
+    found = solve(problem, at, at, steps=5000, tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED
+    np.testing.assert_allclose(found.x, [0.0, 1.1], atol=1e-3)
+    np.testing.assert_allclose(found.y, [0.2, 0.0], atol=1e-3)
+
+
 def test_float32_says_converged_only_where_it_is_right():
     assert not jax.config.jax_enable_x64
     case = CASES["capacity"]()
     found = solved(case)
     assert np.asarray(found.y).dtype == np.float32
     assert found.result.name != "CONVERGED" or not case.wrong(found.x, found.y)
+
+
+@pytest.mark.parametrize("start", [0.1, 0.9], ids=["from inside", "from outside"])
+def test_an_end_at_the_edge_of_a_domain_is_rounded_into_it(start):
+    """F = (1/3 - x)^1.5 - y with y = x <= 1/3: x = 1/3, which is more than a third in single precision, no number."""
+    assert not jax.config.jax_enable_x64
+    assert float(np.float32(1 / 3)) > 1 / 3
+    problem = Problem(
+        lambda x, y: (1 / 3 - x[0]) ** 1.5 - y[0],
+        lambda x, y: (y[0] - x[0]) ** 2,
+        upper_constraint=lambda x, y: x[0] - 1 / 3,
+    )
+    found = solve(problem, jnp.array([start]), jnp.zeros(1), steps=5000, tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED, found
+    np.testing.assert_allclose(found.x, 1 / 3, rtol=1e-4)
 
 
 SADDLES = {

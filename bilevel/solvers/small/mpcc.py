@@ -16,9 +16,21 @@ from bilevel.keys import StepKey, as_step_key
 from bilevel.optimizers import check_count
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
+from bilevel.solvers.small.branches import best_branches
 from bilevel.solvers.small.nlp import METHODS
 from bilevel.solvers.small.program import Program, flatten
-from bilevel.solvers.small.search import EXACT, LADDER, Lowest, Point, Search, lower_starts, sample, solve_lower, spread
+from bilevel.solvers.small.search import (
+    EXACT,
+    LADDER,
+    SAME,
+    Lowest,
+    Point,
+    Search,
+    lower_starts,
+    sample,
+    solve_lower,
+    spread,
+)
 from bilevel.solvers.small.stationarity import kinked, unbounded
 from bilevel.typing import Metrics, PyTree
 
@@ -120,7 +132,8 @@ class MPCC:
 
     Attributes:
       starts: the first is (x0, y0), the others are drawn in the boxes that sets and rows imply, and around the start,
-        at widths of all sizes.
+        at widths of all sizes; where the lower level's conditions and all rows are affine, some of them lie on the best
+        branch of active rows, found by a mixed-integer linear programme.
       method: "SLSQP" or "trust-constr", of `scipy.optimize.minimize`.
       tol: the largest f(x, y) less the lowest value found, in units in which f has a unit gradient.
       rounds: the most rounds of cuts of a start.
@@ -314,7 +327,7 @@ class _Run:
         """The best of a start's points; one that would be the best of all is looked at more closely first."""
         tol, n = self.solver.tol, self.program.n
         points = sorted(points, key=lambda point: _rank(point, tol))
-        known = [other[n:] for point in points for other in point.lowest.points[:2]]
+        known = _apart([other[n:] for point in points for other in point.lowest.points[:2]])
         first, looks = points[0], 0
         while points:
             point = points.pop(0)
@@ -379,7 +392,8 @@ class _Run:
         """Lower solutions at many x: of each set of active rows that is met the best for F, the best first; and some
         that lie far from these and from each other.
 
-        The first is the one next to where the upper level would like y to be.
+        The first are those on the best branches, where a linear programme tells; then comes the one next to where the
+        upper level would like y to be.
         """
         if self._scouts is None:
             search, program = self.search, self.program
@@ -407,6 +421,7 @@ class _Run:
                         feasible.append((cost, point))
                     first += [point] if i == 0 else []
             near = first + [point for _, point in sorted(best.values(), key=lambda pair: pair[0])]
+            near = best_branches(program, start) + near
             # Two solutions with the same active rows may lie on different sides of a set: what is far is tried, too.
             feasible = sorted(feasible, key=lambda pair: pair[0])[: (len(feasible) + 1) // 2]
             taken = [start, *near[:2]]
@@ -477,7 +492,7 @@ class _Run:
         ends["upper_loss"][step] = point.loss * program.upper_scale
         ends["verified"][step] = point.verified(tol)
         self._learn(ends)
-        x, y = program.trees(best.xy)
+        x, y = program.trees_inside(best.xy)
         with program.precision():
             upper, lower = _multipliers(self.search, best)
         return MPCCState(
@@ -517,6 +532,15 @@ def around(program: Program, starts: int) -> Point | None:
             if idle >= starts:
                 break
     return None
+
+
+def _apart(points: list[np.ndarray]) -> list[np.ndarray]:
+    """Those that are not one of the others again."""
+    found: list[np.ndarray] = []
+    for point in points:
+        if all(np.abs(point - other).max() > SAME for other in found):
+            found.append(point)
+    return found
 
 
 def _rank(point: Point, tol: float) -> tuple[int, float]:

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["FAR", "METHODS", "Rows", "minimise"]
+__all__ = ["FAR", "METHODS", "End", "Rows", "attempt", "minimise"]
 
 METHODS = ("SLSQP", "trust-constr")
 _SHORT = {"inequality": "ineq", "equality": "eq"}  # SciPy's names
 _SINGULAR = 6
 """SLSQP's word for equations of which some follow from others."""
+_SPENT, _LIMIT = -1, {"SLSQP": 9, "trust-constr": 0}
+"""Our word for a call that was left, and their word for one whose iterations are spent."""
 _TRIALS = 3
 FAR = 1e7
 """In units of the variables: a point beyond it is not kept."""
@@ -36,6 +38,22 @@ class Rows(NamedTuple):
     equality_jacobian: np.ndarray
 
 
+class End(NamedTuple):
+    """Where a local method was left.
+
+    Attributes:
+      point: the point.
+      rested: whether it ended there by itself; False: its iterations or evaluations were spent.
+    """
+
+    point: np.ndarray
+    rested: bool
+
+
+class _SpentError(Exception):
+    """All evaluations are spent."""
+
+
 def minimise(
     rows: Callable[[np.ndarray], Rows],
     start: np.ndarray,
@@ -51,19 +69,35 @@ def minimise(
 
     Unknowns whose bounds are equal stay where they are. An end beyond `far` is none.
     """
+    return attempt(rows, start, lower, upper, method=method, iterations=iterations, tol=tol, far=far).point
+
+
+def attempt(
+    rows: Callable[[np.ndarray], Rows],
+    start: np.ndarray,
+    lower: np.ndarray,
+    upper: np.ndarray,
+    *,
+    method: str = "SLSQP",
+    iterations: int = 60,
+    tol: float = 1e-10,
+    far: float = FAR,
+    evaluations: float = np.inf,
+) -> End:
+    """The same as `minimise`, with at most so many evaluations of the rows at a call of the method."""
     whole = np.clip(start, lower, upper)
     free = np.flatnonzero(lower < upper)
     if not free.size:
-        return whole
+        return End(whole, True)
 
     def reduced(z: np.ndarray) -> Rows:
         point = whole.copy()
         point[free] = np.clip(z, lower[free], upper[free])
         return _walled(_columns(rows(point), free))
 
-    end, basis = whole[free], None
+    end, basis, status = whole[free], None, _SINGULAR
     for _ in range(_TRIALS):
-        found, status = _local(reduced, end, lower[free], upper[free], basis, method, iterations, tol)
+        found, status = _local(reduced, end, lower[free], upper[free], basis, method, iterations, tol, evaluations)
         if found is None or not np.isfinite(found).all() or np.abs(found).max() > far:
             break
         end = found
@@ -78,7 +112,7 @@ def minimise(
         basis = left[:, :rank]
     whole = whole.copy()
     whole[free] = np.clip(end, lower[free], upper[free])
-    return whole
+    return End(whole, status not in (_SPENT, _LIMIT[method]))
 
 
 def _local(
@@ -90,15 +124,19 @@ def _local(
     method: str,
     iterations: int,
     tol: float,
+    evaluations: float,
 ) -> tuple[np.ndarray | None, int]:
     """One call of SciPy's method, with combinations `basis` of the equations: where it ended, and its word."""
     from scipy.optimize import Bounds, NonlinearConstraint
     from scipy.optimize import minimize as scipy_minimise
 
-    last: dict[str, Any] = {"z": None, "rows": None}
+    last: dict[str, Any] = {"z": None, "rows": None, "iterate": start, "left": evaluations}
 
     def at(z: np.ndarray) -> Rows:
         if last["z"] is None or not np.array_equal(last["z"], z):
+            if not last["left"] > 0:
+                raise _SpentError
+            last["left"] -= 1
             found = rows(z)
             if basis is not None:
                 found = found._replace(
@@ -106,6 +144,10 @@ def _local(
                 )
             last["z"], last["rows"] = z.copy(), found
         return last["rows"]
+
+    def gradient(z: np.ndarray) -> np.ndarray:  # asked for where a line search has ended
+        last["iterate"] = z.copy()
+        return at(z).gradient
 
     first = at(start)
     kinds = [kind for kind in ("inequality", "equality") if getattr(first, kind).size]
@@ -125,14 +167,16 @@ def _local(
             found = scipy_minimise(
                 lambda z: at(z).value,
                 start,
-                jac=lambda z: at(z).gradient,
+                jac=gradient,
                 bounds=Bounds(lower, upper),
                 constraints=constraints,
                 method=method,
                 options=options,
             )
     except (ValueError, np.linalg.LinAlgError):  # of a subproblem without a solution
-        return None, 0
+        return None, _SINGULAR
+    except _SpentError:
+        return last["iterate"], _SPENT
     return found.x, int(found.status)
 
 

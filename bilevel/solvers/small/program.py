@@ -266,6 +266,16 @@ class Program:
             loss, *rows = degrees(traced, given)
             return loss <= 2 and max(rows, default=0.0) <= 1 and not traced.effects
 
+    @functools.cached_property
+    def affine(self) -> bool:
+        """Whether all rows are seen to be affine in (x, y), and f to be of degree two at most: then the lower level's
+        conditions are affine in (x, y, lam, mu)."""
+        with self.precision():
+            rows = functools.partial(_all_rows, self.problem, self._bounds, self.layout)
+            traced = jax.make_jaxpr(rows)(self.start if self.double else self.start.astype(np.float32)).jaxpr
+            _, lower, *others = degrees(traced, [1.0])
+            return lower <= 2 and max(others, default=0.0) <= 1 and not traced.effects
+
     def convex(self, xy: np.ndarray) -> bool:
         """Whether the lower level at the x of `xy` is seen to have one minimiser, and no other local one."""
         if not self.quadratic:
@@ -344,6 +354,24 @@ class Program:
             first += size
         cut = self.layout.x.num_leaves
         return jax.tree.unflatten(self.layout.x, leaves[:cut]), jax.tree.unflatten(self.layout.y, leaves[cut:])
+
+    def trees_inside(self, xy: np.ndarray) -> tuple[PyTree, PyTree]:
+        """`trees`; where the losses are numbers at (x, y) and none at what it is rounded to, every number is rounded
+        towards the start instead, or away from it: the edge of a domain lies between."""
+        found, (dtype, *others) = self.trees(xy), self.dtypes
+        numbers = lambda trees: bool(np.isfinite(self.losses(*trees)).all())  # noqa: E731
+        if dtype == np.float64 or any(other != dtype for other in others) or numbers(found):
+            return found
+        columns = self.columns[: self.n + self.m]
+        raw = xy * columns
+        near = raw.astype(dtype)
+        for sign in (1.0, -1.0):
+            way = sign * (self.start * columns - raw)
+            other_side = np.nextafter(near, (near + way).astype(dtype))
+            moved = self.trees(np.where((near - raw) * way < 0, other_side, near).astype(float) / columns)
+            if numbers(moved):
+                return moved
+        return found
 
     def scaled(self, x: PyTree, y: PyTree) -> np.ndarray:
         """(x, y) of the user as one scaled vector."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.solvers.small.nlp import Rows, minimise
+from bilevel.solvers.small.nlp import Rows, attempt, minimise
 from bilevel.solvers.small.program import Evaluated, Program
 
 __all__ = ["Lowest", "Point", "Search", "deeper", "lower_starts", "solve_lower"]
@@ -33,6 +33,8 @@ _BOTH = 3
 """Rounds of cuts in which the search goes on from the lower solution, too."""
 EXACT = 1e-10
 """What the conditions of a lower solution are left with by rounding."""
+SAME = 1e-4
+"""How far apart two lower solutions are at least, in units of the variables, that are two."""
 _BESIDE = 1e-2
 """How far from a relaxed point the exact one is at most, in units of the variables."""
 _STEEP = 1e3
@@ -45,6 +47,9 @@ _SEVERAL, _HOPS, _PATIENCE = 3, 100, 10
 """From how many valleys on the lower level is solved from more starts, how many, and how many without success."""
 _SHIFTS = 5
 """Steps of x to a tie."""
+_FIRST, _BESIDE_KNOWN, _CREPT = 30, 3e-2, 3
+"""Evaluations of a lower solve after which it is looked at where it goes, how near it is to the end of another one that
+it is left, in units of y, and how many solves may spend all their iterations."""
 _WIDE = 1e2
 """Units of a variable: a box as wide as this one is no hint of where to look."""
 
@@ -137,9 +142,19 @@ def solve_lower(
         lower, upper = program.own_lower.copy(), program.own_upper.copy()
         lower[:n] = upper[:n] = xy[:n]
         rows = lower_rows(program)
-        solved = lambda y: minimise(rows, y, lower, upper, method=method, iterations=iterations, tol=1e-13, far=1e30)  # noqa: E731
+        given: Any = {"method": method, "iterations": iterations, "tol": 1e-13, "far": 1e30}
+        crept = 0
         # Where there is one minimiser, other starts than the first and one more lead to it again.
-        ends = [solved(start) for start in (tried[:2] if program.convex(xy) else tried)]
+        for start in tried[:2] if program.convex(xy) else tried:
+            # At rows without a qualification a method creeps: one that creeps to where another one has been is left,
+            # and where some have crept others are not waited for.
+            end = attempt(rows, start, lower, upper, **given, evaluations=_FIRST if ends else np.inf)
+            if ends and not end.rested:
+                if any(np.abs(end.point - other).max() <= _BESIDE_KNOWN for other in ends):
+                    continue
+                end = attempt(rows, end.point, lower, upper, **given) if crept < _CREPT else end
+            crept += not end.rested
+            ends.append(end.point)
     return _lowest(program, tried, ends)
 
 
@@ -156,7 +171,7 @@ def _lowest(program: Program, starts: list[np.ndarray], ends: list[np.ndarray]) 
     values: list[float] = []
     valleys: list[tuple[float, np.ndarray]] = []
     for value, i, point in found:
-        if all(np.abs(point - other).max() > 1e-4 for other in points):
+        if all(np.abs(point - other).max() > SAME for other in points):
             points.append(point)
             values.append(value)
         if i >= len(starts) and all(abs(value - other) > _SAME_VALLEY for other, _ in valleys):

@@ -245,6 +245,14 @@ def kinked(program: Program, xy: np.ndarray) -> bool:
     return False
 
 
+def _null_space(rows: np.ndarray) -> np.ndarray:
+    """Orthonormal columns that span what all rows are zero on."""
+    if not rows.size:
+        return np.eye(rows.shape[1])
+    _, sizes, basis = np.linalg.svd(rows)
+    return basis[int((sizes > 1e-9 * sizes.max(initial=0.0)).sum()) :].T
+
+
 def _never_rests(values: list[float], slopes: list[float]) -> bool:
     """Whether f goes down by more than rounding along a ray, and its slope dwindles and is never seen to end."""
     down = np.asarray(slopes[1:]) < 0
@@ -385,35 +393,43 @@ class _Check:
         return self.program.trees(direction)
 
     def bent(self) -> Stationarity | None:
-        """The direction in which x -> F(x, y(x)) bends down most, where F falls along it; None: it does not."""
+        """The direction in which x -> F(x, y(x)) bends down most, where F falls along it; None: it does not.
+
+        Of directions along which the upper level's active rows stay, to first order.
+        """
         program, n, k = self.program, self.n, self.k
         free = np.flatnonzero(np.minimum(self.xy - program.lower[:k], program.upper[:k] - self.xy)[:n] > self.radius)
         if free.size < 2:
             return None
+        slope, here = self.search.cut(self.xy).slope, program(program.point(self.xy))
+        active = ~program.upper_inequality | (-self.radius < here.G)
+        rows = np.concatenate([here.dG[active], here.dH])
+        basis = _null_space((rows[:, :n] + rows[:, n:k] @ slope)[:, free])
+        if not basis.shape[1]:
+            return None
 
         def along(d: np.ndarray) -> np.ndarray:
             step = np.zeros(k)
-            step[free] = d
+            step[free] = basis @ d
             step[n:] = slope @ step[:n]
             return step
 
         def gradient(xy: np.ndarray) -> np.ndarray:
             xy = self.search.polish(xy)
             at = program(program.point(xy))
-            return (at.dF[:n] + self.search.cut(xy).slope.T @ at.dF[n:k])[free]
+            return basis.T @ (at.dF[:n] + self.search.cut(xy).slope.T @ at.dF[n:k])[free]
 
         def product(d: np.ndarray) -> np.ndarray:
             ahead, back = (gradient(self.xy + sign * self.radius * along(d)) for sign in (1, -1))
             return (ahead - back) / (2 * self.radius)
 
-        slope = self.search.cut(self.xy).slope
-        least = least_curved(product, free.size)
+        least = least_curved(product, basis.shape[1])
         if least is None or not least[0] < 0:
             return None
         best: tuple[float, Any, Any] = (0.0, None, None)
         for size, sign in itertools.product(_BENT, (1, -1)):
             step = sign * size * along(least[1])
-            gained, reached = self.trial(self.xy + step, step)
+            gained, reached = self.trial(self.xy + step, step, 1.01 * program.violation(here))
             best = min(best, ((gained - self.still) / size, step, reached), key=lambda entry: entry[0])
         if best[0] > -max(10 * self.tol, 1e-3):
             return None
@@ -544,13 +560,15 @@ class _Check:
                 return reached
         return None
 
-    def trial(self, xy: np.ndarray, step: np.ndarray) -> tuple[float, np.ndarray]:
-        """The lowest lower solution found at that x, the best for F, and its F less F here; infinite: infeasible."""
+    def trial(self, xy: np.ndarray, step: np.ndarray, slack: float | None = None) -> tuple[float, np.ndarray]:
+        """The lowest lower solution found at that x, the best for F, and its F less F here; infinite: infeasible, rows
+        being broken by more than `slack`."""
         program, n = self.program, self.n
         xy = np.clip(xy, program.lower[: self.k], program.upper[: self.k])
         starts = [xy[n:], self.xy[n:], *[point[n:] for point in self.others[:6]]]
         found = solve_lower(program, xy, starts)
-        size = float(np.abs(step).max())
+        # A curved upper row is broken to second order by a step along its tangent.
+        slack = 10 * float(np.abs(step).max()) ** 2 if slack is None else slack
         best = np.inf, xy
         ties = [p for p, value in zip(found.points, found.values, strict=True) if value <= found.value + 1e-9]
         points = [self.search.polish(point) for point in ties]
@@ -559,8 +577,7 @@ class _Check:
         for point, at in zip(points, ends, strict=True):
             if at.f > lowest + 1e-13 * (1 + abs(lowest)):
                 continue
-            # A curved upper row is broken to second order by a step along its tangent.
-            if program.violation(at) <= FEASIBLE + 10 * size**2 and at.F - self.loss < best[0]:
+            if program.violation(at) <= FEASIBLE + slack and at.F - self.loss < best[0]:
                 best = at.F - self.loss, point
         return best
 
