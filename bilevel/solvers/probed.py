@@ -24,6 +24,7 @@ from bilevel.typing import Metrics, PyTree
 __all__ = ["ProbedSingleLoop"]
 
 _TINY = 1e-37  # for 0/0 only
+_Y, _X = 0.65, 0.5  # the steps of y and v, and of x, times their curvature
 _FIRST = 8, 32  # until when all steps probe, and every fourth
 _WAIT = 16  # steps that x waits, at least
 _EVERY = 10  # steps from one probe to the next after these, twice as many with each doubling of the steps done
@@ -37,12 +38,15 @@ class Probes:
 
     Attributes:
       u, u_y: unit directions in x and in y along which it is measured.
+      to_x, answer: the direction of the last D_x, and the answer of (y, v) to a move of x along it.
       q1, q2: the answers of (y, v) to a move of x along u, and the lag of these answers; x is None in both.
       lower, upper, lag: L, Lh and M, slow maxima of |f_yy p|, of the curvature of h, and of its lag.
     """
 
     u: PyTree
     u_y: PyTree
+    to_x: PyTree
+    answer: Point
     q1: Point
     q2: Point
     lower: jax.Array
@@ -84,7 +88,7 @@ class ProbedSingleLoop:
     theorem.
 
         y <- y - a e c_y D_y,    v <- v - a e c_v D_v,    x <- project_upper(x - b e c_x D_x)
-        a = 0.5 / L,    b up to 0.5 / (Lh + 0.1 M / a)
+        a = 0.65 / L,    b up to 0.5 / (Lh + 0.1 M / a)
 
     L is a slow maximum of |f_yy p| over unit directions p (the last probe's, D_y and D_v). Lh is that of the curvature
     of h along a probe and along D_x, through the answers of (y, v) to a move of x, and M that of how far these answers
@@ -140,7 +144,7 @@ class ProbedSingleLoop:
         pick = lambda key, tree: _unit(optax.tree.random_like(key, tree, jax.random.normal))  # noqa: E731
         u, u_y = (pick(k, tree) for k, tree in zip(jax.random.split(random), (x, y), strict=True))
         none = Point(None, at.v, at.v)
-        probes = Probes(u, u_y, none, none, zero, zero, zero)
+        probes = Probes(u, u_y, optax.tree.zeros_like(x), none, none, none, zero, zero, zero)
         memory = self._reduction(problem, x, y).init(problem, Joint(), at)
         # The largest number, and no infinity, which jax_debug_infs would take for a fault.
         counter, none_yet = jnp.zeros((), jnp.int32), jnp.asarray(jnp.finfo(dtype).max, dtype)
@@ -156,16 +160,16 @@ class ProbedSingleLoop:
         squares = held + 0.01 * (jnp.minimum(now, 4 * held) - held)
         clips = jnp.minimum(1, 2 * root(squares / jnp.where(now > _TINY, now, _TINY)))
 
-        upper, lower = problem.levels(key)
         due = _scheduled(key.step) | (clips[1] < 1) | (clips[2] < 1)
-        look = lambda probes: _probed(upper, lower, at, direction, probes)  # noqa: E731
+        # The batches are drawn within the branch: outside they would be copied at every step, to be handed to it.
+        look = lambda probes: _probed(*problem.levels(key), at, direction, probes)  # noqa: E731
         probes = jax.lax.cond(due, look, lambda probes: probes, state.probes)
 
         blocks = max(_blocks(source) for source in problem.sources)
         wait = max(_WAIT, blocks) if isinstance(reduction, SAGA) else _WAIT
-        a = _over(0.5, probes.lower)
-        curvature = probes.upper + 0.1 * probes.lag * 2 * probes.lower
-        most = _over(state.brake * 0.5, curvature)
+        a = _over(_Y, probes.lower)
+        curvature = probes.upper + 0.1 * probes.lag * probes.lower / _Y
+        most = _over(state.brake * _X, curvature)
         grown = jnp.where(state.b > 0, state.b * jnp.exp(jnp.minimum(0.1, 3 / blocks)), 0.1 * most)
         b = jnp.where(key.step < wait, 0, jnp.minimum(most, grown)).astype(a.dtype)
 
@@ -236,30 +240,37 @@ def _probed(upper: Any, lower: Any, at: Point, direction: Point, probes: Probes)
     joint = lambda x, y, v: Joint()(upper, lower, Point(x, y, v))[1]  # noqa: E731
     _, tangent = jax.linearize(joint, at.x, at.y, at.v)
     zero = optax.tree.zeros_like(at)
+    to_x, to_y, to_v = (_unit(d) for d in (direction.x, direction.y, direction.v))
+    cosine = dot(to_x, probes.to_x)
+    answer = optax.tree.scale(cosine, probes.answer)  # that part of D_x which the last probe has followed
 
-    along_y = lambda p: tangent(zero.x, p, zero.v).y  # noqa: E731
-    bent, to_y, to_v = along_y(probes.u_y), _unit(direction.y), _unit(direction.v)
-    seen = jnp.stack([_norm(bent), _norm(along_y(to_y)), _norm(along_y(to_v))])
-    lipschitz = _slow(probes.lower, jnp.max(seen))
-    u_y = _unit(optax.tree.add_scale(_unit(bent), 0.1, to_y))
-    a = _over(0.5, lipschitz)
+    # Products with many directions at once read the samples once.
+    together = lambda *trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+    bent = jax.vmap(lambda p: tangent(zero.x, p, zero.v).y)(together(probes.u_y, to_y, to_v))
+    at_once = together(
+        Point(probes.u, probes.q1.y, probes.q1.v),
+        Point(zero.x, probes.q2.y, probes.q2.v),
+        Point(to_x, answer.y, answer.v),
+    )
+    products = jax.vmap(tangent)(at_once.x, at_once.y, at_once.v)
+    first, second, third = (jax.tree.map(lambda leaf: leaf[i], products) for i in range(3))
+
+    lipschitz = _slow(probes.lower, jnp.max(jax.vmap(_norm)(bent)))
+    u_y = _unit(optax.tree.add_scale(_unit(jax.tree.map(lambda leaf: leaf[0], bent)), 0.1, to_y))
+    a = _over(_Y, lipschitz)
 
     def followed(q: Point, r: Point, target: Point | None = None) -> Point:
         """One step of (y, v) towards an answer."""
         left = Point(None, r.y, r.v) if target is None else optax.tree.sub(Point(None, r.y, r.v), target)
         return optax.tree.add_scale(q, -a, left)
 
-    first = tangent(probes.u, probes.q1.y, probes.q1.v)
-    second = tangent(zero.x, probes.q2.y, probes.q2.v)
     q1, q2 = followed(probes.q1, first), followed(probes.q2, second, probes.q1)
-
-    to_x = _unit(direction.x)
-    answer = lambda q, _: (followed(q, tangent(to_x, q.y, q.v)), None)  # noqa: E731
-    answered, _ = jax.lax.scan(answer, Point(None, zero.y, zero.v), None, length=8)
-    of_direction = _norm(tangent(to_x, answered.y, answered.v).x)
+    answer = followed(answer, third)
+    answer = followed(answer, tangent(to_x, answer.y, answer.v))
+    of_direction = _norm(tangent(to_x, answer.y, answer.v).x)
 
     upper_curvature = _slow(probes.upper, jnp.maximum(_norm(first.x), of_direction))
     lag = _slow(probes.lag, _norm(second.x))
     sign = jnp.where(dot(probes.u, first.x) < 0, -1, 1)
     u = _unit(optax.tree.add_scale(probes.u, sign, _unit(first.x)))
-    return Probes(u, u_y, q1, q2, lipschitz, upper_curvature, lag)
+    return Probes(u, u_y, to_x, answer, q1, q2, lipschitz, upper_curvature, lag)
