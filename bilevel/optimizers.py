@@ -166,8 +166,9 @@ def unfit(rule: Any, variable: PyTree) -> str:
 
 
 def stiff_at_rest(rule: Any, variable: PyTree, memory: PyTree = None) -> bool:
-    """Whether a rule's update grows a thousand times faster at a gradient of zero than its size elsewhere: its first, or
-    that after steps which have left this `memory`.
+    """Whether a rule's update grows a thousand times faster at a gradient of zero than its size elsewhere.
+
+    The update is its first, or the one after steps which have left this `memory`.
 
     Adam and its relatives divide by a root of a mean square and a tiny eps, which at an optimum is all there is: the
     derivative of their steps is 1 / eps there, and says nothing about the lower solution. Not so where the mean square

@@ -229,7 +229,9 @@ def solve(
 
     if (other := second_solver(problem, x, y, solver)) is not None:
         again_with, why, problem = other
-        second = again(problem, x, y, again_with, why)
+        # What was seen to lie lower is where to begin: from the start the other solver may end at the same point.
+        begin = certificate.better if solution.result is Result.LOCAL and certificate.better is not None else (x, y)
+        second = again(problem, *begin, again_with, why)
         return second if second.result is Result.CONVERGED else solution
     # The same solver, from where the certificate found a lower F; one that can be sent there has been.
     for _ in range(0 if hasattr(solver, "towards") else _LEADS):

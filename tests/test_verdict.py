@@ -281,6 +281,21 @@ def test_a_kink_of_the_lower_loss_is_named_with_its_cure(x64, name):
     assert "kink at its minimiser" not in certify(smooth, at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-4).why
 
 
+@pytest.mark.parametrize("x0", [-0.2, pytest.param(-1.8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("solver", [solvers.MPCC(), pytest.param(None, marks=pytest.mark.slow)], ids=["MPCC", "default"])
+def test_what_lies_beyond_a_kink_is_not_passed_over(x0, solver):
+    """f is smooth around its minimiser at x = -2, a local solution with F = 16; the global one, F = .479 at x = 1.065,
+    is on the kink, where the lower level's conditions say nothing. Either is said to be what it is."""
+    problem = Problem(
+        lambda x, y: (y + 1.8) ** 2 + 0.05 * (x + 2) ** 2,
+        lambda x, y: jnp.abs(y + 1.6 * x) + 0.25 * (y - 0.2) ** 2,
+        project_upper=sets.Box(-2.0, 2.0),
+    )
+    found = solve(problem, jnp.asarray(x0), jnp.asarray(0.5), solver, steps=3000, tol=1e-4, progress=False)
+    assert found.result is not Result.CONVERGED or abs(found.x - 1.065) < 1e-2
+    assert "further away" in found.reason or "when x is moved a little" in found.reason
+
+
 def test_the_cure_of_a_kink_works(x64):
     """The same with the kink as rows, t >= y - x and t >= x - y, f = t."""
     problem = Problem(

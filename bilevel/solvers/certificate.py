@@ -549,7 +549,9 @@ def _of_small(
         found["descent"] = found["near"] * program.upper_scale
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
         better = slope.reached or better
-        if "start_loss" not in metrics and found["near"] <= 1e-2:  # the search of MPCC itself has looked around
+        # MPCC itself has looked around, by the lower level's conditions: they say nothing where f has kinks.
+        searched = "start_loss" in metrics and not program.may_kink
+        if not searched and found["near"] <= 1e-2:
             if program.size <= _SEARCHED:
                 better = _elsewhere(program, upper_loss, found) or better
             else:

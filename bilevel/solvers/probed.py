@@ -112,7 +112,8 @@ class ProbedSingleLoop:
     again, or stalls); a flat or linear h (no curvature, no step: x stays where it is). The run's end says so
     where it was seen. Take `AID` on all samples there. Under `vmap` every step probes.
 
-    Cost: SOBA's, SABA's or SRBA's, and 14 products with the derivative of the directions per probe.
+    Cost: SOBA's, SABA's or SRBA's, and per probe the batch once more, a derivative of the directions, and 8 products
+    with it, six of which are taken together.
     """
 
     reduction: Any = None

@@ -21,13 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import _compiling, sets
-from bilevel._traces import degrees
+from bilevel._traces import degrees, equations
 from bilevel.constraints import depends
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import PyTree
 
 __all__ = ["PASS_BYTES", "Evaluated", "Program", "precise", "size_of"]
 
+_KINKS = frozenset((
+    "abs", "argmax", "argmin", "clamp", "cummax", "cummin", "max", "min", "reduce_max", "reduce_min", "rsqrt",
+    "select_n", "sign", "sort", "sqrt",
+))  # fmt: skip
+"""Primitives of functions that have kinks somewhere."""
 _UNEQUAL = 1e3
 """How far the units of the coordinates of one variable differ before each has its own."""
 _TIGHT = 1e-9
@@ -265,6 +270,14 @@ class Program:
             given = [1.0] * len(jax.tree.leaves(y)) + [0.0] * len(jax.tree.leaves(x))
             loss, *rows = degrees(traced, given)
             return loss <= 2 and max(rows, default=0.0) <= 1 and not traced.effects
+
+    @functools.cached_property
+    def may_kink(self) -> bool:
+        """Whether f is computed with a function that has kinks: an absolute value, a maximum, a choice, a root."""
+        lower = self.problem.full_lower()
+        with self.precision():
+            traced = jax.make_jaxpr(lower)(*self.trees(self.start)).jaxpr
+        return any(equation.primitive.name in _KINKS for equation in equations(traced))
 
     @functools.cached_property
     def affine(self) -> bool:
