@@ -282,7 +282,7 @@ def test_a_kink_of_the_lower_loss_is_named_with_its_cure(x64, name):
 
 
 @pytest.mark.parametrize("x0", [-0.2, pytest.param(-1.8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("solver", [solvers.MPCC(), pytest.param(None, marks=pytest.mark.slow)], ids=["MPCC", "default"])
+@pytest.mark.parametrize("solver", [solvers.MPCC(), pytest.param(None, marks=pytest.mark.slow)], ids=["MPCC", "none"])
 def test_what_lies_beyond_a_kink_is_not_passed_over(x0, solver):
     """f is smooth around its minimiser at x = -2, a local solution with F = 16; the global one, F = .479 at x = 1.065,
     is on the kink, where the lower level's conditions say nothing. Either is said to be what it is."""
