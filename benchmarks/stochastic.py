@@ -7,7 +7,8 @@
 The peer needs `pip install benchopt`.
 
 The data are synthetic, but for "mnist", which is Fashion-MNIST where its loader finds it. Both run in this process,
-interleaved, on one pinned core, with the same losses, batches and steps. Times are CPU times of finished work
+interleaved, on one pinned core, with the same losses, batches and steps, and both give their iterates alone:
+`metrics` is what ours costs with the metrics of every step, over that. Times are CPU times of finished work
 (block_until_ready before the clock is read), medians over rounds. `agree` is the largest relative difference of the
 iterates after `--agree` steps when the peer is fed our order of blocks.
 """
@@ -71,25 +72,34 @@ def ours(name: str, step: float, outer: float) -> Any:
     return make[name]()
 
 
-@functools.partial(jax.jit, static_argnames="steps")
-def advance(problem: Any, solver: Any, state: Any, base: StepKey, start: Any, steps: int) -> Any:
-    """`steps` steps from `state`; what `bilevel.run` does, from any state."""
-    step = lambda state, k: solver.step(problem, state, StepKey(base.base, k, base.stream))
+@functools.partial(jax.jit, static_argnames=("steps", "metrics"))
+def advance(problem: Any, solver: Any, state: Any, base: StepKey, start: Any, steps: int, metrics: bool = False) -> Any:
+    """`steps` steps from `state`; what `jit` of `bilevel.run(...)[0]` does, from any state, and with `metrics` of both
+    its results."""
+
+    def step(state: Any, k: Any) -> Any:
+        state, found = solver.step(problem, state, StepKey(base.base, k, base.stream))
+        return state, found if metrics else None
+
     return jax.lax.scan(step, state, start + jnp.arange(steps, dtype=jnp.uint32))
 
 
 class Ours:
-    """A run of this library's solver, in chunks."""
+    """A run of this library's solver, in chunks; of its iterates alone, or of the metrics of every step as well."""
 
-    def __init__(self, case: problems.Case, name: str, step: float, outer: float) -> None:
+    metrics = False
+
+    def __init__(self, case: problems.Case, name: str, step: float, outer: float, metrics: bool = False) -> None:
         self.case, self.solver, self.base = case, ours(name, step, outer), as_step_key(0)
+        self.metrics = metrics
         self.restart()
 
     def restart(self) -> None:
         self.state, self.done = self.solver.init(self.case.problem, self.case.x0, self.case.y0, self.base), 0
 
     def run(self, steps: int) -> None:
-        self.state, _ = advance(self.case.problem, self.solver, self.state, self.base, jnp.uint32(self.done), steps)
+        start = jnp.uint32(self.done)
+        self.state, _ = advance(self.case.problem, self.solver, self.state, self.base, start, steps, self.metrics)
         self.done += steps
         jax.block_until_ready(self.state)
 
@@ -205,13 +215,14 @@ class Row:
     problem: str
     solver: str
     ours: float
+    metrics: float
     peer: float | None = None
     compiled: float = 0.0
     peer_compiled: float | None = None
     agree: float | None = None
 
     def __str__(self) -> str:
-        left = f"{self.problem:<28} {self.solver:<8} {self.ours:>10.1f}"
+        left = f"{self.problem:<28} {self.solver:<8} {self.ours:>10.1f} {self.metrics:>8.2f}"
         if self.peer is None or self.peer_compiled is None:
             return f"{left} {'':>10} {'':>6} {self.compiled:>8.2f}"
         agree = f"{self.agree:.0e}" if self.agree is not None else "-"
@@ -230,7 +241,9 @@ def compare(case: problems.Case, key: str, name: str, arguments: argparse.Namesp
         made: list[Peer] = []
         peer_first = cpu(lambda: (made.append(Peer(case, name, 0.1, 1.0)), made[0].run(steps)))
         theirs = made[0]
-    sides = {"ours": mine} if theirs is None else {"ours": mine, "peer": theirs}
+    measured = Ours(case, name, 0.1, 0.1, metrics=True)
+    measured.run(steps)  # compile
+    sides: dict[str, Any] = {"ours": mine, "metrics": measured} | ({} if theirs is None else {"peer": theirs})
     times = _harness.interleaved(
         {side: functools.partial(run.run, steps) for side, run in sides.items()},
         arguments.rounds,
@@ -238,7 +251,8 @@ def compare(case: problems.Case, key: str, name: str, arguments: argparse.Namesp
         before={side: run.restart for side, run in sides.items()},
     )
     spent = {side: taken.median() for side, taken in times.items()}
-    row = Row(case.name, name, 1e6 * spent["ours"] / steps, compiled=first - spent["ours"])
+    share = spent["metrics"] / spent["ours"]
+    row = Row(case.name, name, 1e6 * spent["ours"] / steps, share, compiled=first - spent["ours"])
     if theirs is not None:
         row.peer = 1e6 * spent["peer"] / steps
         row.peer_compiled = peer_first - spent["peer"]
@@ -343,8 +357,8 @@ def main() -> None:
         sys.path.insert(0, arguments.peer)
     print(f"{jax.devices()[0].device_kind}; CPU microseconds per iteration, medians of {arguments.rounds} rounds")
     print(
-        f"{'problem':<28} {'solver':<8} {'ours':>10} {'peer':>10} {'ratio':>6} {'compile':>8} {'peer':>8} {'ratio':>6} "
-        f"{'agree':>8}",
+        f"{'problem':<28} {'solver':<8} {'ours':>10} {'metrics':>8} {'peer':>10} {'ratio':>6} {'compile':>8} "
+        f"{'peer':>8} {'ratio':>6} {'agree':>8}",
         flush=True,
     )
     for key in arguments.problem:
