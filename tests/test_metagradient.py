@@ -20,6 +20,7 @@ import pytest
 from bilevel import Problem, ProblemError, data, lower, runs
 from bilevel.checkpoint import CheckpointError, Checkpoints
 from bilevel.hypergradients import Unrolled, value_and_hypergradient
+from bilevel.runs.metagradient import _length
 
 RNG = np.random.default_rng(0)
 ROWS = (RNG.normal(size=(24, 3)).astype(np.float32), RNG.normal(size=24).astype(np.float32), np.arange(24))
@@ -83,7 +84,7 @@ def test_to_the_last_bit():
     training = dataclasses.replace(TRAINING, steps=300)
     evaluate = value_and_hypergradient(PROBLEM, Unrolled(checkpoint="sqrt"), training)
     whole = jax.jit(evaluate)(X, Y, key=jax.random.key(3))
-    for segment in (None, 290):  # of 18, with a rest of 12; and longer than what is kept whole
+    for segment in (18, 290):  # with a rest of 12; and longer than what is kept whole
         found = run(training, segment=segment)
         same((found.gradient, found.value, found.lower), (whole.gradient, whole.value, whole.lower))
 
@@ -166,3 +167,8 @@ def test_what_is_no_training_is_said():
         runs.metagradient(streamed, X, Y, TRAINING)
     with pytest.raises(TypeError, match="takes a Problem first, not a function"):
         runs.metagradient(error, X, Y, TRAINING)
+
+
+@pytest.mark.parametrize(("steps", "length"), [(1, 1), (2, 1), (60, 6), (1500, 30), (10_000, 100), (101, 11), (34, 6)])
+def test_segments_are_as_long_as_each_other_where_a_number_near_the_root_divides_the_steps(steps, length):
+    assert _length(steps) == length

@@ -87,7 +87,8 @@ def metagradient(
       y0: where the training begins.
       lower_solver: one made of a number of steps, such as `lower.GradientDescent(optax.adam(1e-3), steps)`.
       key: the draws of both levels, as in `hypergradients.value_and_hypergradient`.
-      segment: L, the steps of a segment, at most T; None: the root of T.
+      segment: L, the steps of a segment, at most T; a last one that is shorter is compiled as well. None: the divisor
+        of T next to its root, or where there is none within a factor of two the root.
       checkpoint: a directory for the states and for the backward pass. A call that was killed goes on from there,
         forward or backward, and ends with the same bits as if it had not been; one that had ended gives its result
         again. At most it holds one state per segment; it is the caller's to delete. None: the host's memory.
@@ -105,7 +106,7 @@ def metagradient(
     Reference: Griewank, Walther, "Evaluating Derivatives", SIAM 2008, chapter 12 (two levels of storage).
     """
     given, solver, steps = _checked(problem, x, y0, lower_solver, segment)
-    length = math.isqrt(steps - 1) + 1 if segment is None else segment
+    length = _length(steps) if segment is None else segment
     bounds = [*range(0, steps, length), steps]
     base, parts, count = as_step_key(key), as_argument(solver), len(bounds) - 1
     problem, x, y = given.problem, given.x, given.y
@@ -144,6 +145,13 @@ def metagradient(
 
 
 _NONE = History()
+
+
+def _length(steps: int) -> int:
+    """Of segments that are all as long, about the root of the steps; where no number divides them, the root."""
+    root = math.sqrt(steps)
+    divisors = [d for d in range(math.ceil(root / 2), int(2 * root) + 1) if steps % d == 0]
+    return min(divisors, key=lambda d: (round(abs(math.log(d / root)), 9), d), default=math.isqrt(steps - 1) + 1)
 
 
 def _checked(problem: Any, x: Any, y0: Any, lower_solver: Any, segment: Any) -> tuple[Working, Any, int]:
