@@ -133,6 +133,26 @@ def test_a_small_piece_of_a_linear_problem_is_no_hiding_place(x64, start):
     np.testing.assert_allclose(found.y, [0.2, 0.0], atol=1e-3)
 
 
+def test_a_badly_conditioned_lower_level_does_not_hide_that_x_can_be_better(x64):
+    """y = A^-1 B x within a box that holds it, A of condition 1e6: min |y - t|^2 / 2 + |x|^2 / 20 from x = 0.
+
+    As far as x moves y by its unit is by A's smallest eigenvalue; measured by its largest one, F was flat at the start.
+    """
+    random = np.random.default_rng(0)
+    basis, sides = np.linalg.qr(random.normal(size=(6, 6)))[0], random.normal(size=(6, 3))
+    hessian, target = basis @ np.diag(np.geomspace(1, 1e6, 6)) @ basis.T, 0.3 * random.normal(size=6)
+    answer = np.linalg.solve(hessian, sides)
+    problem = Problem(
+        lambda x, y: 0.5 * jnp.sum((y - target) ** 2) + 0.05 * jnp.sum(x**2),
+        lambda x, y: 0.5 * y @ jnp.asarray(hessian) @ y - y @ (jnp.asarray(sides) @ x),
+        project_lower=sets.Box(-1.0, 1.0),
+    )
+    found = solve(problem, jnp.zeros(3), jnp.zeros(6), steps=2000, tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED
+    right = np.linalg.solve(answer.T @ answer + 0.1 * np.eye(3), answer.T @ target)
+    np.testing.assert_allclose(found.x, right, atol=1e-4)
+
+
 def test_float32_says_converged_only_where_it_is_right():
     assert not jax.config.jax_enable_x64
     case = CASES["capacity"]()

@@ -523,10 +523,8 @@ class Program:
         direction[block] = steps
         lengths += self._curving(xy, direction, values, jacobian) if direction.any() else []
         if along_y is not None:  # as far as x moves the lower solution by a unit of y
-            both = np.concatenate([np.zeros(self.n), along_y])
-            with np.errstate(all="ignore"):
-                moved = np.linalg.norm(jacobian[r, :k] @ both) / np.linalg.norm(jacobian[r, :k] @ direction)
-            lengths += [float(moved)] if np.isfinite(moved) and moved > 0 else []
+            moved = _answered(jacobian[r, self.n : k], jacobian[r, :k] @ direction, along_y)
+            lengths += [moved] if np.isfinite(moved) and moved > 0 else []
         # Bounds that are there to be on the safe side say nothing, where anything else does.
         widest = min(_UNEQUAL * max(lengths, default=np.inf), np.finfo(float).max)
         with np.errstate(all="ignore"):
@@ -610,6 +608,18 @@ class Program:
             j = int(np.flatnonzero(first[1][g, :k][i])[0])
             edge = points[0][j] - first[0][g][i] / first[1][g, :k][i, j]
             self.edges[int(i)] = j, float(edge / unit[j])
+
+
+def _answered(hessian: np.ndarray, move: np.ndarray, along: np.ndarray) -> float:
+    """How much of a move of f_y it takes for y to answer by as much as `along`: |along| / |H^-1 move|; where H has no
+    answer |H along| / |move|."""
+    if not (np.isfinite(hessian).all() and np.isfinite(move).all()):
+        return np.nan
+    answer = np.linalg.lstsq(hessian, move, rcond=1e-12)[0]
+    with np.errstate(all="ignore"):
+        if np.linalg.norm(hessian @ answer - move) <= 1e-6 * np.linalg.norm(move):
+            return float(np.linalg.norm(along) / np.linalg.norm(answer))
+        return float(np.linalg.norm(hessian @ along) / np.linalg.norm(move))
 
 
 def _opposite(samples: list[np.ndarray]) -> np.ndarray:
