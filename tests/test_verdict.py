@@ -153,6 +153,23 @@ def test_a_badly_conditioned_lower_level_does_not_hide_that_x_can_be_better(x64)
     np.testing.assert_allclose(found.x, right, atol=1e-4)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_x_does_is_measured_by_the_lower_solution(turned):
+    """f of condition 1e6 with the solution y = x, or turned y = (x0 + x1, x0 - x1) / 2: no coordinate of x does less.
+
+    F = |y - (1, 2)|^2 is zero at the solution. By f's slopes one coordinate of x did a millionth of the other.
+    """
+    turn = jnp.array([[1.0, 1.0], [1.0, -1.0]]) if turned else jnp.eye(2)
+    problem = Problem(
+        lambda x, y: jnp.sum((y - jnp.array([1.0, 2.0])) ** 2),
+        lambda x, y: jnp.sum(jnp.array([1e3, 1e-3]) * (turn @ y - x) ** 2),
+        project_lower=sets.Box(-9.0, 9.0),
+    )
+    found = solve(problem, jnp.zeros(2), jnp.zeros(2), steps=3000, tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED
+    np.testing.assert_allclose(found.x, turn @ jnp.array([1.0, 2.0]), atol=1e-2)
+
+
 def test_float32_says_converged_only_where_it_is_right():
     assert not jax.config.jax_enable_x64
     case = CASES["capacity"]()

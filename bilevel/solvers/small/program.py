@@ -492,8 +492,10 @@ class Program:
         for i in range(4):
             point = np.clip(xy + (reach * rng.normal(size=k) if i else 0.0), low, high)
             jacobian = self.raw(self.point(point))[1][self._slices[-1]]
-            by_x = jacobian[:, :n] * y[0][:, None] if y else None
-            effects.append(np.sqrt(np.abs(np.diag(jacobian[:, n:k]))) if by_x is None else np.abs(by_x).max(0))
+            if y:  # x counts by the lower solution's answer
+                effects.append(_effects(jacobian[:, n:k], jacobian[:, :n], y[0]))
+            else:
+                effects.append(np.sqrt(np.abs(np.diag(jacobian[:, n:k]))))
         effect, least = np.max(effects, axis=0), np.min(effects, axis=0)
         seen = np.isfinite(effect) & (effect > 0)
         if not seen.any() or effect[seen].max() <= _UNEQUAL * effect[seen].min():
@@ -610,16 +612,30 @@ class Program:
             self.edges[int(i)] = j, float(edge / unit[j])
 
 
+def _answers(hessian: np.ndarray, moves: np.ndarray) -> np.ndarray | None:
+    """H^-1 of each column: how y answers moves of f_y; None where H has no answer."""
+    if not (np.isfinite(hessian).all() and np.isfinite(moves).all()):
+        return None
+    found = np.linalg.lstsq(hessian, moves, rcond=1e-12)[0]
+    left = np.linalg.norm(hessian @ found - moves, axis=0)
+    return found if (left <= 1e-6 * np.linalg.norm(moves, axis=0)).all() else None
+
+
 def _answered(hessian: np.ndarray, move: np.ndarray, along: np.ndarray) -> float:
-    """How much of a move of f_y it takes for y to answer by as much as `along`: |along| / |H^-1 move|; where H has no
-    answer |H along| / |move|."""
-    if not (np.isfinite(hessian).all() and np.isfinite(move).all()):
-        return np.nan
-    answer = np.linalg.lstsq(hessian, move, rcond=1e-12)[0]
+    """How much of a move of f_y it takes for y to answer by as much as `along`; where H has no answer, for f_y to move
+    by as much as along it."""
+    answer = _answers(hessian, move[:, None])
     with np.errstate(all="ignore"):
-        if np.linalg.norm(hessian @ answer - move) <= 1e-6 * np.linalg.norm(move):
+        if answer is not None:
             return float(np.linalg.norm(along) / np.linalg.norm(answer))
         return float(np.linalg.norm(hessian @ along) / np.linalg.norm(move))
+
+
+def _effects(hessian: np.ndarray, moves: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What each coordinate of x does: to the lower solution, in units of y; where H has no answer, to f's slopes."""
+    answers = _answers(hessian, moves)
+    effects = moves * y[:, None] if answers is None else answers / y[:, None]
+    return np.abs(effects).max(0, initial=0.0)
 
 
 def _opposite(samples: list[np.ndarray]) -> np.ndarray:
