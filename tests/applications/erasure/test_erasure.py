@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixture_files import fixture_file
+from problems import float64
 
 from bilevel import hypergradients, run, solvers
 from bilevel.applications.erasure import (
@@ -64,28 +65,47 @@ def inputs(batch=2):
 @pytest.mark.parametrize("name", ["plain", "guidance_lora"])
 @pytest.mark.optimised
 def test_the_network_is_diffusers(name):
-    file = fixture(f"{name}.npz")
-    net = Flux.from_config(json.loads(str(file["config"])))
-    given = {k.removeprefix("param/"): file[k] for k in file.files if k.startswith("param/")}
-    base, adapter = lora.split(given) if name == "guidance_lora" else (given, {})
-    params, adapter = net.load(base), {k: jnp.asarray(v) for k, v in net.stack(adapter).items()}
-    more = {"guidance": file["guidance"]} if "guidance" in file.files else {}
-    more |= {k: file[k] for k in ("img_ids", "txt_ids", "pooled_projections")}
+    """Gradients in float64: what is left is the fixture's rounding (float32), on every processor the same.
 
-    def loss(params, adapter, x):
+    In float32 the smallest of them, of a query's adapter, is what is left of larger sums, and processors differ in it.
+    """
+    file = dict(fixture(f"{name}.npz"))
+    net = Flux.from_config(json.loads(str(file["config"])))
+    given = {k.removeprefix("param/"): v for k, v in file.items() if k.startswith("param/")}
+    base, adapter = lora.split(given) if name == "guidance_lora" else (given, {})
+    arrays = ("img_ids", "txt_ids", "pooled_projections", *(("guidance",) if "guidance" in file else ()))
+    at = {k: file[k] for k in ("encoder_hidden_states", "timestep", *arrays)}
+
+    def run(params, adapter, x, at):
+        more = {k: at[k] for k in arrays}
         adapted = lora.merge(params, adapter)
-        found = net(adapted, x, file["encoder_hidden_states"], file["timestep"], attention=(0, 1, 2), **more)
+        return net(adapted, x, at["encoder_hidden_states"], at["timestep"], attention=(0, 1, 2), **more)
+
+    def check(found):
+        assert found.velocity.dtype == given["x_embedder.weight"].dtype
+        assert relative(found.velocity, file["output"]) < 2e-6
+        assert max(relative(found.attention[k], file[f"attention_{k}"]) for k in range(3)) < 2e-6
+
+    def stacked():
+        return net.load(base), {k: jnp.asarray(v) for k, v in net.stack(adapter).items()}
+
+    def loss(params, adapter, x, at):
+        found = run(params, adapter, x, at)
         return jnp.sum(found.velocity * file["cotangent"]), found
 
-    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    (_, found), (of_params, of_adapter, of_x) = gradient(params, adapter, jnp.asarray(file["hidden_states"]))
-    assert relative(found.velocity, file["output"]) < 2e-6
-    assert relative(of_x, file["grad_hidden_states"]) < 2e-6
-    assert max(relative(found.attention[k], file[f"attention_{k}"]) for k in range(3)) < 2e-6
-    ours = {**net.unstack(of_params), **net.unstack(of_adapter)}
-    gradients = [k for k in file.files if k.startswith("grad/")]
+    check(jax.jit(run)(*stacked(), file["hidden_states"], at))
+    with float64():
+        of = lambda tree: jax.tree.map(lambda v: np.asarray(v, np.float64), tree)
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+        given, base, adapter = of(given), of(base), of(adapter)
+        (_, found), (of_params, of_adapter, of_x) = gradient(*stacked(), of(file["hidden_states"]), of(at))
+        check(found)
+        assert relative(of_x, file["grad_hidden_states"]) < 2e-6
+        ours = {**net.unstack(of_params), **net.unstack(of_adapter)}
+    gradients = [k for k in file if k.startswith("grad/")]
     plain = lambda k: k.removeprefix("grad/").replace(".base_layer.", ".").replace(".default.", ".")
-    assert gradients and max(relative(ours[plain(k)], file[k]) for k in gradients) < 2e-6
+    apart = {k: relative(ours[plain(k)], file[k]) for k in gradients}
+    assert apart and max(apart.values()) < 2.5e-6, apart
 
 
 def test_the_published_sizes_and_the_published_adapter_by_shapes_alone(tmp_path):
