@@ -20,7 +20,8 @@ from bilevel.problem import Problem
 from bilevel.typing import PyTree, Scalar
 
 __all__ = [
-    "Units", "changes", "moves", "natural_units", "normalised", "rms", "times", "units_of_losses", "units_of_variables",
+    "FELT", "Units", "changes", "moves", "natural_units", "normalised", "progress_of", "rms", "share", "times",
+    "units_of_losses", "units_of_variables",
 ]  # fmt: skip
 
 
@@ -33,6 +34,25 @@ class Units(NamedTuple):
     lower: Any
     upper_here: Any
     lower_here: Any
+
+
+FELT = 3e-2
+"""How far x moves at least, in its units, for what F falls by on the way to count as a part of F itself."""
+
+
+def progress_of(here: float, start: float) -> float:
+    """F here, or by how much it differs from F at the start, whichever is more: what a fall is a part of.
+
+    F's unit is what it changes by when x and y are moved anyhow. Beside coordinates in which it changes by much others
+    are nothing in that unit, and may be far from their solution.
+    """
+    return max((abs(float(part)) for part in (here, start - here) if np.isfinite(part)), default=0.0)
+
+
+def share(fall: float, progress: float) -> float:
+    """A fall of F as a part of `progress_of`, to compare with what is in units: of those ten times a tolerance passes,
+    of this one tolerance."""
+    return 10 * fall / progress if progress > 0 else 0.0
 
 
 def rms(tree: PyTree) -> jax.Array:

@@ -43,11 +43,23 @@ from bilevel.lower.accurate import augmented_lagrangian
 from bilevel.problem import Problem
 from bilevel.result import Result
 from bilevel.solvers._draws import Fixed, fixed_draws
-from bilevel.solvers._units import Units, changes, moves, normalised, rms, times, units_of_losses, units_of_variables
+from bilevel.solvers._units import (
+    FELT,
+    Units,
+    changes,
+    moves,
+    normalised,
+    progress_of,
+    rms,
+    share,
+    times,
+    units_of_losses,
+    units_of_variables,
+)
 from bilevel.solvers.small.mpcc import around
 from bilevel.solvers.small.program import Program, flatten
 from bilevel.solvers.small.quadratic import exact_end
-from bilevel.solvers.small.search import FEASIBLE, solve_lower
+from bilevel.solvers.small.search import FEASIBLE, Search, solve_lower
 from bilevel.solvers.small.stationarity import kinked, lower_verified, refusal, stationary, unbounded
 from bilevel.typing import PyTree, Scalar
 
@@ -405,8 +417,14 @@ def _looked(
     n = optax.tree.size(y)
     curved = not nonsmooth and not rows and n <= _CURVED
     lengths = units_of_variables(problem, x, y, *start)
-    at, here, changed, found = _examined(problem, lengths, x, y, moves(x, y, lengths), curved=curved)
-    units = units_of_losses(lengths, here, changed)
+    # The way back to the start is looked at with the moves.
+    away = tuple(
+        jax.tree.map(lambda moved, at, z0: np.concatenate([moved, np.asarray(z0 - at, moved.dtype)[None]]), *trees)
+        for trees in zip(moves(x, y, lengths), (x, y), start, strict=True)
+    )
+    at, here, changed, found = _examined(problem, lengths, x, y, away, curved=curved)
+    units = units_of_losses(lengths, here, (changed[0][:-1], changed[1][:-1]))
+    progress = progress_of(float(here[0]), float(here[0]) + float(changed[0][-1])) / float(units.upper)
     ends = ends_of_spectrum(found.pop("curvature")) if curved else None
     numbers = _noisier({name: float(value) for name, value in found.items()} | _in_units(units), sampled)
     if ends is not None:
@@ -415,7 +433,7 @@ def _looked(
     concave = _bend(numbers) == -1
     whole = tol is not None or result is Result.CONVERGED
     if numbers["finite"] and (whole or rows or concave or "penalty" in metrics):
-        search = _Search(problem, units, at, numbers)
+        search = _Search(problem, units, at, numbers, progress)
         movable = whole and bool(jax.tree.leaves(x))
         if movable and steps_left:
             search.minimise(starts=1, choose=True)
@@ -533,6 +551,7 @@ def _of_small(
         lowest = program.scaled(x, lower.minimisers[0] if lower.minimisers else y)
         found["kinked"] = float(kinked(program, lowest))
     found = _noisier(found, sampled)
+    progress = progress_of(upper_loss, program.losses(*start)[0])
     if (
         found["gain"] > 1e-3
         and problem.project_lower is None
@@ -549,11 +568,13 @@ def _of_small(
         found["descent"] = found["near"] * program.upper_scale
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
         better = slope.reached or better
+        if (lower_yet := _further(program, found, progress)) is not None:
+            better = better or lower_yet
         # MPCC itself has looked around, by the lower level's conditions: they say nothing where f has kinks.
         searched = "start_loss" in metrics and not program.may_kink
         if not searched and found["near"] <= 1e-2:
             if program.size <= _SEARCHED:
-                better = _elsewhere(program, upper_loss, found) or better
+                better = _elsewhere(program, upper_loss, found, progress) or better
             else:
                 why = f"{program.n + program.m} unknowns and {program.p + program.q} rows of the lower level"
                 unchecked += (f"Whether another x is better was not looked at, because of size: {why}.",)
@@ -584,7 +605,23 @@ def _falls_further(program: Program, x: PyTree, y: PyTree) -> bool:
         return not np.isfinite(there.f) or (there.f < here.f and program.violation(there, upper=False) <= FEASIBLE)
 
 
-def _elsewhere(program: Program, upper_loss: float, found: dict[str, float]) -> tuple[PyTree, PyTree] | None:
+def _further(program: Program, found: dict[str, float], progress: float) -> tuple[PyTree, PyTree] | None:
+    """Where local solves lead from here, of F in units of the slope that is left, if F is felt to fall on the way."""
+    search, rng = Search(program), np.random.default_rng(0)
+    with program.precision():
+        here = search.judge(search.multipliers(search.polish(program.start))[0], rng)
+        there = search.settled(here, rng)
+        fall, way = (here.loss - there.loss) * program.upper_scale, np.abs(there.xy - here.xy)[: program.n]
+        if not (fall > 0 and way.max(initial=0.0) > FELT):
+            return None
+        if share(fall, progress) > found["near"]:
+            found["near"], found["descent"] = share(fall, progress), fall
+        return program.trees_inside(there.xy)
+
+
+def _elsewhere(
+    program: Program, upper_loss: float, found: dict[str, float], progress: float
+) -> tuple[PyTree, PyTree] | None:
     """A verified point with a lower F, from a few starts of a search; `far` and `beaten` say by how much."""
     best = around(program, _AROUND)
     points = [] if best is None else [best.xy]
@@ -598,6 +635,8 @@ def _elsewhere(program: Program, upper_loss: float, found: dict[str, float]) -> 
         # To the search's tolerance: F is taken at the exact lower solution.
         fall = upper_loss - program.losses(*reached)[0] - max(there.loss_change, 0.0) if there.gap <= 1e-5 else 0.0
     found["far"], found["beaten"] = max(fall, 0.0) / program.upper_scale, max(fall, 0.0)
+    if reached is not None and np.abs(program.scaled(*reached) - program.start)[: program.n].max() > FELT:
+        found["far"] = max(found["far"], share(fall, progress))
     return reached if fall > 0 else None
 
 
@@ -689,10 +728,15 @@ class _Reached(NamedTuple):
 
 
 class _Search:
-    """The solves of one certificate, a few compiled programs for all of them; writes what it finds into `found`."""
+    """The solves of one certificate, a few compiled programs for all of them; writes what it finds into `found`.
 
-    def __init__(self, problem: Problem, units: Units, at: tuple[PyTree, PyTree], found: dict[str, float]) -> None:
-        self.problem, self.units, self.at, self.found = problem, units, at, found
+    Where x moves as far as `FELT` what F falls by counts as a part of `progress`, too (`_progress`, in F's unit).
+    """
+
+    def __init__(
+        self, problem: Problem, units: Units, at: tuple[PyTree, PyTree], found: dict[str, float], progress: float
+    ) -> None:
+        self.problem, self.units, self.at, self.found, self.progress = problem, units, at, found, progress
         self.flat_u, self.flat_w = map(_flat, at)  # numpy's: on the host nothing is compiled for what is small
         self._room = 128 if self.flat_u.size + self.flat_w.size <= 1000 else 8
         fine = jnp.finfo(self.flat_w.dtype).eps < 1e-10
@@ -872,6 +916,8 @@ class _Search:
                 continue
             fall = min(here, 0.0) - float(upper[j])
             relative = fall * (0.1 / size if kind == "near" else 1.0)
+            if size > FELT and fall > found["noise_upper"]:
+                relative = max(relative, share(fall, self.progress))
             if relative > lowest[kind]:
                 lowest[kind], drop[kind] = relative, fall * found["unit_upper"]
                 if kind == "far" or lowest["far"] == 0.0:

@@ -23,6 +23,7 @@ import numpy as np
 from bilevel import _compiling
 from bilevel._traces import degrees, traffic
 from bilevel.problem import Problem
+from bilevel.solvers._units import FELT, progress_of, share
 from bilevel.solvers.small.program import PASS_BYTES, Layout, flatten, precise
 from bilevel.typing import PyTree
 
@@ -78,7 +79,8 @@ def exact_end(
     """The certificate's measures at (x, y), and a better point where there is one; None: no problem of this kind.
 
     Relative measures are in units of the problem's own: a variable's length is its distance from the solution, or the
-    solution's size where that is larger, and a loss's unit what its gradient makes of these lengths.
+    solution's size where that is larger, and a loss's unit what its gradient makes of these lengths. Where x is off by
+    as much as `FELT` what F can fall by counts as a part of F, or of how far F has come from the start, too.
     """
     parts = (
         problem.project_upper, problem.project_lower, problem.prox_lower, problem.constraint, problem.equality,
@@ -134,12 +136,16 @@ def exact_end(
     lower_unit = float(np.median([np.linalg.norm((lengths * (lower_slope + lower_hessian @ d))[n:]) for d in near]))
     if not (unit > 0 and lower_unit > 0):
         return None
+    back = -away
+    since = float(slope @ back + back @ hessian @ back / 2)  # F at the start less F here
+    felt = np.abs(left / lengths[:n]).max(initial=0.0) > FELT
+    part = share(descent, progress_of(float(upper), float(upper) + since)) if felt else 0.0
     found = {
         "finite": 1.0,
         "bounded": 1.0,
         "gap": gap / lower_unit,
         "gain": abs(change) / unit,
-        "near": float(np.abs(lengths[:n] * fall).sum()) / unit,
+        "near": max(float(np.abs(lengths[:n] * fall).sum()) / unit, part),
         "far": 0.0,
         "descent": descent,
         "beaten": 0.0,

@@ -47,6 +47,8 @@ _SEVERAL, _HOPS, _PATIENCE = 3, 100, 10
 """From how many valleys on the lower level is solved from more starts, how many, and how many without success."""
 _SHIFTS = 5
 """Steps of x to a tie."""
+_SETTLED, _LEVEL = 5, 1e-11
+"""How often F is solved for again in the unit of the slope that is left, and the slope and the fall that are none."""
 _FIRST, _BESIDE_KNOWN, _CREPT = 30, 3e-2, 3
 """Evaluations of a lower solve after which it is looked at where it goes, how near it is to the end of another one that
 it is left, in units of y, and how many solves may spend all their iterations."""
@@ -413,27 +415,33 @@ class Search:
         stationary: bool = True,
         fixed: bool = False,
         iterations: int = 60,
+        unit: float = 1.0,
     ) -> np.ndarray:
-        """One local solve from z; `fixed`: x stays."""
-        program, k = self.program, self.k
-        lower, upper = program.lower.copy(), program.upper.copy()
+        """One local solve from z; `fixed`: x stays; `unit`: of F, for the method."""
+        lower, upper = self.bounds(active, stationary)
         if fixed:
             lower[: self.n] = upper[: self.n] = z[: self.n]
+        all_rows = self.rows(t, active, cuts, stationary)
+
+        def rows(z: np.ndarray) -> Rows:
+            at = all_rows(z)
+            return at._replace(value=at.value / unit, gradient=at.gradient / unit)
+
+        return minimise(rows, z, lower, upper, method=self.method, iterations=iterations)
+
+    def bounds(self, active: np.ndarray | None = None, stationary: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Of the unknowns in `rows`."""
+        program, k = self.program, self.k
+        lower, upper = program.lower.copy(), program.upper.copy()
         if not stationary:
-            z = z.copy()
-            z[k:] = 0.0
             lower[k:] = upper[k:] = 0.0
         if active is not None:
             off = np.flatnonzero(program.inequality & ~active)
-            z = z.copy()
-            z[k + off] = 0.0
             lower[k + off] = upper[k + off] = 0.0
             for i in np.flatnonzero(program.bounding & program.inequality & active):
                 j, edge = program.edges[int(i)]
-                if not (fixed and j < self.n):
-                    z[j] = lower[j] = upper[j] = edge
-        rows = self.rows(t, active, cuts, stationary)
-        return minimise(rows, z, lower, upper, method=self.method, iterations=iterations)
+                lower[j] = upper[j] = edge
+        return lower, upper
 
     def ladder(
         self, z: np.ndarray, ladder: Sequence[float] = LADDER, cuts: Sequence[Cut] = (), fixed: bool = False
@@ -582,10 +590,14 @@ class Search:
 
     def crossover(self, z: np.ndarray, cuts: Sequence[Cut] = (), most: int = 4) -> list[np.ndarray]:
         """The plain NLPs of the branch that z lies on, and of neighbours where rows are biactive."""
+        return [self.local(z, None, branch, cuts) for branch in self.branches(z, most)]
+
+    def branches(self, z: np.ndarray, most: int = 4) -> list[np.ndarray]:
+        """The lower rows that are active on the branch that z lies on, and on `most` neighbours."""
         program, k = self.program, self.k
         keep = program.inequality
         if not keep.any():
-            return [self.local(z, None, np.zeros(program.p, bool), cuts)]
+            return [np.zeros(program.p, bool)]
         lam, g = z[k : k + program.p], -program(z).g
         active = (lam > g) & keep
         biactive = np.flatnonzero(keep & (lam < 1e-3) & (g < 1e-3))
@@ -595,7 +607,7 @@ class Search:
             branch[biactive[: len(flips)]] = flips
             if not any(np.array_equal(branch, other) for other in branches):
                 branches.append(branch)
-        return [self.local(z, None, branch, cuts) for branch in branches[: most + 1]]
+        return branches[: most + 1]
 
     def slope(self, xy: np.ndarray) -> tuple[np.ndarray, float]:
         """The derivative in x of f at a lower solution that follows x, and what is left of its conditions."""
@@ -610,9 +622,52 @@ class Search:
         where y is no higher than another minimiser.
 
         What is relaxed by 1e-8 lets F be better by its root where f is flat, and a gap that passes lets x lie on the
-        wrong side of a tie.
+        wrong side of a tie. And a method that ends where F stays to 1e-10 of its scale has done nothing for what is
+        smaller than that: x in which F is flat beside what it is elsewhere.
         """
-        return self._tied(self._on_conditions(point, rng), rng)
+        return self.settled(self._tied(self._on_conditions(point, rng), rng), rng)
+
+    def settled(self, point: Point, rng: np.random.Generator) -> Point:
+        """The point after local solves, on its branches, of F in units of the slope that is left there."""
+        if not point.verified(self.tol):
+            return point
+        for _ in range(_SETTLED):
+            z, left = self.multipliers(point.xy)
+            slopes = [(branch, self.left(z, branch)) for branch in self.branches(z)] if left <= 1e-6 else []
+            found = []
+            for branch, slope in slopes:
+                if not slope > _LEVEL:
+                    continue
+                end = self.local(z, None, branch, unit=slope, iterations=200)
+                known = [p[self.n :] for p in point.lowest.points[:2]]
+                found.append(self.judge(self.multipliers(end[: self.k])[0], rng, known))
+            lower = [p for p in found if p.verified(self.tol) and p.loss < point.loss]
+            if not lower:
+                break
+            before, point = point, min(lower, key=lambda p: p.loss)
+            if before.loss - point.loss <= _LEVEL:
+                break
+        return point
+
+    def left(self, z: np.ndarray, branch: np.ndarray) -> float:
+        """What multipliers leave of F's gradient on a branch."""
+        from scipy.optimize import lsq_linear
+
+        lower, upper = self.bounds(branch)
+        at = self.rows(None, branch)(z)
+        free = lower < upper
+        near = at.inequality < FEASIBLE
+        at_edge = [(z - lower < FEASIBLE) & free, (upper - z < FEASIBLE) & free]
+        unit = np.eye(z.size)
+        held = np.concatenate([at.inequality_jacobian[near], unit[at_edge[0]], -unit[at_edge[1]]])[:, free]
+        rows = np.concatenate([held, at.equality_jacobian[:, free]])
+        if not (np.isfinite(rows).all() and np.isfinite(at.gradient).all()):
+            return 0.0
+        if not rows.size:
+            return float(np.linalg.norm(at.gradient[free]))
+        least = np.where(np.arange(rows.shape[0]) < held.shape[0], 0.0, -np.inf)
+        found = lsq_linear(rows.T, at.gradient[free], (least, np.full(rows.shape[0], np.inf)))
+        return float(np.linalg.norm(at.gradient[free] - rows.T @ found.x))
 
     def _tied(self, point: Point, rng: np.random.Generator) -> Point:
         """The point with x moved to where y ties with a minimiser that lies lower by less than the tolerance."""
