@@ -32,7 +32,7 @@ LinearMap = Callable[[PyTree], PyTree]
 
 __all__ = [
     "dominant_eigenvalue", "ends_of_spectrum", "extreme_eigenvalues", "hessian_norm", "jacobian_norm", "least_curved",
-    "lower_curvature", "lower_spectrum", "probe_estimate",
+    "lower_curvature", "lower_spectrum", "probe_estimate", "ritz_pairs",
     "secant_estimate", "spectral_norm", "unit_direction",
 ]  # fmt: skip
 
@@ -125,13 +125,13 @@ def ends_of_spectrum(matrix: Any) -> tuple[float, float]:
     return float(eigenvalues[0]), float(eigenvalues[-1])
 
 
-def least_curved(
+def ritz_pairs(
     product: Callable[[np.ndarray], np.ndarray], size: int, steps: int = 12
-) -> tuple[float, np.ndarray] | None:
-    """About the least eigenvalue of a symmetric map on vectors of the host, from above, with its unit vector.
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Approximate eigenvalues of a symmetric map on vectors of the host, rising, and their unit vectors as rows.
 
     By Lanczos's process as in `extreme_eigenvalues`, with `steps` products, which may be differences of gradients; None
-    where one of them is not finite.
+    where one of them is not finite. Exact, and all of them, where `size` is no more than `steps`.
     """
     basis = np.zeros((0, size))
     images, vector = [], np.random.default_rng(13).standard_normal(size)
@@ -149,7 +149,15 @@ def least_curved(
         images.append(vector)
     reduced = basis @ np.stack(images, axis=1)
     values, vectors = np.linalg.eigh((reduced + reduced.T) / 2)
-    return float(values[0]), vectors[:, 0] @ basis
+    return values, vectors.T @ basis
+
+
+def least_curved(
+    product: Callable[[np.ndarray], np.ndarray], size: int, steps: int = 12
+) -> tuple[float, np.ndarray] | None:
+    """The first of `ritz_pairs`: about the least eigenvalue, from above, and its unit vector."""
+    pairs = ritz_pairs(product, size, steps)
+    return None if pairs is None else (float(pairs[0][0]), pairs[1][0])
 
 
 @explained

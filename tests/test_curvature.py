@@ -13,6 +13,7 @@ from bilevel.curvature import (
     jacobian_norm,
     least_curved,
     probe_estimate,
+    ritz_pairs,
     secant_estimate,
     spectral_norm,
     unit_direction,
@@ -58,6 +59,14 @@ def test_the_least_eigenvalue_of_a_map_on_the_host_comes_with_its_vector():
     assert least_curved(lambda d: np.zeros(3), 3)[0] == 0.0
     np.testing.assert_allclose(least_curved(lambda d: np.array([1.0, -2.0]) * d, 2)[0], -2.0)
     assert least_curved(lambda d: np.full(2, np.nan), 2) is None
+
+
+def test_of_a_small_map_all_eigenvalues_and_vectors_are_found():
+    random = np.random.default_rng(0)
+    matrix = random.normal(size=(7, 7))
+    values, vectors = ritz_pairs(lambda d: (matrix + matrix.T) @ d, 7)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix + matrix.T), atol=1e-10)
+    np.testing.assert_allclose(vectors @ (matrix + matrix.T), values[:, None] * vectors, atol=1e-10)
 
 
 def test_lanczos_survives_breakdown(x64):

@@ -9,6 +9,7 @@ import pytest
 from known_problems import CASES, Case
 
 from bilevel import Problem, Solution, sets, solve, solvers
+from bilevel.lower import Newton
 from bilevel.result import Result
 from bilevel.solvers import certificate
 from bilevel.solvers.certificate import certify
@@ -168,6 +169,75 @@ def test_what_x_does_is_measured_by_the_lower_solution(turned):
     found = solve(problem, jnp.zeros(2), jnp.zeros(2), steps=3000, tol=1e-4, progress=False)
     assert found.result is Result.CONVERGED
     np.testing.assert_allclose(found.x, turn @ jnp.array([1.0, 2.0]), atol=1e-2)
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["free", "in a box"])
+@pytest.mark.parametrize("solver", [None, solvers.MPCC(), solvers.AID(Newton())], ids=["none", "MPCC", "AID"])
+def test_a_coordinate_of_x_beside_a_steep_one_is_not_left_where_it_was(solver, bound):
+    """F = 1e6 (y0 - 1)^2 + (y1 - 1)^2 with y = x: in F's unit, 1e6, nothing is seen of x1."""
+    more = {"project_lower": sets.Box(-5.0, 5.0)} if bound else {}
+    problem = Problem(
+        lambda x, y: jnp.sum(jnp.array([1e6, 1.0]) * (y - 1) ** 2), lambda x, y: jnp.sum((y - x) ** 2), **more
+    )
+    found = solve(problem, jnp.zeros(2), jnp.zeros(2), solver, steps=3000, tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED
+    np.testing.assert_allclose(found.x, 1.0, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["free", "in a box", "with a row", "prox"])
+def test_what_f_can_fall_by_counts_as_a_part_of_f(kind):
+    """F = 4e-3 (y0 + 1.7)^2 + 1e-3 (y1 - 3.3)^2 + 7.4 x1^2, y = (x0, x1) / 15: F falls from .022 to .011 on the way
+    from 0 to (-25.5, 0), and where it is moved anyhow it changes by thousands."""
+    scale = jnp.array([4e-3, 1e-3])
+    upper = lambda x, y: jnp.sum(scale * (y - jnp.array([-1.7, 3.3])) ** 2) + 7.4 * jnp.sum(x[1] ** 2)
+    lower = lambda x, y: jnp.sum(jnp.array([276.0, 10.6]) * (y - x[:2] / 15) ** 2)
+    more = {
+        "free": {},
+        "in a box": {"project_lower": sets.Box(-99.0, 99.0)},
+        "with a row": {"constraint": lambda x, y: jnp.sum(y**2) - 1e4},
+        "prox": {"prox_lower": lambda x, y, step: y},
+    }[kind]
+    problem = Problem(upper, lower, **more)
+    x = jnp.zeros(2), jnp.array([-25.5, 0.0033])
+    y = [at[:2] / 15 for at in x]
+    assert upper(x[0], y[0]) > 1.9 * upper(x[1], y[1])
+    start = jnp.ones(2), jnp.ones(2)
+    there = certify(problem, x[0], y[0], start, Result.CONVERGED, {}, 1e-4)
+    assert there.result in (Result.NOT_STATIONARY, Result.LOCAL) and upper(*there.better) < 0.6 * upper(x[0], y[0])
+    assert certify(problem, x[1], y[1], start, Result.CONVERGED, {}, 1e-4).result is Result.CONVERGED
+
+
+@pytest.mark.parametrize("kind", ["free", "in a box", "prox"])
+def test_a_run_that_begins_at_its_solution_ends_there(kind):
+    """F = |y - 1|^2 with y = x is 3e-10 at x = 1 + 1e-5, and all of it could fall: x is not felt to move."""
+    more = {
+        "free": {},
+        "in a box": {"project_lower": sets.Box(-9.0, 9.0)},
+        "prox": {"prox_lower": lambda x, y, step: y},
+    }[kind]
+    problem = Problem(lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: jnp.sum((y - x) ** 2), **more)
+    at = jnp.full(3, 1 + 1e-5)
+    assert certify(problem, at, at, (at, at), Result.CONVERGED, {}, 1e-4).result is Result.CONVERGED
+
+
+@pytest.mark.parametrize("n, condition", [(10, 1e4), pytest.param(40, 1e3, marks=pytest.mark.slow)])
+def test_flat_directions_of_many_unknowns_are_seen_by_newtons_step(n, condition):
+    """h(x) = (x - t) H (x - t) / 2 with a turned H: at t + the flattest direction h is below 1e-3 of what it was."""
+    random = np.random.default_rng(0)
+    basis, sides = np.linalg.qr(random.normal(size=(n, n)))[0], random.normal(size=(400, n)) / n**0.5
+    hessian, target = basis @ np.diag(np.geomspace(1, 1 / condition, n)) @ basis.T, random.normal(size=n)
+    back, sides, hessian, target = map(jnp.asarray, (np.linalg.pinv(sides), sides, hessian, target))
+    problem = Problem(
+        lambda x, y: 0.5 * (back @ y - target) @ hessian @ (back @ y - target),
+        lambda x, y: 0.5 * jnp.sum((y - sides @ x) ** 2),
+        prox_lower=lambda x, y, step: y,
+    )
+    start = jnp.zeros(n), jnp.zeros(400)
+    flat = target + n**0.5 * jnp.asarray(basis[:, -1])
+    found = certify(problem, flat, sides @ flat, start, Result.CONVERGED, {}, 1e-4)
+    assert found.result is Result.NOT_STATIONARY
+    near = target + 1e-3 * jnp.asarray(random.normal(size=n))
+    assert certify(problem, near, sides @ near, start, Result.CONVERGED, {}, 1e-4).result is Result.CONVERGED
 
 
 def test_float32_says_converged_only_where_it_is_right():

@@ -34,7 +34,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import _compiling
 from bilevel.constraints import Constraints
-from bilevel.curvature import ends_of_spectrum, least_curved, lower_curvature, lower_spectrum
+from bilevel.curvature import ends_of_spectrum, lower_curvature, lower_spectrum, ritz_pairs
 from bilevel.data import of_one_step
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.keys import as_step_key
@@ -568,13 +568,13 @@ def _of_small(
         found["descent"] = found["near"] * program.upper_scale
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
         better = slope.reached or better
-        if (lower_yet := _further(program, found, progress)) is not None:
+        if (lower_yet := _further(program, found, progress, start)) is not None:
             better = better or lower_yet
         # MPCC itself has looked around, by the lower level's conditions: they say nothing where f has kinks.
         searched = "start_loss" in metrics and not program.may_kink
         if not searched and found["near"] <= 1e-2:
             if program.size <= _SEARCHED:
-                better = _elsewhere(program, upper_loss, found, progress) or better
+                better = _elsewhere(program, upper_loss, found, progress, start) or better
             else:
                 why = f"{program.n + program.m} unknowns and {program.p + program.q} rows of the lower level"
                 unchecked += (f"Whether another x is better was not looked at, because of size: {why}.",)
@@ -605,14 +605,28 @@ def _falls_further(program: Program, x: PyTree, y: PyTree) -> bool:
         return not np.isfinite(there.f) or (there.f < here.f and program.violation(there, upper=False) <= FEASIBLE)
 
 
-def _further(program: Program, found: dict[str, float], progress: float) -> tuple[PyTree, PyTree] | None:
+def _felt(program: Program, here: np.ndarray, there: np.ndarray, start: tuple[PyTree, PyTree]) -> bool:
+    """Whether x moves by as much as `FELT` between two points: in its units, or of its size at these and the start.
+
+    A box that is far too wide makes a wide unit.
+    """
+    n = program.n
+    way, columns = np.abs(there - here)[:n], program.columns[:n]
+    size = max(np.linalg.norm(point[:n] * columns) for point in (here, there))
+    size = max(size, np.linalg.norm(flatten(start[0])))
+    return bool(way.max(initial=0.0) > FELT or np.linalg.norm(way * columns) > FELT * size)
+
+
+def _further(
+    program: Program, found: dict[str, float], progress: float, start: tuple[PyTree, PyTree]
+) -> tuple[PyTree, PyTree] | None:
     """Where local solves lead from here, of F in units of the slope that is left, if F is felt to fall on the way."""
     search, rng = Search(program), np.random.default_rng(0)
     with program.precision():
         here = search.judge(search.multipliers(search.polish(program.start))[0], rng)
         there = search.settled(here, rng)
-        fall, way = (here.loss - there.loss) * program.upper_scale, np.abs(there.xy - here.xy)[: program.n]
-        if not (fall > 0 and way.max(initial=0.0) > FELT):
+        fall = (here.loss - there.loss) * program.upper_scale
+        if not (fall > 0 and _felt(program, here.xy, there.xy, start)):
             return None
         if share(fall, progress) > found["near"]:
             found["near"], found["descent"] = share(fall, progress), fall
@@ -620,7 +634,7 @@ def _further(program: Program, found: dict[str, float], progress: float) -> tupl
 
 
 def _elsewhere(
-    program: Program, upper_loss: float, found: dict[str, float], progress: float
+    program: Program, upper_loss: float, found: dict[str, float], progress: float, start: tuple[PyTree, PyTree]
 ) -> tuple[PyTree, PyTree] | None:
     """A verified point with a lower F, from a few starts of a search; `far` and `beaten` say by how much."""
     best = around(program, _AROUND)
@@ -635,7 +649,7 @@ def _elsewhere(
         # To the search's tolerance: F is taken at the exact lower solution.
         fall = upper_loss - program.losses(*reached)[0] - max(there.loss_change, 0.0) if there.gap <= 1e-5 else 0.0
     found["far"], found["beaten"] = max(fall, 0.0) / program.upper_scale, max(fall, 0.0)
-    if reached is not None and np.abs(program.scaled(*reached) - program.start)[: program.n].max() > FELT:
+    if reached is not None and _felt(program, program.start, program.scaled(*reached), start):
         found["far"] = max(found["far"], share(fall, progress))
     return reached if fall > 0 else None
 
@@ -858,18 +872,27 @@ class _Search:
             found["far"], found["beaten"] = found.get("far", 0.0), found.get("beaten", 0.0)
 
     def bend(self) -> None:
-        """Move x where x -> F(x, y*(x)) bends down most: at a saddle point the other directions of many see nothing."""
+        """Move x where x -> F(x, y*(x)) bends down most, at a saddle point the other directions of many see nothing;
+        and by Newton's step, since the slope sees little of what is flat beside the rest."""
         u = self.flat_u
         if not 1 < u.size <= _BENDS:
             return
         step = _NEAR[0] * u.size**0.5
         move = lambda d: _projected(self.problem, self.units, self.at[0], [(u + step * d).astype(u.dtype)])[0]  # noqa: E731
         here = self._slope(u)
-        least = least_curved(lambda d: (self._slope(move(d)) - here) / step, u.size)
-        if least is not None and least[0] < 0:
-            ways = [sign * u.size**0.5 * least[1] for sign in (1.0, -1.0)]
+        pairs = ritz_pairs(lambda d: (self._slope(move(d)) - here) / step, u.size)
+        if pairs is None:
+            return
+        values, vectors = pairs
+        if values[0] < 0:
+            ways = [sign * u.size**0.5 * vectors[0] for sign in (1.0, -1.0)]
             sizes = [(size, "near") for size in _NEAR] + [(size, "far") for size in _WAYS]
             self._tried([(size, kind, u + size * d) for d in ways for size, kind in sizes], best_for_upper=True)
+        known = values > 1e2 * np.finfo(u.dtype).eps * np.abs(values).max()  # the slopes' differences have rounding
+        newton = -((vectors[known] @ here) / values[known]) @ vectors[known]
+        size = float(np.linalg.norm(newton)) / u.size**0.5
+        if np.isfinite(size) and size > FELT:
+            self._tried([(part * size, "near", u + part * newton) for part in (1.0, 0.3)], best_for_upper=True)
 
     def _slope(self, flat: np.ndarray) -> np.ndarray:
         """That of x -> F(x, y*(x)) at x = `flat`."""
