@@ -568,10 +568,10 @@ def _of_small(
         found["descent"] = found["near"] * program.upper_scale
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
         better = slope.reached or better
-        if (lower_yet := _further(program, found, progress, start)) is not None:
-            better = better or lower_yet
         # MPCC itself has looked around, by the lower level's conditions: they say nothing where f has kinks.
         searched = "start_loss" in metrics and not program.may_kink
+        if not searched and (lower_yet := _further(program, found, progress, start)) is not None:
+            better = better or lower_yet
         if not searched and found["near"] <= 1e-2:
             if program.size <= _SEARCHED:
                 better = _elsewhere(program, upper_loss, found, progress, start) or better

@@ -639,14 +639,14 @@ class Search:
                 if not slope > _LEVEL:
                     continue
                 end = self.local(z, None, branch, unit=slope, iterations=200)
+                if not point.loss - self.program(self.program.point(end[: self.k])).F > _LEVEL:
+                    continue
                 known = [p[self.n :] for p in point.lowest.points[:2]]
                 found.append(self.judge(self.multipliers(end[: self.k])[0], rng, known))
             lower = [p for p in found if p.verified(self.tol) and p.loss < point.loss]
             if not lower:
                 break
-            before, point = point, min(lower, key=lambda p: p.loss)
-            if before.loss - point.loss <= _LEVEL:
-                break
+            point = min(lower, key=lambda p: p.loss)
         return point
 
     def left(self, z: np.ndarray, branch: np.ndarray) -> float:
