@@ -137,9 +137,14 @@ class _Form:
     """What of a function is compared by value when compiled code is looked up: `key`; how it is built is not."""
 
     def __init__(
-        self, key: tuple[Any, ...], original: Any, build: Callable[[_Build], Any] | None, leaves: list[_Leaf]
+        self,
+        key: tuple[Any, ...],
+        original: Any,
+        build: Callable[[_Build], Any] | None,
+        leaves: list[_Leaf],
+        generators: list[Any],
     ) -> None:
-        self.key, self.original, self.build, self.leaves = key, original, build, leaves
+        self.key, self.original, self.build, self.leaves, self.generators = key, original, build, leaves, generators
         self.hash = hash(key)
 
     def __eq__(self, other: object) -> bool:
@@ -307,7 +312,7 @@ class _Walk:
     def form(self, original: Any, build: Callable[[_Build], Any] | None, travelling: frozenset[int]) -> _Form:
         """The form, but for the leaves in these places."""
         leaves = (leaf.kind if i in travelling else leaf.content for i, leaf in enumerate(self.leaves))
-        return _Form((*self._key, *leaves), original, build, self.leaves)
+        return _Form((*self._key, *leaves), original, build, self.leaves, self.generators)
 
     def hold(self, held: Mapping[str, Any], path: str) -> None:
         """What something holds that is used as it is: all of it is part of the form."""
@@ -375,7 +380,20 @@ class _Walk:
         self.leaves.append(_Leaf(value, kind, may and not self._fixed))
         return lambda b: b.values[place]
 
+    def _again(self, value: Captured, path: str) -> Callable[[_Build, int], Any]:
+        """A function that has been taken apart before, in a problem that is captured itself."""
+        if self._words:
+            original = self.node(value._form.original, path)
+            return lambda b, _: original(b)
+        self.rebuilt = True
+        self.generators += value._form.generators
+        self._key.append((Captured, value._form, value._travelling))
+        values = self.node(value._values, path)
+        return lambda b, _: Captured(value._form, value._travelling, values(b))
+
     def _composite(self, value: Any, path: str) -> Callable[[_Build, int], Any]:
+        if isinstance(value, Captured):
+            return self._again(value, path)
         if isinstance(value, types.FunctionType):
             return self._function(value, path)
         if isinstance(value, types.MethodType):

@@ -19,7 +19,7 @@ import optax
 import pytest
 
 from bilevel import Problem, data, hypergradients, solve, solvers
-from bilevel.captures import Captured, described, taken
+from bilevel.captures import Captured, described, host_generators, taken
 from bilevel.checkpoint import CheckpointError
 from bilevel.lower import GradientDescent
 
@@ -27,6 +27,9 @@ LAM = 1.0
 SETTINGS = {"lam": 1.0}
 ARRAY = np.ones(2)
 NAMESPACE = types.SimpleNamespace(lam=1.0)
+
+
+DRAWN, BESIDE = np.random.default_rng(0), np.random.default_rng(1)
 
 
 class Net:
@@ -384,3 +387,28 @@ def test_an_estimate_is_differentiated_in_the_data_and_in_what_a_loss_captures(x
     for i, reverse in enumerate(jax.grad(of, (0, 1))(*at)):
         ends = [of(*(a + sign * h * (i == j) for j, a in enumerate(at))) for sign in (1, -1)]
         np.testing.assert_allclose(reverse, (ends[0] - ends[1]) / (2 * h), rtol=1e-6)
+
+
+def test_what_a_module_holds_beside_a_loss_is_not_walked_through():
+    """A function that was taken apart was looked into for generators, its compiled form and with it all globals."""
+    of = lambda fn: host_generators(taken(fn, (1.0, 1.0)))[2:]
+    assert isinstance(taken(lambda x, y: LAM * x * y, (1.0, 1.0)), Captured)
+    assert of(lambda x, y: LAM * x * y) == []
+    assert of(lambda x, y: LAM * x * y * DRAWN.normal()) == [DRAWN]
+    noisy = taken(lambda x, y: LAM * x * y * DRAWN.normal(), (1.0, 1.0))
+    assert of(lambda x, y: LAM * noisy(x, y)) == [DRAWN]
+
+
+def test_what_was_taken_apart_before_is_one_form_over_its_numbers():
+    def outer(lam):
+        inner = taken(lambda x, y: (y - 1) ** 2 + lam * x**2, (1.0, 1.0))
+        return lambda x, y: 2 * inner(x, y) + (y - x) ** 2
+
+    one, other = (taken(outer(lam), (1.0, 1.0)) for lam in (1.0, 3.0))
+    assert one._form == other._form and one != other
+    traces = []
+    compiled = jax.jit(lambda fn, x, y: (traces.append(1), fn(x, y))[1])
+    for fn, lam in ((one, 1.0), (other, 3.0)):
+        np.testing.assert_allclose(compiled(fn, 2.0, 0.5), 2 * (0.25 + 4 * lam) + 2.25, rtol=1e-6)
+    assert len(traces) == 1
+    assert described(outer(1.0)) != described(outer(3.0))
