@@ -70,3 +70,8 @@ napoleon_use_ivar = True
 logging.getLogger("sphinx.sphinx.directives.other").addFilter(
     lambda record: "didn't match any documents" not in str(record.msg)
 )
+
+
+def setup(app):
+    """Pages are read by several processes (`-j`): an extension that only copies files does not say that it allows it."""
+    app.extensions["sphinx-mathjax-offline"].parallel_read_safe = True

@@ -565,7 +565,7 @@ def _of_small(
     if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
         slope = stationary(problem, x, y, 1e-3 if tol is None else tol, program)
         found["near"] = max(0.0, -slope.slope)
-        found["descent"] = found["near"] * program.upper_scale
+        found["descent"] = 0.0 if slope.reached is None else max(upper_loss - program.losses(*slope.reached)[0], 0.0)
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
         better = slope.reached or better
         # MPCC itself has looked around, by the lower level's conditions: they say nothing where f has kinks.
