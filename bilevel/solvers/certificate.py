@@ -419,7 +419,10 @@ def _looked(
     lengths = units_of_variables(problem, x, y, *start)
     # The way back to the start is looked at with the moves.
     away = tuple(
-        jax.tree.map(lambda moved, at, z0: np.concatenate([moved, np.asarray(z0 - at, moved.dtype)[None]]), *trees)
+        jax.tree.map(
+            lambda moved, at, z0: np.concatenate([moved, (np.asarray(z0) - np.asarray(at)).astype(moved.dtype)[None]]),
+            *trees,
+        )
         for trees in zip(moves(x, y, lengths), (x, y), start, strict=True)
     )
     at, here, changed, found = _examined(problem, lengths, x, y, away, curved=curved)
