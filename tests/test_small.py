@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel import Problem, data, sets, solvers
+from bilevel import Problem, data, sets, solve, solvers
 from bilevel.data import ProblemError
 from bilevel.keys import as_step_key
 from bilevel.result import Result
@@ -471,6 +471,22 @@ def test_coordinates_of_unequal_effects_have_units_of_their_own(x64):
     by_chance = lambda x, y: x[0] * y[0] ** 2 + (x[0] - x[1]) * y[1] ** 2
     program = Program(Problem(lambda x, y: y[0], by_chance), jnp.array([1.0, 1.0 + 1e-14]), jnp.ones(2))
     assert program.columns[2] == program.columns[3]
+
+
+@pytest.mark.parametrize("bend", [1e-9, 1e-12])
+@pytest.mark.parametrize("project", [None, sets.Box(-2.0, 2.0)], ids=["free", "box"])
+def test_a_row_that_is_nearly_affine_makes_no_unit_of_a_variable_at_zero(bend, project):
+    """It bends at 1 / bend: in units of that, the box around x was a point, F had no slope, and 0 was CONVERGED."""
+    problem = Problem(
+        lambda x, y: (x - 1) ** 2 + (y - 1) ** 2,
+        lambda x, y: (y - x) ** 2,
+        constraint=lambda x, y: y + bend * y**2 - 3,
+        upper_constraint=lambda x, y: x + bend * x**2 - 5,
+        project_upper=project,
+    )
+    found = solve(problem, jnp.zeros(()), jnp.zeros(()), tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED, found
+    np.testing.assert_allclose([found.x, found.y], 1.0, atol=1e-3)
 
 
 def test_a_search_goes_where_it_is_sent(x64):
