@@ -489,6 +489,19 @@ def test_a_row_that_is_nearly_affine_makes_no_unit_of_a_variable_at_zero(bend, p
     np.testing.assert_allclose([found.x, found.y], 1.0, atol=1e-3)
 
 
+@pytest.mark.parametrize("angle", [1.0, 1.75, 2.0])
+def test_a_descent_into_a_valley_that_is_not_the_lowest_is_none(x64, angle):
+    """Four wells w = (+-1, r), rotated: for x > 0 the lowest has w_1 = -1, F wants x = 1 and w_1 = 1, and 0 it is."""
+    wells = lambda y: jnp.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) @ y
+    problem = Problem(
+        lambda x, y: (wells(y)[0] - 1) ** 2 + (x - 1) ** 2,
+        lambda x, y: jnp.sum((wells(y) ** 2 - 1) ** 2) + x * wells(y)[0] - 0.3 * wells(y)[1],
+    )
+    r = np.roots([4, 0, -4, -0.3]).real.max()
+    y = np.array([np.cos(angle) - np.sin(angle) * r, np.sin(angle) + np.cos(angle) * r])
+    assert stationary(problem, jnp.zeros(()), jnp.asarray(y)).slope > -1e-6
+
+
 def test_a_search_goes_where_it_is_sent(x64):
     """F = -y^2 - y/10 with y = x in [-1, 1]: -9/10 at -1, next to the start, and -11/10 at 1."""
     problem = Problem(

@@ -569,7 +569,19 @@ class _Check:
         found = solve_lower(program, xy, starts)
         # A curved upper row is broken to second order by a step along its tangent.
         slack = 10 * float(np.abs(step).max()) ** 2 if slack is None else slack
-        best = np.inf, xy
+        best = self.best_of(found, xy, slack)
+        if best[0] < 0 and not program.convex(xy):  # what is lower for F may not be lowest: another valley is
+            rng = np.random.default_rng(1)
+            closer = solve_lower(program, xy, [*(p[n:] for p in found.points), *lower_starts(program, xy, 12, rng)])
+            closer = deeper(program, xy, closer, rng)
+            if closer.value < found.value - 1e-9:
+                self.others.insert(0, closer.points[0])
+                best = self.best_of(closer, xy, slack)
+        return best
+
+    def best_of(self, found: Lowest, xy: np.ndarray, slack: float) -> tuple[float, np.ndarray]:
+        """F at the best for it of the lowest points, less F here; infinite where none is feasible."""
+        program, best = self.program, (np.inf, xy)
         ties = [p for p, value in zip(found.points, found.values, strict=True) if value <= found.value + 1e-9]
         points = [self.search.polish(point) for point in ties]
         ends = [program(program.point(point)) for point in points]
