@@ -489,6 +489,18 @@ def test_a_row_that_is_nearly_affine_makes_no_unit_of_a_variable_at_zero(bend, p
     np.testing.assert_allclose([found.x, found.y], 1.0, atol=1e-3)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_maximum_along_the_one_free_unknown_is_no_solution(x64, count):
+    """F = -x_1^2, the other x at its bound: only one unknown is left along which F could bend down."""
+    problem = Problem(
+        lambda x, y: -(y[0] ** 2) + jnp.sum(y[1:]), lambda x, y: jnp.sum((y - x) ** 2), project_upper=sets.Box(-1.0, 1.0)
+    )
+    x = jnp.array([0.0, -1.0])[:count]
+    found = stationary(problem, x, x)
+    assert found.slope < -1e-2 and found.reached is not None
+    assert stationary(problem, x.at[0].set(1.0), x.at[0].set(1.0)).slope > -1e-6
+
+
 @pytest.mark.parametrize("angle", [1.0, 1.75, 2.0])
 def test_a_descent_into_a_valley_that_is_not_the_lowest_is_none(x64, angle):
     """Four wells w = (+-1, r), rotated: for x > 0 the lowest has w_1 = -1, F wants x = 1 and w_1 = 1, and 0 it is."""

@@ -399,7 +399,7 @@ class _Check:
         """
         program, n, k = self.program, self.n, self.k
         free = np.flatnonzero(np.minimum(self.xy - program.lower[:k], program.upper[:k] - self.xy)[:n] > self.radius)
-        if free.size < 2:
+        if not free.size:
             return None
         slope, here = self.search.cut(self.xy).slope, program(program.point(self.xy))
         active = ~program.upper_inequality | (-self.radius < here.G)
