@@ -489,11 +489,30 @@ def test_a_row_that_is_nearly_affine_makes_no_unit_of_a_variable_at_zero(bend, p
     np.testing.assert_allclose([found.x, found.y], 1.0, atol=1e-3)
 
 
+def test_a_kink_nearer_than_the_tolerance_is_where_x_is(x64):
+    """y = min(x, 1) and F = (y - 2)^2 + x^2 / 2 falls towards 1 from both sides, at slopes -1 and 1."""
+    problem = Problem(
+        lambda x, y: (y - 2) ** 2 + x**2 / 2, lambda x, y: (y - x) ** 2, project_lower=sets.Box(-1.0, 1.0)
+    )
+    slopes = []
+    for left in (0.0, 1e-6, 1e-4, 1e-3):
+        x = jnp.asarray(1 - left)
+        slopes.append(stationary(problem, x, x, tol=1e-4).slope)
+    assert slopes[0] > -1e-6 and slopes[1] > -1e-6
+    assert slopes[2] < -1e-2 and slopes[3] < -1e-2
+    # Where F falls further than to the next kink, a small step is none to be left out: y = min(x, (x + 1) / 2).
+    on = Problem(lambda x, y: -y - x / 10, lambda x, y: y**2 / 2 - y * x, constraint=lambda x, y: y - (x + 1) / 2)
+    x = jnp.asarray(1 - 1e-6)
+    assert stationary(on, x, x, tol=1e-4).slope < -1e-2
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_maximum_along_the_one_free_unknown_is_no_solution(x64, count):
     """F = -x_1^2, the other x at its bound: only one unknown is left along which F could bend down."""
     problem = Problem(
-        lambda x, y: -(y[0] ** 2) + jnp.sum(y[1:]), lambda x, y: jnp.sum((y - x) ** 2), project_upper=sets.Box(-1.0, 1.0)
+        lambda x, y: -(y[0] ** 2) + jnp.sum(y[1:]),
+        lambda x, y: jnp.sum((y - x) ** 2),
+        project_upper=sets.Box(-1.0, 1.0),
     )
     x = jnp.array([0.0, -1.0])[:count]
     found = stationary(problem, x, x)
