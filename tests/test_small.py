@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel import Problem, data, sets, solvers
+from bilevel import Problem, data, sets, solve, solvers
 from bilevel.data import ProblemError
 from bilevel.keys import as_step_key
 from bilevel.result import Result
@@ -471,6 +471,66 @@ def test_coordinates_of_unequal_effects_have_units_of_their_own(x64):
     by_chance = lambda x, y: x[0] * y[0] ** 2 + (x[0] - x[1]) * y[1] ** 2
     program = Program(Problem(lambda x, y: y[0], by_chance), jnp.array([1.0, 1.0 + 1e-14]), jnp.ones(2))
     assert program.columns[2] == program.columns[3]
+
+
+@pytest.mark.parametrize("bend", [1e-9, 1e-12])
+@pytest.mark.parametrize("project", [None, sets.Box(-2.0, 2.0)], ids=["free", "box"])
+def test_a_row_that_is_nearly_affine_makes_no_unit_of_a_variable_at_zero(bend, project):
+    """It bends at 1 / bend: in units of that, the box around x was a point, F had no slope, and 0 was CONVERGED."""
+    problem = Problem(
+        lambda x, y: (x - 1) ** 2 + (y - 1) ** 2,
+        lambda x, y: (y - x) ** 2,
+        constraint=lambda x, y: y + bend * y**2 - 3,
+        upper_constraint=lambda x, y: x + bend * x**2 - 5,
+        project_upper=project,
+    )
+    found = solve(problem, jnp.zeros(()), jnp.zeros(()), tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED, found
+    np.testing.assert_allclose([found.x, found.y], 1.0, atol=1e-3)
+
+
+def test_a_kink_nearer_than_the_tolerance_is_where_x_is(x64):
+    """y = min(x, 1) and F = (y - 2)^2 + x^2 / 2 falls towards 1 from both sides, at slopes -1 and 1."""
+    problem = Problem(
+        lambda x, y: (y - 2) ** 2 + x**2 / 2, lambda x, y: (y - x) ** 2, project_lower=sets.Box(-1.0, 1.0)
+    )
+    slopes = []
+    for left in (0.0, 1e-6, 1e-4, 1e-3):
+        x = jnp.asarray(1 - left)
+        slopes.append(stationary(problem, x, x, tol=1e-4).slope)
+    assert slopes[0] > -1e-6 and slopes[1] > -1e-6
+    assert slopes[2] < -1e-2 and slopes[3] < -1e-2
+    # Where F falls further than to the next kink, a small step is none to be left out: y = min(x, (x + 1) / 2).
+    on = Problem(lambda x, y: -y - x / 10, lambda x, y: y**2 / 2 - y * x, constraint=lambda x, y: y - (x + 1) / 2)
+    x = jnp.asarray(1 - 1e-6)
+    assert stationary(on, x, x, tol=1e-4).slope < -1e-2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_maximum_along_the_one_free_unknown_is_no_solution(x64, count):
+    """F = -x_1^2, the other x at its bound: only one unknown is left along which F could bend down."""
+    problem = Problem(
+        lambda x, y: -(y[0] ** 2) + jnp.sum(y[1:]),
+        lambda x, y: jnp.sum((y - x) ** 2),
+        project_upper=sets.Box(-1.0, 1.0),
+    )
+    x = jnp.array([0.0, -1.0])[:count]
+    found = stationary(problem, x, x)
+    assert found.slope < -1e-2 and found.reached is not None
+    assert stationary(problem, x.at[0].set(1.0), x.at[0].set(1.0)).slope > -1e-6
+
+
+@pytest.mark.parametrize("angle", [1.0, 1.75, 2.0])
+def test_a_descent_into_a_valley_that_is_not_the_lowest_is_none(x64, angle):
+    """Four wells w = (+-1, r), rotated: for x > 0 the lowest has w_1 = -1, F wants x = 1 and w_1 = 1, and 0 it is."""
+    wells = lambda y: jnp.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) @ y
+    problem = Problem(
+        lambda x, y: (wells(y)[0] - 1) ** 2 + (x - 1) ** 2,
+        lambda x, y: jnp.sum((wells(y) ** 2 - 1) ** 2) + x * wells(y)[0] - 0.3 * wells(y)[1],
+    )
+    r = np.roots([4, 0, -4, -0.3]).real.max()
+    y = np.array([np.cos(angle) - np.sin(angle) * r, np.sin(angle) + np.cos(angle) * r])
+    assert stationary(problem, jnp.zeros(()), jnp.asarray(y)).slope > -1e-6
 
 
 def test_a_search_goes_where_it_is_sent(x64):

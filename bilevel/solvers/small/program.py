@@ -35,6 +35,8 @@ _KINKS = frozenset((
 """Primitives of functions that have kinks somewhere."""
 _UNEQUAL = 1e3
 """How far the units of the coordinates of one variable differ before each has its own."""
+_NO_LENGTH = 1e6
+"""By how much lengths of a variable differ that are not both lengths."""
 _TIGHT = 1e-9
 """Relative: two numbers that are equal but for rounding."""
 PASS_BYTES = 2**22
@@ -533,11 +535,14 @@ class Program:
             distance = np.abs(values[constraints]) / np.sqrt(np.sum((jacobian[constraints, block] * unit) ** 2, axis=1))
         for size in ((high - low)[block] / unit / 2, distance):
             lengths += list(size[(size > 0) & (size <= widest)])
-        largest = np.max(np.abs(xy[block]) / unit, initial=0.0)
-        lengths += [float(largest)] if largest > 0 else []
-        # At a solution some are zero but for rounding: no lengths.
-        least = 1e-2 * largest if largest > 0 else 1e-6 * max(lengths, default=0.0)
+        largest = float(np.max(np.abs(xy[block]) / unit, initial=0.0))
+        # At a solution some are zero but for rounding, and what is nearly affine bends far away: no lengths. A variable
+        # at zero has no size that tells these apart, and one near one is likelier than any that they would give it.
+        near = largest or min(lengths, key=lambda length: abs(np.log(length)), default=0.0)
+        least = 1e-2 * largest if largest > 0 else near / _NO_LENGTH
         lengths = [length for length in lengths if length >= least]
+        lengths = [length for length in lengths if length <= near * _NO_LENGTH] or lengths
+        lengths += [largest] if largest > 0 else []
         return float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0
 
     def _curving(self, xy: np.ndarray, direction: np.ndarray, values: np.ndarray, jacobian: np.ndarray) -> list[float]:

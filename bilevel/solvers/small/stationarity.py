@@ -39,6 +39,8 @@ _VERTEX = 1e-6
 _LOOKED, _SHARP = 20, 3e-3
 """Of how many coordinates a kink is looked for, and how much of f's rise a hundredth of the way leaves at one: a
 hundredth at a kink, less than a thousandth where f is smooth or rises like a power of 3/2."""
+_STEP = 0.1
+"""The part of the tolerance that a step to a kink, in units of x, and its fall of F are at most where they are none."""
 _BENT = (1e-2, 1e-1)
 """How far x is moved where F bends down, in its units."""
 _REACHES = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
@@ -321,8 +323,8 @@ def stationary(
 
 
 class _Check:
-    def __init__(self, program: Program, xy: np.ndarray, tol: float) -> None:
-        self.program, self.tol, self.radius = program, tol, max(_RADIUS, 10 * tol)
+    def __init__(self, program: Program, xy: np.ndarray, tol: float, beside: bool = False) -> None:
+        self.program, self.tol, self.radius, self.beside = program, tol, max(_RADIUS, 10 * tol), beside
         self.search = Search(program)
         self.n, self.k = program.n, program.n + program.m
         rng = np.random.default_rng(0)
@@ -382,12 +384,20 @@ class _Check:
         steep = [pair for pair in sorted(found, key=lambda pair: pair[0]) if pair[0] <= threshold]
         for slope, direction in steep[:32]:
             if (reached := self.descends(direction, slope)) is not None:
+                if self.is_beside(direction, reached):  # a kink that x is nearer to than a method comes
+                    return Stationarity(0.0, None, whole, why)
                 return Stationarity(slope, self.in_units(direction), whole, why, self.in_units(reached))
         if steep:  # the conditions promise what F does not do: they say too little here (f is flat to second order)
             return self.sampled("What the lower level's conditions promise to first order does not happen")
         if (bent := self.bent()) is not None:
             return dataclasses.replace(bent, checked=whole, why=why)
         return Stationarity(max((s for s, _ in found if s > threshold), default=0.0), None, whole, why)
+
+    def is_beside(self, direction: np.ndarray, reached: np.ndarray) -> bool:
+        """Whether the step is none to the run's tolerance, neither in x nor in F, and leads to a stationary point."""
+        fall = self.loss - self.program(self.program.point(reached)).F
+        near = not self.beside and max(np.abs(direction[: self.n]).max(initial=0.0), fall) <= _STEP * self.tol
+        return near and _Check(self.program, reached, self.tol, beside=True).run().slope > -max(self.tol, 1e-6)
 
     def in_units(self, direction: np.ndarray) -> tuple[PyTree, PyTree]:
         return self.program.trees(direction)
@@ -399,7 +409,7 @@ class _Check:
         """
         program, n, k = self.program, self.n, self.k
         free = np.flatnonzero(np.minimum(self.xy - program.lower[:k], program.upper[:k] - self.xy)[:n] > self.radius)
-        if free.size < 2:
+        if not free.size:
             return None
         slope, here = self.search.cut(self.xy).slope, program(program.point(self.xy))
         active = ~program.upper_inequality | (-self.radius < here.G)
@@ -569,7 +579,19 @@ class _Check:
         found = solve_lower(program, xy, starts)
         # A curved upper row is broken to second order by a step along its tangent.
         slack = 10 * float(np.abs(step).max()) ** 2 if slack is None else slack
-        best = np.inf, xy
+        best = self.best_of(found, xy, slack)
+        if best[0] < 0 and not program.convex(xy):  # what is lower for F may not be lowest: another valley is
+            rng = np.random.default_rng(1)
+            closer = solve_lower(program, xy, [*(p[n:] for p in found.points), *lower_starts(program, xy, 12, rng)])
+            closer = deeper(program, xy, closer, rng)
+            if closer.value < found.value - 1e-9:
+                self.others.insert(0, closer.points[0])
+                best = self.best_of(closer, xy, slack)
+        return best
+
+    def best_of(self, found: Lowest, xy: np.ndarray, slack: float) -> tuple[float, np.ndarray]:
+        """F at the best for it of the lowest points, less F here; infinite where none is feasible."""
+        program, best = self.program, (np.inf, xy)
         ties = [p for p, value in zip(found.points, found.values, strict=True) if value <= found.value + 1e-9]
         points = [self.search.polish(point) for point in ties]
         ends = [program(program.point(point)) for point in points]
