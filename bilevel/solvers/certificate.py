@@ -426,8 +426,9 @@ def _looked(
         for trees in zip(moves(x, y, lengths), (x, y), start, strict=True)
     )
     at, here, changed, found = _examined(problem, lengths, x, y, away, curved=curved)
-    units = units_of_losses(lengths, here, (changed[0][:-1], changed[1][:-1]))
-    progress = progress_of(float(here[0]), float(here[0]) + float(changed[0][-1])) / float(units.upper)
+    upper_changes, lower_changes = map(np.asarray, changed)
+    units = units_of_losses(lengths, here, (upper_changes[:-1], lower_changes[:-1]))
+    progress = progress_of(float(here[0]), float(here[0]) + float(upper_changes[-1])) / float(units.upper)
     ends = ends_of_spectrum(found.pop("curvature")) if curved else None
     numbers = _noisier({name: float(value) for name, value in found.items()} | _in_units(units), sampled)
     if ends is not None:
