@@ -537,8 +537,9 @@ class Program:
             lengths += list(size[(size > 0) & (size <= widest)])
         largest = float(np.max(np.abs(xy[block]) / unit, initial=0.0))
         # At a solution some are zero but for rounding, and what is nearly affine bends far away: no lengths. A variable
-        # at zero has no size that tells these apart, and one near one is likelier than any that they would give it.
-        near = largest or min(lengths, key=lambda length: abs(np.log(length)), default=0.0)
+        # at zero has no size that tells these apart: that which most others are like does, of several one near one.
+        alike = lambda length: sum(1 / _NO_LENGTH <= other / length <= _NO_LENGTH for other in lengths)  # noqa: E731
+        near = largest or max(lengths, key=lambda length: (alike(length), -abs(np.log(length))), default=0.0)
         least = 1e-2 * largest if largest > 0 else near / _NO_LENGTH
         lengths = [length for length in lengths if length >= least]
         lengths = [length for length in lengths if length <= near * _NO_LENGTH] or lengths
