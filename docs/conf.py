@@ -73,5 +73,5 @@ logging.getLogger("sphinx.sphinx.directives.other").addFilter(
 
 
 def setup(app):
-    """Pages are read by several processes (`-j`): an extension that only copies files does not say that it allows it."""
+    """Pages are read by several processes (`-j`), which an extension that only copies files does not say it allows."""
     app.extensions["sphinx-mathjax-offline"].parallel_read_safe = True
