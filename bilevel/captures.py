@@ -381,7 +381,7 @@ class _Walk:
         return lambda b: b.values[place]
 
     def _again(self, value: Captured, path: str) -> Callable[[_Build, int], Any]:
-        """A function that has been taken apart before, in a problem that is captured itself."""
+        """A function that has been taken apart before: its form and its values, and not what these are made of."""
         if self._words:
             original = self.node(value._form.original, path)
             return lambda b, _: original(b)

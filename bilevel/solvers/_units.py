@@ -40,13 +40,13 @@ FELT = 3e-2
 """How far x moves at least, in its units, for what F falls by on the way to count as a part of F itself."""
 
 
-def progress_of(here: float, start: float) -> float:
-    """F here, or by how much it differs from F at the start, whichever is more: what a fall is a part of.
+def progress_of(here: float, way: float) -> float:
+    """F here, or F's way from the start, whichever is more: what a fall is a part of.
 
     F's unit is what it changes by when x and y are moved anyhow. Beside coordinates in which it changes by much others
     are nothing in that unit, and may be far from their solution.
     """
-    return max((abs(float(part)) for part in (here, start - here) if np.isfinite(part)), default=0.0)
+    return max((abs(float(part)) for part in (here, way) if np.isfinite(part)), default=0.0)
 
 
 def share(fall: float, progress: float) -> float:

@@ -9,7 +9,8 @@
     minimised      no start reaches a lower f(x, .);
     optimistic     no other minimiser of f(x, .) has a lower F;
     stationary     no small feasible move of x, y following by a lower solve of its own, lowers F: along the slope,
-                   where x -> F(x, y*(x)) bends down most (up to 300 unknowns of x), and along random directions;
+                   where x -> F(x, y*(x)) bends down most and by Newton's step (up to 300 unknowns of x), and along
+                   random directions;
     not beaten     no large move does (for a few unknowns).
 
 Where data have no end, all of it is looked at on draws of its own (`_draws`); their sampling error is a tolerance like
@@ -428,7 +429,7 @@ def _looked(
     at, here, changed, found = _examined(problem, lengths, x, y, away, curved=curved)
     upper_changes, lower_changes = map(np.asarray, changed)
     units = units_of_losses(lengths, here, (upper_changes[:-1], lower_changes[:-1]))
-    progress = progress_of(float(here[0]), float(here[0]) + float(upper_changes[-1])) / float(units.upper)
+    progress = progress_of(float(here[0]), upper_changes[-1]) / float(units.upper)
     ends = ends_of_spectrum(found.pop("curvature")) if curved else None
     numbers = _noisier({name: float(value) for name, value in found.items()} | _in_units(units), sampled)
     if ends is not None:
@@ -555,7 +556,7 @@ def _of_small(
         lowest = program.scaled(x, lower.minimisers[0] if lower.minimisers else y)
         found["kinked"] = float(kinked(program, lowest))
     found = _noisier(found, sampled)
-    progress = progress_of(upper_loss, program.losses(*start)[0])
+    progress = progress_of(upper_loss, upper_loss - program.losses(*start)[0])
     if (
         found["gain"] > 1e-3
         and problem.project_lower is None

@@ -139,7 +139,7 @@ def exact_end(
     back = -away
     since = float(slope @ back + back @ hessian @ back / 2)  # F at the start less F here
     felt = np.abs(left / lengths[:n]).max(initial=0.0) > FELT
-    part = share(descent, progress_of(float(upper), float(upper) + since)) if felt else 0.0
+    part = share(descent, progress_of(float(upper), since)) if felt else 0.0
     found = {
         "finite": 1.0,
         "bounded": 1.0,

@@ -633,7 +633,7 @@ class Search:
             return point
         for _ in range(_SETTLED):
             z, left = self.multipliers(point.xy)
-            slopes = [(branch, self.left(z, branch)) for branch in self.branches(z)] if left <= 1e-6 else []
+            slopes = [(branch, self.slope_left(z, branch)) for branch in self.branches(z)] if left <= 1e-6 else []
             found = []
             for branch, slope in slopes:
                 if not slope > _LEVEL:
@@ -649,7 +649,7 @@ class Search:
             point = min(lower, key=lambda p: p.loss)
         return point
 
-    def left(self, z: np.ndarray, branch: np.ndarray) -> float:
+    def slope_left(self, z: np.ndarray, branch: np.ndarray) -> float:
         """What multipliers leave of F's gradient on a branch."""
         from scipy.optimize import lsq_linear
 
