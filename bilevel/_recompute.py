@@ -22,10 +22,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from bilevel._traces import equations
 from bilevel.typing import PyTree
 
-__all__ = ["Schedule", "alone", "repeated", "schedule", "split"]
+__all__ = ["Schedule", "alone", "gradients_kept", "noted", "repeated", "schedule", "split"]
+
+_GRADIENT = "bilevel gradient"
+_LARGE = 2**20  # numbers in all states of a run
+_LONGEST = 32  # steps between states that are kept: more saves little memory, and leaves caches
 
 
 class Schedule(NamedTuple):
@@ -159,9 +165,53 @@ def _strong(leaf: Any) -> jax.Array:
     return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
 
-# Around a step: XLA fuses nothing across it, so that a step is the same sums in the same order wherever the programme
-# has it, and the gradient the same numbers for every `keep`.
+# Around a step and its gradient: XLA fuses nothing across it, so that each is the same sums in the same order wherever
+# the programme has it, and the gradient the same numbers for every `keep`.
 alone = jax.lax.optimization_barrier
+
+
+def noted(gradient: PyTree) -> PyTree:
+    """A gradient that `gradients_kept` keeps: what is dear in a step, and what the rest of it can be told from."""
+    return alone(jax.tree.map(lambda leaf: checkpoint_name(leaf, _GRADIENT), gradient))
+
+
+def gradients_kept(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, steps: int) -> PyTree:
+    """`for i in range(steps): state = body(state, i)`, of which reverse mode computes no gradient again.
+
+    Kept are the gradients that the body has `noted`, and the states between the steps; where these are large, every
+    K-th alone, K up to sqrt(steps) and 32: those between are steps along the gradients that are there. With y and
+    Adam's two moments as state that is little more than one copy of y per step, and not three. Where a body notes
+    nothing all states are kept, and each step is computed again.
+
+    The numbers are those of `repeated`; what is captured has a sum over the steps as its cotangent, which is added up
+    stretch by stretch where the states are large.
+    """
+    state = jax.tree.map(_strong, state)
+    leaves, structure = jax.tree.flatten(state)
+    traced = jax.make_jaxpr(lambda i, leaves: jax.tree.leaves(body(jax.tree.unflatten(structure, leaves), i)))(
+        jnp.int32(0), leaves
+    )
+    notes = any(
+        equation.primitive.name == "name" and equation.params["name"] == _GRADIENT
+        for equation in equations(traced.jaxpr)
+    )
+    keep = jax.checkpoint_policies.save_only_these_names(_GRADIENT)
+    kept = functools.partial(jax.checkpoint, prevent_cse=False, policy=keep)
+
+    def step(state: list[Any], i: jax.Array) -> tuple[list[Any], None]:
+        return alone(jax.core.eval_jaxpr(traced.jaxpr, traced.consts, i, *alone(state))), None
+
+    def stretch(state: list[Any], over: jax.Array) -> tuple[list[Any], None]:
+        return jax.lax.scan(kept(step), state, over)
+
+    over, length = jnp.arange(steps, dtype=jnp.int32), min(math.isqrt(steps), _LONGEST)
+    if notes and steps * sum(leaf.size for leaf in leaves) > _LARGE:
+        rest = steps % length
+        leaves = stretch(leaves, over[:rest])[0] if rest else leaves
+        leaves, _ = jax.lax.scan(kept(stretch), leaves, over[rest:].reshape(-1, length))
+    else:
+        leaves, _ = stretch(leaves, over)
+    return jax.tree.unflatten(structure, leaves)
 
 
 class _Run:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import derivatives
+from bilevel._recompute import noted
 from bilevel.data import NOTHING, ProblemError, Source
 from bilevel.keys import StepKey
 from bilevel.typing import Project, PyTree, Scalar
@@ -86,7 +87,7 @@ class Level:
     def gradient(self, x: PyTree, y: PyTree) -> PyTree:
         """The gradient in y, shaped like y."""
         if self.mixed:
-            return derivatives.mixed_mode_gradient(self._at)(x, y, self.batch)
+            return noted(derivatives.mixed_mode_gradient(self._at)(x, y, self.batch))
         return jax.grad(self, argnums=1)(x, y)
 
     def mixed_mode(self) -> Level:

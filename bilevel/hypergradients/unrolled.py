@@ -42,7 +42,8 @@ class Unrolled:
         with T.
       checkpoint: which states s_t = (y_t, moments) are kept in reverse mode:
 
-            "all"      T of them; a step alone is computed again
+            "all"      T of them, or the T gradients and every K-th state where the states are large (K at most
+                       sqrt(T) and 32; those between are moved along the gradients again): no gradient twice
             "sqrt"     sqrt(2 T) of them: one more gradient per step
             "log"      log2(T) of them: a few more gradients per step (under 5 up to T = 100,000)
             a number   so many of the T, from 1 to T
@@ -57,9 +58,8 @@ class Unrolled:
 
     All schedules are the same derivative. Derivatives of the estimate itself keep all states.
 
-    Cost per call: reverse, T gradients and T (gradient + HVP + cross product), and the schedule's further gradients;
-    memory, the schedule's states and one step; forward, p T HVPs. Works through any differentiable optimiser. Where a
-    parameter's
+    Cost per call: reverse, T gradients and T (HVP + cross product), and the schedule's further gradients; memory, the
+    schedule's states and one step; forward, p T HVPs. Works through any differentiable optimiser. Where a parameter's
     gradient is zero, rules that divide by its root (Adam, clipping by a norm) are differentiated as if the root had the
     derivative zero there; with `eps_root > 0` Adam's is what it is.
 

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bilevel._forward import forward_only
 from bilevel._module import state
-from bilevel._recompute import repeated
+from bilevel._recompute import gradients_kept, repeated
 from bilevel.level import Level
 from bilevel.typing import PyTree, Scalar
 
@@ -64,14 +64,17 @@ def repeat(
 ) -> LowerState:
     """`count` steps of a run of `kernel.steps`, from step `first` on, each on its own batch; by default to its end.
 
-    Differentiable in both modes; in reverse only each step's state is kept, and the step itself computed again. With
-    `keep` states alone (in reverse mode only) the others are computed again too; with `HOST` all are kept, in the
-    host's memory, and moved there and back within the programme. `first` may be traced where there is a `count`.
+    Differentiable in both modes; in reverse each step's state alone is kept and the step computed again, or, of a level
+    in mixed mode, its gradient and few of the states (`gradients_kept`). With `keep` states alone (in reverse mode
+    only) all others are computed again; with `HOST` all are kept, in the host's memory, and moved there and back within
+    the programme. `first` may be traced where there is a `count`.
     """
     count = kernel.steps - first if count is None else count
-    if isinstance(keep, int):
-        return stretch(kernel, level, x, state, first, count, min(keep, count))[0]
+    if isinstance(keep, int) and keep < count:
+        return stretch(kernel, level, x, state, first, count, keep)[0]
     step = _stepping(kernel, level, x, first)
+    if level.mixed and keep != HOST:
+        return gradients_kept(step, state, count)
 
     def body(state: LowerState, i: Any) -> tuple[LowerState, None]:
         if keep == HOST:
