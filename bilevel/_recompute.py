@@ -27,11 +27,11 @@ from jax.ad_checkpoint import checkpoint_name
 from bilevel._traces import equations
 from bilevel.typing import PyTree
 
-__all__ = ["Schedule", "alone", "gradients_kept", "noted", "repeated", "schedule", "split"]
+__all__ = ["Schedule", "alone", "even", "gradients_kept", "noted", "repeated", "schedule", "split"]
 
 _GRADIENT = "bilevel gradient"
 _LARGE = 2**20  # numbers in all states of a run
-_LONGEST = 32  # steps between states that are kept: more saves little memory, and leaves caches
+_LONGEST = 32  # steps between kept states, about: more saves little memory, and leaves caches
 
 
 class Schedule(NamedTuple):
@@ -170,6 +170,12 @@ def _strong(leaf: Any) -> jax.Array:
 alone = jax.lax.optimization_barrier
 
 
+def even(steps: int, about: float) -> int:
+    """The length of stretches that are all as long, about so long; where no number near divides the steps, that one."""
+    divisors = [d for d in range(math.ceil(about / 2), int(2 * about) + 1) if steps % d == 0]
+    return min(divisors, key=lambda d: (round(abs(math.log(d / about)), 9), d), default=math.ceil(about))
+
+
 def noted(gradient: PyTree) -> PyTree:
     """A gradient that `gradients_kept` keeps: what is dear in a step, and what the rest of it can be told from."""
     return alone(jax.tree.map(lambda leaf: checkpoint_name(leaf, _GRADIENT), gradient))
@@ -179,7 +185,7 @@ def gradients_kept(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, s
     """`for i in range(steps): state = body(state, i)`, of which reverse mode computes no gradient again.
 
     Kept are the gradients that the body has `noted`, and the states between the steps; where these are large, every
-    K-th alone, K up to sqrt(steps) and 32: those between are steps along the gradients that are there. With y and
+    K-th alone, K about sqrt(steps) or 32: those between are steps along the gradients that are there. With y and
     Adam's two moments as state that is little more than one copy of y per step, and not three. Where a body notes
     nothing all states are kept, and each step is computed again.
 
@@ -204,7 +210,7 @@ def gradients_kept(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, s
     def stretch(state: list[Any], over: jax.Array) -> tuple[list[Any], None]:
         return jax.lax.scan(kept(step), state, over)
 
-    over, length = jnp.arange(steps, dtype=jnp.int32), min(math.isqrt(steps), _LONGEST)
+    over, length = jnp.arange(steps, dtype=jnp.int32), even(steps, min(math.sqrt(steps), _LONGEST))
     if notes and steps * sum(leaf.size for leaf in leaves) > _LARGE:
         rest = steps % length
         leaves = stretch(leaves, over[:rest])[0] if rest else leaves

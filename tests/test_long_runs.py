@@ -97,7 +97,7 @@ def test_all_schedules_are_one_derivative(name, x64):
 
 
 def test_of_large_states_gradients_are_kept_and_few_states(x64):
-    """97 steps in stretches of nine, and seven before; and a line search, whose gradients cannot be kept."""
+    """97 steps in stretches of ten, and seven before; and a line search, whose gradients cannot be kept."""
     rng = np.random.default_rng(0)
     target = jnp.asarray(rng.normal(size=6000))
     problem = Problem(

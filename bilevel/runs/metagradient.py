@@ -29,7 +29,7 @@ import optax
 
 from bilevel._arguments import explained
 from bilevel._module import state
-from bilevel._recompute import split
+from bilevel._recompute import even, split
 from bilevel._settings import settings, users_settings
 from bilevel.captures import whole
 from bilevel.checkpoint import Checkpoints, fingerprint, placed
@@ -106,7 +106,7 @@ def metagradient(
     Reference: Griewank, Walther, "Evaluating Derivatives", SIAM 2008, chapter 12 (two levels of storage).
     """
     given, solver, steps = _checked(problem, x, y0, lower_solver, segment)
-    length = _length(steps) if segment is None else segment
+    length = even(steps, math.sqrt(steps)) if segment is None else segment
     bounds = [*range(0, steps, length), steps]
     base, parts, count = as_step_key(key), as_argument(solver), len(bounds) - 1
     problem, x, y = given.problem, given.x, given.y
@@ -145,13 +145,6 @@ def metagradient(
 
 
 _NONE = History()
-
-
-def _length(steps: int) -> int:
-    """Of segments that are all as long, about the root of the steps; where no number divides them, the root."""
-    root = math.sqrt(steps)
-    divisors = [d for d in range(math.ceil(root / 2), int(2 * root) + 1) if steps % d == 0]
-    return min(divisors, key=lambda d: (round(abs(math.log(d / root)), 9), d), default=math.isqrt(steps - 1) + 1)
 
 
 def _checked(problem: Any, x: Any, y0: Any, lower_solver: Any, segment: Any) -> tuple[Working, Any, int]:
