@@ -142,11 +142,7 @@ def repeated(
     floats, others, join = split(state)
 
     def flat(i: Any, floats: list[Any], others: list[Any]) -> tuple[list[Any], list[Any]]:
-        new = jax.tree.map(_strong, body(join(floats, others), i))
-        was, now = jax.tree.structure(state), jax.tree.structure(new)
-        if str(was) != str(now):
-            raise TypeError(f"A step has to keep the form of its state: it made {now} of {was}.")
-        return split(new)[:2]
+        return split(_stepped(body, join(floats, others), i))[:2]
 
     # What the body captures must be an argument: a custom derivative sees nothing else.
     traced = jax.make_jaxpr(flat)(jnp.int32(0), floats, others)
@@ -158,6 +154,15 @@ def repeated(
     *end, through = run(floats, others, active, {i: c for i, c in captured.items() if i not in active})
     given = [leaf if i is None else through[i] for i, leaf in zip(places, leaves, strict=True)]
     return join(*end), jax.tree.unflatten(structure, given)
+
+
+def _stepped(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, i: Any) -> PyTree:
+    """The state after a step, of the form and with the types of the one before."""
+    new = jax.tree.map(_strong, body(state, i))
+    was, now = jax.tree.structure(state), jax.tree.structure(new)
+    if str(was) != str(now):
+        raise TypeError(f"A step has to keep the form of its state: it made {now} of {was}.")
+    return new
 
 
 def _strong(leaf: Any) -> jax.Array:
@@ -194,9 +199,8 @@ def gradients_kept(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, s
     """
     state = jax.tree.map(_strong, state)
     leaves, structure = jax.tree.flatten(state)
-    traced = jax.make_jaxpr(lambda i, leaves: jax.tree.leaves(body(jax.tree.unflatten(structure, leaves), i)))(
-        jnp.int32(0), leaves
-    )
+    flat = lambda i, leaves: jax.tree.leaves(_stepped(body, jax.tree.unflatten(structure, leaves), i))  # noqa: E731
+    traced = jax.make_jaxpr(flat)(jnp.int32(0), leaves)
     notes = any(
         equation.primitive.name == "name" and equation.params["name"] == _GRADIENT
         for equation in equations(traced.jaxpr)
@@ -210,8 +214,9 @@ def gradients_kept(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, s
     def stretch(state: list[Any], over: jax.Array) -> tuple[list[Any], None]:
         return jax.lax.scan(kept(step), state, over)
 
-    over, length = jnp.arange(steps, dtype=jnp.int32), even(steps, min(math.sqrt(steps), _LONGEST))
+    over = jnp.arange(steps, dtype=jnp.int32)
     if notes and steps * sum(leaf.size for leaf in leaves) > _LARGE:
+        length = even(steps, min(math.sqrt(steps), _LONGEST))
         rest = steps % length
         leaves = stretch(leaves, over[:rest])[0] if rest else leaves
         leaves, _ = jax.lax.scan(kept(stretch), leaves, over[rest:].reshape(-1, length))

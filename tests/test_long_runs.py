@@ -236,3 +236,15 @@ def test_states_on_the_host(x64, monkeypatch):
     there, back = moves("host")
     assert there >= 5 and back >= 5  # the leaves of y and of both moments, but for what is not needed again
     assert moves("all") == [0, 0]
+
+
+@pytest.mark.parametrize("keep", ["all", "sqrt"])
+def test_a_step_that_changes_the_form_of_its_state_is_named(keep):
+    class Forgetful(lower.GradientDescent):
+        def advance(self, level, x, state):
+            new, before = super().advance(level, x, state)
+            return type(new)(new.y, (new.memory[0], None)), before
+
+    problem, x, y = training(np.float32)
+    with pytest.raises(TypeError, match="A step has to keep the form of its state: it made .* of "):
+        value_and_hypergradient(problem, Unrolled(checkpoint=keep), Forgetful(optax.adam(0.1), 23))(x, y)
