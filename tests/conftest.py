@@ -16,12 +16,11 @@ import pytest
 from problems import float64
 
 # The tests wait for the compiler more than for anything else, so that it is told to work less: no optimisation of
-# machine code, all of it in one piece, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of
-# emitting fusions. It reads the variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the
-# compiler's own level for the oldest and newest versions.
+# machine code, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of emitting fusions. It reads
+# the variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the compiler's own level for the
+# oldest and newest versions.
 OLDER = " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
-WHOLE = " --xla_cpu_parallel_codegen_split_count=1" + OLDER
-QUICK = "--xla_backend_optimization_level=0" + WHOLE
+QUICK = "--xla_backend_optimization_level=0" + OLDER
 os.environ.setdefault("XLA_FLAGS", QUICK)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -35,7 +34,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if os.environ["XLA_FLAGS"] != QUICK or pyfuncitem.get_closest_marker("optimised") is None:
         return None
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=3" + WHOLE}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=3" + OLDER}
     done = subprocess.run(command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return True
