@@ -246,5 +246,5 @@ def test_a_step_that_changes_the_form_of_its_state_is_named(keep):
             return type(new)(new.y, (new.memory[0], None)), before
 
     problem, x, y = training(np.float32)
-    with pytest.raises(TypeError, match="A step has to keep the form of its state: it made .* of "):
+    with pytest.raises(TypeError, match=r"A step has to keep the form of its state: it made .* of "):
         value_and_hypergradient(problem, Unrolled(checkpoint=keep), Forgetful(optax.adam(0.1), 23))(x, y)

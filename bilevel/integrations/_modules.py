@@ -298,8 +298,8 @@ def _of_batch(
 
 def _limit(first: Any, second: Any) -> Any:
     """s from first = (1 - m) s and second = m first + (1 - m) s, m being one number for the whole leaf."""
-    # Any scale gives the same s. Differentiated, a maximum is divided by how many entries equal it, which are none where
-    # the compiler computes them twice and rounds them differently.
+    # Any scale gives the same s. Differentiated, a maximum is divided by how many entries equal it: none, where the
+    # compiler computes them twice and rounds them differently.
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(first)))
     unit = jnp.where(scale > 0, scale, 1)
     one, two = first / unit, (second - first) / unit
