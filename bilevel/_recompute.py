@@ -1,4 +1,4 @@
-"""A long loop whose reverse derivative keeps a given number of its states, and computes the others again.
+"""Long loops in reverse mode: with a given number of states, the others computed again, or with their gradients kept.
 
 Reverse mode needs the states of a loop s_{t+1} = Phi_t(s_t) from the last to the first. Kept all, they are T copies.
 With `keep` of them the loop is run forward once, some of its states kept; step t is then taken back from the nearest
@@ -8,6 +8,9 @@ twice (and once more where it is taken back), log2(T) states a few times.
 
 The program holds a step three times (forward, forward again, backward), however long the loop is and whatever is kept:
 the schedule is a table that it reads. With all states kept nothing is computed again, and the program holds it twice.
+
+A training's step is a gradient, which is dear, and a move along it, which is cheap. Where there is room for as much as
+all steps, the gradients are kept rather than the states, and moved along again (`gradients_kept`).
 
 Reference: Griewank, Walther, "Algorithm 799: Revolve", ACM Transactions on Mathematical Software 26(1), 2000.
 """
