@@ -15,12 +15,14 @@ import jax
 import pytest
 from problems import float64
 
-# The tests wait for the compiler more than for anything else, so that it is told to work less: no optimisation of
-# machine code, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of emitting fusions. It reads
-# the variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the compiler's own level for the
-# oldest and newest versions.
-OLDER = " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
-QUICK = "--xla_backend_optimization_level=0" + OLDER
+# The tests wait for the compiler more than for anything else, so that it is told to work less: machine code in one piece
+# and not optimised, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of emitting fusions. It
+# reads the variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the compiler's own level for
+# the oldest and newest versions.
+FAST = "--xla_cpu_parallel_codegen_split_count=1" + (
+    " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
+)
+QUICK = "--xla_backend_optimization_level=0 " + FAST
 os.environ.setdefault("XLA_FLAGS", QUICK)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -34,7 +36,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if os.environ["XLA_FLAGS"] != QUICK or pyfuncitem.get_closest_marker("optimised") is None:
         return None
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=3" + OLDER}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=3 " + FAST}
     done = subprocess.run(command, env=environment, cwd=pyfuncitem.config.rootpath, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return True

