@@ -18,8 +18,8 @@ import jax
 __all__ = ["computes", "jit", "sized"]
 
 # Bytes that one evaluation of the losses computes, and XLA's settings up to there. The old emitters compile faster, to
-# code about as fast; machine code in one piece costs less than in up to 32, each with a thread, a compiler and a linker
-# of its own; code that is not optimised compiles faster still and runs slower, which nobody sees where the calls between
+# code about as fast; machine code in one piece costs less than in up to 32, each with a compiler and a linker of its
+# own; code that is not optimised compiles faster still and runs slower, which nobody sees where the calls between
 # kernels are what takes time.
 _FAST: dict[str, Any] = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 _ROWS: list[tuple[float, dict[str, Any]]] = [

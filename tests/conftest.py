@@ -15,10 +15,10 @@ import jax
 import pytest
 from problems import float64
 
-# The tests wait for the compiler more than for anything else, so that it is told to work less: machine code in one piece
-# and not optimised, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of emitting fusions. It
-# reads the variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the compiler's own level for
-# the oldest and newest versions.
+# The tests wait for the compiler more than for anything else, so that it is told to work less: machine code in one
+# piece and not optimised, and, where that is known (jaxlib 0.10; 0.12 has dropped it), the older way of emitting
+# fusions. It reads the variable at the first compilation. Whoever has flags keeps these: `.ci/run` has the compiler's
+# own level for the oldest and newest versions.
 FAST = "--xla_cpu_parallel_codegen_split_count=1" + (
     " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10.")
 )

@@ -335,52 +335,68 @@ def certify(
     and directions. `step` is that of keys which reach a loss (`data.Keyed`). Losses without second derivatives are
     taken as they are, and that nothing was looked at is said.
     """
+    end = _End(problem, x, y, start, result, metrics, tol, steps_left, step)
     try:
-        return _certified(problem, x, y, start, result, metrics, tol, steps_left, step)
+        return _certified(end)
     except (TypeError, ValueError, NotImplementedError):
         blind = _blind(problem, x, y)
         if blind is None:
             raise
-        return _unlooked((f"Not checked by an independent solve: {blind}.",), result, metrics, tol)
+        return _unlooked(end, (f"Not checked by an independent solve: {blind}.",))
 
 
-def _certified(
-    problem: Problem,
-    x: PyTree,
-    y: PyTree,
-    start: tuple[PyTree, PyTree],
-    result: Result,
-    metrics: dict[str, float],
-    tol: float | None,
-    steps_left: bool,
-    step: int,
-) -> Certificate:
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """What `certify` is given."""
+
+    problem: Problem
+    x: PyTree
+    y: PyTree
+    start: tuple[PyTree, PyTree]
+    result: Result
+    metrics: dict[str, float]
+    tol: float | None
+    steps_left: bool
+    step: int
+
+    @property
+    def asked(self) -> float:
+        """The tolerance, or what stands in its place."""
+        return 1e-3 if self.tol is None else self.tol
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a word to hold it to."""
+        return self.tol is not None or self.result is Result.CONVERGED
+
+
+def _certified(end: _End) -> Certificate:
     if jax.process_count() > 1:
-        return Certificate(result, unchecked=("The end was not looked at: the run is spread over several processes.",))
-    if result in (Result.LOWER_LEVEL, Result.INFEASIBLE):  # a solver's own word: the search may find better or worse
-        found = _certified(problem, x, y, start, Result.MAX_STEPS, metrics, tol, False, step)
-        return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=result)
-    if result not in _ANY:
-        return Certificate(result)
-    unchecked = _obstacles(problem, x, y, tol)
+        said = "The end was not looked at: the run is spread over several processes."
+        return Certificate(end.result, unchecked=(said,))
+    if end.result in (Result.LOWER_LEVEL, Result.INFEASIBLE):  # a solver's word: the search may find better or worse
+        found = _certified(dataclasses.replace(end, result=Result.MAX_STEPS, steps_left=False))
+        return found if found.result is not Result.MAX_STEPS else dataclasses.replace(found, result=end.result)
+    if end.result not in _ANY:
+        return Certificate(end.result)
+    unchecked = _obstacles(end.problem, end.x, end.y, end.tol)
     sampled: dict[str, float] = {}
-    looked = tol is not None or result is Result.CONVERGED
-    if looked and unchecked == () and any(source.redrawn for source in problem.sources):
-        fixed = fixed_draws(problem, x, y, start, 10 * (1e-3 if tol is None else tol), step)
+    if end.judged and unchecked == () and any(source.redrawn for source in end.problem.sources):
+        fixed = fixed_draws(end.problem, end.x, end.y, end.start, 10 * end.asked, end.step)
         if isinstance(fixed, Fixed):
-            own = of_one_step(problem.sources[1])
-            if own:
-                alone = _unlooked((), result, metrics, tol)  # the run's own y, on its own draw
-                if alone.result is not result:
+            start = end.start
+            if of_one_step(end.problem.sources[1]):
+                alone = _unlooked(end, ())  # the run's own y, on its own draw
+                if alone.result is not end.result:
                     return alone
                 start = start[0], jax.tree.map(lambda y0, y: jnp.broadcast_to(y0, y.shape), start[1], fixed.y)
-            problem, y = fixed.problem, fixed.y
+            end = dataclasses.replace(end, problem=fixed.problem, y=fixed.y, start=start)
             error = max(fixed.upper, fixed.lower)
             sampled = {"draws": fixed.draws, "sampling_error": error, "upper": fixed.upper, "lower": fixed.lower}
         else:
             unchecked = (f"Not checked by an independent solve: {fixed}.",)
-    found = _looked(problem, x, y, start, result, metrics, tol, steps_left, unchecked, sampled)
-    if problem.sources[1].separate:  # a better y is one for each draw
+    found = _looked(end, unchecked, sampled)
+    if end.problem.sources[1].separate:  # a better y is one for each draw
         found = dataclasses.replace(found, better=None)
     if sampled.get("sampling_error"):
         said = f"Looked at on {sampled['draws']:.0f} draws: changes of the losses by less than "
@@ -389,30 +405,20 @@ def _certified(
     return found
 
 
-def _looked(
-    problem: Problem,
-    x: PyTree,
-    y: PyTree,
-    start: tuple[PyTree, PyTree],
-    result: Result,
-    metrics: dict[str, float],
-    tol: float | None,
-    steps_left: bool,
-    unchecked: tuple[str, ...] | None,
-    sampled: dict[str, float],
-) -> Certificate:
+def _looked(end: _End, unchecked: tuple[str, ...] | None, sampled: dict[str, float]) -> Certificate:
     """The certificate of a problem on samples that stay."""
-    if tol is not None or result is Result.CONVERGED:
+    problem, x, y, start = end.problem, end.x, end.y, end.start
+    if end.judged:
         with np.errstate(all="ignore"):  # a run may have ended at numbers of any size
             exact = None if unchecked or unchecked is None else exact_end(problem, x, y, start)
             if exact is not None:
-                return _concluded(_noisier(exact[0], sampled), result, metrics, tol, (), exact[1])
+                return _concluded(end, _noisier(exact[0], sampled), (), exact[1])
             if unchecked == () and not refusal(problem, x, y):
-                return _of_small(problem, x, y, start, result, metrics, tol, sampled)
+                return _of_small(end, sampled)
     if unchecked is None:
-        return Certificate(result, unchecked=("The end was not looked at: its data are read from a stream.",))
+        return Certificate(end.result, unchecked=("The end was not looked at: its data are read from a stream.",))
     if unchecked:  # nothing is evaluated on data or models of that size
-        return _unlooked(unchecked, result, metrics, tol)
+        return _unlooked(end, unchecked)
     nonsmooth = problem.project_lower is not None or problem.prox_lower is not None
     rows = problem.constraint is not None or problem.equality is not None
     n = optax.tree.size(y)
@@ -436,21 +442,21 @@ def _looked(
         numbers["curvature_least"], numbers["curvature_greatest"] = ends
     better = None
     concave = _bend(numbers) == -1
-    whole = tol is not None or result is Result.CONVERGED
-    if numbers["finite"] and (whole or rows or concave or "penalty" in metrics):
+    if numbers["finite"] and (end.judged or rows or concave or "penalty" in end.metrics):
         search = _Search(problem, units, at, numbers, progress)
-        movable = whole and bool(jax.tree.leaves(x))
-        if movable and steps_left:
+        movable = end.judged and bool(jax.tree.leaves(x))
+        if movable and end.steps_left:
             search.minimise(starts=1, choose=True)
             if np.isfinite(numbers["gap"]):
                 search.move(everywhere=False)
-            seen = _concluded(dict(numbers), result, metrics, tol, unchecked, search.better)
+            seen = _concluded(end, dict(numbers), unchecked, search.better)
             if seen.unsettled:
                 return seen
-        search.minimise(starts=1 if not whole and not concave else 8 if n <= _MANY_STARTS else 4, choose=whole)
+        few = 1 if not end.judged and not concave else 8 if n <= _MANY_STARTS else 4
+        search.minimise(starts=few, choose=end.judged)
         if movable and np.isfinite(numbers["gap"]):
             search.move()
-            if max(numbers["near"], numbers.get("far", 0.0)) <= 10 * (1e-3 if tol is None else tol):
+            if max(numbers["near"], numbers.get("far", 0.0)) <= 10 * end.asked:
                 search.bend()
             size = f"because of size: {optax.tree.size(x):,} unknowns of the upper level."
             if optax.tree.size(x) > _BENDS:
@@ -458,14 +464,15 @@ def _looked(
             if "far" not in numbers:
                 unchecked += (f"Whether another x is better was not looked at, {size}",)
         better = search.better
-    return _concluded(numbers, result, metrics, tol, unchecked, better)
+    return _concluded(end, numbers, unchecked, better)
 
 
-def _unlooked(unchecked: tuple[str, ...], result: Result, metrics: dict[str, float], tol: float | None) -> Certificate:
+def _unlooked(end: _End, unchecked: tuple[str, ...]) -> Certificate:
     """The certificate of an end that is not looked at, with the reason."""
-    why = " ".join(unchecked) if tol is not None and result is Result.CONVERGED else ""
-    left = metrics.get("lower_residual", 0.0)
-    if result is Result.CONVERGED and left > (1e-3 if tol is None else tol):  # of a run that unrolls its steps
+    result = end.result
+    why = " ".join(unchecked) if end.tol is not None and result is Result.CONVERGED else ""
+    left = end.metrics.get("lower_residual", 0.0)
+    if result is Result.CONVERGED and left > end.asked:  # of a run that unrolls its steps
         result, why = Result.LOWER_LEVEL, f"The lower level is left with |f_y| = {left:.3g}. {why}".strip()
     return Certificate(result, why, unchecked=unchecked)
 
@@ -493,15 +500,10 @@ def _noisier(found: dict[str, float], sampled: dict[str, float]) -> dict[str, fl
 
 
 def _concluded(
-    found: dict[str, float],
-    result: Result,
-    metrics: dict[str, float],
-    tol: float | None,
-    unchecked: tuple[str, ...],
-    better: tuple[PyTree, PyTree] | None,
+    end: _End, found: dict[str, float], unchecked: tuple[str, ...], better: tuple[PyTree, PyTree] | None
 ) -> Certificate:
     """The certificate that measures lead to, whichever search took them."""
-    result, why = verdict(found, result, metrics, tol)
+    result, why = verdict(found, end.result, end.metrics, end.tol)
     seen = {"gap": "lower", "gain": "upper", "near": "upper", "far": "upper"}
     if "draws" in found and not any(found.get(name, 0.0) > found[f"noise_{level}"] for name, level in seen.items()):
         better = None  # as far as the draws can tell
@@ -510,17 +512,9 @@ def _concluded(
     return Certificate(result, why, measures, unchecked, unsettled, better)
 
 
-def _of_small(
-    problem: Problem,
-    x: PyTree,
-    y: PyTree,
-    start: tuple[PyTree, PyTree],
-    result: Result,
-    metrics: dict[str, float],
-    tol: float | None,
-    sampled: dict[str, float],
-) -> Certificate:
+def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
     """The same of a small problem, on the host: all vertices of the multipliers and all branches."""
+    problem, x, y, start = end.problem, end.x, end.y, end.start
     program = Program(problem, x, y, "The certificate")
     before = Program(problem, *start, "The certificate")
     n, k = program.n, program.n + program.m
@@ -540,7 +534,7 @@ def _of_small(
         "repaired": 0.0 if np.isfinite(lower.gap) else lower.violation,
         "bounded": float(not (falls or (lower.gap > 1e-3 and unbounded(problem, x, y, program, curved=True)))),
         "runaway": _runaway(program, x, y, float(sizes[:n].max(initial=0.0))),
-        "unanswered": lower.answer_violation if "start_loss" in metrics else 0.0,
+        "unanswered": lower.answer_violation if "start_loss" in end.metrics else 0.0,
         "gap": lower.gap,
         "gain": max(lower.optimistic_gain, lower.loss_change / program.upper_scale),
         "noise_upper": 1e-12 * abs(upper_loss) / program.upper_scale,
@@ -568,13 +562,13 @@ def _of_small(
     unchecked: tuple[str, ...] = ()
     better = None if lower.better is None else (x, lower.better)
     if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
-        slope = stationary(problem, x, y, 1e-3 if tol is None else tol, program)
+        slope = stationary(problem, x, y, end.asked, program)
         found["near"] = max(0.0, -slope.slope)
         found["descent"] = 0.0 if slope.reached is None else max(upper_loss - program.losses(*slope.reached)[0], 0.0)
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
         better = slope.reached or better
         # MPCC itself has looked around, by the lower level's conditions: they say nothing where f has kinks.
-        searched = "start_loss" in metrics and not program.may_kink
+        searched = "start_loss" in end.metrics and not program.may_kink
         if not searched and (lower_yet := _further(program, found, progress, start)) is not None:
             better = better or lower_yet
         if not searched and found["near"] <= 1e-2:
@@ -585,7 +579,7 @@ def _of_small(
                 unchecked += (f"Whether another x is better was not looked at, because of size: {why}.",)
     elif not jax.tree.leaves(x):
         found["near"] = 0.0
-    return _concluded(found, result, metrics, tol, unchecked, better)
+    return _concluded(end, found, unchecked, better)
 
 
 def _runaway(program: Program, x: PyTree, y: PyTree, size: float) -> float:
