@@ -23,7 +23,11 @@ def boxed(**sets):
 
 
 @pytest.mark.parametrize("start", [3.0, -40.0])
-@pytest.mark.parametrize("solver", [None, solvers.F2BA(), solvers.STFBO()], ids=["default", "F2BA", "STFBO"])
+@pytest.mark.parametrize(
+    "solver",
+    [None, pytest.param(solvers.F2BA(), marks=pytest.mark.slow), solvers.STFBO()],
+    ids=["default", "F2BA", "STFBO"],
+)
 def test_a_start_outside_the_upper_set_is_projected(solver, start):
     problem = boxed(project_upper=lambda x: jnp.clip(x, -0.5, 0.5))
     solution = solve(problem, A(start), A(0.0), solver, tol=1e-4, steps=2000)
