@@ -23,7 +23,11 @@ def boxed(**sets):
 
 
 @pytest.mark.parametrize("start", [3.0, -40.0])
-@pytest.mark.parametrize("solver", [None, solvers.F2BA(), solvers.STFBO()], ids=["default", "F2BA", "STFBO"])
+@pytest.mark.parametrize(
+    "solver",
+    [None, pytest.param(solvers.F2BA(), marks=pytest.mark.slow), solvers.STFBO()],
+    ids=["default", "F2BA", "STFBO"],
+)
 def test_a_start_outside_the_upper_set_is_projected(solver, start):
     problem = boxed(project_upper=lambda x: jnp.clip(x, -0.5, 0.5))
     solution = solve(problem, A(start), A(0.0), solver, tol=1e-4, steps=2000)
@@ -62,10 +66,14 @@ def test_both_variables_are_projected_before_any_solver_sees_them():
 SKEW = np.array([[2.0, 1.0], [-1.0, 3.0]])
 
 
-@pytest.mark.parametrize(
-    "solver", [None, linear.Dense(), linear.CG(), linear.MINRES(), linear.Robust(), linear.GMRES()], ids=str
-)
-@pytest.mark.parametrize("jacobian", [jax.jacrev, jax.jacfwd])
+SYMMETRIC = (linear.Dense(), linear.CG(), linear.MINRES(), linear.Robust())  # these make way for GMRES
+
+
+@pytest.mark.parametrize("jacobian, solver", [
+    *((jax.jacrev, solver) for solver in (None, *SYMMETRIC, linear.GMRES())),
+    *((jax.jacfwd, solver) for solver in (None, linear.GMRES())),
+    *(pytest.param(jax.jacfwd, solver, marks=pytest.mark.slow) for solver in SYMMETRIC),
+], ids=lambda part: getattr(part, "__name__", str(part)))  # fmt: skip
 def test_a_condition_with_a_jacobian_that_is_not_symmetric(solver, jacobian, x64):
     solved = implicit.custom_root(lambda y, b: SKEW @ y - b, solve=solver)(lambda _, b: jnp.linalg.solve(SKEW, b))
     found = jax.jit(jacobian(lambda b: solved(jnp.zeros(2), b)))(A([1.0, 2.0]))
@@ -76,16 +84,20 @@ def test_a_symmetric_solver_is_still_the_one_that_solves_a_symmetric_condition(x
     matrix = A([[2.0, 1.0], [1.0, 3.0]])
     # Ten times the identity is damped in: only the solver that was asked for gives this answer.
     solved = implicit.custom_root(lambda y, b: matrix @ y - b, solve=linear.CG(damping=10.0))(lambda _, b: b)
-    found = jax.jacrev(lambda b: solved(jnp.zeros(2), b))(A([1.0, 2.0]))
+    found = jax.jit(jax.jacrev(lambda b: solved(jnp.zeros(2), b)))(A([1.0, 2.0]))
     np.testing.assert_allclose(found, np.linalg.inv(matrix + 10 * np.eye(2)), atol=1e-6)
 
 
 def test_dense_sees_a_matrix_that_is_not_symmetric(x64):
-    solve_it = lambda b: linear.Dense()(lambda v: SKEW @ v, b)[0]
+    def solve_it(b):
+        v, _, info = linear.Dense()(lambda v: SKEW @ v, b)
+        return v, (v, info.negative_curvature)
+
     b = A([1.0, 2.0])
-    np.testing.assert_allclose(solve_it(b), np.linalg.solve(SKEW, b), rtol=1e-12)
-    np.testing.assert_allclose(jax.jacrev(solve_it)(b), np.linalg.inv(SKEW), rtol=1e-12)
-    assert not linear.Dense()(lambda v: SKEW @ v, b)[2].negative_curvature
+    slope, (v, negative) = jax.jit(jax.jacrev(solve_it, has_aux=True))(b)
+    np.testing.assert_allclose(v, np.linalg.solve(SKEW, b), rtol=1e-12)
+    np.testing.assert_allclose(slope, np.linalg.inv(SKEW), rtol=1e-12)
+    assert not negative
 
 
 def spectrum(values, seed=0):
@@ -150,7 +162,7 @@ def unused(d=1):
     )
 
 
-@pytest.mark.parametrize("d", [1, 50])
+@pytest.mark.parametrize("d", [1, pytest.param(50, marks=pytest.mark.slow)])  # `many`, below, is of 50
 def test_a_lower_parameter_that_only_the_upper_loss_uses_has_a_hypergradient(d):
     problem, x, y = unused(d)
     estimate = jax.jit(lambda x: value_and_hypergradient(problem)(x, y))(x + 0.3)
@@ -161,7 +173,7 @@ def test_a_lower_parameter_that_only_the_upper_loss_uses_has_a_hypergradient(d):
     assert "not in its range" in solution.reason
 
 
-@pytest.mark.parametrize("kind", ["given", "many"])
+@pytest.mark.parametrize("kind", [pytest.param("given", marks=pytest.mark.slow), "many"])
 def test_an_upper_gradient_outside_the_range_of_the_lower_hessian(kind):
     """The least-squares gradient along x -> the lower solution that is nearest to y, and no CONVERGED."""
     a = A([0.3, 0.7, 1.1]) if kind == "given" else A(np.random.default_rng(0).normal(size=50), jnp.float32)
@@ -184,7 +196,7 @@ def test_a_singular_lower_level_whose_upper_gradient_is_in_the_range_converges()
 
 @pytest.mark.parametrize(
     "solver",
-    [solvers.AID(), solvers.AID(linear_solver=linear.CG()), solvers.IMAML()],
+    [solvers.AID(), pytest.param(solvers.AID(linear_solver=linear.CG()), marks=pytest.mark.slow), solvers.IMAML()],
     ids=["AID", "CG", "IMAML"],
 )  # fmt: skip
 def test_negative_curvature_reaches_the_reason(solver):
@@ -210,7 +222,11 @@ def test_a_hypergradient_of_a_truncated_solve_is_not_called_converged():
 # Values that are not finite -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", [solvers.AID(), solvers.ITD(20, 0.3), solvers.GALET()], ids=["AID", "ITD", "GALET"])
+@pytest.mark.parametrize(
+    "solver",
+    [solvers.AID(), solvers.ITD(20, 0.3), pytest.param(solvers.GALET(), marks=pytest.mark.slow)],
+    ids=["AID", "ITD", "GALET"],
+)
 def test_a_lower_loss_without_a_value_is_noticed_though_its_gradient_is_finite(solver):
     hole = lambda x: jax.lax.stop_gradient(jnp.where(x > 0.2, jnp.nan, 0.0))
     problem = Problem(lambda x, y: (y - 1) ** 2 + x**2, lambda x, y: (y - x) ** 2 + hole(x))
@@ -240,7 +256,7 @@ def tasks(count=8, d=3, lowest=1.0, seed=0):
 def test_imaml_is_exact_after_as_many_steps_as_one_task_has_unknowns(x64):
     problem, x, y, shares = tasks()
     estimator = solvers.IMAML(cg_steps=3).hypergradient
-    estimate = value_and_hypergradient(problem, estimator, lambda lower, x, y: y)(x, y)
+    estimate = jax.jit(value_and_hypergradient(problem, estimator, lambda lower, x, y: y))(x, y)
     np.testing.assert_allclose(estimate.gradient, shares.sum(0), rtol=1e-9)
     assert float(estimate.metrics["linear_error"]) < 1e-10
 
@@ -248,10 +264,15 @@ def test_imaml_is_exact_after_as_many_steps_as_one_task_has_unknowns(x64):
 def test_a_task_with_negative_curvature_leaves_the_others_alone(x64):
     problem, x, y, shares = tasks(lowest=-4.0)
     estimator = solvers.IMAML(cg_steps=3).hypergradient
-    estimate = value_and_hypergradient(problem, estimator, lambda lower, x, y: y)(x, y)
-    b = jax.grad(problem.upper, argnums=1)(x, A(y))
-    lower_y = lambda y: jax.grad(problem.lower, argnums=1)(x, y)
-    v, _, info = estimator.linear_solver(jax.linearize(lower_y, A(y))[1], b)
+
+    @jax.jit
+    def found(x, y):
+        b = jax.grad(problem.upper, argnums=1)(x, y)
+        lower_y = lambda y: jax.grad(problem.lower, argnums=1)(x, y)
+        v, _, info = estimator.linear_solver(jax.linearize(lower_y, y)[1], b)
+        return value_and_hypergradient(problem, estimator, lambda lower, x, y: y)(x, y), b, v, info
+
+    estimate, b, v, info = found(x, y)
     np.testing.assert_allclose(0.5 * v[1:], shares[1:], rtol=1e-8)
     assert bool(info.negative_curvature) and bool(jnp.vdot(v[0], b[0]) > 0)
     assert float(estimate.metrics["negative_curvature"]) == 1
@@ -259,7 +280,7 @@ def test_a_task_with_negative_curvature_leaves_the_others_alone(x64):
 
 def test_a_task_that_is_not_stacked_is_one_system(x64):
     problem = Problem(lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: (y - x) @ A([[2.0, 1.0], [1.0, 3.0]]) @ (y - x))
-    estimate = value_and_hypergradient(problem, solvers.IMAML().hypergradient, lambda lower, x, y: x)(
+    estimate = jax.jit(value_and_hypergradient(problem, solvers.IMAML().hypergradient, lambda lower, x, y: x))(
         jnp.zeros(2), jnp.zeros(2)
     )
     np.testing.assert_allclose(estimate.gradient, [-2.0, -2.0], rtol=1e-9)
@@ -296,7 +317,9 @@ def test_an_x_of_one_constraint_alone_is_accepted():
 # Penalty methods ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", [solvers.VPBGD(), solvers.GPBGD()], ids=["VPBGD", "GPBGD"])
+@pytest.mark.parametrize(
+    "solver", [pytest.param(solvers.VPBGD(), marks=pytest.mark.slow), solvers.GPBGD()], ids=["VPBGD", "GPBGD"]
+)
 def test_the_pbgd_toy_ends_at_the_lower_solution_from_everywhere(solver):
     """F curves 400 times more where it waves than where it is flat, and most starts are in its flat part."""
     problem = Problem(
@@ -307,14 +330,13 @@ def test_the_pbgd_toy_ends_at_the_lower_solution_from_everywhere(solver):
     random = np.random.default_rng(0)
     x, y = A(random.uniform(0, 3, 40), jnp.float32), A(random.uniform(-10, 10, 40), jnp.float32)
     state, _ = jax.jit(jax.vmap(lambda x, y: run(problem, solver, x, y, 1500)))(x, y)
-    assert np.abs(state.x + state.y).max() < 1e-2
+    assert np.abs(np.asarray(state.x) + np.asarray(state.y)).max() < 1e-2
     h = lambda x: problem.upper(x, -x)
-    slope = jax.vmap(jax.grad(h))(state.x)
-    inside = (state.x > 1e-3) & (state.x < 3 - 1e-3)
-    assert np.abs(slope[inside]).max() < 0.1
+    slope, x = np.asarray(jax.jit(jax.vmap(jax.grad(h)))(state.x)), np.asarray(state.x)
+    assert np.abs(slope[(x > 1e-3) & (x < 3 - 1e-3)]).max() < 0.1
 
 
-@pytest.mark.parametrize("kind", ["1/x", "log"])
+@pytest.mark.parametrize("kind", ["1/x", pytest.param("log", marks=pytest.mark.slow)])
 def test_a_closed_edge_where_a_loss_is_not_defined_is_not_stepped_on(kind, x64):
     """F = 1e-3 / x + x or x - 1e-3 log x, whose minimum is near the edge x = 0; the first steps overshoot it."""
     barrier = (lambda x: 1e-3 / x) if kind == "1/x" else (lambda x: -1e-3 * jnp.log(x))
@@ -341,9 +363,13 @@ def toll(**sets):
 @pytest.mark.parametrize("sets", [{}, {"project_lower": lambda y: jnp.maximum(y, 0)}], ids=["free", "y >= 0"])
 def test_the_multiplier_of_a_toll_has_no_bias_of_the_penalty(sets, x64):
     solver = solvers.LVHBA()
-    solution = solve(toll(**sets), A(0.2), A([0.5, 0.5]), solver, steps=1000)
-    x, y = solution.x, solution.y
-    multiplier = solver.multipliers(toll(**sets), solution.state)["equality"]
+
+    @jax.jit
+    def ended():
+        state, _ = run(toll(**sets), solver, A(0.2), A([0.5, 0.5]), 1000)
+        return state.x, state.y, solver.multipliers(toll(**sets), state)["equality"]
+
+    x, y, multiplier = map(np.asarray, ended())
     np.testing.assert_allclose(x, 1.5, atol=0.06)
     np.testing.assert_allclose(multiplier, -2.5, atol=0.03)
     # And it fits the reported point as well as one number can fit two conditions.
@@ -357,10 +383,13 @@ def test_the_multiplier_of_a_slack_inequality_is_zero_and_of_an_active_one_exact
 
     g = lambda x, y: A([3 * (y[0] - 1), y[1] - 9.0])
     level = Problem(lambda x, y: 0.0, lambda x, y: jnp.sum((y - 2) ** 2) / 2, constraint=g).full_lower()
-    y = A([1.0, 2.0])
-    rows = Constraints(level, A(0.0), y).at(A(0.0), y)
-    found = rows.multipliers(refined(level, rows, A(0.0), y, A([0.5, 0.3])))["constraint"]
-    np.testing.assert_allclose(found, [1 / 3, 0], atol=1e-9)
+
+    @jax.jit
+    def found(y):
+        rows = Constraints(level, A(0.0), y).at(A(0.0), y)
+        return rows.multipliers(refined(level, rows, A(0.0), y, A([0.5, 0.3])))["constraint"]
+
+    np.testing.assert_allclose(found(A([1.0, 2.0])), [1 / 3, 0], atol=1e-9)
 
 
 def test_richardson_gains_more_along_the_ladder(x64):
@@ -387,7 +416,7 @@ def test_richardson_gains_more_along_the_ladder(x64):
 # Variance reduction in a double loop ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lower_steps", [1, 4])
+@pytest.mark.parametrize("lower_steps", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_vrbo_is_exact_at_every_step_on_full_batches(lower_steps, x64):
     """Between restarts, which never come again here: its direction is that of the point that it belongs to."""
     from bilevel.keys import as_step_key
@@ -399,10 +428,10 @@ def test_vrbo_is_exact_at_every_step_on_full_batches(lower_steps, x64):
     )
     solver = solvers.VRBO(0.1, 0.15, Series(0.15, 150), lower_steps=lower_steps, period=10_000)
     state = solver.init(problem, jnp.zeros(3), jnp.ones(3), as_step_key(0))
-    step = jax.jit(solver.step)
+    step, at = jax.jit(solver.step), jax.jit(lambda point: full(problem, solver.directions, point)[1])
     for t in range(6):
         state, _ = step(problem, state, as_step_key(0, t))
-        exact = full(problem, solver.directions, state.at)[1]
+        exact = at(state.at)
         np.testing.assert_allclose(state.direction.x, exact.x, atol=1e-12)
         np.testing.assert_allclose(state.direction.y, exact.y, atol=1e-12)
     for t in range(6, 300):

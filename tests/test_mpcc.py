@@ -80,7 +80,7 @@ def test_sets_are_seen_as_objects_and_behind_functions_and_others_are_refused():
         solve(noisy, 0.2, 0.5, MPCC())
 
 
-@pytest.mark.parametrize("factor", [1e-8, 1e8])
+@pytest.mark.parametrize("factor", [1e-8, pytest.param(1e8, marks=pytest.mark.slow)])
 def test_units_change_no_verdict(factor):
     for kind in ("F", "f", "x", "y"):
         s = {name: factor if name == kind else 1.0 for name in ("F", "f", "x", "y")}

@@ -34,6 +34,7 @@ def test_tolls_and_prices(capsys):
     assert said.count("CONVERGED") == 2
 
 
+@pytest.mark.slow
 def test_an_own_training_loop(capsys):
     names = cells("training_script.md")
     kept, flipped = names["kept"], names["flipped"]

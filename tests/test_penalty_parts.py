@@ -29,16 +29,16 @@ def test_affine_projection_is_the_textbook_formula():
     flat = np.concatenate(U)
     expected = flat - np.linalg.pinv(J) @ (J @ flat - 1)
     same = lambda u: u
-    found = projections.affine(rows, same, projections.dual_factor(rows, same, U), U)
+    found = jax.jit(lambda u: projections.affine(rows, same, projections.dual_factor(rows, same, u), u))(U)
     np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-10)
 
 
 def test_affine_projection_within_a_subspace():
     P = np.eye(3) - np.ones((3, 3)) / 3
     within = lambda u: (jnp.asarray(P) @ u[0], u[1])
-    found = projections.affine(rows, within, projections.dual_factor(rows, within, U), U)
-    np.testing.assert_allclose(rows(found), 0, atol=1e-10)
-    np.testing.assert_allclose(jnp.sum(found[0]), 0, atol=1e-10)
+    found = jax.jit(lambda u: projections.affine(rows, within, projections.dual_factor(rows, within, u), u))(U)
+    np.testing.assert_allclose(A @ found[0] + B @ found[1], 1, atol=1e-10)
+    np.testing.assert_allclose(np.sum(found[0]), 0, atol=1e-10)
     # Optimality: u - v is orthogonal to every feasible direction.
     M = np.vstack([np.hstack([A, B]), np.concatenate([np.ones(3), np.zeros(4)])])
     null = np.linalg.svd(M)[2][3:]
@@ -67,13 +67,15 @@ def test_projection_on_a_ball_by_linearised_rows():
 
 
 def test_alternation_and_the_quadratic_programme_agree_with_the_dual_projection():
-    J, flat = np.hstack([A, B]), jnp.concatenate(U)
+    J, flat = np.hstack([A, B]), np.concatenate(U)
     half = sets.Intersection(tuple(sets.Halfspace(J[i], -2.0) for i in range(2)), steps=2000)
-    dual, _ = projections.dual(
-        lambda u: J @ u + 2, np.array([True, True]), lambda u: u, flat, jnp.zeros(2), steps=3000, tol=1e-12
-    )
-    np.testing.assert_allclose(jax.jit(half)(flat), dual, atol=1e-6)
-    np.testing.assert_allclose(sets.Polyhedron(G=J, h=-2 * np.ones(2))(flat), dual, atol=1e-6)
+    dual = lambda u: projections.dual(
+        lambda u: J @ u + 2, np.array([True, True]), lambda u: u, u, jnp.zeros(2), steps=3000, tol=1e-12
+    )[0]
+    programme = sets.Polyhedron(G=J, h=-2 * np.ones(2))
+    alternated, programmed, expected = jax.jit(lambda u: (half(u), programme(u), dual(u)))(flat)
+    np.testing.assert_allclose(alternated, expected, atol=1e-6)
+    np.testing.assert_allclose(programmed, expected, atol=1e-6)
 
 
 def test_dependence_is_read_off_the_trace():
@@ -92,11 +94,11 @@ def test_row_norms_exact_and_estimated(monkeypatch):
 
     scaled = lambda x, y: jnp.concatenate([100.0 * (A @ x), B @ y])
     expected = np.concatenate([100 * np.linalg.norm(A, axis=1), np.linalg.norm(B, axis=1)])
-    np.testing.assert_allclose(row_norms(scaled, *U), expected, rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(lambda *u: row_norms(scaled, *u))(*U), expected, rtol=1e-12)
     monkeypatch.setattr(constraints, "_EXACT_ROWS", 1)
-    np.testing.assert_allclose(row_norms(scaled, *U), expected, rtol=0.4)
+    np.testing.assert_allclose(jax.jit(lambda *u: row_norms(scaled, *u))(*U), expected, rtol=0.4)
     ball = lambda x, y: jnp.stack([y @ y - 1])
-    assert float(row_norms(ball, U[0], jnp.zeros(4))[0]) > 0.1
+    assert float(jax.jit(lambda *u: row_norms(ball, *u))(U[0], np.zeros(4))[0]) > 0.1
 
 
 def test_constraints_of_two_kinds_are_one_vector():
@@ -106,24 +108,37 @@ def test_constraints_of_two_kinds_are_one_vector():
         constraint=lambda x, y: {"low": -10 * y, "sum": jnp.sum(y) - x},
         equality=lambda x, y: y[0] - 1,
     )
-    x, y = jnp.asarray(0.0), jnp.asarray([-1.0, 2.0])
-    c = Constraints(problem.draw_lower(0), x, y).at(x, y)
-    assert c.count == 4 and list(c.inequality) == [True, True, True, False]
-    np.testing.assert_allclose(c(x, y), [1.0, -2.0, 1 / np.sqrt(3), -2.0])
-    np.testing.assert_allclose(c.violation(x, y), 2.0)
-    np.testing.assert_allclose(c.clip(jnp.asarray([-1.0, 5.0, 1.0, -7.0]), 3.0), [0, 3, 1, -3])
-    units = c.multipliers(jnp.ones(4))
+    kinds = []
+
+    @jax.jit
+    def found(x, y, lam):
+        c = Constraints(problem.draw_lower(0), x, y).at(x, y)
+        kinds.append((c.count, *c.inequality))
+        return c(x, y), c.violation(x, y), c.clip(lam, 3.0), c.multipliers(jnp.ones(4))
+
+    values, violation, clipped, units = found(np.asarray(0.0), np.array([-1.0, 2.0]), np.array([-1.0, 5.0, 1.0, -7.0]))
+    assert kinds == [(4, True, True, True, False)]
+    np.testing.assert_allclose(values, [1.0, -2.0, 1 / np.sqrt(3), -2.0])
+    np.testing.assert_allclose(violation, 2.0)
+    np.testing.assert_allclose(clipped, [0, 3, 1, -3])
     np.testing.assert_allclose(units["constraint"]["low"], [0.1, 0.1])
     np.testing.assert_allclose(units["equality"], 1.0)
 
 
 def test_minimise_with_and_without_a_set():
-    d = jnp.logspace(0, 3, 5)
+    d = np.logspace(0, 3, 5)
     f = lambda y: 0.5 * jnp.sum(d * (y - 1) ** 2)
-    np.testing.assert_allclose(minimise(f, jnp.zeros(5)), 1, atol=1e-6)
-    np.testing.assert_allclose(minimise(f, jnp.zeros(5), lambda y: jnp.clip(y, 0, 0.5), None, 500), 0.5, atol=1e-6)
     soft = lambda y, s: jnp.sign(y) * jnp.maximum(jnp.abs(y) - s, 0)
-    np.testing.assert_allclose(minimise(f, jnp.zeros(5), None, soft, 2000), 1 - 1 / d, atol=1e-6)
+    free, boxed, shrunk = jax.jit(
+        lambda y: (
+            minimise(f, y),
+            minimise(f, y, lambda y: jnp.clip(y, 0, 0.5), None, 500),
+            minimise(f, y, None, soft, 2000),
+        )
+    )(np.zeros(5))
+    np.testing.assert_allclose(free, 1, atol=1e-6)
+    np.testing.assert_allclose(boxed, 0.5, atol=1e-6)
+    np.testing.assert_allclose(shrunk, 1 - 1 / d, atol=1e-6)
 
 
 def test_the_polish_finds_multipliers():
@@ -144,14 +159,15 @@ def test_the_polish_finds_multipliers():
 
 def test_schedules():
     point = (jnp.zeros(2), jnp.zeros(3))
-    path = Polynomial(10.0, 0.5).init(point)
-    np.testing.assert_allclose(Polynomial(10.0, 0.5).advance(path, 2, point, 1.0).penalty, 20.0)
+    growing = jax.jit(lambda point: Polynomial(10.0, 0.5).advance(Polynomial(10.0, 0.5).init(point), 2, point, 1.0))
+    np.testing.assert_allclose(growing(point).penalty, 20.0)
     schedule = Continuation()
-    solution = lambda c: (jnp.asarray([1 + 3 / c + 2 / c**2, 2.0]), jnp.full(3, 1 / c))
+    advance = jax.jit(schedule.advance)
+    solution = lambda c: (np.array([1 + 3 / c + 2 / c**2, 2.0]), np.full(3, 1 / c))
     path, k = schedule.init(solution(20.0)), 0
     for _ in range(4):
         k += 100
-        path = schedule.advance(path, k, solution(path.penalty), 0.0)
+        path = advance(path, k, solution(float(path.penalty)), 0.0)
     assert float(path.penalty) == 320
     # 1/c and 1/c^2 cancel exactly.
     np.testing.assert_allclose(path.reported[0], [1.0, 2.0], atol=1e-12)
@@ -160,8 +176,8 @@ def test_schedules():
     path, k = schedule.init(point), 0
     for _ in range(4):
         k += 100
-        rough = (jnp.full(2, float(path.penalty) ** (-1 / 3)), jnp.zeros(3))
-        path = schedule.advance(path, k, rough, 0.0)
+        rough = (np.full(2, float(path.penalty) ** (-1 / 3)), np.zeros(3))
+        path = advance(path, k, rough, 0.0)
     np.testing.assert_allclose(path.reported[0], rough[0])
 
 

@@ -209,12 +209,20 @@ def test_bounds_of_the_upper_level_do_not_bind_the_lower_one():
     assert solver.status(state, metrics, None) != Result.CONVERGED
 
 
-def test_a_point_without_a_lower_solution_is_never_verified():
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        lambda x, y: jnp.concatenate([y + 1 + x**2, 1 - y]),
+        pytest.param(lambda x, y: y**2 + 1 + x**2, marks=pytest.mark.slow),
+    ],
+    ids=["two rows", "one row"],
+)
+def test_a_point_without_a_lower_solution_is_never_verified(constraint):
     # The lower level has no feasible point at all.
     problem = Problem(
         upper=lambda x, y: x[0] ** 2 + y[0] ** 2,
         lower=lambda x, y: y[0] ** 2,
-        constraint=lambda x, y: y**2 + 1 + x**2,
+        constraint=constraint,
     )
     solver, key = solvers.MPCC(starts=2, rounds=1), as_step_key(0)
     *_, (state, metrics) = solver.search(problem, solver.init(problem, jnp.ones(1), jnp.ones(1), key), key)

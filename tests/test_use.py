@@ -58,7 +58,7 @@ def test_two_runs_are_one_and_the_best_of_both_is_kept(whole):
 
 def test_a_state_is_gone_on_from_and_a_foreign_one_refused(whole):
     more = solve(PROBLEM, solver=SOLVER, steps=1, key=1, state=whole.state)
-    by_hand = SOLVER.step(PROBLEM, whole.state, data.as_step_key(1))[0]
+    by_hand = jax.jit(SOLVER.step)(PROBLEM, whole.state, data.as_step_key(1))[0]
     np.testing.assert_allclose(more.y, by_hand.y, rtol=1e-5)
     for options, text in [
         (dict(solver=solvers.SOBA(), state=whole.state), r"NestedState that does not fit SOBA .*state\.v is absent"),
@@ -156,8 +156,7 @@ def test_rules_are_the_same_after_a_pickle(name):
     ours, theirs = solver.upper_optimizer, found.upper_optimizer
     jax.tree.map(
         np.testing.assert_array_equal,
-        ours.update(g, ours.init(x), x, **extra),
-        theirs.update(g, theirs.init(x), x, **extra),
+        *(jax.jit(lambda g, x, rule=rule: rule.update(g, rule.init(x), x, **extra))(g, x) for rule in (ours, theirs)),
     )
 
 
@@ -227,6 +226,7 @@ def test_anil_adapts_the_head_and_differentiates_the_body(x64):
     def losses(x, heads):
         return jax.vmap(lambda h, i, t: jnp.mean((jnp.tanh(i @ x["body"]) @ h - t) ** 2))(heads, inputs, targets)
 
+    @jax.jit
     def meta(x):
         heads = jnp.broadcast_to(x["head"], (6, 4))
         for _ in range(3):
@@ -264,11 +264,16 @@ def test_an_own_loop_keeps_the_optimisers_memory(x64):
     rule, x = optax.adam(0.05), jnp.array([1.0, 2.0])
     step = jax.jit(hypergradients.value_and_hypergradient(problem, lower_solver=lower.GradientDescent(rule, 1)))
     state, carry, y, moments = jnp.zeros(2), None, jnp.zeros(2), rule.init(jnp.zeros(2))
+
+    @jax.jit
+    def adam(y, moments):
+        updates, moments = rule.update(jax.grad(problem.lower, argnums=1)(x, y), moments)
+        return optax.apply_updates(y, updates), moments
+
     for _ in range(10):
         estimate = step(x, state, carry)
         state, carry = estimate.lower, estimate.carry
-        updates, moments = rule.update(jax.grad(problem.lower, argnums=1)(x, y), moments)
-        y = optax.apply_updates(y, updates)
+        y, moments = adam(y, moments)
     np.testing.assert_allclose(estimate.lower.y, y, rtol=1e-12)
     forgetful = jnp.zeros(2)
     for _ in range(10):
@@ -281,7 +286,7 @@ def test_an_own_loop_keeps_the_optimisers_memory(x64):
 
 def test_the_identity_leaves_y_to_the_training_script(x64):
     problem = Problem(lambda x, y: 0.5 * jnp.sum((y - 3) ** 2), lambda x, y: 0.5 * jnp.sum((y - x) ** 2))
-    at = hypergradients.value_and_hypergradient(problem, lower_solver=lower.Identity())
+    at = jax.jit(hypergradients.value_and_hypergradient(problem, lower_solver=lower.Identity()))
     estimate = at(jnp.array([1.0]), jnp.array([1.5]))
     np.testing.assert_array_equal(estimate.lower.y, [1.5])
     np.testing.assert_allclose(estimate.gradient, [-1.5])  # dy*/dx = 1

@@ -29,11 +29,10 @@ def solved(case: Case) -> Solution:
     return solve(case.problem, case.x0, case.y0, steps=5000, tol=1e-4, progress=False)
 
 
-def test_the_known_solutions_pass_their_own_check_and_other_points_do_not(x64):
-    kinds = set()
-    for name, make in CASES.items():
-        case = make()
-        kinds.add(case.kind)
+@pytest.mark.parametrize("names", [QUICK, pytest.param(tuple(CASES), marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_the_known_solutions_pass_their_own_check_and_other_points_do_not(x64, names):
+    for name in names:
+        case = CASES[name]()
         if case.solution is None:
             continue
         x, y = (None if part is None else jnp.asarray(part, float) for part in case.solution)
@@ -42,7 +41,7 @@ def test_the_known_solutions_pass_their_own_check_and_other_points_do_not(x64):
         moved = case.scaled(upper=1e3, lower=1e-2, x=10.0, y=0.1)
         assert moved.wrong(None if x is None else 10 * x, y / 10) == "", name
     assert len(CASES) >= 40
-    assert len(kinds) >= 14
+    assert len({make().kind for make in CASES.values()}) >= 14
 
 
 @pytest.mark.parametrize("name", everywhere)
@@ -134,27 +133,28 @@ def test_a_small_piece_of_a_linear_problem_is_no_hiding_place(x64, start):
     np.testing.assert_allclose(found.y, [0.2, 0.0], atol=1e-3)
 
 
-def test_a_badly_conditioned_lower_level_does_not_hide_that_x_can_be_better(x64):
+@pytest.mark.parametrize("n, m", [(3, 2), pytest.param(6, 3, marks=pytest.mark.slow)])
+def test_a_badly_conditioned_lower_level_does_not_hide_that_x_can_be_better(x64, n, m):
     """y = A^-1 B x within a box that holds it, A of condition 1e6: min |y - t|^2 / 2 + |x|^2 / 20 from x = 0.
 
     As far as x moves y by its unit is by A's smallest eigenvalue; measured by its largest one, F was flat at the start.
     """
     random = np.random.default_rng(0)
-    basis, sides = np.linalg.qr(random.normal(size=(6, 6)))[0], random.normal(size=(6, 3))
-    hessian, target = basis @ np.diag(np.geomspace(1, 1e6, 6)) @ basis.T, 0.3 * random.normal(size=6)
+    basis, sides = np.linalg.qr(random.normal(size=(n, n)))[0], random.normal(size=(n, m))
+    hessian, target = basis @ np.diag(np.geomspace(1, 1e6, n)) @ basis.T, 0.3 * random.normal(size=n)
     answer = np.linalg.solve(hessian, sides)
     problem = Problem(
         lambda x, y: 0.5 * jnp.sum((y - target) ** 2) + 0.05 * jnp.sum(x**2),
         lambda x, y: 0.5 * y @ jnp.asarray(hessian) @ y - y @ (jnp.asarray(sides) @ x),
         project_lower=sets.Box(-1.0, 1.0),
     )
-    found = solve(problem, jnp.zeros(3), jnp.zeros(6), steps=2000, tol=1e-4, progress=False)
+    found = solve(problem, jnp.zeros(m), jnp.zeros(n), steps=2000, tol=1e-4, progress=False)
     assert found.result is Result.CONVERGED
-    right = np.linalg.solve(answer.T @ answer + 0.1 * np.eye(3), answer.T @ target)
+    right = np.linalg.solve(answer.T @ answer + 0.1 * np.eye(m), answer.T @ target)
     np.testing.assert_allclose(found.x, right, atol=1e-4)
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("turned", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_x_does_is_measured_by_the_lower_solution(turned):
     """f of condition 1e6 with the solution y = x, or turned y = (x0 + x1, x0 - x1) / 2: no coordinate of x does less.
 
@@ -171,8 +171,15 @@ def test_what_x_does_is_measured_by_the_lower_solution(turned):
     np.testing.assert_allclose(found.x, turn @ jnp.array([1.0, 2.0]), atol=1e-2)
 
 
-@pytest.mark.parametrize("bound", [False, True], ids=["free", "in a box"])
-@pytest.mark.parametrize("solver", [None, solvers.MPCC(), solvers.AID(Newton())], ids=["none", "MPCC", "AID"])
+@pytest.mark.parametrize(
+    "solver, bound",
+    [
+        *((solver, bound) for solver in (None, solvers.MPCC()) for bound in (False, True)),
+        (solvers.AID(Newton()), False),
+        pytest.param(solvers.AID(Newton()), True, marks=pytest.mark.slow),
+    ],
+    ids=[f"{name}-{where}" for name in ("none", "MPCC", "AID") for where in ("free", "in a box")],
+)
 def test_a_coordinate_of_x_beside_a_steep_one_is_not_left_where_it_was(solver, bound):
     """F = 1e6 (y0 - 1)^2 + (y1 - 1)^2 with y = x: in F's unit, 1e6, nothing is seen of x1."""
     more = {"project_lower": sets.Box(-5.0, 5.0)} if bound else {}
@@ -184,7 +191,7 @@ def test_a_coordinate_of_x_beside_a_steep_one_is_not_left_where_it_was(solver, b
     np.testing.assert_allclose(found.x, 1.0, atol=2e-2)
 
 
-@pytest.mark.parametrize("kind", ["free", "in a box", "with a row", "prox"])
+@pytest.mark.parametrize("kind", ["free", pytest.param("in a box", marks=pytest.mark.slow), "with a row", "prox"])
 def test_what_f_can_fall_by_counts_as_a_part_of_f(kind):
     """F = 4e-3 (y0 + 1.7)^2 + 1e-3 (y1 - 3.3)^2 + 7.4 x1^2, y = (x0, x1) / 15: F falls from .022 to .011 on the way
     from 0 to (-25.5, 0), and where it is moved anyhow it changes by thousands."""
@@ -207,7 +214,7 @@ def test_what_f_can_fall_by_counts_as_a_part_of_f(kind):
     assert certify(problem, x[1], y[1], start, Result.CONVERGED, {}, 1e-4).result is Result.CONVERGED
 
 
-@pytest.mark.parametrize("kind", ["free", "in a box", "prox"])
+@pytest.mark.parametrize("kind", ["free", "in a box", pytest.param("prox", marks=pytest.mark.slow)])
 def test_a_run_that_begins_at_its_solution_ends_there(kind):
     """F = |y - 1|^2 with y = x is 3e-10 at x = 1 + 1e-5, and all of it could fall: x is not felt to move."""
     more = {
@@ -355,17 +362,21 @@ def test_many_unknowns_are_moved_along_a_slope_whatever_the_lower_level_is(x64, 
         assert found.result is Result.NOT_STATIONARY
 
 
-@pytest.mark.parametrize("n", [200, pytest.param(400, marks=pytest.mark.slow)])
-def test_a_kink_at_which_no_slope_is_a_number_is_not_passed_over(n):
+@pytest.mark.parametrize(
+    "n, value",
+    [(400, 0.8), *(pytest.param(*at, marks=pytest.mark.slow) for at in ((200, 0.8), (200, 10 / 11), (400, 10 / 11)))],
+)
+def test_a_kink_at_which_no_slope_is_a_number_is_not_passed_over(n, value):
     """f = |y - x| in the 2-norm has no derivative at y = x: x = 10/11 is the solution, and 4/5 is none."""
     problem = Problem(lambda x, y: jnp.sum((y - 1) ** 2 + x**2 / 10), lambda x, y: jnp.linalg.norm(y - x))
-    for value in (0.8, 10 / 11):
-        at = jnp.full(n, value)
-        found = certify(problem, at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-4)
-        assert found.result in (Result.NOT_STATIONARY, Result.UNRESOLVED), found
-        if found.result is Result.UNRESOLVED:
-            assert "is not a number here" in found.why
-            assert "z + 1e-12 in place of z" in found.why
+    at = jnp.full(n, value)
+    found = certify(problem, at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-4)
+    assert found.result in (Result.NOT_STATIONARY, Result.UNRESOLVED), found
+    if found.result is Result.UNRESOLVED:
+        assert "is not a number here" in found.why
+        assert "z + 1e-12 in place of z" in found.why
+    if n == 400:  # of so many one random direction is tried, which says nothing
+        assert found.result is Result.UNRESOLVED
 
 
 KINKS = {

@@ -76,7 +76,8 @@ WRONG = {
         {"SEVERAL_MINIMISERS"},
     ),
 }
-quick = {("two wells tie", "noisy"), ("a kink in x", "noiseless"), ("another well is lower", "shared")}
+# Every kind once, where it is cheapest, and one of each kind of draws besides; tests of whole runs have the others.
+quick = {*((name, "minibatches") for name in WRONG), ("two wells tie", "noisy"), ("a kink in x", "shared")}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_the_sampling_error_is_that_of_the_mean_and_falls_as_draws_are_asked_for
 SHARED = data.Shared(data.Sampler(lambda key, arrays: jax.random.normal(key)))
 
 
-@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("keyed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_draws_that_each_have_a_lower_level_of_their_own_have_a_y_of_their_own(x64, keyed):
     """f = (y - x - b)^2 and F = (y - b)^2 + x^2 on the same b: y_i = x + b_i, and F = 2 x^2 whatever b."""
     read = (lambda b: b[0]) if keyed else (lambda b: b)
