@@ -109,7 +109,8 @@ def network():
     "make",
     [
         pytest.param(solvers.SOBA, id="SOBA"),
-        pytest.param(lambda: solvers.ITD(3, 0.1), id="ITD"),
+        # Loops within loops, and derivatives through them, have the test above.
+        pytest.param(lambda: solvers.ITD(3, 0.1), marks=pytest.mark.slow, id="ITD"),
         pytest.param(
             lambda: solvers.AID(lower.GradientDescent(0.1, steps=3), optax.sgd(0.1)),
             marks=[pytest.mark.slow, pytest.mark.optimised],  # its linear system stops on rounding

@@ -85,7 +85,10 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "Unrolled, Adam" else name for name in ESTIMATORS],
+)
 def test_hypergradients_are_those_of_the_rest_of_y(name, x64):
     estimator, solver = ESTIMATORS[name]
     at = jax.jit(lambda problem, x, y: value_and_hypergradient(problem, estimator, solver)(x, y))

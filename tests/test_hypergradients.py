@@ -68,7 +68,13 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("name", LINEAR)
+# The linear solvers themselves have their own file: here one of each kind is quick.
+LATER = ("CG, fixed length past convergence", "CG, Jacobi", "normal CG", "BiCGStab", "Richardson")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in LINEAR]
+)
 def test_implicit_equals_the_closed_form_with_every_linear_solver(name, x64):
     estimate = compiled(PROBLEM, Implicit(LINEAR[name]), lower.LBFGS(200, tol=1e-12))(X, Y)
     value, gradient = exact()
@@ -124,7 +130,13 @@ def test_truncation_bias_falls_with_the_steps_kept(x64):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [ETA, optax.sgd(0.1, momentum=0.9), optax.adam(0.05, eps_root=1e-8)], ids=["sgd", "momentum", "adam"]
+    "optimizer",
+    [
+        ETA,
+        pytest.param(optax.sgd(0.1, momentum=0.9), marks=pytest.mark.slow),
+        optax.adam(0.05, eps_root=1e-8),
+    ],
+    ids=["sgd", "momentum", "adam"],
 )
 def test_all_ways_of_unrolling_agree_and_equal_finite_differences(optimizer, x64):
     solver = lower.GradientDescent(optimizer, 7)

@@ -89,14 +89,21 @@ def test_to_the_last_digits(x64):
     np.testing.assert_allclose(flat(found.gradient), flat(whole.gradient), rtol=1e-12, atol=1e-15)
 
 
+def test_to_the_last_bit():
+    """In float32, with a rest of 4: the same steps, added up in the same order."""
+    found, whole = uninterrupted(8), unrolled()
+    same((found.gradient, found.value, found.lower), (whole.gradient, whole.value, whole.lower))
+
+
+@pytest.mark.slow
 @pytest.mark.optimised
-@pytest.mark.parametrize("segment", [18, pytest.param(290, marks=pytest.mark.slow)])
-def test_to_the_last_bit(segment):
-    """In float32, over several hundred steps, with a rest: the same steps, added up in the same order."""
+@pytest.mark.parametrize("segment", [18, 290])
+def test_to_the_last_bit_of_hundreds_of_steps(segment):
+    """With a rest of 12; and longer than what is kept whole."""
     training = dataclasses.replace(TRAINING, steps=300)
     evaluate = value_and_hypergradient(PROBLEM, Unrolled(checkpoint="sqrt"), training)
     whole = jax.jit(evaluate)(X, Y, key=jax.random.key(3))
-    found = run(training, segment=segment)  # with a rest of 12; and longer than what is kept whole
+    found = run(training, segment=segment)
     same((found.gradient, found.value, found.lower), (whole.gradient, whole.value, whole.lower))
 
 

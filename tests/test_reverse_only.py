@@ -279,7 +279,11 @@ def blind():
     return run
 
 
-@pytest.mark.parametrize("make", [blind, lambda: fused(cosine, plain=True)])
+@pytest.mark.parametrize(
+    "make",
+    [blind, pytest.param(lambda: fused(cosine, plain=True), marks=pytest.mark.slow)],
+    ids=["blind", "plain kernel"],
+)
 def test_a_run_of_first_derivatives_ends_on_it(make, x64):
     """The end of a run is looked at with second derivatives: where there are none, the run stands and that is said."""
     solver = solvers.F2SA(lower_solver=0.1, upper_optimizer=0.1, penalty=2.0)

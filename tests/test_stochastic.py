@@ -575,7 +575,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_tables_included(tmp_path):
         solve(problem_of(changed), x0, y0, SABA(0.05, 0.2), steps=40, checkpoint=tmp_path / "run")
 
 
-def test_a_sharded_sample_axis_gives_the_same_iterates():
+@pytest.mark.parametrize("methods", ["SABA", pytest.param("SOBA, SRBA", marks=pytest.mark.slow)])
+def test_a_sharded_sample_axis_gives_the_same_iterates(methods):
+    """On full batches and on minibatches."""
     script = textwrap.dedent("""
         import re
         import jax, jax.numpy as jnp, numpy as np
@@ -601,7 +603,7 @@ def test_a_sharded_sample_axis_gives_the_same_iterates():
         go = jax.jit(lambda problem, solver, x, y: run(problem, solver, x, y, 20)[0], static_argnums=())
         put = lambda tree, where: jax.tree.map(lambda a: jax.device_put(a, where), tree)
         minibatches = lambda a: data.Minibatches(a, 8, blocks=True)
-        for wrap, solvers in ((lambda a: a, (SOBA(),)), (minibatches, (SOBA(), SABA(), SRBA()))):
+        for wrap, solvers in ((lambda a: a, [SOBA()]), (minibatches, [method() for method in METHODS])):
             for solver in solvers:
                 plain = go(Problem(upper, lower, wrap(held), wrap(train)), solver, x, y)
                 sharded = Problem(upper, lower, wrap(put(held, rows)), wrap(put(train, rows)))
@@ -617,6 +619,7 @@ def test_a_sharded_sample_axis_gives_the_same_iterates():
     """)
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    script = script.replace("METHODS", f"[{methods}]")
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     reduces, gathers = map(int, re.search(r"all-reduces (\d+) gathers (\d+)", done.stdout).groups())
