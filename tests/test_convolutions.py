@@ -108,12 +108,16 @@ def network():
 @pytest.mark.parametrize(
     "make",
     [
-        solvers.SOBA,
-        lambda: solvers.ITD(3, 0.1),
-        lambda: solvers.AID(lower.GradientDescent(0.1, steps=3), optax.sgd(0.1)),
+        pytest.param(solvers.SOBA, id="SOBA"),
+        # Loops within loops, and derivatives through them, have the test above.
+        pytest.param(lambda: solvers.ITD(3, 0.1), marks=pytest.mark.slow, id="ITD"),
+        pytest.param(
+            lambda: solvers.AID(lower.GradientDescent(0.1, steps=3), optax.sgd(0.1)),
+            marks=[pytest.mark.slow, pytest.mark.optimised],  # its linear system stops on rounding
+            id="AID",
+        ),
     ],
 )
-@pytest.mark.optimised
 def test_a_run_is_what_it_was_and_its_loop_has_one_order(make, monkeypatch) -> None:
     problem, x, y = network()
     seen = []

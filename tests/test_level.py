@@ -46,41 +46,57 @@ def agents(size=None):
 def test_a_stacked_level_is_each_agents_own(who, size, x64):
     source = agents(size)
     problem = Problem(curved, curved, agents(size), source)
-    many = problem.levels(5, who).lower
     number = np.arange(3) if isinstance(who, str) else who
     rng = np.random.default_rng(1)
-    x, y, v = (jnp.asarray(rng.normal(size=(len(number), 4))) for _ in range(3))
-    weights = jnp.asarray(rng.uniform(1, 2, len(number)))
-    gradient, cross, hvp = derivatives.gradient_and_products(many.weighted(weights), x, y, v)
+    x, y, v = (rng.normal(size=(len(number), 4)) for _ in range(3))
+    weights = rng.uniform(1, 2, len(number))
+
+    @jax.jit
+    def stacked_level(*at):
+        many = problem.levels(5, who).lower
+        weighted = many.weighted(weights)
+        return many.batch, weighted(*at[:2]), derivatives.gradient_and_products(weighted, *at)
+
+    batches, whole, products = stacked_level(x, y, v)
+    of_one = jax.jit(
+        lambda batch, *at: (
+            curved(*at[:2], batch),
+            derivatives.gradient_and_products(lambda x, y: curved(x, y, batch), *at),
+        )
+    )
     value = 0.0
     for i, agent in enumerate(number):
-        batch = jax.tree.map(lambda a, i=i: a[i], many.batch)
+        batch = jax.tree.map(lambda a, i=i: np.asarray(a)[i], batches)
         own = source.arrays[0][agent], source.arrays[1][agent]
         for taken, all_of_it in zip(batch, own, strict=True):
             assert all(any(np.array_equal(row, other) for other in all_of_it) for row in taken)  # its own samples
-        alone = lambda x, y, batch=batch: curved(x, y, batch)
-        value += weights[i] * alone(x[i], y[i])
-        one = derivatives.gradient_and_products(alone, x[i], y[i], v[i])
-        for stacked, single in zip((gradient, cross, hvp), one, strict=True):
+        alone, one = of_one(batch, x[i], y[i], v[i])
+        value += weights[i] * alone
+        for stacked, single in zip(products, one, strict=True):
             np.testing.assert_allclose(stacked[i], weights[i] * single, rtol=1e-12)
-    np.testing.assert_allclose(many.weighted(weights)(x, y), value, rtol=1e-12)
+    np.testing.assert_allclose(whole, value, rtol=1e-12)
 
 
 def test_full_batches_pooled_are_the_mean_over_agents(x64):
     problem = Problem(curved, curved, agents(), agents())
-    x, y = jnp.zeros(4), jnp.ones(4)
-    stacked = problem.levels(0, "all").lower(*(jnp.broadcast_to(v, (3, 4)) for v in (x, y)))
-    np.testing.assert_allclose(problem.levels(0).lower(x, y), stacked / 3, rtol=1e-12)
+    x, y = np.zeros(4), np.ones(4)
+    many = [np.broadcast_to(v, (3, 4)) for v in (x, y)]
+    pooled, stacked = jax.jit(lambda: (problem.levels(0).lower(x, y), problem.levels(0, "all").lower(*many)))()
+    np.testing.assert_allclose(pooled, stacked / 3, rtol=1e-12)
 
 
 def test_the_streams_of_a_level_are_independent_and_named():
     source = lambda: data.Minibatches(np.arange(1000), 50)
-    level = Problem(total, total, source(), source()).levels(3).lower
-    batches = [level.batch, *(level.stream(tag).batch for tag in Draw)]
+
+    @jax.jit
+    def drawn():
+        upper, level = Problem(total, total, source(), source()).levels(3)
+        return upper.batch, [level.batch, *(level.stream(tag).batch for tag in Draw)]
+
+    upper, batches = drawn()
     assert len({tuple(np.asarray(batch).tolist()) for batch in batches}) == len(batches)
     assert len(set(Draw)) == len(Draw.__members__)
-    upper = Problem(total, total, source(), source()).levels(3).upper
-    assert not np.array_equal(upper.batch, level.batch)
+    assert not np.array_equal(upper, batches[0])
 
 
 def test_a_level_is_frozen_and_carries_its_constraints():
@@ -129,10 +145,12 @@ def test_keyed_forwards_everything_but_the_key(kind):
     assert float(problem.full_lower()(0.0, jnp.ones(()))) == float(plain.full_lower()(0.0, jnp.ones(()))) == 28.0
     assert problem.stochastic is plain.stochastic is bare.random
     key = as_step_key(4, 3)
-    np.testing.assert_array_equal(keyed.draw(key)[0], bare.draw(key))
+    drawn, expected = jax.jit(lambda: (keyed.draw(key)[0], bare.draw(key)))()
+    np.testing.assert_array_equal(drawn, expected)
     if bare.parties:
-        np.testing.assert_array_equal(keyed.draw_each(key)[0], bare.draw_each(key))
-        assert keyed.draw_each(key)[1].step.tolist() == [3] * bare.parties
+        (drawn, keys), expected = jax.jit(lambda: (keyed.draw_each(key), bare.draw_each(key)))()
+        np.testing.assert_array_equal(drawn, expected)
+        assert keys.step.tolist() == [3] * bare.parties
 
 
 def test_keyed_arrays_are_full_batches_whose_key_moves_on():
@@ -198,18 +216,30 @@ def rosenbrock(x, y):
     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2 + 0 * jnp.sum(y)
 
 
-@pytest.mark.parametrize("rule", [optimizers.spectral(), optimizers.quasi_newton()])
+SPECTRAL, QUASI_NEWTON = optimizers.spectral(), optimizers.quasi_newton()
+
+
 @pytest.mark.parametrize(
-    "wrap", [lambda r: r, lambda r: optax.chain(optax.identity(), r), lambda r: optax.chain(optax.chain(r))]
+    "rule, chain",
+    [
+        (SPECTRAL, optax.chain(optax.identity(), SPECTRAL)),
+        (QUASI_NEWTON, optax.chain(optax.chain(QUASI_NEWTON))),
+        pytest.param(SPECTRAL, optax.chain(optax.chain(SPECTRAL)), marks=pytest.mark.slow),
+        pytest.param(QUASI_NEWTON, optax.chain(optax.identity(), QUASI_NEWTON), marks=pytest.mark.slow),
+    ],
+    ids=["spectral", "quasi-Newton in two chains", "spectral in two chains", "quasi-Newton"],
 )
-def test_a_rule_that_withdraws_is_found_in_a_chain(rule, wrap, x64):
+def test_a_rule_that_withdraws_is_found_in_a_chain(rule, chain, x64):
     """`solve` returns the accepted point, never the trial that comes next (28838.9 in place of 7.564 for spectral)."""
     problem = Problem(rosenbrock, lambda x, y: jnp.sum((y - x) ** 2))
-    start = jnp.array([-1.2, 1.0])
-    found = solve(problem, start, jnp.zeros(2), solvers.AID(upper_optimizer=wrap(rule)), steps=8)
-    plain = solve(problem, start, jnp.zeros(2), solvers.AID(upper_optimizer=rule), steps=8)
+    start = np.array([-1.2, 1.0])
+    found, plain = (
+        solve(problem, start, np.zeros(2), solvers.AID(upper_optimizer=taken), steps=8) for taken in (chain, rule)
+    )
     np.testing.assert_array_equal(found.x, plain.x)
-    assert float(rosenbrock(found.x, found.y)) <= float(rosenbrock(start, found.y))
+    loss = jax.jit(rosenbrock)
+    for end in (found, plain):
+        assert float(loss(end.x, end.y)) <= float(loss(start, end.y))
 
 
 def test_two_rules_that_withdraw_or_a_part_of_the_variable_are_refused():
@@ -227,7 +257,7 @@ def test_a_rule_that_withdraws_works_in_a_chain_of_the_lower_level(x64):
     problem = Problem(lambda x, y: jnp.sum(y) + jnp.sum(x), lambda x, y: rosenbrock(y, x))
     solver = lower.GradientDescent(optax.chain(optax.identity(), optimizers.quasi_newton()), 300, tol=1e-10)
     level = problem.draw_lower(0)
-    y = solver(level, jnp.zeros(2), solver.init(jnp.array([-1.2, 1.0]))).y
+    y = jax.jit(lambda y: solver(level, np.zeros(2), solver.init(y)).y)(np.array([-1.2, 1.0]))
     np.testing.assert_allclose(y, [1.0, 1.0], atol=1e-8)
 
 
@@ -249,21 +279,28 @@ MADE_OF_STEPS = [
 @pytest.mark.parametrize("solver", MADE_OF_STEPS)
 def test_truncated_differentiation_takes_every_solver_made_of_steps(solver, x64):
     """Against autodiff of the last steps written out, and all of them against the whole."""
-    x, y = jnp.array([0.3, -0.4]), jnp.array([1.0, 2.0])
     upper, level = QUADRATIC.levels(0)
-    start = solver.init(y)
-    for last in (1, 3, 7):
-        estimate = hypergradients.Unrolled(last=last)(upper, level, solver, x, start, ())
 
-        def by_hand(free, last=last):
+    def by_hand(x, start, last):
+        def value(free):
             state = start
             for i in range(7):
                 state = solver.advance(level, x if i < 7 - last else free, state)[0]
             return upper(free, state.y)
 
-        np.testing.assert_allclose(estimate.gradient, jax.grad(by_hand)(x), rtol=1e-10)
-    whole = hypergradients.Unrolled()(upper, level, solver, x, start, ())
-    np.testing.assert_allclose(estimate.gradient, whole.gradient, rtol=1e-12)
+        return jax.grad(value)(x)
+
+    @jax.jit
+    def gradients(x, y):
+        start = solver.init(y)
+        of = lambda estimator: estimator(upper, level, solver, x, start, ()).gradient
+        pairs = [(of(hypergradients.Unrolled(last=last)), by_hand(x, start, last)) for last in (1, 3, 7)]
+        return pairs, of(hypergradients.Unrolled())
+
+    pairs, whole = gradients(np.array([0.3, -0.4]), np.array([1.0, 2.0]))
+    for truncated, expected in pairs:
+        np.testing.assert_allclose(truncated, expected, rtol=1e-10)
+    np.testing.assert_allclose(truncated, whole, rtol=1e-12)
 
 
 class Halving:
@@ -290,17 +327,23 @@ class Halving:
 
 def test_a_kernel_of_ones_own_runs_in_both_loops_and_is_truncated(x64):
     solver, (upper, level) = Halving(), QUADRATIC.levels(0)
-    x, y = jnp.array([0.3, -0.4]), jnp.array([1.0, 2.0])
-    plain = lower.GradientDescent(0.2, 6)
-    run = solver(level, x, solver.init(y))
-    np.testing.assert_allclose(run.y, plain(level, x, plain.init(y)).y, rtol=1e-14)
-    assert int(run.memory) == 6
-    truncated = [hypergradients.Unrolled(last=2)(upper, level, s, x, s.init(y), ()).gradient for s in (solver, plain)]
-    np.testing.assert_allclose(*truncated, rtol=1e-14)
-    many = Halving()
+    plain, many = lower.GradientDescent(0.2, 6), Halving()
     many.steps = 500
-    end = lower.until(many, level, x, many.init(y), 1e-9)
-    assert float(derivatives.norm(level.gradient(x, end.y))) <= 1e-9
+
+    @jax.jit
+    def of(x, y):
+        ends = [s(level, x, s.init(y)) for s in (solver, plain)]
+        truncated = [
+            hypergradients.Unrolled(last=2)(upper, level, s, x, s.init(y), ()).gradient for s in (solver, plain)
+        ]
+        end = lower.until(many, level, x, many.init(y), 1e-9)
+        return ends, truncated, end, derivatives.norm(level.gradient(x, end.y))
+
+    (run, expected), truncated, end, slope = of(np.array([0.3, -0.4]), np.array([1.0, 2.0]))
+    np.testing.assert_allclose(run.y, expected.y, rtol=1e-14)
+    assert int(run.memory) == 6
+    np.testing.assert_allclose(*truncated, rtol=1e-14)
+    assert float(slope) <= 1e-9
     assert int(end.memory) < 500
 
 
@@ -313,10 +356,8 @@ def test_truncation_of_what_is_not_made_of_steps_is_refused():
 
 def test_sama_adapts_to_momentum_sgd(x64):
     """Plain steps in both solvers are one and the same adaptation."""
-    x, y = jnp.array([0.3, -0.4]), jnp.array([1.0, 2.0])
     upper, level = QUADRATIC.levels(0)
-    found = [
-        hypergradients.SAMA(None)(upper, level, solver, x, solver.init(y), None).gradient
-        for solver in (lower.GradientDescent(0.1, 3), lower.MomentumSGD(0.1, 0.0, 0.0, clip=None, steps=3))
-    ]
+    both = lower.GradientDescent(0.1, 3), lower.MomentumSGD(0.1, 0.0, 0.0, clip=None, steps=3)
+    of = lambda x, y: [hypergradients.SAMA(None)(upper, level, s, x, s.init(y), None).gradient for s in both]
+    found = jax.jit(of)(np.array([0.3, -0.4]), np.array([1.0, 2.0]))
     np.testing.assert_allclose(*found, rtol=1e-12)

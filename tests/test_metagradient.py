@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -45,6 +46,16 @@ def run(solver=TRAINING, x=X, segment=1, **options):
     return runs.metagradient(PROBLEM, x, Y, solver, key=jax.random.key(3), segment=segment, **options)
 
 
+@functools.cache
+def uninterrupted(segment):
+    return run(segment=segment)
+
+
+@functools.cache
+def unrolled():
+    return jax.jit(value_and_hypergradient(PROBLEM, Unrolled(), TRAINING))(X, Y, key=jax.random.key(3))
+
+
 def flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
@@ -58,8 +69,8 @@ def same(one, other):
 @pytest.mark.parametrize("where", ["host", "files"])
 @pytest.mark.parametrize("segment", [None, 60])
 def test_it_is_the_derivative_of_unrolled(tmp_path, segment, where):
-    """The root of 60 is 8, which leaves a rest of 4; 60 is the whole run."""
-    whole = jax.jit(value_and_hypergradient(PROBLEM, Unrolled(), TRAINING))(X, Y, key=jax.random.key(3))
+    """60 steps are ten segments of 6; or one, the whole run."""
+    whole = unrolled()
     found = run(segment=segment, checkpoint=tmp_path / "run" if where == "files" else None)
     assert np.abs(flat(whole.gradient)).max() > 1e-3
     np.testing.assert_allclose(flat(found.gradient), flat(whole.gradient), rtol=2e-5, atol=1e-8)
@@ -78,18 +89,25 @@ def test_to_the_last_digits(x64):
     np.testing.assert_allclose(flat(found.gradient), flat(whole.gradient), rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.optimised
 def test_to_the_last_bit():
-    """In float32, over several hundred steps, with a rest: the same steps, added up in the same order."""
+    """In float32, with a rest of 4: the same steps, added up in the same order."""
+    found, whole = uninterrupted(8), unrolled()
+    same((found.gradient, found.value, found.lower), (whole.gradient, whole.value, whole.lower))
+
+
+@pytest.mark.slow
+@pytest.mark.optimised
+@pytest.mark.parametrize("segment", [18, 290])
+def test_to_the_last_bit_of_hundreds_of_steps(segment):
+    """With a rest of 12; and longer than what is kept whole."""
     training = dataclasses.replace(TRAINING, steps=300)
     evaluate = value_and_hypergradient(PROBLEM, Unrolled(checkpoint="sqrt"), training)
     whole = jax.jit(evaluate)(X, Y, key=jax.random.key(3))
-    for segment in (18, 290):  # with a rest of 12; and longer than what is kept whole
-        found = run(training, segment=segment)
-        same((found.gradient, found.value, found.lower), (whole.gradient, whole.value, whole.lower))
+    found = run(training, segment=segment)
+    same((found.gradient, found.value, found.lower), (whole.gradient, whole.value, whole.lower))
 
 
-@pytest.mark.parametrize("when", ["states/step_6", "backward/step_6"])
+@pytest.mark.parametrize("when", [pytest.param("states/step_6", marks=pytest.mark.slow), "backward/step_6"])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_metagradient as t; "
     code += "t.run(segment=3, checkpoint=sys.argv[2])"
@@ -102,7 +120,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, when):
     there = {part: len(list((tmp_path / "run" / part).glob("step_*"))) for part in ("states", "backward")}
     assert not (tmp_path / "run" / "backward" / "step_20").exists()  # in the middle
     assert there["backward"] == 0 if when.startswith("states") else there["states"] < 20
-    same(run(segment=3, checkpoint=tmp_path / "run"), run(segment=3))
+    same(run(segment=3, checkpoint=tmp_path / "run"), uninterrupted(3))
 
 
 def full(*_, **__):
@@ -122,7 +140,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, monkeypatch, part):
             run(segment=8, checkpoint=tmp_path)
     again = []
     monkeypatch.setattr(Checkpoints, "_write", lambda self, step, *rest: again.append(step) or save(self, step, *rest))
-    same(run(segment=8, checkpoint=tmp_path), run(segment=8))
+    same(run(segment=8, checkpoint=tmp_path), uninterrupted(8))
     assert again[0] == 3  # what had been written was gone on from
 
 
@@ -137,18 +155,18 @@ def test_a_torn_state_is_computed_again(tmp_path, monkeypatch, caplog):
         with pytest.raises(CheckpointError):
             run(segment=8, checkpoint=tmp_path)
     (tmp_path / "states" / "step_4" / "run.json").write_text("half")
-    same(run(segment=8, checkpoint=tmp_path), run(segment=8))
+    same(run(segment=8, checkpoint=tmp_path), uninterrupted(8))
     assert "step_4 is torn and was skipped" in caplog.text
 
 
 def test_another_point_or_length_is_another_run(tmp_path):
-    run(segment=20, checkpoint=tmp_path)
+    run(segment=8, checkpoint=tmp_path)
     with pytest.raises(CheckpointError, match=r"of another run: x0\['start'\] has changed"):
-        run(segment=20, checkpoint=tmp_path, x={**X, "start": jnp.asarray(0.6)})
-    with pytest.raises(CheckpointError, match="segment was 20, is now 30"):
+        run(segment=8, checkpoint=tmp_path, x={**X, "start": jnp.asarray(0.6)})
+    with pytest.raises(CheckpointError, match="segment was 8, is now 30"):
         run(segment=30, checkpoint=tmp_path)
     with pytest.raises(CheckpointError, match=r"solver\.steps was 60, is now 40"):
-        run(dataclasses.replace(TRAINING, steps=40), segment=20, checkpoint=tmp_path)
+        run(dataclasses.replace(TRAINING, steps=40), segment=8, checkpoint=tmp_path)
 
 
 def test_what_is_no_training_is_said():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,32 +53,35 @@ def test_without_reduction_the_steps_fade_and_the_error_with_them(x64):
     assert many < 0.02 * np.linalg.norm(start()[0] - x)
 
 
-@pytest.mark.parametrize("unit", ["upper", "lower", "x", "y"])
+ONES = dict.fromkeys(("upper", "lower", "x", "y"), 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def end(solver, steps, whole, units):
+    """Where a run ends, in units of one; those that are given are arguments, so that one programme serves all."""
+    problem, x0, y0 = ridge(**units)
+    state, _ = run(problem.whole() if whole else problem, solver, x0, y0, steps)
+    return state.x / units["x"], state.y / units["y"]
+
+
+@pytest.mark.parametrize("unit", ONES)
 @pytest.mark.parametrize("factor", [2.0**-24, 2.0**24])
 def test_another_unit_changes_no_step(unit, factor):
     """Powers of two: losses' units leave every bit alone, those of variables all but rounding."""
-    plain, scaled = (
-        run(problem, ProbedSingleLoop(), x0, y0, 400)[0] for problem, x0, y0 in (ridge(), ridge(**{unit: factor}))
-    )
-    np.testing.assert_allclose(scaled.x / (factor if unit == "x" else 1), plain.x, rtol=2e-4)
-    np.testing.assert_allclose(scaled.y / (factor if unit == "y" else 1), plain.y, rtol=2e-3, atol=1e-6)
+    plain, scaled = (end(ProbedSingleLoop(), 400, False, units) for units in (ONES, {**ONES, unit: factor}))
+    np.testing.assert_allclose(scaled[0], plain[0], rtol=2e-4)
+    np.testing.assert_allclose(scaled[1], plain[1], rtol=2e-3, atol=1e-6)
 
 
 def test_another_unit_changes_no_step_of_what_takes_all_samples():
     """Units of losses and of x change rounding alone; y's changes where lower solves end, which are as exact as x
     needs."""
-
-    @jax.jit
-    def end(units):
-        problem, x0, y0 = ridge(**units)
-        return run(problem.whole(), AID(), x0, y0, 8)[0].x / units["x"]
-
-    ones = dict.fromkeys(("upper", "lower", "x", "y"), 1.0)
-    plain = end(ones)
+    x = lambda units: end(AID(), 8, True, units)[0]
+    plain = x(ONES)
     assert np.linalg.norm(plain + 1) > 0.5
-    for unit in ones:
+    for unit in ONES:
         for factor in (2.0**-7, 2.0**7):
-            np.testing.assert_allclose(end({**ones, unit: factor}), plain, atol=1e-3 if unit == "y" else 1e-5)
+            np.testing.assert_allclose(x({**ONES, unit: factor}), plain, atol=1e-3 if unit == "y" else 1e-5)
 
 
 def test_what_it_takes_follows_the_data():
@@ -185,10 +190,8 @@ def test_a_solver_that_is_named_keeps_the_minibatches():
     assert optax.tree.size(solution.x) == D
 
 
-@pytest.mark.parametrize("unit", ["upper", "lower", "x", "y"])
+@pytest.mark.parametrize("unit", ONES)
 @pytest.mark.parametrize("factor", [2.0**-24, 2.0**24])
 def test_neither_does_it_change_aids(unit, factor):
-    problem, x0, y0 = ridge(**{unit: factor})
-    x = run(problem.whole(), AID(), x0, y0, 30)[0].x / (factor if unit == "x" else 1)
-    plain, x0, y0 = ridge()
-    np.testing.assert_allclose(x, run(plain.whole(), AID(), x0, y0, 30)[0].x, atol=1e-5)
+    plain, scaled = (end(AID(), 30, True, units)[0] for units in (ONES, {**ONES, unit: factor}))
+    np.testing.assert_allclose(scaled, plain, atol=1e-5)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel import Problem, ProblemError, Result, data, derivatives, lower, runs, solve, solvers
+from bilevel import Problem, ProblemError, Result, data, derivatives, lower, run, runs, solve, solvers
 from bilevel.hypergradients import (
     SAMA,
     FiniteDifference,
@@ -72,10 +72,16 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+# Of `checkpoint="log"` the attention below has a run, and of a projection every file of tests of Implicit.
+LATER = ("Implicit, projected", "Unrolled, log")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in ESTIMATORS]
+)
 def test_every_estimator_takes_it(name, x64):
     estimator, solver, parts = ESTIMATORS[name]
-    of = lambda f: value_and_hypergradient(problem(f, **parts), estimator, solver)(X, Y)
+    of = lambda f: jax.jit(value_and_hypergradient(problem(f, **parts), estimator, solver))(X, Y)
     found, expected = of(sine), of(jnp.sin)
     assert np.abs(expected.gradient).max() > 1e-3
     np.testing.assert_allclose(found.gradient, expected.gradient, rtol=1e-12)
@@ -103,23 +109,23 @@ def test_set_by_hand_and_derivatives_of_all_orders(x64):
         hvp = lambda y: derivatives.linearised(of(f, scale, x, y), x, y).hvp(jnp.cos(y))
         return jnp.sum(jax.vmap(hvp)(jnp.stack([Y, X, X + Y])) ** 2)
 
-    for derivative in (jax.grad, jax.jacfwd):
-        for place in (1, 2):
-            found, expected = (
-                jax.jit(derivative(functools.partial(third, f), place - 1))(1.3, X) for f in (sine, jnp.sin)
-            )
-            np.testing.assert_allclose(found, expected, rtol=1e-12)
-    batched = lambda f: jax.vmap(jax.hessian(lambda y, x: of(f, 2.0, x, y)(x, y)), (None, 0))(Y, jnp.stack([X, Y]))
-    np.testing.assert_allclose(batched(sine), batched(jnp.sin), rtol=1e-12)
+    def all_of(f):
+        batched = jax.vmap(jax.hessian(lambda y, x: of(f, 2.0, x, y)(x, y)), (None, 0))(Y, jnp.stack([X, Y]))
+        thirds = [derivative(functools.partial(third, f), (0, 1))(1.3, X) for derivative in (jax.grad, jax.jacfwd)]
+        return batched, thirds
+
+    found, expected = (jax.jit(functools.partial(all_of, f))() for f in (sine, jnp.sin))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), found, expected)
 
 
 def test_a_whole_solve_and_a_whole_training():
     solver = solvers.AID(lower.GradientDescent(0.2, 30), 0.2)
     found = solve(problem(sine), X, Y, solver, steps=300, tol=1e-4, progress=False)
     assert found.result is Result.CONVERGED
-    np.testing.assert_allclose(found.x, solve(problem(jnp.sin), X, Y, solver, steps=300, tol=1e-4).x, atol=1e-4)
+    expected = jax.jit(lambda: run(problem(jnp.sin), solver, X, Y, found.steps)[0].x)()
+    np.testing.assert_allclose(found.x, expected, atol=1e-4)
     training = lower.GradientDescent(0.1, 9)
-    whole = value_and_hypergradient(problem(jnp.sin), Unrolled(), training)(X, Y)
+    whole = jax.jit(value_and_hypergradient(problem(jnp.sin), Unrolled(), training))(X, Y)
     np.testing.assert_allclose(runs.metagradient(problem(sine), X, Y, training).gradient, whole.gradient, rtol=1e-5)
 
 
@@ -130,22 +136,26 @@ def attention(x, y, tokens):
     return jnp.mean(jax.nn.softplus(x) * jnp.sum((mixed - tokens.reshape(2, 4, 1, 3)) ** 2, (1, 2, 3)))
 
 
-def test_attention_and_rematerialisation(x64):
+@pytest.mark.parametrize(
+    "loss",
+    [pytest.param(attention, marks=pytest.mark.slow), jax.checkpoint(attention)],
+    ids=["attention", "rematerialised"],
+)
+def test_attention_and_rematerialisation(loss, x64):
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(2, 4, 3))
     y = {name: rng.normal(size=(3, 3)) / 2 for name in ("query", "key", "value")}
-    x = jnp.array([0.2, -0.4])
+    x = np.array([0.2, -0.4])
     upper = lambda x, y, tokens: attention(jnp.zeros(2), y, tokens)
-    of = lambda loss, estimator: value_and_hypergradient(
-        Problem(upper, loss, tokens[::-1], tokens), estimator, lower.GradientDescent(0.05, 3)
+    of = lambda loss, estimator: jax.jit(
+        value_and_hypergradient(Problem(upper, loss, tokens[::-1], tokens), estimator, lower.GradientDescent(0.05, 3))
     )
     whole = of(attention, Unrolled(checkpoint=False))(x, y)
     value = jax.jit(lambda x: of(attention, Unrolled())(x, y).value)
     slopes = [(value(x + h) - value(x - h)) / 4e-2 for h in 2e-2 * np.eye(2)]
     np.testing.assert_allclose(whole.gradient, slopes, rtol=1e-3)  # the attention computes in float32
-    for loss in (attention, jax.checkpoint(attention)):
-        for estimator in (Unrolled(), Unrolled(checkpoint="log"), Forward()):
-            np.testing.assert_allclose(of(loss, estimator)(x, y).gradient, whole.gradient, rtol=1e-5)
+    for estimator in (Unrolled(), Unrolled(checkpoint="log"), Forward()):
+        np.testing.assert_allclose(of(loss, estimator)(x, y).gradient, whole.gradient, rtol=1e-5)
 
 
 def kernel(body):
@@ -183,16 +193,18 @@ def test_a_pallas_kernel_whose_backward_pass_is_one(x64):
     backward = jax.custom_vjp(kernel(slope_body))
     backward.defvjp(lambda a, g: (backward(a, g), (a, g)), lambda r, c: (-c * r[1] * jnp.sin(r[0]), c * jnp.cos(r[0])))
     for estimator in (Unrolled(), Implicit()):
-        found = value_and_hypergradient(problem(fused(backward)), estimator, 0.1)(X, Y).gradient
-        np.testing.assert_allclose(
-            found, value_and_hypergradient(problem(jnp.sin), estimator, 0.1)(X, Y).gradient, rtol=1e-12
+        found, expected = (
+            jax.jit(value_and_hypergradient(problem(f), estimator, 0.1))(X, Y) for f in (fused(backward), jnp.sin)
         )
+        np.testing.assert_allclose(found.gradient, expected.gradient, rtol=1e-12)
 
 
 def test_a_pallas_kernel_whose_backward_pass_is_a_plain_one(x64):
     """It has tangents, together with its value alone."""
-    of = lambda f, estimator: value_and_hypergradient(
-        Problem(lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum((y - x) ** 2 + 0.3 * f(y))), estimator, 0.1
+    of = lambda f, estimator: jax.jit(
+        value_and_hypergradient(
+            Problem(lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum((y - x) ** 2 + 0.3 * f(y))), estimator, 0.1
+        )
     )(X, Y)
     for estimator in (Unrolled(), Unrolled(checkpoint="log"), Implicit()):
         found, expected = (of(f, estimator).gradient for f in (fused(cosine, plain=True), jnp.sin))
@@ -226,10 +238,17 @@ def product(own, plain=False):
     return lambda a: run(a, jnp.cos(a) + a)
 
 
-@pytest.mark.parametrize("name", ["Implicit", "Unrolled, log", "Forward", "StochasticImplicit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Implicit",
+        "Forward",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Unrolled, log", "StochasticImplicit")),
+    ],
+)
 def test_a_pallas_kernel_of_several_operands(name, x64):
     estimator, solver, parts = ESTIMATORS[name]
-    of = lambda f: value_and_hypergradient(problem(f, **parts), estimator, solver)(X, Y).gradient
+    of = lambda f: jax.jit(value_and_hypergradient(problem(f, **parts), estimator, solver))(X, Y).gradient
     np.testing.assert_allclose(of(product(own=True)), of(lambda a: jnp.sin(a) * (jnp.cos(a) + a)), rtol=1e-12)
 
 
@@ -241,7 +260,7 @@ def test_what_a_plain_backward_kernel_has_no_derivative_for_is_named(x64):
             if f is torn or name in ("Forward", "Unrolled, plain"):
                 what = "no second derivative, neither" if f is torn else "a part with a custom_vjp"
                 with pytest.raises(ValueError, match=rf"^lower, the lower level's loss, has {what}.*solvers\.F2SA"):
-                    value_and_hypergradient(problem(f, **parts), estimator, solver)(X, Y)
+                    jax.jit(value_and_hypergradient(problem(f, **parts), estimator, solver))(X, Y)
 
 
 def blind():
@@ -260,7 +279,11 @@ def blind():
     return run
 
 
-@pytest.mark.parametrize("make", [blind, lambda: fused(cosine, plain=True)])
+@pytest.mark.parametrize(
+    "make",
+    [blind, pytest.param(lambda: fused(cosine, plain=True), marks=pytest.mark.slow)],
+    ids=["blind", "plain kernel"],
+)
 def test_a_run_of_first_derivatives_ends_on_it(make, x64):
     """The end of a run is looked at with second derivatives: where there are none, the run stands and that is said."""
     solver = solvers.F2SA(lower_solver=0.1, upper_optimizer=0.1, penalty=2.0)
@@ -277,7 +300,7 @@ def test_a_run_of_first_derivatives_ends_on_it(make, x64):
 def test_a_kernel_without_a_second_derivative_is_named(x64):
     for estimator in (Unrolled(), Implicit(), Forward()):
         with pytest.raises(ValueError, match=r"^lower, the lower level's loss, has no second .*kernel has no"):
-            value_and_hypergradient(problem(blind()), estimator, 0.1)(X, Y)
+            jax.jit(value_and_hypergradient(problem(blind()), estimator, 0.1))(X, Y)
     with pytest.raises((ValueError, ProblemError), match=r"lower, the lower level's loss, has no second derivative"):
         solve(problem(blind()), X, Y, solvers.AID(lower.GradientDescent(0.1, 3), 0.1), steps=2, progress=False)
 
