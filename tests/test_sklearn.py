@@ -93,9 +93,10 @@ def test_classifiers_agree_with_scikit_learns(model):
 
 
 def test_it_stands_in_a_pipeline_and_in_a_search():
-    pipeline = make_pipeline(StandardScaler(), HypergradientSearchCV(Ridge(), "per_feature", cv=3))
+    pipeline = make_pipeline(StandardScaler(), HypergradientSearchCV(Ridge(), "per_feature", cv=3, steps=5))
     assert pipeline.fit(X, T).score(X, T) > 0.45
-    outer = GridSearchCV(HypergradientSearchCV(Ridge(), cv=3), {"penalties": ["one", "per_feature"]}, cv=2).fit(X, T)
+    inner = HypergradientSearchCV(Ridge(), cv=3, steps=5)
+    outer = GridSearchCV(inner, {"penalties": ["one", "per_feature"]}, cv=2).fit(X, T)
     assert outer.best_params_["penalties"] in ("one", "per_feature")
 
 
