@@ -268,7 +268,7 @@ def in_all_places(x, y):
     return (y - 1) ** 2 + (objects + modules) / 12 * x**2
 
 
-@pytest.mark.parametrize("loss", [by_global, in_all_places])
+@pytest.mark.parametrize("loss", [pytest.param(by_global, marks=pytest.mark.slow), in_all_places])
 def test_fifty_solves_with_another_number_each_are_right_and_compile_once(loss):
     solver = solvers.AID(upper_optimizer=0.1)
     compiled = []
@@ -313,7 +313,7 @@ def test_a_solver_that_is_made_anew_for_each_solve_compiles_nothing_anew(made, t
 def test_a_solver_with_another_rule_is_another_programme():
     problem = Problem(by_global, lambda x, y: (y - x) ** 2)
     ends = [
-        solve(problem, 0.0, 0.0, solvers.AID(upper_optimizer=optax.sgd(rate)), steps=3, progress=False).x
+        solve(problem, 0.0, 0.0, solvers.SOBA(optax.sgd(rate), 0.3), steps=3, progress=False).x
         for rate in (0.1, 0.01, 0.1)
     ]
     assert ends[0] == ends[2] > 2 * ends[1]

@@ -67,6 +67,7 @@ def test_ridge_formula_is_the_derivative_of_the_validation_loss(x64):
     np.testing.assert_allclose(ridge.hypergradient_on_paper(x, train, valid), through_the_solve, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_distilled_images_teach_more_than_class_means_and_random_images(tmp_path, capsys):
     distillation = load("dataset_distillation")
     out = tmp_path / "distillation.png"

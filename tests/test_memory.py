@@ -44,10 +44,10 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C libr
 SIZES = (46 << 20, True), (64 << 20, False), (512 << 20, False)  # bytes, and whether in a thread of its own
 
 
-def faults(kept, **environment):
+def faults(kept, sizes=SIZES, **environment):
     """Of each size, in one process, where freed memory is kept or not."""
     others = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "BILEVEL_KEEP"))}
-    code = FAULTS.format(kept=kept, sizes=SIZES)
+    code = FAULTS.format(kept=kept, sizes=sizes)
     done = subprocess.run([sys.executable, "-c", code], env={**others, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.split()]
@@ -69,7 +69,7 @@ def test_a_block_that_was_freed_is_not_zeroed_again():
     ids=lambda environment: next(iter(environment)),
 )
 def test_settings_of_the_users_own_stand(environment):
-    faults(False, **environment)
+    faults(False, (), **environment)
 
 
 def test_elsewhere_nothing_is_done(monkeypatch):
