@@ -30,7 +30,7 @@ def test_scikit_learns_own_checks_pass(model):
     check_estimator(HypergradientSearchCV(model, cv=2, steps=3))
 
 
-@pytest.mark.parametrize("model", [Ridge(), Lasso(), ElasticNet()])
+@pytest.mark.parametrize("model", [Ridge(), pytest.param(Lasso(), marks=pytest.mark.slow), ElasticNet()])
 def test_one_penalty_is_the_best_of_a_fine_grid_and_the_model_is_scikit_learns(model):
     search = HypergradientSearchCV(model).fit(X, T)
     score = lambda m: cross_val_score(m, X, T, cv=5, scoring="neg_mean_squared_error").mean()
