@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ def tie(x: Any, y: Any) -> Any:
     return y["w"][0] - y["w"][1]
 
 
+@functools.cache
 def arrays(dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]:
     """Samples of all agents, leading axes (agents, samples), with typed keys and integers among the leaves."""
     rng = np.random.default_rng(seed)

@@ -5,6 +5,8 @@ python tests/mesh_run.py OUT.npz --over N:K,N:K... ...     # runs in pieces: to 
 python tests/mesh_run.py OUT.npz --moved                   # metagradients that stop and go on over other devices
 python tests/mesh_run.py OUT.npz --mixed                   # y over a mesh, and other things elsewhere
 python tests/mesh_run.py OUT.npz --agents                  # four agents over two of the devices' rows, y over columns
+
+Several of the last three and of `--estimators NAME...`, a table of sharded_run.py's, are made by one process.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 from bilevel import ProblemError, distributed, hypergradients, lower, network, run, runs, solve, solvers
 from bilevel.checkpoint import CheckpointError, Checkpoints
 
+LAYERS = 3  # enough for numbers; what a device holds at most is sharded_run.py's, of more
 TRAINING = lower.GradientDescent(optax.adam(1e-2, eps_root=1e-8), 5)
 SOLVER = solvers.HypergradientDescent(hypergradients.Unrolled(), TRAINING, optax.adam(0.1))
 
@@ -36,7 +39,7 @@ def placed(devices):
     """The problem, x and y over so many devices: samples along one axis of the mesh, parameters along both."""
     count = len(devices)
     mesh = distributed.mesh(devices, shape={"data": 2 if count > 1 else 1, "model": -1})
-    problem, x, y = sharded_run.made(jnp.zeros(()).dtype)
+    problem, x, y = sharded_run.made(jnp.zeros(()).dtype, layers=LAYERS)
     specs = sharded_run.specs(mesh)
     return (
         distributed.place(problem, mesh, P("data")),
@@ -117,8 +120,8 @@ def moved():
 
 def mixed():
     """A run with y alone on a mesh beside one with all on it; and what is said of two places."""
-    (problem, x, _), (_, _, y4) = sharded_run.made(jnp.zeros(()).dtype), placed(jax.devices())
-    go = lambda *at: solve(*at, SOLVER, steps=2, key=3, progress=False)
+    (problem, x, _), (_, _, y4) = sharded_run.made(jnp.zeros(()).dtype, layers=LAYERS), placed(jax.devices())
+    go = lambda *at: solve(*at, SOLVER, steps=2, key=3, progress=False, chunk=2)  # x lies elsewhere in a second chunk
     one, two = go(problem, x, y4), go(*placed(jax.devices()))
     devices = sorted({len(leaf.sharding.device_set) for leaf in jax.tree.leaves((one.x, one.y))})
     found = {"y alone": np.asarray(one.y["in"]), "all": np.asarray(two.y["in"]), "devices": devices}
@@ -150,6 +153,7 @@ def main():
     parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--agents", action="store_true")
     parser.add_argument("--over", nargs="+", default=[])
+    parser.add_argument("--estimators", nargs="+")
     given = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     for i, pieces in enumerate(given.over):
@@ -159,16 +163,16 @@ def main():
                 found = outcome(jax.devices()[:devices], steps, directory)
         np.savez(given.out.with_suffix(f".{i}.npz"), **found)
         print(pieces.replace(",", " "))
-    if given.agents:
-        np.savez(given.out, **agents())
-    elif given.moved:
-        np.savez(given.out, **moved())
-    elif given.mixed:
-        np.savez(given.out, **mixed())
+    makers = {"agents": agents, "moved": moved, "mixed": mixed}
+    asked = [make for name, make in makers.items() if getattr(given, name)]
+    if asked:
+        np.savez(given.out, **{name: value for make in asked for name, value in make().items()})
     elif not given.over:
         found = outcome(jax.devices(), given.steps, given.checkpoint, given.metagradient)
         if jax.process_index() == 0:
             np.savez(given.out, processes=jax.process_count(), **found)
+    if given.estimators:
+        sharded_run.main(["--float64", "--mesh", "2x2", *given.estimators])
 
 
 if __name__ == "__main__":

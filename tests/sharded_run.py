@@ -86,11 +86,11 @@ def through(x, y, batch):
     return jnp.mean((network(y, rows) - targets) ** 2)
 
 
-def made(dtype=jnp.float32, upper=validation):
+def made(dtype=jnp.float32, upper=validation, layers=LAYERS):
     """Problem, x (one penalty per parameter) and y on one device."""
     rng = np.random.default_rng(0)
     batch = lambda: tuple(jnp.asarray(rng.normal(size=(SAMPLES, WIDTH)), dtype) for _ in range(2))
-    y = {name: jnp.asarray(rng.normal(size=(LAYERS, WIDTH, WIDTH)) / 20, dtype) for name in ("in", "out")}
+    y = {name: jnp.asarray(rng.normal(size=(layers, WIDTH, WIDTH)) / 20, dtype) for name in ("in", "out")}
     return Problem(upper, training, batch(), batch()), jax.tree.map(jnp.zeros_like, y), y
 
 
@@ -143,14 +143,14 @@ def distance(a, b):
     return float(np.linalg.norm(a - b) / np.linalg.norm(a))
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*")
     parser.add_argument("--float64", action="store_true")
     parser.add_argument("--rounding", action="store_true")
     parser.add_argument("--through", action="store_true")
     parser.add_argument("--mesh", default="1x4")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     upper = through if given.through else validation
     jax.config.update("jax_enable_x64", given.float64 or given.rounding)
     shape = tuple(int(n) for n in given.mesh.split("x"))

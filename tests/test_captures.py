@@ -268,7 +268,7 @@ def in_all_places(x, y):
     return (y - 1) ** 2 + (objects + modules) / 12 * x**2
 
 
-@pytest.mark.parametrize("loss", [by_global, in_all_places])
+@pytest.mark.parametrize("loss", [pytest.param(by_global, marks=pytest.mark.slow), in_all_places])
 def test_fifty_solves_with_another_number_each_are_right_and_compile_once(loss):
     solver = solvers.AID(upper_optimizer=0.1)
     compiled = []
@@ -285,11 +285,16 @@ def test_fifty_solves_with_another_number_each_are_right_and_compile_once(loss):
     assert not compiled
 
 
-@pytest.mark.parametrize("made", [
-    lambda: None, lambda: solvers.AID(), lambda: solvers.F2BA(),
-    lambda: solvers.AID(GradientDescent(optax.adam(0.1), 5), upper_optimizer=optax.sgd(0.1)),
-], ids=["none", "AID", "F2BA", "optax"])  # fmt: skip
-@pytest.mark.parametrize("tol", [None, 1e-3])
+MADE_ANEW = {
+    "none": lambda: None, "AID": solvers.AID, "F2BA": solvers.F2BA,
+    "optax": lambda: solvers.AID(GradientDescent(optax.adam(0.1), 5), upper_optimizer=optax.sgd(0.1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "tol"), [
+    pytest.param(made, tol, id=f"{tol}-{name}", marks=[pytest.mark.slow] * (tol is not None and name != "none"))
+    for tol in (None, 1e-3) for name, made in MADE_ANEW.items()
+])  # fmt: skip
 def test_a_solver_that_is_made_anew_for_each_solve_compiles_nothing_anew(made, tol):
     compiled = []
     count = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
@@ -308,7 +313,7 @@ def test_a_solver_that_is_made_anew_for_each_solve_compiles_nothing_anew(made, t
 def test_a_solver_with_another_rule_is_another_programme():
     problem = Problem(by_global, lambda x, y: (y - x) ** 2)
     ends = [
-        solve(problem, 0.0, 0.0, solvers.AID(upper_optimizer=optax.sgd(rate)), steps=3, progress=False).x
+        solve(problem, 0.0, 0.0, solvers.SOBA(optax.sgd(rate), 0.3), steps=3, progress=False).x
         for rate in (0.1, 0.01, 0.1)
     ]
     assert ends[0] == ends[2] > 2 * ends[1]
@@ -372,6 +377,7 @@ def test_a_samplers_function_is_not_stale():
     ids=lambda e: f"{type(e).__name__} {getattr(e, 'last', '')}",
 )  # fmt: skip
 def test_an_estimate_is_differentiated_in_the_data_and_in_what_a_loss_captures(x64, estimator):
+    @jax.jit
     def of(scale, captured):
         problem = Problem(
             lambda x, y, b: jnp.sum((y - b) ** 2 * captured) + jnp.sum(x**2),
@@ -384,7 +390,7 @@ def test_an_estimate_is_differentiated_in_the_data_and_in_what_a_loss_captures(x
         return jnp.sum(jnp.sin(estimate(jnp.array([0.3, 0.7]), jnp.array([0.1, 0.2])).gradient))
 
     at, h = (jnp.asarray(0.8), jnp.asarray(1.3)), 1e-5
-    for i, reverse in enumerate(jax.grad(of, (0, 1))(*at)):
+    for i, reverse in enumerate(jax.jit(jax.grad(of, (0, 1)))(*at)):
         ends = [of(*(a + sign * h * (i == j) for j, a in enumerate(at))) for sign in (1, -1)]
         np.testing.assert_allclose(reverse, (ends[0] - ends[1]) / (2 * h), rtol=1e-6)
 

@@ -141,10 +141,17 @@ def steps_on_disk(directory):
 
 
 def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(tmp_path, uninterrupted):
-    """Killed between saves, at a random moment, and while a checkpoint is written; other chunk sizes each time."""
+    """Killed between saves, at a random moment, and while a checkpoint is written; other chunk sizes each time.
+
+    While it lives, a second run is refused its directory.
+    """
     child = start_child(tmp_path, checkpoint_every=4, chunk=3)
     wait_for_step(child, 9)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}.*in use by another run \(process {child.pid} on .*its own"):
+        the_run(tmp_path)
+    assert child.poll() is None
     kill(child)
+    assert (tmp_path / ".bilevel_lock").exists()  # what is left of it holds nobody up
     first = steps_on_disk(tmp_path)
     assert first and first[-1] % 4 == 0 and first[-1] >= 8
 
@@ -167,6 +174,7 @@ def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(tmp_path, unint
     assert_same_run(solution, uninterrupted)
     assert steps_on_disk(tmp_path)[-1] == STEPS
     assert len(steps_on_disk(tmp_path)) <= 3
+    assert not (tmp_path / ".bilevel_lock").exists()
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith("step_") or "." in p.name]  # leftovers are gone
 
 
@@ -182,7 +190,7 @@ def test_what_is_deleted_keeps_its_mark_until_the_last(tmp_path, monkeypatch):
         whole(path, **options)
 
     monkeypatch.setattr("bilevel.checkpoint.shutil.rmtree", watched)
-    the_run(tmp_path, checkpoint_every=1, checkpoint_keep=1)
+    the_run(tmp_path, steps=12, checkpoint_every=1, checkpoint_keep=1)
     assert len(seen) > 3 and all(seen)
 
 
@@ -674,18 +682,6 @@ def test_checkpoints_of_another_run_are_not_thinned_out(tmp_path):
 
 
 # ---------------------------------------------------------------- two runs, one directory
-
-
-def test_a_second_run_is_refused_while_the_first_lives_and_not_when_it_was_killed(tmp_path, uninterrupted):
-    first = start_child(tmp_path, checkpoint_every=4, chunk=3)
-    wait_for_step(first, 5)
-    with pytest.raises(CheckpointError, match=rf"{tmp_path}.*in use by another run \(process {first.pid} on .*its own"):
-        the_run(tmp_path)
-    assert first.poll() is None
-    kill(first)
-    assert (tmp_path / ".bilevel_lock").exists()  # what is left of it holds nobody up
-    assert_same_run(the_run(tmp_path), uninterrupted)
-    assert not (tmp_path / ".bilevel_lock").exists()
 
 
 def test_a_second_run_in_one_process_is_refused_and_an_error_lets_go(tmp_path):

@@ -39,12 +39,12 @@ def with_data() -> Problem:
     ("make", "problem", "zero", "tol"),
     [
         (lambda: None, two_variables, np.zeros(2, np.float32), None),
-        (lambda: None, with_data, np.zeros(2, np.float32), None),
+        pytest.param(lambda: None, with_data, np.zeros(2, np.float32), None, marks=pytest.mark.slow),
         (lambda: None, with_data, np.zeros(2, np.float32), 1e-4),
         (solvers.SOBA, two_variables, np.zeros(2, np.float32), None),
         (solvers.SOBA, with_data, np.zeros(2, np.float32), 1e-4),
         (solvers.F2BA, two_variables, np.zeros(2, np.float32), None),
-        (solvers.F2BA, with_data, np.zeros(2, np.float32), 1e-4),
+        pytest.param(solvers.F2BA, with_data, np.zeros(2, np.float32), 1e-4, marks=pytest.mark.slow),
         (solvers.LVHBA, with_a_row, np.float32(0), None),
     ],
 )
@@ -83,7 +83,7 @@ print([name for name in sys.modules if name.startswith("scipy.linalg")])
     assert out.stdout.strip() == "[]", out.stdout
 
 
-@pytest.mark.parametrize("make", [lambda: None, solvers.SOBA, solvers.F2BA])
+@pytest.mark.parametrize("make", [lambda: None, solvers.SOBA, pytest.param(solvers.F2BA, marks=pytest.mark.slow)])
 def test_the_fast_settings_change_rounding_alone(make, monkeypatch) -> None:
     start = jnp.zeros(2)
     fast = solve(two_variables(), start, start, make(), steps=30, progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,8 @@ def test_finite_difference_tends_to_the_exact_gradient_at_its_rate(solver, virtu
 
 def test_the_virtual_step_is_not_clipped_and_the_real_one_is(x64):
     solver = DARTS(2, MomentumSGD(0.1, momentum=0.0, weight_decay=0.0, clip=0.5), 0.1)
-    state, metrics = solver.step(TOY, solver.init(TOY, jnp.array(2.0), jnp.array(-2.0), as_step_key(0)), as_step_key(0))
+    first = solver.init(TOY, jnp.array(2.0), jnp.array(-2.0), as_step_key(0))
+    state, metrics = jax.jit(functools.partial(solver.step, TOY))(first, as_step_key(0))
     virtual = -2 - 0.1 * (2 * -2 - 2 * 2)
     # F_a(a, w') - xi f_aw F_w(a, w') = w' - 2 + 0.1 * 2 * a
     a = 2 - 0.1 * (virtual - 2 + 0.2 * 2)
@@ -122,16 +124,16 @@ def by_hand(problem, x, y, steps, order, key, numbers):
     """DARTS in numpy from its equations; the gradients are the only thing taken from elsewhere."""
     lr, mu, decay, clip = numbers
     buffer, m, v = np.zeros_like(y), np.zeros_like(x), np.zeros_like(x)
+    draw = jax.jit(lambda step: (problem.draw_upper(step).batch, problem.draw_lower(step).batch))
     for k in range(steps):
-        step = as_step_key(key, k)
-        F, f = problem.draw_upper(step), problem.draw_lower(step)
-        f_y = lambda x, y, f=f: np.asarray(LOWER_GRADIENTS(x, y, f.batch)[1])
-        f_x = lambda y, x=x, f=f: np.asarray(LOWER_GRADIENTS(x, y, f.batch)[0])
+        F, f = draw(as_step_key(key, k))
+        f_y = lambda x, y, f=f: np.asarray(LOWER_GRADIENTS(x, y, f)[1])
+        f_x = lambda y, x=x, f=f: np.asarray(LOWER_GRADIENTS(x, y, f)[0])
         if order == 1:
-            gradient = np.asarray(UPPER_GRADIENTS(x, y, F.batch)[0])
+            gradient = np.asarray(UPPER_GRADIENTS(x, y, F)[0])
         else:
             virtual = y - lr * (mu * buffer + f_y(x, y) + decay * y)
-            F_x, w = map(np.asarray, UPPER_GRADIENTS(x, virtual, F.batch))
+            F_x, w = map(np.asarray, UPPER_GRADIENTS(x, virtual, F))
             e = 0.01 / np.linalg.norm(w)
             gradient = F_x - lr * (f_x(y + e * w) - f_x(y - e * w)) / (2 * e)
         gradient = gradient + 1e-3 * x
@@ -219,8 +221,8 @@ def test_errors_say_what_to_do():
 
 
 def test_first_order_as_an_estimator(x64):
-    estimate = value_and_hypergradient(SMOOTH, FirstOrder(), GradientDescent(0.1, 2))(X, Y)
-    np.testing.assert_allclose(estimate.gradient, jax.grad(smooth_upper)(X, Y), rtol=1e-12)
+    estimate = jax.jit(value_and_hypergradient(SMOOTH, FirstOrder(), GradientDescent(0.1, 2)))(X, Y)
+    np.testing.assert_allclose(estimate.gradient, jax.jit(jax.grad(smooth_upper))(X, Y), rtol=1e-12)
 
 
 # ---------------------------------------------------------------- dominant eigenvalue

@@ -81,7 +81,7 @@ def test_parallel_chains_have_a_variance_of_order_one_over_clients(random: bool,
     L = _curvature(problem)
     truth = _truncated(problem, L)
     scaled = {}
-    for n in (1, 4, 16, 64):
+    for n in (1, 16, 64):
         mean, variance = _moments(problem, ParallelHypergradient(TERMS, random), L, n, DRAWS)
         scaled[n] = n * float(variance)
         noise = np.sqrt(float(variance) / DRAWS)
@@ -97,7 +97,7 @@ def test_the_sum_has_less_variance_than_random_lengths_and_a_shared_length_has_a
     def variance(estimator, n):
         return float(_moments(problem, estimator, L, n, DRAWS)[1])
 
-    assert variance(ParallelHypergradient(TERMS), 4) < variance(ParallelHypergradient(TERMS, random=True), 4) / 2
+    assert variance(ParallelHypergradient(TERMS), 16) < variance(ParallelHypergradient(TERMS, random=True), 16) / 2
     # FedNest's: from 16 to 64 clients nothing is gained; FedMBO's falls by four.
     assert variance(SharedHypergradient(TERMS), 64) > 0.7 * variance(SharedHypergradient(TERMS), 16)
     assert variance(ParallelHypergradient(TERMS, random=True), 64) < 0.35 * variance(
@@ -110,8 +110,8 @@ def test_local_hypergradients_are_biased_by_what_the_closed_form_says(x64: None)
     x, y = np.ones(3), np.ones(4)
     everyone = InProcess(problem, data.as_step_key(0))
     L = _curvature(problem)
-    local = LocalHypergradient(400)(everyone, jnp.ones(3), jnp.ones(4), L)[1]
-    shared = SharedHypergradient(400, random=False)(everyone, jnp.ones(3), jnp.ones(4), L)[1]
+    estimate = jax.jit(lambda estimator: estimator(everyone, jnp.ones(3), jnp.ones(4), L)[1])
+    local, shared = estimate(LocalHypergradient(400)), estimate(SharedHypergradient(400, random=False))
     c, d, A, B, _ = (np.asarray(a)[:, 0] for a in (*problem.upper_data.arrays, *problem.lower_data.arrays))
     of_each = 0.5 * x + d + np.einsum("nji,nj->ni", B, np.linalg.solve(A, (y - c)[..., None])[..., 0])
     np.testing.assert_allclose(local, of_each.mean(axis=0), rtol=1e-8)
@@ -201,14 +201,14 @@ def test_one_client_is_the_centralised_single_loop(local_steps: int, x64: None) 
     assert metrics["communication_floats"][0] == 2 * (p + 2 * q)
 
 
-def test_equal_clients_are_one_client(x64: None) -> None:
+@pytest.mark.parametrize("make", [FedMBO, FedBiOAcc, pytest.param(FedNest, marks=pytest.mark.slow)])
+def test_equal_clients_are_one_client(make, x64: None) -> None:
     one, _ = quadratic(1)
     repeat = functools.partial(jax.tree.map, lambda a: np.repeat(a, 6, axis=0))
     many = Problem(upper, lower, data.Agents(repeat(one.upper_data.arrays)), data.Agents(repeat(one.lower_data.arrays)))
-    for make in (FedMBO, FedNest, FedBiOAcc):
-        options = {"chain": "sum"} if make is FedNest else {}
-        alone, together = _end(one, make(1, **options), 10)[0], _end(many, make(3, **options), 10)[0]
-        np.testing.assert_allclose(together.x, alone.x, atol=1e-12, err_msg=make.__name__)
+    options = {FedMBO: {"terms": 3}, FedNest: {"terms": 3, "chain": "sum"}, FedBiOAcc: {}}[make]
+    alone, together = _end(one, make(1, **options), 10)[0], _end(many, make(3, **options), 10)[0]
+    np.testing.assert_allclose(together.x, alone.x, atol=1e-12)
 
 
 def test_accelerated_fedbio_is_storm(x64: None) -> None:
@@ -248,16 +248,15 @@ def test_unequal_clients_count_by_their_samples() -> None:
     sizes = (2, 4, 8)
     problem = _clients(sizes, 2)
     x, y = jnp.ones(3), jnp.ones(4)
-    pooled = jax.grad(lower, argnums=1)(x, y, jax.tree.map(jnp.asarray, problem.lower_data.arrays))
+    pooled = jax.jit(jax.grad(lower, argnums=1))(x, y, problem.lower_data.arrays)
 
     def mean_gradient(weighting: str):
         def one(k):
             at = InProcess(problem, data.as_step_key(0, k), None, weighting).round(Draw.ROUND)
             return at.ask(oracles.grad_y, oracles.Point(x, y, None)).mean.y
 
-        return jax.vmap(one)(jnp.arange(4, dtype=jnp.uint32)).mean(
-            axis=0
-        )  # whole epochs of all three: 1, 2 and 4 batches
+        steps = np.arange(4, dtype=np.uint32)  # whole epochs of all three: 1, 2 and 4 batches
+        return np.asarray(jax.jit(jax.vmap(one))(steps)).mean(axis=0)
 
     np.testing.assert_allclose(mean_gradient("samples"), pooled, rtol=1e-4)
     assert np.linalg.norm(mean_gradient("clients") - pooled) > 0.05 * np.linalg.norm(pooled)
@@ -269,7 +268,7 @@ def test_clients_are_sampled_without_replacement_and_uniformly() -> None:
     def sampled(k):
         return InProcess(problem, data.as_step_key(0, k), 4).round(Draw.ROUND).who
 
-    who = jax.vmap(sampled)(jnp.arange(2000, dtype=jnp.uint32))
+    who = jax.jit(jax.vmap(sampled))(np.arange(2000, dtype=np.uint32))
     assert all(len(set(row.tolist())) == 4 for row in np.asarray(who)[:100])
     share = np.bincount(np.asarray(who).ravel(), minlength=10) / 2000
     np.testing.assert_allclose(share, 0.4, atol=0.05)
@@ -277,23 +276,14 @@ def test_clients_are_sampled_without_replacement_and_uniformly() -> None:
 
 def test_partial_participation_under_solve_counts_its_communication() -> None:
     problem = _clients((3, 5, 4, 6), 2)
-    found = solve(
-        problem, jnp.zeros(3), jnp.zeros(4), FedMBO(2, optax.adam(1e-2), 0.05, lower_rounds=3, terms=4), steps=30, key=1
-    )
-    again = solve(
-        problem,
-        jnp.zeros(3),
-        jnp.zeros(4),
-        FedMBO(2, optax.adam(1e-2), 0.05, lower_rounds=3, terms=4),
-        steps=30,
-        key=1,
-        chunk=7,
-    )
+    solver = FedMBO(2, optax.adam(1e-2), 0.05, lower_rounds=2, terms=3)
+    go = functools.partial(solve, problem, jnp.zeros(3), jnp.zeros(4), solver, key=1, chunk=7)
+    found, again = go(steps=20), go(steps=20, state=go(steps=9))  # what a step draws goes by its number alone
     assert (found.x == again.x).all()
     p, q = 3, 4
-    assert found.history["communication_rounds"].tolist() == [3 + 4 + 1] * 30
+    assert found.history["communication_rounds"].tolist() == [2 + 3 + 1] * 20
     assert found.history["communication_floats"][0] == 2 * (
-        3 * (p + 2 * q) + (p + 2 * q) + 3 * (p + 3 * q) + (2 * p + 2 * q)
+        2 * (p + 2 * q) + (p + 2 * q) + 2 * (p + 3 * q) + (2 * p + 2 * q)
     )
 
 

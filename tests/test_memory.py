@@ -11,52 +11,55 @@ import pytest
 # threads of its own, whose heaps are others than the first thread's.
 FAULTS = """
 import ctypes, resource, threading
-{before}
+from bilevel._memory import keep_freed_memory
+assert keep_freed_memory() is {kept}
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 library.free.argtypes = [ctypes.c_void_p]
 
-def once():
-    block = library.malloc({size})
-    ctypes.memset(block, 1, {size})
+def once(size):
+    block = library.malloc(size)
+    ctypes.memset(block, 1, size)
     library.free(block)
 
-def all():
-    global found
-    once()
+def measured(size):
+    once(size)
     faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     start = faults()
-    for _ in range(5):
-        once()
-    found = faults() - start
+    for _ in range(2):
+        once(size)
+    print(faults() - start)
 
-if {thread}:
-    thread = threading.Thread(target=all)
-    thread.start()
-    thread.join()
-else:
-    all()
-print(found)
+for size, threaded in {sizes}:
+    if threaded:
+        thread = threading.Thread(target=measured, args=(size,))
+        thread.start()
+        thread.join()
+    else:
+        measured(size)
 """
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 
 
-def faults(before, size=64 << 20, thread=False, **environment):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "BILEVEL_KEEP"))}
-    code = FAULTS.format(before=before, size=size, thread=thread)
-    done = subprocess.run([sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True)
+SIZES = (46 << 20, True), (64 << 20, False), (512 << 20, False)  # bytes, and whether in a thread of its own
+
+
+def faults(kept, sizes=SIZES, **environment):
+    """Of each size, in one process, where freed memory is kept or not."""
+    others = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "BILEVEL_KEEP"))}
+    code = FAULTS.format(kept=kept, sizes=sizes)
+    done = subprocess.run([sys.executable, "-c", code], env={**others, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return [int(line) for line in done.stdout.split()]
 
 
 @glibc
-@pytest.mark.parametrize(("size", "thread"), [(64 << 20, False), (512 << 20, False), (46 << 20, True)])
-def test_a_block_that_was_freed_is_not_zeroed_again(size, thread):
-    pages = 5 * size // os.sysconf("SC_PAGE_SIZE")
-    without = faults("import bilevel", size, thread, BILEVEL_KEEP_MEMORY="0")
-    if without < pages / 2:
+def test_a_block_that_was_freed_is_not_zeroed_again():
+    pages = [2 * size // os.sysconf("SC_PAGE_SIZE") for size, _ in SIZES]
+    without, kept = faults(False, BILEVEL_KEEP_MEMORY="0"), faults(True)
+    if any(found < most / 2 for found, most in zip(without, pages, strict=True)):
         pytest.skip("the system gives huge pages")
-    assert faults("import bilevel", size, thread) < pages / 100
+    assert all(found < most / 100 for found, most in zip(kept, pages, strict=True)), (kept, pages)
 
 
 @glibc
@@ -66,10 +69,7 @@ def test_a_block_that_was_freed_is_not_zeroed_again(size, thread):
     ids=lambda environment: next(iter(environment)),
 )
 def test_settings_of_the_users_own_stand(environment):
-    before = "from bilevel._memory import keep_freed_memory\nassert keep_freed_memory() is {}"
-    faults(before.format(True))
-    faults(before.format(False), **environment)
-    faults(before.format(False), BILEVEL_KEEP_MEMORY="0")
+    faults(False, (), **environment)
 
 
 def test_elsewhere_nothing_is_done(monkeypatch):

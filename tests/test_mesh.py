@@ -34,9 +34,63 @@ def checked(found):
         assert peak < PEAKS.get(name, 1.3 / 4), name
 
 
-def test_variables_over_a_mesh_stay_there():
+def same(found, expected, devices):
+    assert found["devices"] == devices and found["parts"] == [True]
+    for name in expected:
+        if name not in ("devices", "parts"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-10, atol=1e-13, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """What one process of four devices found and printed, for the four tests below."""
+    out = tmp_path_factory.mktemp("four") / "out.npz"
+    over = ["--over", "1:4", "4:1,1:3,4:4"]
+    lines = printed("mesh_run.py", out, *over, "--agents", "--mixed", "--estimators", "Robust", "forward", devices=4)
+    return out, lines
+
+
+def test_variables_over_a_mesh_stay_there(four):
     """Linear systems and random directions, samples along an axis of their own; all others below."""
-    checked(measured("--float64", "--mesh", "2x2", "Robust", "GMRES", "forward"))
+    checked(json.loads(four[1][-1]))
+
+
+def test_a_run_goes_on_over_other_devices(four):
+    """Saved on four devices, gone on with on one, and on four again: the numbers of one device all along."""
+    out, lines = four
+    assert lines[:2] == ["1:4", "4:1 1:3 4:4"]
+    whole, pieces = (np.load(out.with_suffix(f".{i}.npz")) for i in range(2))
+    same(pieces, whole, [4])
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_fewer_devices_and_fewer_again(tmp_path):
+    lines = printed("mesh_run.py", tmp_path / "out.npz", "--over", "1:4", "4:1,2:2,1:3,4:4", devices=4)
+    assert lines == ["1:4", "4:1 2:2 1:3 4:4"]
+    whole, pieces = (np.load(tmp_path / f"out.{i}.npz") for i in range(2))
+    same(pieces, whole, [4])
+
+
+def test_agents_have_copies_over_the_other_axis(four):
+    """Agents along one axis of the mesh and each one's y along the other; clients' server likewise."""
+    found = np.load(four[0])
+    for name, spec in (("ring", "('agents', 'model')"), ("simfbo", "('model',)")):
+        np.testing.assert_allclose(found[f"{name} many"], found[f"{name} alone"], rtol=1e-12, atol=1e-14)
+        assert spec in str(found[f"{name} spec"])
+    assert "y0 lies over the mesh's axis 'agents', and so do the agents" in str(found["refused 0"])
+    assert "{'agents': 2, 'model': 2} and y0 over another one, {'model': 4}" in str(found["refused 1"])
+
+
+def test_what_lies_on_no_device_goes_where_the_others_lie(four):
+    """y alone on a mesh; and two places are named, before anything is compiled."""
+    found = np.load(four[0])
+    assert found["devices"].tolist() == [4]
+    np.testing.assert_allclose(found["y alone"], found["all"], rtol=1e-10, atol=1e-13)
+    for name in ("solve", "run", "estimate", "metagradient"):
+        assert str(found[name]).startswith(
+            "y0['in'] was put on the devices 0, 1, 2, 3 and x0['in'] on 0, 1: a programme runs over one set of devices"
+        )
+    assert "y0['in'] was put on the devices 0, 1, 2, 3 and upper_data[0] on 1:" in str(found["data"])
 
 
 @pytest.mark.slow
@@ -56,27 +110,13 @@ def test_float32_differs_by_its_own_rounding():
         assert distance < 3 * (one + four), name
 
 
-def same(found, expected, devices):
-    assert found["devices"] == devices and found["parts"] == [True]
-    for name in expected:
-        if name not in ("devices", "parts"):
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-10, atol=1e-13, err_msg=name)
-
-
-def test_a_run_goes_on_over_other_devices(tmp_path):
-    """Saved on four devices, gone on with on two, on one, and on four again: the numbers of one device all along."""
-    lines = printed("mesh_run.py", tmp_path / "out.npz", "--over", "1:4", "4:1,2:2,1:3,4:4", devices=4)
-    assert lines[-1] == "4:1 2:2 1:3 4:4"
-    whole, pieces = (np.load(tmp_path / f"out.{i}.npz") for i in range(2))
-    same(pieces, whole, [4])
-
-
 def test_two_processes_of_two_devices_are_one_device(tmp_path, x64):
-    """The same call; and this process goes on from their checkpoint."""
+    """The same call, from a checkpoint of this process, which then goes on from theirs."""
+    here = jax.devices()[:1]
+    mesh_run.outcome(here, 1, tmp_path / "runs")
     ended(started("mesh_run.py", 2, 2, [tmp_path / "out.npz", "--steps", 2, "--checkpoint", tmp_path / "runs"]))
     found = np.load(tmp_path / "out.npz")
     assert found["processes"] == 2
-    here = jax.devices()[:1]
     same(found, mesh_run.outcome(here, 2), [4])
     same(mesh_run.outcome(here, 3, tmp_path / "runs"), mesh_run.outcome(here, 3), [1])
 
@@ -97,17 +137,6 @@ def test_a_whole_training_goes_on_over_other_devices(tmp_path, x64):
         named = {name: found[f"{part} {before} {after} {name}"] for name in whole}
         same(named, whole, [after])
         assert found[f"{part} {before} {after} first"] == 2
-
-
-def test_agents_have_copies_over_the_other_axis(tmp_path):
-    """Agents along one axis of the mesh and each one's y along the other; clients' server likewise."""
-    printed("mesh_run.py", tmp_path / "out.npz", "--agents", devices=4)
-    found = np.load(tmp_path / "out.npz")
-    for name, spec in (("ring", "('agents', 'model')"), ("simfbo", "('model',)")):
-        np.testing.assert_allclose(found[f"{name} many"], found[f"{name} alone"], rtol=1e-12, atol=1e-14)
-        assert spec in str(found[f"{name} spec"])
-    assert "y0 lies over the mesh's axis 'agents', and so do the agents" in str(found["refused 0"])
-    assert "{'agents': 2, 'model': 2} and y0 over another one, {'model': 4}" in str(found["refused 1"])
 
 
 MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
@@ -155,19 +184,6 @@ MESH = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
 def test_errors_by_name(make, words):
     with pytest.raises(distributed.DistributedError, match=words):
         make()
-
-
-def test_what_lies_on_no_device_goes_where_the_others_lie(tmp_path):
-    """y alone on a mesh; and two places are named, before anything is compiled."""
-    printed("mesh_run.py", tmp_path / "out.npz", "--mixed", devices=4)
-    found = np.load(tmp_path / "out.npz")
-    assert found["devices"].tolist() == [4]
-    np.testing.assert_allclose(found["y alone"], found["all"], rtol=1e-10, atol=1e-13)
-    for name in ("solve", "run", "estimate", "metagradient"):
-        assert str(found[name]).startswith(
-            "y0['in'] was put on the devices 0, 1, 2, 3 and x0['in'] on 0, 1: a programme runs over one set of devices"
-        )
-    assert "y0['in'] was put on the devices 0, 1, 2, 3 and upper_data[0] on 1:" in str(found["data"])
 
 
 def test_where_arrays_are_put():

@@ -21,8 +21,13 @@ HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
 # A run in a process of its own: `how` is what happens in the middle.
 RUN = """
-import sys, time
+import importlib.util, sys, time
 import numpy as np
+
+# The package without its front, which imports JAX: the bar needs no more than these two parts of it.
+spec = importlib.util.find_spec("bilevel")
+spec.loader = None
+sys.modules["bilevel"] = importlib.util.module_from_spec(spec)
 from bilevel.progress import reporter
 from bilevel.history import History
 

@@ -189,7 +189,7 @@ def test_programs_equal_the_walk_bit_for_bit_and_one_compile_serves_all():
 
 
 def test_values_and_derivatives_stay_finite_where_operations_are_not():
-    points = jnp.array([0.0, -1.0, 1e-30, 1e6, -1e6, 1.0])
+    points = np.float32([0.0, -1.0, 1e-30, 1e6, -1e6, 1.0])
     nested = "1000000*(" * 8 + "J" + ")" * 8
     for source in (
         "log(J)",
@@ -204,9 +204,9 @@ def test_values_and_derivatives_stay_finite_where_operations_are_not():
     ):
         law = Grammar(("J",)).expression(source)
         value = lambda x, law=law: law.evaluate({"J": x})
-        slope = jax.vmap(jax.grad(value))
-        for f in (value, slope, jax.vmap(jax.jacfwd(jax.grad(value)))):
-            assert jnp.isfinite(f(points)).all(), source
+        derivatives = value, jax.grad(value), jax.jacfwd(jax.grad(value))
+        found = jax.jit(jax.vmap(lambda x, all=derivatives: [f(x) for f in all]))(points)
+        assert np.isfinite(found).all(), source
 
 
 def test_laws_are_printed_as_mathematics():

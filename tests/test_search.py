@@ -148,24 +148,25 @@ def test_a_run_that_was_killed_resumes_exactly(tmp_path):
 
 
 def test_levenberg_marquardt_in_the_users_units(x64):
-    x = jnp.linspace(0, 1, 20)
-    wanted = 2e5 * jnp.exp(-3 * x)
+    x = np.linspace(0, 1, 20)
+    wanted = 2e5 * np.exp(-3 * x)
     solver = lower.LevenbergMarquardt(
         transform={"a": "log", "k": "logit"}, lower={"a": 0.0, "k": 0.0}, upper={"a": jnp.inf, "k": 10.0}
     )
     fit = solver.fit(lambda y: y["a"] * jnp.exp(-y["k"] * x) - wanted, {"a": 1e4, "k": 1.0})
     np.testing.assert_allclose([fit.y["a"], fit.y["k"]], [2e5, 3.0], rtol=1e-8)
     assert fit.converged
-    assert (jnp.diff(fit.curve) <= 0).all()
+    assert (np.diff(fit.curve) <= 0).all()
 
 
 def test_levenberg_marquardt_at_a_bound_and_as_a_lower_solver(x64):
     rosenbrock = lambda y: jnp.array([10 * (y[1] - y[0] ** 2), 1 - y[0]])
-    fit = lower.LevenbergMarquardt(steps=100).fit(rosenbrock, jnp.array([-1.2, 0.3]), upper=0.5)
+    bounded = jax.jit(lambda y: lower.LevenbergMarquardt(steps=100).fit(rosenbrock, y, upper=0.5))
+    fit = bounded(np.array([-1.2, 0.3]))
     np.testing.assert_allclose(fit.y, [0.5, 0.25], atol=1e-8)
     level = None  # the residuals take no batch
     solver = lower.LevenbergMarquardt(residuals=lambda x, y: y - x)
-    state = solver(level, jnp.ones(3), solver.init(jnp.zeros(3)))
+    state = jax.jit(lambda x, y: solver(level, x, solver.init(y)))(np.ones(3), np.zeros(3))
     np.testing.assert_allclose(state.y, 1.0, atol=1e-10)
     with pytest.raises(ValueError, match="outside its bounds"):
         solver.fit(rosenbrock, jnp.array([2.0, 0.0]), upper=1.0)

@@ -30,7 +30,7 @@ def test_scikit_learns_own_checks_pass(model):
     check_estimator(HypergradientSearchCV(model, cv=2, steps=3))
 
 
-@pytest.mark.parametrize("model", [Ridge(), Lasso(), ElasticNet()])
+@pytest.mark.parametrize("model", [Ridge(), pytest.param(Lasso(), marks=pytest.mark.slow), ElasticNet()])
 def test_one_penalty_is_the_best_of_a_fine_grid_and_the_model_is_scikit_learns(model):
     search = HypergradientSearchCV(model).fit(X, T)
     score = lambda m: cross_val_score(m, X, T, cv=5, scoring="neg_mean_squared_error").mean()
@@ -93,9 +93,10 @@ def test_classifiers_agree_with_scikit_learns(model):
 
 
 def test_it_stands_in_a_pipeline_and_in_a_search():
-    pipeline = make_pipeline(StandardScaler(), HypergradientSearchCV(Ridge(), "per_feature", cv=3))
+    pipeline = make_pipeline(StandardScaler(), HypergradientSearchCV(Ridge(), "per_feature", cv=3, steps=5))
     assert pipeline.fit(X, T).score(X, T) > 0.45
-    outer = GridSearchCV(HypergradientSearchCV(Ridge(), cv=3), {"penalties": ["one", "per_feature"]}, cv=2).fit(X, T)
+    inner = HypergradientSearchCV(Ridge(), cv=3, steps=5)
+    outer = GridSearchCV(inner, {"penalties": ["one", "per_feature"]}, cv=2).fit(X, T)
     assert outer.best_params_["penalties"] in ("one", "per_feature")
 
 
