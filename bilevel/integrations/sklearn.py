@@ -284,15 +284,20 @@ class _Search:
         # Ours per entry of the standardised problem: mean loss + l1 |w| + l2 w^2 / 2, from scikit-learn's parameters.
         self.sums = kind in ("Ridge", "LogisticRegression", "LinearSVC", "LinearSVR")
 
-    def strengths(self, x: Any, counts: Any) -> tuple[Any, Any]:
-        """l1 and l2 (features,) for the mean loss over `counts` samples."""
-        logs = jnp.reshape(x, (len(self.names), self.count))
-        by = {name: jnp.exp(logs[i])[self.groups] for i, name in enumerate(self.names)}
-        scale, size, zero = jnp.asarray(self.table.scale), self.table.size, jnp.zeros(self.table.p)
+    def strengths(self, x: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """l1 and l2 (folds, features) for mean losses over `counts` (folds, 1) samples."""
+        logs = np.reshape(x, (len(self.names), self.count))
+        by = {name: np.exp(logs[i])[self.groups] for i, name in enumerate(self.names)}
+        scale, size, zero = self.table.scale, self.table.size, np.zeros((len(counts), self.table.p))
         if self.sums:  # sum of the losses (Ridge: without the half) + strength w^2 / 2
             return zero, by[self.names[0]] / scale**2 / counts
         l1 = by["alpha" if self.kind == "Lasso" else "l1"] / scale / size
-        return l1, by["l2"] / scale**2 if self.kind == "ElasticNet" else zero
+        return zero + l1, zero + by["l2"] / scale**2 if self.kind == "ElasticNet" else zero
+
+    def slope(self, l1: np.ndarray, l2: np.ndarray, d1: np.ndarray, d2: np.ndarray) -> np.ndarray:
+        """dF/dx from dF/dl1 and dF/dl2: an entry of x is the logarithm of its strengths, so that dl/dx = l."""
+        moved = [l2 * d2] if self.sums else [l1 * d1, l2 * d2][: len(self.names)]
+        return np.concatenate([np.bincount(self.groups, part.sum(0), self.count) for part in moved])
 
     def start(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Starts (a row each), and the bounds: in units of the table, where 1 shrinks a feature's weight by half."""
@@ -316,10 +321,6 @@ class _Search:
         low, high = (unit + np.asarray(bound)[:, None] for bound in (lowest, highest))
         return np.stack([(unit + s).ravel() for s in starts]), low.ravel(), high.ravel()
 
-    def _arguments(self, x: Any, train: np.ndarray) -> tuple[Any, Any]:
-        counts = train.sum(-1, keepdims=True)
-        return jax.vmap(lambda c: self.strengths(x, c[0]))(jnp.asarray(counts))
-
     def _padded(self, inside: np.ndarray) -> np.ndarray:
         full = np.zeros((len(inside), len(self.table.X)))
         full[:, : self.table.n] = inside
@@ -327,17 +328,16 @@ class _Search:
 
     def objective(self, train: np.ndarray, valid: np.ndarray) -> Any:
         """`x, models=None -> loss, gradient, models`; the models of a call are where the next one's begin."""
-        t, columns = self.table, self.table.X.shape[1]
+        t, columns, counts = self.table, self.table.X.shape[1], train.sum(-1, keepdims=True)
         data = tuple(jnp.asarray(a) for a in (t.X, t.targets, self._padded(train), self._padded(valid)))
         begin = jnp.zeros((len(train), columns, t.targets.shape[1]))
 
         def evaluate(x: np.ndarray, y: Any = None) -> tuple[float, np.ndarray, Any]:
             y = begin if y is None else y
-            (l1, l2), back = jax.vjp(lambda x: self._arguments(x, train), jnp.asarray(x))
-            pad = lambda s: jnp.zeros((len(train), columns)).at[:, : t.p].set(s)  # noqa: E731
-            value, (d1, d2), y = _cross_validated(self.loss, not self.sums, self.epsilon, pad(l1), pad(l2), y, *data)
-            slope = back((d1[:, : t.p], d2[:, : t.p]))[0]
-            return float(value), np.asarray(slope), y
+            l1, l2 = self.strengths(x, counts)
+            given = [np.pad(strength, ((0, 0), (0, columns - t.p))) for strength in (l1, l2)]
+            value, slopes, y = _cross_validated(self.loss, not self.sums, self.epsilon, *given, y, *data)
+            return float(value), self.slope(l1, l2, *(np.asarray(slope)[:, : t.p] for slope in slopes)), y
 
         return evaluate
 
@@ -368,9 +368,8 @@ class _Search:
         """The weights (features and intercept, outputs) on all samples."""
         t, columns = self.table, self.table.X.shape[1]
         everyone = np.ones((1, t.n))
-        l1, l2 = (
-            jnp.zeros((1, columns)).at[:, : t.p].set(s) for s in self._arguments(jnp.asarray(x.ravel()), everyone)
-        )
+        strengths = self.strengths(x, everyone.sum(-1, keepdims=True))
+        l1, l2 = (np.pad(strength, ((0, 0), (0, columns - t.p))) for strength in strengths)
         begin = jnp.zeros((1, columns, t.targets.shape[1]))
         data = jnp.asarray(t.X), jnp.asarray(t.targets), jnp.asarray(self._padded(everyone))
         found = np.asarray(_fits(self.loss, not self.sums, self.epsilon, l1, l2, begin, *data)[0])
