@@ -68,7 +68,9 @@ def test_parts_are_the_originals(name):
         load_original(module, dict(list(weights.items())[1:]))
 
 
+@functools.cache
 def shapes(make, *args, **kwargs):
+    """A model without numbers, traced once for all that is asked of it."""
     return nnx.eval_shape(lambda: make(*args, **kwargs, rngs=nnx.Rngs(0)))
 
 
@@ -168,11 +170,12 @@ def test_what_is_fused_for_use_says_the_same(norm):
 def test_a_csp_stage_fused_is_the_stage(norm):
     stage = moved(CSPStage(8, 16, 2, norm=norm, rngs=nnx.Rngs(0)))
     x = jnp.asarray(RNG.standard_normal((2, 6, 6, 8)), jnp.float32)
-    before = stage(x)
+    run = lambda: (lambda p, f: jax.jit(f)(p, x))(*from_nnx(stage))
+    before = run()
     for _, module in nnx.iter_modules(stage):
         if isinstance(module, (ConvBlock, RepConv)):
             module.fold()
-    np.testing.assert_allclose(stage(x), before, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(run(), before, rtol=2e-5, atol=2e-5)
 
 
 def test_group_normalisation_and_its_derivatives_are_their_definition():
@@ -188,18 +191,21 @@ def test_group_normalisation_and_its_derivatives_are_their_definition():
         for size in (4, 12):
             ours = lambda x, size=size: (jnp.sin(standardise(x, size)[0]) ** 2).sum()
             theirs = lambda x, size=size: (jnp.sin(plainly(x, size)) ** 2).sum()
-            np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-10)
-            np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(theirs)(x), atol=1e-10)
-            twice = [jax.jvp(jax.grad(f), (x,), (v,))[1] for f in (ours, theirs)]
-            np.testing.assert_allclose(*twice, atol=1e-9)
-            other = [jax.grad(lambda x, f=f: (jax.grad(f)(x) * v).sum())(x) for f in (ours, theirs)]
-            np.testing.assert_allclose(*other, atol=1e-9)
+
+            def derivatives(x, v, f):
+                gradient, twice = jax.jvp(jax.grad(f), (x,), (v,))
+                return f(x), gradient, twice, jax.grad(lambda x: (jax.grad(f)(x) * v).sum())(x)
+
+            found = [jax.jit(functools.partial(derivatives, f=f))(x, v) for f in (ours, theirs)]
+            for a, b, options in zip(*found, ({"rtol": 1e-10}, {"atol": 1e-10}, *2 * [{"atol": 1e-9}]), strict=True):
+                np.testing.assert_allclose(a, b, **options)
 
 
 def test_two_blocks_side_by_side_are_the_two_blocks():
     a, b = (ConvBlock(6, n, 3, norm="group", rngs=nnx.Rngs(n)) for n in (8, 16))
     x = jnp.asarray(RNG.standard_normal((2, 4, 4, 6)), jnp.float32)
-    for ours, theirs in zip(side_by_side(a, b, x, train=False), (a(x), b(x)), strict=True):
+    run = nnx.jit(lambda a, b, x: (side_by_side(a, b, x, train=False), (a(x), b(x))))
+    for ours, theirs in zip(*run(a, b, x), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
@@ -207,16 +213,23 @@ def test_pools_and_pyramids():
     x = jnp.asarray(RNG.standard_normal((1, 7, 5, 2)), jnp.float32)
     padded = np.pad(np.asarray(x), ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-np.inf)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5), axis=(1, 2)).max((-1, -2))
-    np.testing.assert_array_equal(max_pool(x, 5), windows)
-    np.testing.assert_array_equal(max_pool(max_pool(x, 5), 5), max_pool(x, 9))
-    rngs = nnx.Rngs(0)
-    assert SPPF(2, 6, rngs=rngs)(x).shape == (1, 7, 5, 6)
-    pyramid = SPPCSPC(2, 8, attention={"regions": 2, "heads": 2, "chosen": 2}, rngs=rngs)
-    out, routing = pyramid(x, return_routing=True)
+    once, twice, wide = jax.jit(lambda x: (max_pool(x, 5), max_pool(max_pool(x, 5), 5), max_pool(x, 9)))(x)
+    np.testing.assert_array_equal(once, windows)
+    np.testing.assert_array_equal(twice, wide)
+
+    @nnx.jit
+    def parts(x):
+        rngs = nnx.Rngs(0)
+        pyramid = SPPCSPC(2, 8, attention={"regions": 2, "heads": 2, "chosen": 2}, rngs=rngs)
+        stage = ELAN(2, 12, enter=4, inner=2, depth=4, every=2, rngs=rngs)
+        assert stage.leave.conv.kernel.shape[2] == 2 * 4 + 2 * 2
+        halved = Halving(2, 8, rngs=rngs)(x[:, :6, :4])
+        return SPPF(2, 6, rngs=rngs)(x), *pyramid(x, return_routing=True), stage(x), halved
+
+    pooled, out, routing, staged, halved = parts(x)
+    assert pooled.shape == (1, 7, 5, 6)
     assert out.shape == (1, 7, 5, 8) and routing.index.shape == (1, 4, 2)
-    stage = ELAN(2, 12, enter=4, inner=2, depth=4, every=2, rngs=rngs)
-    assert stage(x).shape == (1, 7, 5, 12) and stage.leave.conv.kernel.shape[2] == 2 * 4 + 2 * 2
-    assert Halving(2, 8, rngs=rngs)(x[:, :6, :4]).shape == (1, 3, 2, 8)
+    assert staged.shape == (1, 7, 5, 12) and halved.shape == (1, 3, 2, 8)
 
 
 @pytest.fixture(scope="module")

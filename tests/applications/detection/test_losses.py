@@ -174,43 +174,51 @@ BATCH = {
 
 
 def test_padding_says_nothing():
-    found = predictions()
-    padded = {name: jnp.pad(BATCH[name], ((0, 0), (0, 3)) + ((0, 0),) * (BATCH[name].ndim - 2)) for name in BATCH}
-    padded["boxes"] = padded["boxes"].at[:, 2:].set(jnp.array([0.0, 0.0, 32.0, 32.0]))
-    np.testing.assert_allclose(loss(found, padded).total, loss(found, BATCH).total, rtol=1e-6)
-    nothing = {"boxes": jnp.zeros((2, 0, 4)), "classes": jnp.zeros((2, 0), int), "mask": jnp.zeros((2, 0), bool)}
-    empty = {**BATCH, "mask": jnp.zeros((2, 2), bool)}
-    np.testing.assert_allclose(loss(found, nothing).total, loss(found, empty).total, rtol=1e-6)
+    found, total = predictions(), jax.jit(lambda found, batch: loss(found, batch).total)
+    padded = {name: np.pad(BATCH[name], ((0, 0), (0, 3)) + ((0, 0),) * (BATCH[name].ndim - 2)) for name in BATCH}
+    padded["boxes"][:, 2:] = [0.0, 0.0, 32.0, 32.0]
+    np.testing.assert_allclose(total(found, padded), total(found, BATCH), rtol=1e-6)
+    nothing = {
+        "boxes": np.zeros((2, 0, 4), np.float32),
+        "classes": np.zeros((2, 0), int),
+        "mask": np.zeros((2, 0), bool),
+    }
+    empty = {**BATCH, "mask": np.zeros((2, 2), bool)}
+    np.testing.assert_allclose(total(found, nothing), total(found, empty), rtol=1e-6)
 
 
 def test_images_have_losses_of_their_own_and_weights_scale_their_terms():
-    found, one = predictions(), lambda tree, i: jax.tree.map(lambda a: a[i : i + 1], tree)
-    each = loss(found, BATCH, per="image")
+    found, one = predictions(), lambda tree, i: jax.tree.map(lambda a: np.asarray(a)[i : i + 1], tree)
+
+    @jax.jit
+    def whole(found):
+        each = loss(found, BATCH, per="image")
+        weighted = loss(found, BATCH, per="image", weights=jnp.array([0.25, 2.0]))
+        same = loss(found, BATCH, per="image", weights=jnp.ones((2, 2)), class_weights=jnp.ones(3))
+        gains = loss(found, BATCH, gains=Gains(2.0, 0.0, 0.0))
+        return each.total, weighted.total, same.total, gains.total, gains.box
+
+    each, weighted, same, total, box = map(np.asarray, whole(found))
+    alone = jax.jit(lambda found, batch: loss(found, batch).total)
     for i in range(2):
-        alone = Predictions(found.bins[i : i + 1], found.logits[i : i + 1], found.points, found.strides)
-        np.testing.assert_allclose(each.total[i], loss(alone, one(BATCH, i)).total, rtol=1e-5)
-    weighted = loss(found, BATCH, per="image", weights=jnp.array([0.25, 2.0]))
-    np.testing.assert_allclose(weighted.total, each.total * jnp.array([0.25, 2.0]), rtol=1e-5)
-    np.testing.assert_allclose(
-        loss(found, BATCH, per="image", weights=jnp.ones((2, 2)), class_weights=jnp.ones(3)).total,
-        each.total,
-        rtol=1e-6,
-    )
-    gains = loss(found, BATCH, gains=Gains(2.0, 0.0, 0.0))
-    np.testing.assert_allclose(gains.total, 2 * 2 * gains.box, rtol=1e-6)
+        of_one = Predictions(*one((found.bins, found.logits), i), found.points, found.strides)
+        np.testing.assert_allclose(each[i], alone(of_one, one(BATCH, i)), rtol=1e-5)
+    np.testing.assert_allclose(weighted, each * [0.25, 2.0], rtol=1e-5)
+    np.testing.assert_allclose(same, each, rtol=1e-6)
+    np.testing.assert_allclose(total, 2 * 2 * box, rtol=1e-6)
 
 
 def test_the_anchors_of_a_box_of_weight_0_are_left_out():
     found = predictions()
-    targets = task_aligned(found.scores, found.boxes, found.points, BATCH)
-    out = np.asarray(targets.foreground & (targets.index == 1))
+    targets = jax.jit(lambda found: task_aligned(found.scores, found.boxes, found.points, BATCH))(found)
+    out = np.asarray(targets.foreground) & (np.asarray(targets.index) == 1)
     assert out.any() and (np.asarray(targets.foreground) & ~out).any()
-    gradient = jax.grad(
-        lambda f: loss(f, BATCH, weights=jnp.array([[1.0, 0.0], [1.0, 1.0]]), targets=targets).total, allow_int=True
-    )(found)
+    weights = np.array([[1.0, 0.0], [1.0, 1.0]], np.float32)
+    total = lambda f: loss(f, BATCH, weights=weights, targets=targets).total
+    gradient = jax.jit(jax.grad(total, allow_int=True))(found)
     assert (np.asarray(gradient.logits)[out] == 0).all() and (np.asarray(gradient.bins)[out] == 0).all()
-    others = targets.foreground & (targets.index == 0)
-    assert (np.abs(np.asarray(gradient.bins)[np.asarray(others)]).max((-1, -2)) > 0).all()
+    others = np.asarray(targets.foreground) & (np.asarray(targets.index) == 0)
+    assert (np.abs(np.asarray(gradient.bins)[others]).max((-1, -2)) > 0).all()
 
 
 @pytest.mark.parametrize("sharp", [1.0, 60.0])
@@ -218,14 +226,15 @@ def test_losses_have_finite_derivatives_of_both_orders_for_tiny_sharp_and_missin
     found = predictions(sharp=sharp)
     batch = {**BATCH, "boxes": BATCH["boxes"].at[0, 0].set(jnp.array([10.0, 10.0, 10.5, 10.5])).at[0, 1].set(6.0)}
     f = lambda bins: loss(Predictions(bins, found.logits, found.points, found.strides), batch).total
-    gradient, curvature = jax.jit(lambda b: jax.jvp(jax.grad(f), (b,), (jnp.ones_like(b),)))(found.bins)
-    assert np.isfinite(f(found.bins)) and np.isfinite(gradient).all() and np.isfinite(curvature).all()
+    all_orders = jax.jit(lambda b: (f(b), *jax.jvp(jax.grad(f), (b,), (jnp.ones_like(b),))))
+    value, gradient, curvature = all_orders(found.bins)
+    assert np.isfinite(value) and np.isfinite(gradient).all() and np.isfinite(curvature).all()
 
 
 def slow_suppression(boxes, scores, iou, confidence):
-    kept = []
+    kept, table = [], np.asarray(jax.jit(lambda b: overlap(b[:, None], b[None], "iou"))(boxes))
     for a, c in sorted(np.argwhere(scores > confidence).tolist(), key=lambda ac: (-scores[*ac], ac)):
-        if all(c != c_ or float(overlap(boxes[a], boxes[a_], "iou")) <= iou for a_, c_ in kept):
+        if all(c != c_ or table[a, a_] <= iou for a_, c_ in kept):
             kept.append((a, c))
     return kept
 
@@ -240,9 +249,10 @@ def test_suppression_keeps_what_the_definition_keeps():
         kept = np.asarray(found.mask[i])
         assert list(zip(found.anchors[i][kept].tolist(), found.classes[i][kept].tolist(), strict=True)) == expected
         np.testing.assert_array_equal(found.boxes[i][kept], boxes[i][np.array([a for a, _ in expected])])
-    fewer = suppress(boxes, scores, iou=0.3, confidence=0.1, most=3)
+    fewer = jax.jit(lambda b, s: suppress(b, s, iou=0.3, confidence=0.1, most=3))(boxes, scores)
     np.testing.assert_array_equal(fewer.scores, found.scores[:, :3])
-    across = suppress(boxes, scores, iou=0.0, confidence=0.1, across_classes=True)
+    alone = functools.partial(suppress, iou=0.0, confidence=0.1, across_classes=True)
+    across = jax.tree.map(np.asarray, jax.jit(alone)(boxes, scores))
     overlaps = np.asarray(pairwise(across.boxes[0], across.boxes[0]))[np.ix_(*[np.flatnonzero(across.mask[0])] * 2)]
     np.testing.assert_allclose(overlaps, np.eye(len(overlaps)), atol=1e-5)
 

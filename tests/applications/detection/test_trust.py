@@ -74,23 +74,24 @@ def one_step(problem, x, y, rate):
 def test_hypergradients_are_differences_with_targets_and_routing_frozen():
     with jax.enable_x64(True):
         app = trust(TRAIN, CLEAN, 2, learn=EVERYTHING, detector=small_detector(), kind="diou")
-        y = jax.tree.map(lambda a: jnp.asarray(a + 0.05 * RNG.standard_normal(a.shape), jnp.float64), app.y0)
-        x = jax.tree.map(lambda a: jnp.asarray(0.3 * RNG.standard_normal(a.shape)), app.x0)
-        problem, rate = app.frozen(y, CLEAN, TRAIN), 0.02
+        y = jax.tree.map(lambda a: np.asarray(a, np.float64) + 0.05 * RNG.standard_normal(a.shape), app.y0)
+        x = jax.tree.map(lambda a: 0.3 * RNG.standard_normal(a.shape), app.x0)
+        flat, back = jax.flatten_util.ravel_pytree(x)
+        rate, steps = 0.02, 1e-4 * np.eye(len(flat))
 
         @jax.jit
-        def both(problem, x, y, directions):
+        def both(x, y, directions):
+            problem = app.frozen(y, CLEAN, TRAIN)
             estimator = hypergradients.value_and_hypergradient(
                 problem, hypergradients.Unrolled(), lower.GradientDescent(rate, 1)
             )
-            at = lambda d: one_step(problem, optax.tree.add(x, d), y, rate)
-            return estimator(x, y), jax.lax.map(at, directions)
+            estimate = estimator(x, y)
+            at = lambda d: one_step(problem, optax.tree.add(x, back(d)), y, rate)
+            return estimate, jax.flatten_util.ravel_pytree(estimate.gradient)[0], jax.lax.map(at, directions)
 
-        flat, back = jax.flatten_util.ravel_pytree(x)
-        steps = 1e-4 * np.eye(len(flat))
-        estimate, values = both(problem, x, y, jax.vmap(back)(np.concatenate([steps, -steps])))
+        estimate, gradient, values = both(x, y, np.concatenate([steps, -steps]))
+        values = np.asarray(values)
         differences = (values[: len(flat)] - values[len(flat) :]) / 2e-4
-        gradient = jax.flatten_util.ravel_pytree(estimate.gradient)[0]
         np.testing.assert_allclose(gradient, differences, atol=1e-7)
         assert np.abs(gradient).max() > 0.01 and (np.asarray(estimate.gradient["gains"]) != 0).all()
         nothing = np.asarray(estimate.gradient["boxes"])[~TRAIN["mask"]]
