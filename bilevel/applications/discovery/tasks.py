@@ -330,16 +330,27 @@ class Task:
         rest, stable = (0.0, True) if self.unknown == "plastic" else self._at_rest(coefficients, program)
         return Verification(tuple(map(float, apart)), rest, stable, tolerance)
 
+    @functools.cached_property
+    def _rest_response(self) -> Callable[..., Any]:
+        """Stress of the undeformed body and its change along small strains; one compile for all laws of a task."""
+
+        @jax.jit
+        def response(coefficients: Any, program: Any, strains: Any) -> Any:
+            stress = self._proposed(coefficients, program)[0]
+            rest = jnp.broadcast_to(jnp.eye(strains.shape[-1], dtype=strains.dtype), strains.shape)
+            return jax.jvp(jax.vmap(stress), (rest,), (strains,))
+
+        return response
+
     def _at_rest(self, coefficients: Any, program: Any) -> tuple[float, bool]:
         """(stress at F = I over the stiffness there, whether the stiffness is positive for all small strains)."""
         d = self.simulation.dimensions
-        stress = self._proposed(jnp.asarray(np.ravel(coefficients)), program)[0]
         pairs = [(i, j) for i in range(d) for j in range(i, d)]
         strains = np.zeros((len(pairs), d, d))
         for k, (i, j) in enumerate(pairs):
             strains[k, i, j] += 0.5
             strains[k, j, i] += 0.5
-        tau, pushed = jax.jvp(jax.vmap(stress), (jnp.stack([jnp.eye(d)] * len(pairs)),), (jnp.asarray(strains),))
+        tau, pushed = self._rest_response(jnp.asarray(np.ravel(coefficients)), program, strains)
         stiffness = np.einsum("aij,bij->ab", strains, np.asarray(pushed))
         values = np.linalg.eigvalsh(stiffness + stiffness.T) / 2
         return float(jnp.abs(tau).max() / max(np.abs(values).max(), 1e-300)), bool(values.min() > 0)

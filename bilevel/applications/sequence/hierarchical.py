@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bilevel.applications.sequence.attentive import masked_softmax
@@ -281,9 +282,9 @@ class HierarchicalTransformer:
             )
         lengths = None if interviews.lengths is None else concrete(interviews.lengths)
         if lengths is not None:
-            empty = (lengths < 1) & (jnp.arange(shape[1]) < counts[:, None])
+            empty = (lengths < 1) & (np.arange(shape[1]) < counts[:, None])
             if empty.any():
-                where = [tuple(int(i) for i in place) for place in jnp.argwhere(empty)]
+                where = [tuple(int(i) for i in place) for place in np.argwhere(empty)]
                 raise ValueError(f"Sentences {where} (interview, sentence) have length 0: leave them out.")
 
     def _patches(self, spectrograms: Array, frames: Array | None) -> tuple[Array, Array]:

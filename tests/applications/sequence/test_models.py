@@ -546,6 +546,12 @@ def test_modality_dropout_hides_one_half_of_a_sentence(x64):
     assert np.isfinite(np.asarray(dropped)).all() and (np.asarray(dropped) != np.asarray(kept)).all()
 
 
+def test_a_compiled_function_may_hold_the_interviews():
+    batch = interviews(sound=False)
+    model = HierarchicalTransformer(rows=9, features=8, heads=2, longest=6, sentences=4)
+    assert np.isfinite(jax.jit(lambda params: model(params, batch))(drawn(model))).all()
+
+
 def test_hierarchical_transformer_says_what_is_wrong():
     model, batch = small(), interviews()
     params = blank(model)
