@@ -40,6 +40,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bilevel._arguments import explained
+from bilevel._places import put
 from bilevel.data import Agents, as_source
 from bilevel.problem import Problem
 from bilevel.typing import PyTree
@@ -139,7 +140,7 @@ def place(tree: PyTree, mesh: Mesh, specs: Any = None) -> PyTree:
         name = jax.tree_util.keystr(path).lstrip(".") or "the array"
         if not hasattr(leaf, "dtype") and np.asarray(leaf).dtype.kind in "OUS":
             raise DistributedError(f"place: {name} is {leaf!r}, no array: give arrays of numbers.")
-        placed.append(_put(leaf, NamedSharding(mesh, _fitting(name, np.shape(leaf), spec, mesh))))
+        placed.append(put(leaf, NamedSharding(mesh, _fitting(name, np.shape(leaf), spec, mesh))))
     return jax.tree.unflatten(structure, placed)
 
 
@@ -190,7 +191,7 @@ def shard(problem: Problem, mesh: Mesh, axis: str = "agents") -> Problem:
                 f"{name} is {data!r}, which reads from the host of one process: it cannot be sharded."
             )
         sharding = NamedSharding(mesh, PartitionSpec(axis) if source.stacked else PartitionSpec())
-        return jax.tree.map(lambda leaf: _put(leaf, sharding), data)
+        return jax.tree.map(lambda leaf: put(leaf, sharding), data)
 
     return dataclasses.replace(problem, upper_data=placed("upper_data"), lower_data=placed("lower_data"))
 
@@ -313,13 +314,6 @@ def _divides(agents: int, mesh: Mesh, axis: str, name: str) -> None:
             f"The mesh's axis {axis!r} of {size} devices does not divide the {agents} agents of {name}: take a mesh of "
             f"{fitting} devices, or a multiple of {size} agents."
         )
-
-
-def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if jax.process_count() == 1:
-        return jax.device_put(leaf, sharding)
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _main(arguments: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from bilevel import _compiling
 from bilevel._arguments import explained
 from bilevel._convolutions import in_canonical_order
 from bilevel._module import name_of
+from bilevel._places import kept, over_one_mesh
 from bilevel._settings import settings
 from bilevel.captures import form
 from bilevel.keys import StepKey, as_step_key
@@ -144,7 +145,8 @@ class Loop:
     def __call__(self, state: Any, done: int, stop: int, portions: dict[str, Portion]) -> Chunk:
         """Advance; a divergence is looked at again, step by step, and the last finite iterate returned."""
         first = np.uint32(done)  # numpy's, which need no dispatch of their own
-        advance = functools.partial(self._advance, state, self._base, first, portions=portions)
+        state, places = over_one_mesh(state)
+        advance = functools.partial(self._advance, state, self._base, first, portions=portions, places=places)
         new, taken, status, metrics = advance(np.uint32(stop))
         result, why = Result(int(status)), ""
         if result is Result.DIVERGED:
@@ -159,7 +161,7 @@ class Loop:
         return Chunk(new, behind, steps, recorded, result, why)
 
 
-@_compiling.jit(static_argnames=("capacity", "use_tol", "careful", "convolves"))
+@_compiling.jit(static_argnames=("capacity", "use_tol", "careful", "convolves", "places"))
 def _advance(
     problem: Problem,
     solver: Any,
@@ -174,12 +176,15 @@ def _advance(
     use_tol: bool,
     convolves: bool = False,
     careful: bool = False,
+    places: Any = None,
 ) -> tuple[Any, jax.Array, jax.Array, Metrics]:
     """Steps start, ..., stop - 1 in one loop with dynamic bounds, ended early by a status or a non-finite metric (but
     for a trial that the solver has `withdrawn`, which is in the history as what it was).
 
     The iterates themselves are looked at after the last step, or with `careful` after each: a NaN in them shows in the
     metrics one step later, and a small step has few operations besides.
+
+    Over a mesh the state's leaves end in the `places` where they lay.
 
     Returns the state, the steps taken, the status, and the metrics in buffers of `capacity` rows (or as many as a
     portion has room for).
@@ -215,7 +220,7 @@ def _advance(
     buffers = rows.buffers(min([capacity, *(portion.room for portion in portions.values())]))
     k, state, buffers, status = jax.lax.while_loop(cond, body, (start, state, buffers, jnp.zeros((), jnp.int32)))
     status = jnp.where(_finite((state.x, state.y)), status, Result.DIVERGED.value)
-    return state, k - start, status, rows.unpacked(buffers)
+    return kept(state, places), k - start, status, rows.unpacked(buffers)
 
 
 class _Rows:

@@ -121,10 +121,19 @@ def moved():
 def mixed():
     """A run with y alone on a mesh beside one with all on it; and what is said of two places."""
     (problem, x, _), (_, _, y4) = sharded_run.made(jnp.zeros(()).dtype, layers=LAYERS), placed(jax.devices())
-    go = lambda *at: solve(*at, SOLVER, steps=2, key=3, progress=False, chunk=2)  # x lies elsewhere in a second chunk
-    one, two = go(problem, x, y4), go(*placed(jax.devices()))
+    go = lambda *at: solve(*at, SOLVER, steps=3, key=3, progress=False)  # chunks of one step and two
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, fun_name="", **__: compiled.append(fun_name) if "backend_compile" in event else None
+    )
+    one, loops = go(problem, x, y4), compiled.count("jit(_advance)")
+    spread = placed(jax.devices())
+    two = go(*spread)
+    lie = lambda *trees: [leaf.sharding for leaf in jax.tree.leaves(trees)]
     devices = sorted({len(leaf.sharding.device_set) for leaf in jax.tree.leaves((one.x, one.y))})
-    found = {"y alone": np.asarray(one.y["in"]), "all": np.asarray(two.y["in"]), "devices": devices}
+    found = {"y alone": np.asarray(one.y["in"]), "all": np.asarray(two.y["in"]), "devices": devices, "loops": loops}
+    found["whole"] = all(place.spec == P() for place in lie(one.x))
+    found["kept"] = lie(one.y, two.x, two.y) == lie(y4, *spread[1:])
     x2 = distributed.place(x, distributed.mesh(jax.devices()[:2]))
     elsewhere = jax.tree.map(lambda leaf: jax.device_put(leaf, jax.devices()[1]), problem)
     of = lambda *at: hypergradients.value_and_hypergradient(at[0], hypergradients.Unrolled(), TRAINING)(*at[1:])

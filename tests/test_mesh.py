@@ -82,9 +82,10 @@ def test_agents_have_copies_over_the_other_axis(four):
 
 
 def test_what_lies_on_no_device_goes_where_the_others_lie(four):
-    """y alone on a mesh; and two places are named, before anything is compiled."""
+    """y alone on a mesh, in one compiled loop; and two places are named, before anything is compiled."""
     found = np.load(four[0])
-    assert found["devices"].tolist() == [4]
+    assert found["devices"].tolist() == [4] and found["loops"] == 1
+    assert found["whole"] and found["kept"]  # x ends whole on every device; what had a place is there
     np.testing.assert_allclose(found["y alone"], found["all"], rtol=1e-10, atol=1e-13)
     for name in ("solve", "run", "estimate", "metagradient"):
         assert str(found[name]).startswith(
