@@ -41,17 +41,21 @@ def test_all_tracked_is_exact_on_a_ring(x64: None) -> None:
 
 
 @pytest.mark.optimised
-def test_float32_after_100_000_steps() -> None:
-    """Of three forms, whose memories differ, in one process."""
-    problem, _ = quadratic(8, het=1.0)
-    for solver in (
+@pytest.mark.parametrize(
+    "solver",
+    [
         GTDSBO(RING, 0.05, 0.2, 0.2),
-        SPARKLE(RING, 0.05, 0.2, 0.2),
-        SPARKLE(RING, 0.05, 0.2, 0.2, x="extra", y="extra", v="extra"),
-    ):
-        error, last = _error(problem, solver, 100_000)
-        assert error < 1e-5, solver
-        assert last["consensus_x"] < 1e-5, solver
+        pytest.param(SPARKLE(RING, 0.05, 0.2, 0.2), marks=pytest.mark.slow),
+        pytest.param(SPARKLE(RING, 0.05, 0.2, 0.2, x="extra", y="extra", v="extra"), marks=pytest.mark.slow),
+    ],
+    ids=["gt", "ed", "extra"],
+)
+def test_float32_after_100_000_steps(solver) -> None:
+    """Of three forms, whose memories differ."""
+    problem, _ = quadratic(8, het=1.0)
+    error, last = _error(problem, solver, 100_000)
+    assert error < 1e-5
+    assert last["consensus_x"] < 1e-5
 
 
 @pytest.mark.parametrize("form", CORRECTIONS)

@@ -124,8 +124,8 @@ def test_of_large_states_gradients_are_kept_and_few_states(x64):
             assert compiled.memory_analysis().temp_size_in_bytes < bound * 97 * states
 
 
-@pytest.mark.optimised
-def test_in_float32_all_schedules_are_the_same_numbers():
+@pytest.mark.parametrize("code", ["quick", pytest.param("optimised", marks=[pytest.mark.slow, pytest.mark.optimised])])
+def test_in_float32_all_schedules_are_the_same_numbers(code):
     """A step is compiled alike wherever it is computed again. The network is wide enough for XLA to fuse parts of it.
 
     Where its gradient is kept, one processor (AVX-512) contracts other products and sums of Adam's than elsewhere."""

@@ -661,13 +661,6 @@ def test_multistart_returns_the_best_feasible_end():
         multistart(problem, jnp.zeros(3), jnp.zeros(2), LVHBA())
 
 
-def test_checkpointed_state_and_metrics_are_plain_arrays():
-    problem, _, _, x0, y0 = active()
-    state, metrics = end(problem, LVHBA(), x0, y0, 5)
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
-    assert all(m.shape == (5,) for m in metrics.values())
-
-
 def test_a_flag_is_true_or_false():
     """`F2SA(0.1, 0.1)`: its first argument is a flag."""
     with pytest.raises(TypeError, match=r"F2SA\(central=0\.1\): True or False is expected, not a float"):

@@ -507,8 +507,8 @@ def test_a_sweep_is_its_runs_and_returns_the_best():
     problem, (x0, y0) = problem_of(q), (z.astype(np.float32) for z in start())
     x0, y0 = start()
     solvers = [SABA(b, a) for a in (0.1, 0.3) for b in (0.01, 0.1)] + [SABA(1e3, 0.3)]
-    found = sweep(problem, solvers, x0, y0, steps=200, key=3)
-    go = jax.jit(lambda s: run(problem, s, x0, y0, 200, 3)[0])
+    found = sweep(problem, solvers, x0, y0, steps=60, key=3)
+    go = jax.jit(lambda s: run(problem, s, x0, y0, 60, 3)[0])
     alone = [go(s) for s in solvers[:4]]
     for i, state in enumerate(alone):
         np.testing.assert_allclose(found.state.x[i], state.x, rtol=1e-4, atol=1e-5)
