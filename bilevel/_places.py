@@ -32,14 +32,14 @@ def over_one_mesh(tree: PyTree) -> tuple[PyTree, tuple[NamedSharding | None, ...
     over = [place for place in lie if isinstance(place, NamedSharding) and len(place.device_set) > 1]
     if not over or any(kind is not AxisType.Auto for place in over for kind in place.mesh.axis_types):
         return tree, None
-    whole = NamedSharding(over[0].mesh, PartitionSpec())
     places: list[NamedSharding | None] = []
     for i, (leaf, place) in enumerate(zip(leaves, lie, strict=True)):
         if place is None or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
             places.append(None)
             continue
         if len(place.device_set) == 1:
-            leaves[i], place = put(leaf, whole), whole
+            place = NamedSharding(over[0].mesh, PartitionSpec(), memory_kind=place.memory_kind)
+            leaves[i] = put(leaf, place)
         places.append(place if isinstance(place, NamedSharding) else None)
     return jax.tree.unflatten(structure, leaves), tuple(places)
 
