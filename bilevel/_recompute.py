@@ -173,8 +173,8 @@ def _strong(leaf: Any) -> jax.Array:
     return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
 
 
-# Around a step and its gradient: XLA fuses nothing across it, so that each is the same sums in the same order wherever
-# the programme has it, and the gradient the same numbers for every `keep`.
+# Around a step and its gradient: XLA rewrites nothing across it, so that each is the same sums in the same order
+# wherever it is computed again, and the gradient the same numbers for every `keep` of `repeated`.
 alone = jax.lax.optimization_barrier
 
 
@@ -197,7 +197,8 @@ def gradients_kept(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, s
     Adam's two moments as state that is little more than one copy of y per step, and not three. Where a body notes
     nothing all states are kept, and each step is computed again.
 
-    The numbers are those of `repeated`; what is captured has a sum over the steps as its cotangent, which is added up
+    The numbers are those of `repeated` to rounding (a processor may contract a move along a kept gradient otherwise);
+    what is captured has a sum over the steps as its cotangent, which is added up
     stretch by stretch where the states are large.
     """
     state = jax.tree.map(_strong, state)

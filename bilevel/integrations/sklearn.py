@@ -285,19 +285,24 @@ class _Search:
         self.sums = kind in ("Ridge", "LogisticRegression", "LinearSVC", "LinearSVR")
 
     def strengths(self, x: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """l1 and l2 (folds, features) for mean losses over `counts` (folds, 1) samples."""
+        """l1 and l2 (folds, columns of the table) for mean losses over `counts` (folds, 1) samples."""
         logs = np.reshape(x, (len(self.names), self.count))
         by = {name: np.exp(logs[i])[self.groups] for i, name in enumerate(self.names)}
-        scale, size, zero = self.table.scale, self.table.size, np.zeros((len(counts), self.table.p))
+        t = self.table
+        l1, l2 = np.zeros((2, len(counts), t.X.shape[1]))
         if self.sums:  # sum of the losses (Ridge: without the half) + strength w^2 / 2
-            return zero, by[self.names[0]] / scale**2 / counts
-        l1 = by["alpha" if self.kind == "Lasso" else "l1"] / scale / size
-        return zero + l1, zero + by["l2"] / scale**2 if self.kind == "ElasticNet" else zero
+            l2[:, : t.p] = by[self.names[0]] / t.scale**2 / counts
+            return l1, l2
+        l1[:, : t.p] = by["alpha" if self.kind == "Lasso" else "l1"] / t.scale / t.size
+        if self.kind == "ElasticNet":
+            l2[:, : t.p] = by["l2"] / t.scale**2
+        return l1, l2
 
     def slope(self, l1: np.ndarray, l2: np.ndarray, d1: np.ndarray, d2: np.ndarray) -> np.ndarray:
         """dF/dx from dF/dl1 and dF/dl2: an entry of x is the logarithm of its strengths, so that dl/dx = l."""
         moved = [l2 * d2] if self.sums else [l1 * d1, l2 * d2][: len(self.names)]
-        return np.concatenate([np.bincount(self.groups, part.sum(0), self.count) for part in moved])
+        totals = [part.sum(0)[: self.table.p] for part in moved]
+        return np.concatenate([np.bincount(self.groups, total, self.count) for total in totals])
 
     def start(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Starts (a row each), and the bounds: in units of the table, where 1 shrinks a feature's weight by half."""
@@ -328,16 +333,15 @@ class _Search:
 
     def objective(self, train: np.ndarray, valid: np.ndarray) -> Any:
         """`x, models=None -> loss, gradient, models`; the models of a call are where the next one's begin."""
-        t, columns, counts = self.table, self.table.X.shape[1], train.sum(-1, keepdims=True)
+        t, counts = self.table, train.sum(-1, keepdims=True)
         data = tuple(jnp.asarray(a) for a in (t.X, t.targets, self._padded(train), self._padded(valid)))
-        begin = jnp.zeros((len(train), columns, t.targets.shape[1]))
+        begin = jnp.zeros((len(train), t.X.shape[1], t.targets.shape[1]))
 
         def evaluate(x: np.ndarray, y: Any = None) -> tuple[float, np.ndarray, Any]:
             y = begin if y is None else y
             l1, l2 = self.strengths(x, counts)
-            given = [np.pad(strength, ((0, 0), (0, columns - t.p))) for strength in (l1, l2)]
-            value, slopes, y = _cross_validated(self.loss, not self.sums, self.epsilon, *given, y, *data)
-            return float(value), self.slope(l1, l2, *(np.asarray(slope)[:, : t.p] for slope in slopes)), y
+            value, slopes, y = _cross_validated(self.loss, not self.sums, self.epsilon, l1, l2, y, *data)
+            return float(value), self.slope(l1, l2, *map(np.asarray, slopes)), y
 
         return evaluate
 
@@ -366,11 +370,10 @@ class _Search:
 
     def refit(self, x: np.ndarray) -> np.ndarray:
         """The weights (features and intercept, outputs) on all samples."""
-        t, columns = self.table, self.table.X.shape[1]
+        t = self.table
         everyone = np.ones((1, t.n))
-        strengths = self.strengths(x, everyone.sum(-1, keepdims=True))
-        l1, l2 = (np.pad(strength, ((0, 0), (0, columns - t.p))) for strength in strengths)
-        begin = jnp.zeros((1, columns, t.targets.shape[1]))
+        l1, l2 = self.strengths(x, everyone.sum(-1, keepdims=True))
+        begin = jnp.zeros((1, t.X.shape[1], t.targets.shape[1]))
         data = jnp.asarray(t.X), jnp.asarray(t.targets), jnp.asarray(self._padded(everyone))
         found = np.asarray(_fits(self.loss, not self.sums, self.epsilon, l1, l2, begin, *data)[0])
         return np.concatenate([found[: t.p], found[-1:]])

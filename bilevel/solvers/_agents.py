@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevel import derivatives
+from bilevel._places import put
 from bilevel.curvature import spectral_norm
 from bilevel.level import Level
 from bilevel.problem import Problem, ProblemError
@@ -75,8 +76,7 @@ def spread(tree: PyTree, n: int, problem: Problem, name: str) -> PyTree:
             return many(leaf)
         own = _axes_of(leaf)
         if own is None:
-            host = np.broadcast_to(np.asarray(leaf), (n, *jnp.shape(leaf)))
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+            return put(np.broadcast_to(np.asarray(leaf), (n, *jnp.shape(leaf))), sharding)
         where = name + jax.tree_util.keystr(path)
         if own.mesh != sharding.mesh:
             raise ProblemError(

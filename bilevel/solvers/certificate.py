@@ -452,8 +452,8 @@ def _looked(end: _End, unchecked: tuple[str, ...] | None, sampled: dict[str, flo
             seen = _concluded(end, dict(numbers), unchecked, search.better)
             if seen.unsettled:
                 return seen
-        few = 1 if not end.judged and not concave else 8 if n <= _MANY_STARTS else 4
-        search.minimise(starts=few, choose=end.judged)
+        starts = 1 if not end.judged and not concave else 8 if n <= _MANY_STARTS else 4
+        search.minimise(starts=starts, choose=end.judged)
         if movable and np.isfinite(numbers["gap"]):
             search.move()
             if max(numbers["near"], numbers.get("far", 0.0)) <= 10 * end.asked:
