@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bilevel.applications.layers.maps import halved, planes, same_row, unite
+from bilevel.applications.layers.maps import halved, padded, planes, same_row, unite
 from bilevel.applications.layers.primitives import align, bilinear, bind, mapped_first, mapped_size, primitive
 
 # Flat maps: arrays (channels, pixels x batch), rows of pixels one after the other. The multiply-adds of a kernel are
@@ -121,12 +121,6 @@ def depthwise_flat(x: Array, kernel: Array, grid: tuple[int, int], *, stride: in
     return bind(_out_p, x.astype(dtype), kernel.astype(dtype), inputs=x.shape[0], geometry=geometry)
 
 
-def _padded(plane: Array, pixels: int) -> Array:
-    """Zeros before and behind; made once: without the barrier XLA would test each of the k^2 reads for the border."""
-    widths = [(0, 0)] * (plane.ndim - 1) + [(pixels, pixels)]
-    return lax.optimization_barrier(jnp.pad(plane, widths))
-
-
 def _sum_of_shifts(terms: list[tuple[Array, int, int, Array]], columns: int, batch: int, margin: int) -> Array:
     """The sum of `coefficient * plane`, each shifted so that a pixel sees the one `down` rows and `right` columns away.
 
@@ -147,7 +141,7 @@ def _sum_of_shifts(terms: list[tuple[Array, int, int, Array]], columns: int, bat
 def _out(x: Array, kernel: Array, *, inputs: int, geometry: Geometry) -> Array:
     g = geometry
     batch = x.shape[-1] // (g.rows * g.columns)
-    seen = [_padded(p, g.margin * batch)[:, None] for p in planes(x, (g.rows, g.columns), g.stride)]
+    seen = [padded(p, [(g.margin * batch,) * 2])[:, None] for p in planes(x, (g.rows, g.columns), g.stride)]
     kernel = kernel.reshape(inputs, -1, *kernel.shape[1:])
     terms = [(seen[t.plane], t.down, t.right, kernel[..., t.a, t.b, None]) for t in g.taps()]
     total = _sum_of_shifts(terms, g.out[1], batch, g.margin)
@@ -158,13 +152,14 @@ def _input(out: Array, kernel: Array, *, inputs: int, geometry: Geometry) -> Arr
     """Plane by plane: each tap shifts back what it read, with its coefficient; added over the edges of each input."""
     g = geometry
     batch = out.shape[-1] // (g.out[0] * g.out[1])
-    padded = _padded(out, g.margin * batch).reshape(inputs, -1, out.shape[1], out.shape[2] + 2 * g.margin * batch)
+    seen = padded(out, [(g.margin * batch,) * 2])
+    seen = seen.reshape(inputs, -1, *seen.shape[1:])
     kernel = kernel.reshape(inputs, -1, *kernel.shape[1:])
     found = []
     for plane in range(g.stride**2):
         terms = [
-            (padded[:, t], -tap.down, -tap.right, kernel[:, t, :, tap.a, tap.b, None])
-            for t in range(padded.shape[1])
+            (seen[:, t], -tap.down, -tap.right, kernel[:, t, :, tap.a, tap.b, None])
+            for t in range(seen.shape[1])
             for tap in g.taps()
             if tap.plane == plane
         ]
@@ -187,7 +182,7 @@ def _kernel(x: Array, out: Array, *, inputs: int, geometry: Geometry) -> Array:
     rows, columns = g.out
     batch = out.shape[-1] // (rows * columns)
     width = columns * batch
-    seen = [_padded(p, g.margin * batch)[:, None] for p in planes(x, (g.rows, g.columns), g.stride)]
+    seen = [padded(p, [(g.margin * batch,) * 2])[:, None] for p in planes(x, (g.rows, g.columns), g.stride)]
     out = out.reshape(inputs, -1, *out.shape[1:])
     together = out.size * out.dtype.itemsize <= _TOGETHER or out.shape[2] == 1
     limit = _ROWS if together else _ROWS_OF_A_CHANNEL
@@ -222,7 +217,7 @@ def _kernel(x: Array, out: Array, *, inputs: int, geometry: Geometry) -> Array:
 def _kernel_plain(x: Array, out: Array, *, inputs: int, geometry: Geometry) -> Array:
     g = geometry
     batch = out.shape[-1] // (g.out[0] * g.out[1])
-    seen = [_padded(p, g.margin * batch) for p in planes(x, (g.rows, g.columns), g.stride)]
+    seen = [padded(p, [(g.margin * batch,) * 2]) for p in planes(x, (g.rows, g.columns), g.stride)]
     out = out.reshape(inputs, -1, *out.shape[1:])
     found = []
     for tap in g.taps():

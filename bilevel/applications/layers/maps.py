@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from bilevel.applications.layers.primitives import bilinear, bind, in_front, linear, primitive
+from bilevel.applications.layers.primitives import align, bilinear, bind, in_front, linear, primitive
 
 Grid = tuple[int, int]
 
@@ -47,18 +49,38 @@ def unite(parts: Sequence[Array], grid: Grid, stride: int) -> Array:
     return full[..., : grid[0], : grid[1], :].reshape(*lead, -1)
 
 
+def padded(x: Array, widths: Sequence[tuple[int, int]]) -> Array:
+    """x with so many zeros before and behind along each axis, made once and not tested for in each read.
+
+    On a CPU it is copied into zeros, at a place that XLA does not know: where it knows it, it writes a padding, whose
+    every number is tested for the border, one by one.
+    """
+    widths = [(0, 0)] * (x.ndim - len(widths)) + list(widths)
+    if jax.default_backend() != "cpu":
+        return lax.optimization_barrier(jnp.pad(x, widths))
+    zeros = jnp.zeros([low + size + high for (low, high), size in zip(widths, x.shape, strict=True)], x.dtype)
+    start = [lax.optimization_barrier(np.int32(low)) if low + high else np.int32(0) for low, high in widths]
+    return lax.optimization_barrier(lax.dynamic_update_slice(*align(zeros, x), start))
+
+
 def shifted(x: Array, grid: Grid, down: int, right: int, fill: float = 0.0) -> Array:
     """The map whose pixel (i, j) is x's (i + down, j + right), `fill` outside."""
+    moved = _shift_p.bind(x, grid=grid, down=down, right=right)
+    if not fill:
+        return moved
+    batch = x.shape[-1] // (grid[0] * grid[1])
+    row = lax.iota(jnp.int32, x.shape[-1]) // (batch * grid[1]) + down
+    inside = (row >= 0) & (row < grid[0]) & same_row(right, grid[1], batch, x.shape[-1])
+    return jnp.where(inside, moved, jnp.asarray(fill, x.dtype))
+
+
+def _shifted(x: Array, *, grid: Grid, down: int, right: int) -> Array:
     batch = x.shape[-1] // (grid[0] * grid[1])
     offset = (down * grid[1] + right) * batch
-    widths = [(0, 0, 0)] * (x.ndim - 1) + [(max(-offset, 0), max(offset, 0), 0)]
-    # Above and below, the padding is the fill; to the left and right an offset ends in another row. The barrier has the
-    # padding made once: XLA would put its tests into the loop that reads it.
-    moved = lax.optimization_barrier(lax.pad(x, jnp.asarray(fill, x.dtype), widths))
+    # Above and below, the padding is zeros; to the left and right an offset ends in another row.
+    moved = padded(x, [(max(-offset, 0), max(offset, 0))])
     moved = lax.slice_in_dim(moved, max(offset, 0), max(offset, 0) + x.shape[-1], axis=-1)
-    if not right:
-        return moved
-    return jnp.where(same_row(right, grid[1], batch, x.shape[-1]), moved, jnp.asarray(fill, x.dtype))
+    return jnp.where(same_row(right, grid[1], batch, x.shape[-1]), moved, 0) if right else moved
 
 
 def same_row(right: int, columns: int, batch: int, length: int) -> Array:
@@ -105,7 +127,10 @@ _inner_p = primitive("map_inner", lambda x, y: x.shape[:-1], _inner, in_front)
 _total_p = primitive("map_total", lambda x: x.shape[:-1], _total, in_front)
 _spread_p = primitive("map_spread", lambda b, length: (*b.shape, length), _spread, in_front)
 
+_shift_p = primitive("map_shift", lambda x, **_: x.shape, _shifted, in_front)
+
 bilinear(_scale_p, lambda ct, _, factor: scale(factor, ct), lambda ct, _, x: inner(ct, x))
 bilinear(_inner_p, lambda ct, _, y: scale(ct, y), lambda ct, _, x: scale(ct, x))
 linear(_total_p, lambda ct, shape: spread(ct, shape[-1]))
 linear(_spread_p, lambda ct, shape, length: total(ct))
+linear(_shift_p, lambda ct, _, grid, down, right: shifted(ct, grid, -down, -right))

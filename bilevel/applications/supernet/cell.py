@@ -7,13 +7,14 @@ backward pass instead of kept, which on CPU costs less time than the memory traf
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from bilevel.applications.layers.maps import Grid, halved
 from bilevel.applications.supernet.operations import (
@@ -63,16 +64,22 @@ def cell_shapes(cell: CellSpec, channels: int, *, reduction: bool, affine: bool,
     return found
 
 
-def _groups(cell: CellSpec, reduction: bool) -> list[list[tuple[int, ...]]]:
-    """For each state, its outgoing edges in groups of equal operations (and equal stride, which is the state's)."""
-    groups: list[list[tuple[int, ...]]] = []
-    for state in range(cell.states):
-        by_operations: dict[tuple[str, ...], tuple[int, ...]] = {}
-        for e, (source, _) in enumerate(cell.edges):
-            if source == state:
-                by_operations[cell.operations[e]] = (*by_operations.get(cell.operations[e], ()), e)
-        groups.append(list(by_operations.values()))
-    return groups
+def _chains(cell: CellSpec, reduction: bool) -> list[list[tuple[int, ...]]]:
+    """The edges by their source, in groups of equal operations; groups in a row that are alike are one chain.
+
+    States that no edge reaches are left out, with the edges from them.
+    """
+    by_source: dict[int, dict[tuple[str, ...], tuple[int, ...]]] = {}
+    reached = set(range(cell.inputs))
+    for source in range(cell.states):
+        for e, (start, node) in enumerate(cell.edges):
+            if start == source in reached:
+                groups, names = by_source.setdefault(source, {}), cell.operations[e]
+                groups[names] = (*groups.get(names, ()), e)
+                reached.add(cell.inputs + node)
+    alike = lambda item: (item[0], cell.stride(item[1][0], reduction))  # noqa: E731
+    items = (item for groups in by_source.values() for item in groups.items())
+    return [[edges for _, edges in chain] for _, chain in itertools.groupby(items, alike)]
 
 
 def run_cell(
@@ -125,6 +132,7 @@ def run_cell(
         own = {n: _rows(params.get(label(n, stride), {}), tables[label(n, stride)][2], edges) for n in names}
         if beta is not None:
             own["auxiliary"] = _rows(params.get("auxiliary", {}) if stride == 2 else {}, strided, edges)
+            own["auxiliary_weight"] = jnp.broadcast_to(beta, edges.shape)
 
         def mixed(x: Array, mine: Any) -> Array:
             p, w, kept, k = mine
@@ -134,7 +142,7 @@ def run_cell(
                     context = Context(here, stride, pool_norm, k, w[o])
                     total = total + OPERATIONS[name].apply(x, p[name], context)
             if beta is not None:
-                context = Context(here, stride, pool_norm, weight=beta)
+                context = Context(here, stride, pool_norm, weight=p["auxiliary_weight"])
                 total = total + OPERATIONS["skip_connect"].apply(x, p["auxiliary"], context)
             if isinstance(total, int):  # `none` alone
                 total = OPERATIONS["none"].apply(x, {}, Context(here, stride, pool_norm))
@@ -143,31 +151,87 @@ def run_cell(
         each = (own, weights[edges], None if keep is None else keep[edges], None if keys is None else keys[edges])
         return mixed, each
 
-    for state, groups in enumerate(_groups(cell, reduction)):
-        x = states[state]
-        if x is None:  # a node that nothing reaches
+    def add(edge: int, map_: Array) -> None:
+        target = cell.inputs + cell.edges[edge][1]
+        states[target] = map_ if states[target] is None else states[target] + map_
+
+    for chain in _chains(cell, reduction):
+        sources = [cell.edges[edges[0]][0] for edges in chain]
+        if not remat or max(map(len, chain)) * states[sources[0]].nbytes <= TOGETHER:
+            for source, edges in zip(sources, chain, strict=True):
+                mixed, each = body_of(np.asarray(edges))
+                for edge, map_ in zip(edges, jax.vmap(mixed, in_axes=(None, 0))(states[source], each), strict=True):
+                    add(edge, map_)
             continue
-        for edges in map(np.asarray, groups):
-            mixed, each = body_of(edges)
-            targets = [cell.inputs + cell.edges[e][1] for e in edges]
-            if len(edges) * x.size * x.dtype.itemsize <= TOGETHER:
-                brought = jax.vmap(mixed, in_axes=(None, 0))(x, each)
-                for target, map_ in zip(targets, brought, strict=True):
-                    states[target] = map_ if states[target] is None else states[target] + map_
-                continue
-            # Inside a scan nothing can undo the recomputation, so no barrier is needed to protect it.
-            body = jax.checkpoint(mixed, prevent_cse=len(edges) == 1) if remat else mixed
-            if len(edges) == 1:
-                map_ = body(x, jax.tree.map(lambda a: a[0], each))
-                states[targets[0]] = map_ if states[targets[0]] is None else states[targets[0]] + map_
-                continue
-            brought = jax.lax.map(lambda mine, x=x, body=body: body(x, mine), each)
-            for i, target in enumerate(targets):
-                states[target] = brought[i] if states[target] is None else states[target] + brought[i]
+        edges = np.asarray([e for group in chain for e in group])
+        _one_by_one(cell, edges, states, *body_of(edges))
     outputs = [states[i] for i in cell.concat]
     reached = next(x for x in outputs if x is not None)
     outputs = [jnp.zeros_like(reached) if x is None else x for x in outputs]
     return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _one_by_one(cell: CellSpec, edges: np.ndarray, states: list[Any], body: Any, each: Any) -> None:
+    """Add what the edges bring to `states`, one after the other, which is one body compiled once.
+
+    The derivative goes back over the edges, each computed again from the state that it reads. It is written out because
+    that of a scan which carries the states would keep and add up all of them at each edge.
+    """
+    sources = [cell.edges[e][0] for e in edges]
+    targets = [cell.inputs + cell.edges[e][1] for e in edges]
+    x = states[sources[0]]
+    made = jax.eval_shape(body, x, jax.tree.map(lambda a: a[0], each))
+    # A reduction's inputs are of another side: they are read alone, and nothing is added to them.
+    apart = made.shape != x.shape
+    held = sorted({*targets} if apart else {*sources, *targets})
+    read = sorted({*sources}) if apart else held
+    zeros = jnp.zeros(made.shape, made.dtype)
+    start = jnp.stack([zeros if states[i] is None else states[i] for i in held])
+    given = jnp.stack([states[i] for i in read]) if apart else None
+    at = np.asarray([read.index(i) for i in sources]), np.asarray([held.index(i) for i in targets])
+    for i, map_ in zip(held, _chain(body, at, given, start, each), strict=True):
+        states[i] = map_
+
+
+def _at(maps: Array, i: Array) -> Array:
+    return lax.dynamic_index_in_dim(maps, i, keepdims=False)
+
+
+def _plus(maps: Array, i: Array, more: Array) -> Array:
+    return lax.dynamic_update_index_in_dim(maps, _at(maps, i) + more, i, 0)
+
+
+def _chain(body: Any, at: tuple[np.ndarray, np.ndarray], given: Array | None, start: Array, each: Any) -> Array:
+    """maps[at[1][k]] += body((maps or given)[at[0][k]], each[k]) for k = 0, 1, ..., from maps = start."""
+
+    @jax.custom_vjp
+    def run(given: Array | None, start: Array, each: Any) -> Array:
+        def step(maps: Array, now: Any) -> tuple[Array, None]:
+            source, target, mine = now
+            return _plus(maps, target, body(_at(maps if given is None else given, source), mine)), None
+
+        return lax.scan(step, start, (*at, each))[0]
+
+    def forward(given: Array | None, start: Array, each: Any) -> Any:
+        maps = run(given, start, each)
+        return maps, (maps if given is None else given, each)  # an edge has read its source as it is at the end
+
+    def backward(kept: Any, ct: Array) -> Any:
+        seen, (own, weights, keep, keys) = kept
+        fixed = None if given is None else ct
+
+        def step(ct: Array, now: Any) -> Any:
+            source, target, mine, key = now
+            _, back = jax.vjp(lambda x, mine: body(x, (*mine, key)), _at(seen, source), mine)
+            to_x, to_mine = back(_at(ct if fixed is None else fixed, target))
+            return _plus(ct, source, to_x), to_mine
+
+        begin = ct if fixed is None else jnp.zeros_like(seen)
+        total, to_each = lax.scan(step, begin, (*at, (own, weights, keep), keys), reverse=True)
+        return *((None, total) if fixed is None else (total, fixed)), (*to_each, None)
+
+    run.defvjp(forward, backward)
+    return run(given, start, each)
 
 
 def _rows(params: Params, held: Any, edges: Any) -> dict[str, Array]:
