@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -274,16 +275,23 @@ Algorithm = Callable[[Matvec, PyTree, PyTree], Answer]
 
 
 def solve_normalised(algorithm: Algorithm, matvec: Matvec, b: PyTree, v: PyTree) -> Answer:
-    """Run an algorithm on b / s, with s the power of two next to max |b|.
+    """Run an algorithm on b / s, with s the power of two next to max |b| from below.
 
     That is exact, and the squares of a gradient of size 1e-25 or 1e25 then neither vanish nor overflow in float32. A
     NaN or infinity in b makes s, and so all of v, NaN: it is not lost.
     """
     dtype = working_dtype(b)
     largest = jnp.stack([jnp.max(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(b) if x.size]).max()
-    s = jnp.where(jnp.isfinite(largest), jnp.ldexp(jnp.ones((), dtype), jnp.frexp(largest)[1]), jnp.nan)
+    s = jnp.where(jnp.isfinite(largest), _power_of_two(largest), jnp.nan)
     v, info = algorithm(matvec, scaled(1 / s, b), None if v is None else scaled(1 / s, v))
     return scaled(s, v), dataclasses.replace(info, residual=s * info.residual)
+
+
+def _power_of_two(number: jax.Array) -> jax.Array:
+    """The largest power of two that is at most the number (its exponent's bits alone); 1 for zero."""
+    bits = jax.lax.bitcast_convert_type(number, f"uint{jnp.finfo(number.dtype).bits}")
+    exponent = bits & np.array(np.inf, number.dtype).view(bits.dtype)
+    return jnp.where(exponent > 0, jax.lax.bitcast_convert_type(exponent, number.dtype), 1)
 
 
 def implicit_solve(h: Matvec, b: PyTree, solve: Solve, transpose_solve: Solve, symmetric: bool) -> Answer:

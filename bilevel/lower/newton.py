@@ -76,16 +76,7 @@ class Newton:
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
         """Run from `state`."""
-        _refuse(level)
-        flat, unravel = ravel_pytree(state.y)
-        bounds = None
-        if level.project is not None:
-            ends = level.project.bounds(state.y)  # type: ignore[attr-defined]
-            bounds = tuple(
-                ravel_pytree(jax.tree.map(lambda b, y: jnp.broadcast_to(b, jnp.shape(y)), end, state.y))[0]
-                for end in ends
-            )
-        value = lambda u: level(x, unravel(u))  # noqa: E731
+        value, flat, unravel, bounds = self._as_vector(level, x, state.y)
 
         def condition(u: jax.Array) -> jax.Array:
             """Zero at the solution: the slope of what is free, and the distance to the bound of what is held."""
@@ -102,6 +93,23 @@ class Newton:
         solve = lambda _, u: self._minimise(value, u, bounds)  # noqa: E731
         found = jax.lax.custom_root(condition, jax.lax.stop_gradient(flat), solve, tangent)
         return LowerState(unravel(found), None)
+
+    def minimum(self, level: Level, x: PyTree, y: PyTree) -> PyTree:
+        """The same from y without a derivative, which is half of what there is to trace."""
+        value, flat, unravel, bounds = self._as_vector(level, x, y)
+        return unravel(self._minimise(value, flat, bounds))
+
+    def _as_vector(self, level: Level, x: PyTree, y: PyTree) -> tuple[Callable[[jax.Array], Scalar], Any, Any, Any]:
+        """The loss of y's vector, that vector, the way back, and the bounds or None."""
+        _refuse(level)
+        flat, unravel = ravel_pytree(y)
+        bounds = None
+        if level.project is not None:
+            ends = level.project.bounds(y)  # type: ignore[attr-defined]
+            bounds = tuple(
+                ravel_pytree(jax.tree.map(lambda b, y: jnp.broadcast_to(b, jnp.shape(y)), end, y))[0] for end in ends
+            )
+        return lambda u: level(x, unravel(u)), flat, unravel, bounds
 
     def _minimise(self, fn: Callable[[jax.Array], Scalar], u: jax.Array, bounds: Any) -> jax.Array:
         clip = (lambda u: u) if bounds is None else (lambda u: jnp.clip(u, *bounds))

@@ -976,7 +976,7 @@ def _reached(
             return jax.lax.cond(weight > 0, tilted, lambda w: lower(u, w).astype(ws.dtype), w)
 
         if smooth:
-            w = Newton(60, cg_steps=100)(lower.with_loss(value), u, LowerState(unravel_w(ws[j]), None)).y
+            w = Newton(60, cg_steps=100).minimum(lower.with_loss(value), u, unravel_w(ws[j]))
             multipliers, broken = jnp.zeros((0,), ws.dtype), jnp.zeros((), ws.dtype)
         else:
             tol = jnp.where(weight > 0, jnp.minimum(1e-3 * weight, 1e-9), 1e-9)
