@@ -128,13 +128,15 @@ def until_share(
         i, _, residual, _, since, least = carry
         return (i < kernel.steps) & (residual > least) & (since < PATIENCE)
 
-    def step(state: LowerState, i: Any) -> tuple[LowerState, Callable[[], Scalar]]:
-        return kernel.advance(level.redraw(i, kernel.steps), x, state)
+    def step(state: LowerState, i: Any) -> tuple[LowerState, Scalar]:
+        new, residual_of = kernel.advance(level.redraw(i, kernel.steps), x, state)
+        return new, residual_of()
+
+    step = jax.jit(step, inline=True)  # traced once, for the residual's dtype and for the loop
 
     def body(carry: Any) -> Any:
         i, state, _, best, since, least = carry
-        new, residual_of = step(state, i)
-        residual = residual_of()
+        new, residual = step(state, i)
         if reach is not None:
             least = jnp.where(i == 0, tol * jnp.maximum(reach, residual), least)
         y = jax.tree.map(lambda new, y: jnp.where(residual <= least, y, new), new.y, state.y)
@@ -142,7 +144,7 @@ def until_share(
         return i + 1, state, residual, jnp.minimum(residual, best), jnp.where(residual < best, 0, since + 1), least
 
     zero = jnp.zeros((), jnp.int32)
-    infinite = jnp.full_like(jax.eval_shape(lambda state: step(state, 0)[1](), state), jnp.inf)
+    infinite = jnp.full_like(jax.eval_shape(step, state, zero)[1], jnp.inf)
     least = jnp.asarray(0 if reach is not None else tol, infinite.dtype)
     start = zero, state, infinite, infinite, zero, least
     _, state, residual, *_, least = jax.lax.while_loop(unfinished, body, start)

@@ -1,8 +1,9 @@
 """A cell as a function of its parameters and mixture weights.
 
-Edges that read the same state and carry the same operations are one body, scanned over their stacked parameters: it is
-compiled once, and one edge's maps at a time stay in cache. With `remat` a body's maps are computed again in the
-backward pass instead of kept, which on CPU costs less time than the memory traffic of keeping them.
+Edges that carry the same operations are one body, which is compiled once and goes over their stacked parameters: for
+large maps edge by edge, so that one edge's maps at a time stay in cache. They are computed again in the backward pass
+instead of kept (`remat`), which on CPU costs less time than the memory traffic of keeping them. Small maps are worked
+on together, for all edges from one state.
 """
 
 from __future__ import annotations
@@ -204,7 +205,6 @@ def _plus(maps: Array, i: Array, more: Array) -> Array:
 def _chain(body: Any, at: tuple[np.ndarray, np.ndarray], given: Array | None, start: Array, each: Any) -> Array:
     """maps[at[1][k]] += body((maps or given)[at[0][k]], each[k]) for k = 0, 1, ..., from maps = start."""
 
-    @jax.custom_vjp
     def run(given: Array | None, start: Array, each: Any) -> Array:
         def step(maps: Array, now: Any) -> tuple[Array, None]:
             source, target, mine = now
@@ -230,8 +230,9 @@ def _chain(body: Any, at: tuple[np.ndarray, np.ndarray], given: Array | None, st
         total, to_each = lax.scan(step, begin, (*at, (own, weights, keep), keys), reverse=True)
         return *((None, total) if fixed is None else (total, fixed)), (*to_each, None)
 
-    run.defvjp(forward, backward)
-    return run(given, start, each)
+    chain = jax.custom_vjp(run)
+    chain.defvjp(forward, backward)
+    return chain(given, start, each)
 
 
 def _rows(params: Params, held: Any, edges: Any) -> dict[str, Array]:

@@ -158,10 +158,8 @@ def small_net(space=SMALL, seed=0, **options):
     net = Supernet(
         space,
         channels=2,
-        cells=3,
-        reductions=(2,),
         image=(4, 4, 1),
-        **{"stem_multiplier": 2, "scan": None, **options},
+        **{"cells": 3, "reductions": (2,), "stem_multiplier": 2, "scan": None, **options},
         rngs=nnx.Rngs(seed),
     )
     return from_nnx(net)
@@ -170,6 +168,32 @@ def small_net(space=SMALL, seed=0, **options):
 def batch(n=4, seed=0, side=4):
     random = np.random.default_rng(seed)
     return jnp.asarray(random.standard_normal((n, side, side, 1)), float), jnp.asarray(random.integers(0, 10, n))
+
+
+def test_edges_one_by_one_are_the_edges_together_to_second_order(x64, monkeypatch):
+    """A reduction cell's edges are two chains; drop-path, noise and the auxiliary skip go along with their edges."""
+    space = darts_space("noisy", ("skip_connect", "sep_conv_3x3", "noise"), nodes=2)
+    images, labels = batch()
+    options = {"auxiliary_skip": True, "cells": 1, "reductions": (0,)}
+    params, together = small_net(space=space, remat=False, **options)
+    _, one_by_one = small_net(space=space, **options)
+    at = params, space.weights(space.alphas(0, 1.0)), jnp.asarray(0.7)
+    along = jax.tree.map(lambda a: jnp.asarray(RNG.standard_normal(a.shape)), at)
+
+    def derivatives(apply):
+        def loss(params, weights, beta):
+            logits = apply(params, weights, images, drop_path=0.3, key=jax.random.key(1), beta=beta)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
+        return jax.jit(lambda at, along: jax.jvp(lambda *at: gradient(*at), at, along))(at, along)
+
+    monkeypatch.setattr("bilevel.applications.supernet.cell.TOGETHER", 0)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * np.abs(b).max()),
+        derivatives(one_by_one),
+        derivatives(together),
+    )
 
 
 @pytest.mark.slow
