@@ -8,15 +8,18 @@ on together, for all edges from one state.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
+from bilevel._forward import forward_only
 from bilevel.applications.layers.maps import Grid, halved
 from bilevel.applications.supernet.operations import (
     OPERATIONS,
@@ -165,74 +168,135 @@ def run_cell(
                     add(edge, map_)
             continue
         edges = np.asarray([e for group in chain for e in group])
-        _one_by_one(cell, edges, states, *body_of(edges))
+        _one_by_one(cell, chain, states, *body_of(edges))
     outputs = [states[i] for i in cell.concat]
     reached = next(x for x in outputs if x is not None)
     outputs = [jnp.zeros_like(reached) if x is None else x for x in outputs]
     return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _one_by_one(cell: CellSpec, edges: np.ndarray, states: list[Any], body: Any, each: Any) -> None:
-    """Add what the edges bring to `states`, one after the other, which is one body compiled once.
-
-    The derivative goes back over the edges, each computed again from the state that it reads. It is written out because
-    that of a scan which carries the states would keep and add up all of them at each edge.
-    """
-    sources = [cell.edges[e][0] for e in edges]
-    targets = [cell.inputs + cell.edges[e][1] for e in edges]
+def _one_by_one(cell: CellSpec, chain: list[tuple[int, ...]], states: list[Any], body: Any, each: Any) -> None:
+    """Add what a chain's edges bring to `states`, one after the other: one body, compiled once."""
+    sources = [cell.edges[edges[0]][0] for edges in chain]
+    targets = [cell.inputs + cell.edges[e][1] for edges in chain for e in edges]
     x = states[sources[0]]
     made = jax.eval_shape(body, x, jax.tree.map(lambda a: a[0], each))
     # A reduction's inputs are of another side: they are read alone, and nothing is added to them.
     apart = made.shape != x.shape
     held = sorted({*targets} if apart else {*sources, *targets})
-    read = sorted({*sources}) if apart else held
+    read = sources if apart else held
     zeros = jnp.zeros(made.shape, made.dtype)
     start = jnp.stack([zeros if states[i] is None else states[i] for i in held])
-    given = jnp.stack([states[i] for i in read]) if apart else None
-    at = np.asarray([read.index(i) for i in sources]), np.asarray([held.index(i) for i in targets])
-    for i, map_ in zip(held, _chain(body, at, given, start, each), strict=True):
+    given = jnp.stack([states[i] for i in sources]) if apart else None
+    last = np.cumsum([len(edges) for edges in chain], dtype=np.int32)
+    order = _Order(
+        np.asarray([read.index(i) for i in sources], np.int32),
+        np.append(np.int32(0), last[:-1]),
+        last,
+        np.asarray([held.index(i) for i in targets], np.int32),
+    )
+    for i, map_ in zip(held, _in_turn(body, order, given, start, each), strict=True):
         states[i] = map_
 
 
-def _at(maps: Array, i: Array) -> Array:
-    return lax.dynamic_index_in_dim(maps, i, keepdims=False)
+class _Order(NamedTuple):
+    """Which map each source is, its first edge and the one behind its last, and which map each edge is added to."""
+
+    source: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    target: np.ndarray
+
+    def by_source(self) -> tuple[np.ndarray, ...]:
+        return self.source, self.first, self.last
 
 
-def _plus(maps: Array, i: Array, more: Array) -> Array:
-    return lax.dynamic_update_index_in_dim(maps, _at(maps, i) + more, i, 0)
+def _at(tree: Any, i: Array) -> Any:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
 
 
-def _chain(body: Any, at: tuple[np.ndarray, np.ndarray], given: Array | None, start: Array, each: Any) -> Array:
-    """maps[at[1][k]] += body((maps or given)[at[0][k]], each[k]) for k = 0, 1, ..., from maps = start."""
+def _put(tree: Any, i: Array, values: Any) -> Any:
+    return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), tree, values)
+
+
+def _in_turn(body: Any, order: _Order, given: Array | None, start: Array, each: Any) -> Array:
+    """For each source and then for each of its edges e: maps[target[e]] += body((maps or given)[source], each[e]).
+
+    From maps = start. The derivative goes back over the edges, each computed again from its source's map. It is written
+    out because that of a scan which carries the maps would keep and add up all of them at each edge; and with loops of
+    as many rounds as a source has edges, so that XLA makes once what its edges share.
+    """
 
     def run(given: Array | None, start: Array, each: Any) -> Array:
-        def step(maps: Array, now: Any) -> tuple[Array, None]:
-            source, target, mine = now
-            return _plus(maps, target, body(_at(maps if given is None else given, source), mine)), None
+        def from_source(maps: Array, now: Any) -> tuple[Array, None]:
+            source, first, last = now
+            x = _at(maps if given is None else given, source)
 
-        return lax.scan(step, start, (*at, each))[0]
+            def along(e: Array, maps: Array) -> Array:
+                target = _at(order.target, e)
+                return _put(maps, target, _at(maps, target) + body(x, _at(each, e)))
 
-    def forward(given: Array | None, start: Array, each: Any) -> Any:
+            return lax.fori_loop(first, last, along, maps), None
+
+        return lax.scan(from_source, start, order.by_source())[0]
+
+    def forward(given: Any, start: Any, each: Any) -> Any:
+        wanted = _Wanted(tuple(leaf.perturbed for leaf in jax.tree.leaves(each[:3])))
+        given, start, each = jax.tree.map(lambda leaf: leaf.value, (given, start, each))
         maps = run(given, start, each)
-        return maps, (maps if given is None else given, each)  # an edge has read its source as it is at the end
+        return maps, (maps if given is None else given, each, wanted)  # a source is as it was read at the end, too
 
-    def backward(kept: Any, ct: Array) -> Any:
-        seen, (own, weights, keep, keys) = kept
-        fixed = None if given is None else ct
+    def backward(kept: Any, ct: Any) -> Any:
+        seen, (own, weights, keep, keys), wanted = kept
+        ct = jnp.zeros(ct.shape, ct.dtype) if isinstance(ct, SymbolicZero) else ct
+        leaves, treedef = jax.tree.flatten((own, weights, keep))
+        free = [leaf for leaf, yes in zip(leaves, wanted.leaves, strict=True) if yes]
 
-        def step(ct: Array, now: Any) -> Any:
-            source, target, mine, key = now
-            _, back = jax.vjp(lambda x, mine: body(x, (*mine, key)), _at(seen, source), mine)
-            to_x, to_mine = back(_at(ct if fixed is None else fixed, target))
-            return _plus(ct, source, to_x), to_mine
+        def whole(some: list[Any], others: list[Any]) -> Any:
+            some, others = iter(some), iter(others)
+            return treedef.unflatten([next(some) if yes else next(others) for yes in wanted.leaves])
 
-        begin = ct if fixed is None else jnp.zeros_like(seen)
-        total, to_each = lax.scan(step, begin, (*at, (own, weights, keep), keys), reverse=True)
-        return *((None, total) if fixed is None else (total, fixed)), (*to_each, None)
+        fixed = [leaf for leaf, yes in zip(leaves, wanted.leaves, strict=True) if not yes]
 
-    chain = jax.custom_vjp(run)
-    chain.defvjp(forward, backward)
-    return chain(given, start, each)
+        def from_source(carry: Any, now: Any) -> tuple[Any, None]:
+            (total, found), (source, first, last) = carry, now
+            x, above = _at(seen, source), total if given is None else ct
+
+            def along(k: Array, carry: Any) -> Any:
+                to_x, found = carry
+                e = first + last - 1 - k
+                others, key = _at((fixed, keys), e)
+                _, back = jax.vjp(lambda x, some: body(x, (*whole(some, others), key)), x, _at(free, e))
+                here = back(_at(above, _at(order.target, e)))
+                return to_x + here[0], _put(found, e, here[1])
+
+            to_x, found = lax.fori_loop(first, last, along, (_at(total, source), found))
+            return (_put(total, source, to_x), found), None
+
+        begin = (ct if given is None else jnp.zeros_like(seen)), jax.tree.map(jnp.zeros_like, free)
+        (total, found), _ = lax.scan(from_source, begin, order.by_source(), reverse=True)
+        to_maps = (None, total) if given is None else (total, ct)
+        to_each = *whole(found, jax.tree.map(jnp.zeros_like, fixed)), None
+        return forward_only((*to_maps, to_each), _NO_REVERSE)
+
+    turns = jax.custom_vjp(run)
+    turns.defvjp(forward, backward, symbolic_zeros=True)
+    return turns(given, start, each)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Which leaves of what the edges have need a cotangent."""
+
+    leaves: tuple[bool, ...]
+
+
+_NO_REVERSE = (
+    "The gradient of a Supernet with maps of this size (over 2 MiB for the edges from one state) has no derivative in "
+    "reverse mode: take products in mixed mode, jax.jvp(jax.grad(loss), ...), as the hypergradients do, or keep the "
+    "maps with Supernet(remat=False)."
+)
 
 
 def _rows(params: Params, held: Any, edges: Any) -> dict[str, Array]:
