@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel._forward import forward_only
 from bilevel._products import merge_products
 from bilevel._reverse import inner, reverse_over_reverse
 from bilevel.typing import PyTree
@@ -20,8 +21,8 @@ from bilevel.typing import PyTree
 Loss = Callable[[PyTree, PyTree], jax.Array]
 
 __all__ = [
-    "Linearised", "cross_product", "dot", "gradient_and_cross", "gradient_and_products", "hvp", "linearised",
-    "mixed_mode_gradient", "reverse_over_reverse",
+    "Linearised", "cross_product", "dot", "forward_only", "gradient_and_cross", "gradient_and_products", "hvp",
+    "linearised", "mixed_mode_gradient", "reverse_over_reverse",
 ]  # fmt: skip
 
 

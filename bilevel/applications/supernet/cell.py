@@ -19,7 +19,6 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from bilevel._forward import forward_only
 from bilevel.applications.layers.maps import Grid, halved
 from bilevel.applications.supernet.operations import (
     OPERATIONS,
@@ -28,6 +27,7 @@ from bilevel.applications.supernet.operations import (
     parameter_shapes,
 )
 from bilevel.applications.supernet.spaces import CellSpec
+from bilevel.derivatives import forward_only
 
 # Edges whose maps together take at most so many bytes are worked on together, their maps kept for the backward pass.
 TOGETHER = 2**21

@@ -194,6 +194,9 @@ def test_edges_one_by_one_are_the_edges_together_to_second_order(x64, monkeypatc
         derivatives(one_by_one),
         derivatives(together),
     )
+    slope = jax.grad(lambda weights: one_by_one(params, weights, images, key=jax.random.key(1)).sum())
+    with pytest.raises(ValueError, match=r"no derivative in reverse mode: take products in mixed mode, .*remat=False"):
+        jax.eval_shape(jax.grad(lambda weights: slope(weights)["reduce"].sum()), at[1])
 
 
 @pytest.mark.slow
