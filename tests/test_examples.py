@@ -86,6 +86,7 @@ def sinusoid():
     return few_shot, lambda tasks: {**ranges, "tasks": np.zeros(tasks, np.float32)}
 
 
+@pytest.mark.slow
 def test_maml_adapts_in_a_few_steps(sinusoid):
     few_shot, ranges = sinusoid
     sampler = few_shot.data.Shared(few_shot.data.Sampler(few_shot.draw_tasks, ranges(10)))

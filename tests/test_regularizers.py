@@ -79,7 +79,7 @@ def test_perturbed_choices_stay_on_the_simplex(adversarial, x64):
     np.testing.assert_allclose(reg.renormalise(jnp.array([[-1.0, -2.0], [3.0, 1.0]])), [[0.5, 0.5], [0.75, 0.25]])
 
 
-@pytest.mark.parametrize("order", [2, "exact"])
+@pytest.mark.parametrize("order", [pytest.param(2, marks=pytest.mark.slow), "exact"])
 def test_perturbed_search_runs_and_reproduces(order):
     train = data.Keyed(data.Minibatches(np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32), 4))
     problem = Problem(

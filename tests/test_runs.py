@@ -202,6 +202,7 @@ def test_adaptive_rolls_back_to_exactly_the_saved_state(tmp_path, x64):
         runs.adaptive(PROBLEM, x, y, darts, 0.05, checkpoint=tmp_path, **call)
 
 
+@pytest.mark.slow
 def test_adaptive_goes_back_beyond_an_earlier_roll_back():
     # A strength that makes the eigenvalue grow faster: the second decision names an evaluation of the first run.
     found = runs.adaptive(

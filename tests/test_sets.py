@@ -39,6 +39,10 @@ OTHER = {
 }
 ALL = CONVEX | OTHER
 each = pytest.mark.parametrize("name", ALL)
+# But for the polyhedron, whose solver of quadratic programmes takes seconds to compile; its slopes are tested by `each`.
+each_quick = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "polyhedron")) for name in ALL]
+)
 POINTS = RANDOM.normal(size=(12, 5)) * 2
 # Compiled once for each kind of set: a set is a pytree.
 PROJECT = jax.jit(lambda one, z: one(z))
@@ -112,7 +116,7 @@ def test_both_modes_by_the_point_and_by_the_sets_numbers_equal_differences(x64, 
     np.testing.assert_allclose(np.where(finite, back_to, 0), weights @ expected, atol=1e-5)
 
 
-@each
+@each_quick
 def test_second_derivatives_exist_in_every_nesting(x64, name):
     one, z = ALL[name], POINTS[1]
     if name == "intersection":
@@ -124,7 +128,7 @@ def test_second_derivatives_exist_in_every_nesting(x64, name):
     np.testing.assert_allclose(hessian, differences(gradient, z, 1e-5), atol=1e-5)
 
 
-@each
+@each_quick
 def test_nothing_is_nan_at_corners_zeros_and_repeated_values(x64, name):
     one = ALL[name]
     corner = PROJECT(one, POINTS[0])
