@@ -39,7 +39,7 @@ OTHER = {
 }
 ALL = CONVEX | OTHER
 each = pytest.mark.parametrize("name", ALL)
-# But for the polyhedron, whose solver of quadratic programmes takes seconds to compile; its slopes are tested by `each`.
+# But for the polyhedron, whose quadratic programme takes seconds to compile; its slopes are tested by `each`.
 each_quick = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "polyhedron")) for name in ALL]
 )
