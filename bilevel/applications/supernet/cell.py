@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,12 +128,14 @@ def run_cell(
         keep = jnp.tile(keep, (1, inner_grid[0] * inner_grid[1]))
     keys = None if key is None else jax.random.split(key, len(cell.edges))
 
-    def body_of(edges: np.ndarray) -> Any:
+    def body_of(alike: Sequence[int]) -> Any:
         """(the mixed operation of edges with equal operations, their parameters and the like, stacked)."""
-        first = int(edges[0])
+        first, edges = alike[0], np.asarray(alike)
         names, stride = cell.operations[first], cell.stride(first, reduction)
         here = grid if cell.edges[first][0] < cell.inputs else inner_grid
-        own = {n: _rows(params.get(label(n, stride), {}), tables[label(n, stride)][2], edges) for n in names}
+        own: dict[str, Any] = {
+            n: _rows(params.get(label(n, stride), {}), tables[label(n, stride)][2], edges) for n in names
+        }
         if beta is not None:
             own["auxiliary"] = _rows(params.get("auxiliary", {}) if stride == 2 else {}, strided, edges)
             own["auxiliary_weight"] = jnp.broadcast_to(beta, edges.shape)
@@ -163,12 +165,11 @@ def run_cell(
         sources = [cell.edges[edges[0]][0] for edges in chain]
         if not remat or max(map(len, chain)) * states[sources[0]].nbytes <= TOGETHER:
             for source, edges in zip(sources, chain, strict=True):
-                mixed, each = body_of(np.asarray(edges))
+                mixed, each = body_of(edges)
                 for edge, map_ in zip(edges, jax.vmap(mixed, in_axes=(None, 0))(states[source], each), strict=True):
                     add(edge, map_)
             continue
-        edges = np.asarray([e for group in chain for e in group])
-        _one_by_one(cell, chain, states, *body_of(edges))
+        _one_by_one(cell, chain, states, *body_of([e for edges in chain for e in edges]))
     outputs = [states[i] for i in cell.concat]
     reached = next(x for x in outputs if x is not None)
     outputs = [jnp.zeros_like(reached) if x is None else x for x in outputs]
@@ -252,11 +253,11 @@ def _in_turn(body: Any, order: _Order, given: Array | None, start: Array, each: 
         leaves, treedef = jax.tree.flatten((own, weights, keep))
         free = [leaf for leaf, yes in zip(leaves, wanted.leaves, strict=True) if yes]
 
-        def whole(some: list[Any], others: list[Any]) -> Any:
-            some, others = iter(some), iter(others)
-            return treedef.unflatten([next(some) if yes else next(others) for yes in wanted.leaves])
-
         fixed = [leaf for leaf, yes in zip(leaves, wanted.leaves, strict=True) if not yes]
+
+        def whole(some: list[Any], others: list[Any]) -> Any:
+            wants, has = iter(some), iter(others)
+            return jax.tree.unflatten(treedef, [next(wants if yes else has) for yes in wanted.leaves])
 
         def from_source(carry: Any, now: Any) -> tuple[Any, None]:
             (total, found), (source, first, last) = carry, now
