@@ -135,13 +135,12 @@ def central_difference(lower: Level, x: PyTree, y: PyTree, v: PyTree, radius: An
     length = derivatives.norm(v)
     e = radius / jnp.maximum(length, jnp.finfo(length.dtype).tiny ** 0.5)
 
-    def add_side(total: PyTree, sign: Any) -> tuple[PyTree, None]:
-        shifted = optax.tree.cast_like(optax.tree.add_scale(y, sign * e, v), y)
-        return jax.tree.map(lambda a, g: a + sign.astype(g.dtype) * g, total, jax.grad(lower)(x, shifted)), None
+    def beside(sign: Any) -> PyTree:
+        return jax.grad(lower)(x, optax.tree.cast_like(optax.tree.add_scale(y, sign * e, v), y))
 
     # A loop of two rounds: the gradient is compiled once.
-    signs = jnp.asarray([1, -1], e.dtype)
-    difference = jax.lax.scan(in_canonical_order(add_side), optax.tree.zeros_like(x), signs)[0]
+    sides = jax.lax.map(in_canonical_order(beside), jnp.asarray([1, -1], e.dtype))
+    difference = jax.tree.map(lambda pair: pair[0] - pair[1], sides)
     return optax.tree.scale(1 / (2 * e), difference)
 
 

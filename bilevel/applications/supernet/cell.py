@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from bilevel.applications.layers.maps import Grid, halved
+from bilevel.applications.layers.primitives import align
 from bilevel.applications.supernet.operations import (
     OPERATIONS,
     Context,
@@ -186,7 +187,7 @@ def _one_by_one(cell: CellSpec, chain: list[tuple[int, ...]], states: list[Any],
     apart = made.shape != x.shape
     held = sorted({*targets} if apart else {*sources, *targets})
     read = sources if apart else held
-    zeros = jnp.zeros(made.shape, made.dtype)
+    zeros = align(jnp.zeros(made.shape, made.dtype), x)[0]
     start = jnp.stack([zeros if states[i] is None else states[i] for i in held])
     given = jnp.stack([states[i] for i in sources]) if apart else None
     last = np.cumsum([len(edges) for edges in chain], dtype=np.int32)
@@ -274,7 +275,7 @@ def _in_turn(body: Any, order: _Order, given: Array | None, start: Array, each: 
             to_x, found = lax.fori_loop(first, last, along, (_at(total, source), found))
             return (_put(total, source, to_x), found), None
 
-        begin = (ct if given is None else jnp.zeros_like(seen)), jax.tree.map(jnp.zeros_like, free)
+        begin = ct if given is None else align(jnp.zeros_like(seen), ct)[0], jax.tree.map(jnp.zeros_like, free)
         (total, found), _ = lax.scan(from_source, begin, order.by_source(), reverse=True)
         to_maps = (None, total) if given is None else (total, ct)
         to_each = *whole(found, jax.tree.map(jnp.zeros_like, fixed)), None

@@ -194,7 +194,10 @@ def test_edges_one_by_one_are_the_edges_together_to_second_order(x64, monkeypatc
         derivatives(one_by_one),
         derivatives(together),
     )
-    slope = jax.grad(lambda weights: one_by_one(params, weights, images, key=jax.random.key(1)).sum())
+    slope = jax.grad(lambda weights, images=images: one_by_one(params, weights, images, key=jax.random.key(1)).sum())
+    whole, parts = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    over = functools.partial(jax.shard_map, mesh=jax.sharding.Mesh(jax.devices()[:1], ("data",)), out_specs=whole)
+    jax.eval_shape(over(lambda *at: jax.lax.psum(slope(*at), "data"), in_specs=(whole, parts)), at[1], images)
     with pytest.raises(ValueError, match=r"no derivative in reverse mode: take products in mixed mode, .*remat=False"):
         jax.eval_shape(jax.grad(lambda weights: slope(weights)["reduce"].sum()), at[1])
 
