@@ -119,6 +119,12 @@ class Certificate:
 
 # ---------------------------------------------------------------- the table
 
+
+def _asked(tol: float | None) -> float:
+    """The tolerance of an end's check: the run's, or this where the run had none."""
+    return 1e-3 if tol is None else tol
+
+
 _LIVE = (Result.CONVERGED, Result.PENALTY_LIMITED)
 _ANY = (*_LIVE, Result.MAX_STEPS, Result.COMPLETED)
 
@@ -137,7 +143,7 @@ def verdict(
       metrics: of its last step.
       tol: the run's tolerance, or None (1e-3 then).
     """
-    asked = 1e-3 if tol is None else tol
+    asked = _asked(tol)
     feasible = max(asked, 1e-4)
     margin = 10 * asked
     get = lambda name: found.get(name, 0.0)  # noqa: E731
@@ -362,7 +368,7 @@ class _End:
     @property
     def asked(self) -> float:
         """The tolerance, or what stands in its place."""
-        return 1e-3 if self.tol is None else self.tol
+        return _asked(self.tol)
 
     @property
     def judged(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["FAR", "METHODS", "End", "Rows", "attempt", "minimise"]
+__all__ = ["FAR", "METHODS", "End", "Rows", "attempt"]
 
 METHODS = ("SLSQP", "trust-constr")
 _SHORT = {"inequality": "ineq", "equality": "eq"}  # SciPy's names
@@ -54,24 +54,6 @@ class _SpentError(Exception):
     """All evaluations are spent."""
 
 
-def minimise(
-    rows: Callable[[np.ndarray], Rows],
-    start: np.ndarray,
-    lower: np.ndarray,
-    upper: np.ndarray,
-    *,
-    method: str = "SLSQP",
-    iterations: int = 60,
-    tol: float = 1e-10,
-    far: float = FAR,
-) -> np.ndarray:
-    """Where a local method ends, the start where it ends nowhere; whether it says that it failed is not asked.
-
-    Unknowns whose bounds are equal stay where they are. An end beyond `far` is none.
-    """
-    return attempt(rows, start, lower, upper, method=method, iterations=iterations, tol=tol, far=far).point
-
-
 def attempt(
     rows: Callable[[np.ndarray], Rows],
     start: np.ndarray,
@@ -84,7 +66,11 @@ def attempt(
     far: float = FAR,
     evaluations: float = np.inf,
 ) -> End:
-    """The same as `minimise`, with at most so many evaluations of the rows at a call of the method."""
+    """Where a local method ends, and its word for it; the start where it ends nowhere.
+
+    Unknowns whose bounds are equal stay where they are. An end beyond `far` is none. The rows are evaluated at most
+    `evaluations` times at a call of the method.
+    """
     whole = np.clip(start, lower, upper)
     free = np.flatnonzero(lower < upper)
     if not free.size:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.solvers.small.nlp import Rows, attempt, minimise
+from bilevel.solvers.small.nlp import Rows, attempt
 from bilevel.solvers.small.program import Evaluated, Program
 
 __all__ = ["Lowest", "Point", "Search", "deeper", "lower_starts", "solve_lower"]
@@ -427,7 +427,7 @@ class Search:
             at = all_rows(z)
             return at._replace(value=at.value / unit, gradient=at.gradient / unit)
 
-        return minimise(rows, z, lower, upper, method=self.method, iterations=iterations)
+        return attempt(rows, z, lower, upper, method=self.method, iterations=iterations).point
 
     def bounds(self, active: np.ndarray | None = None, stationary: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Of the unknowns in `rows`."""
@@ -509,7 +509,8 @@ class Search:
 
         lower, upper = program.lower.copy(), program.upper.copy()
         lower[k:] = upper[k:] = 0.0
-        found = minimise(rows, program.point(xy), lower, upper, method=self.method, iterations=30, tol=1e-6)[:k]
+        end = attempt(rows, program.point(xy), lower, upper, method=self.method, iterations=30, tol=1e-6).point
+        found = end[:k]
         before, after = (program.violation(program(program.point(point))) for point in (xy, found))
         return found if after < before else xy
 

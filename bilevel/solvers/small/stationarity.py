@@ -15,7 +15,7 @@ import numpy as np
 
 from bilevel.curvature import least_curved
 from bilevel.problem import Problem, ProblemError
-from bilevel.solvers.small.nlp import minimise
+from bilevel.solvers.small.nlp import attempt
 from bilevel.solvers.small.program import PASS_BYTES, Evaluated, Program, size_of
 from bilevel.solvers.small.search import (
     EXACT,
@@ -286,7 +286,7 @@ def _falls_in_boxes(program: Program, xy: np.ndarray) -> bool:
         lower, upper = np.maximum(program.own_lower, xy - box), np.minimum(program.own_upper, xy + box)
         lower[:n] = upper[:n] = xy[:n]
         starts = [points[-1], *(np.clip(xy + sign * box, lower, upper) for sign in (0.3, -0.3))]
-        ends = [minimise(lower_rows(program), start, lower, upper, iterations=100, far=1e30) for start in starts]
+        ends = [attempt(lower_rows(program), start, lower, upper, iterations=100, far=1e30).point for start in starts]
         at = [(program(program.point(end)), end) for end in ends]
         fair = [(there.f, end) for there, end in at if program.violation(there, upper=False) <= FEASIBLE * reach]
         if not fair:
