@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 
 from bilevel.applications.layers import uniform_fan_in
-from bilevel.applications.layers.maps import Grid, halved, planes
+from bilevel.applications.layers.maps import Grid, halved, padded, planes
 from bilevel.applications.supernet.cell import cell_shapes, run_cell
 from bilevel.applications.supernet.operations import dense, factorized_reduce, normalise, pointwise
 from bilevel.applications.supernet.spaces import S2, CellSpec, SearchSpace
@@ -363,17 +363,17 @@ class _Run:
         spec = self.net.spec(k)
         width = groups[k]["preprocess1"]["kernel"].shape[0] * len(spec.concat)
         if last.shape[0] < width:  # the stem: zeros that its cells' kernels meet with zeros
-            last = jnp.pad(last, ((0, width - last.shape[0]), (0, 0)))
+            last = padded(last, [(0, width - last.shape[0]), (0, 0)])
 
-        def padded(p: dict[str, Array]) -> dict[str, Array]:
+        def filled(p: dict[str, Array]) -> dict[str, Array]:
             kernel = p["kernel"]
             return p | {"kernel": jnp.pad(kernel, ((0, 0), (0, width - kernel.shape[1])))}
 
         grid = self.grid(k)
         older = self.older(k, before, groups[k])
         own = [{n: v for n, v in groups[i].items() if not n.startswith("preprocess")} for i in range(k, end)]
-        newer = [padded(groups[i]["preprocess1"]) for i in range(k, end)]
-        following = [padded(groups[i]["preprocess0"]) for i in range(k + 1, end)]
+        newer = [filled(groups[i]["preprocess1"]) for i in range(k, end)]
+        following = [filled(groups[i]["preprocess0"]) for i in range(k + 1, end)]
         following.append(jax.tree.map(jnp.zeros_like, following[0]))  # the last step's is not used
         stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *part) for part in (own, newer, following)]
         keys = None if self.keys is None else self.keys[k:end]
