@@ -198,8 +198,8 @@ def gradients_kept(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, s
     nothing all states are kept, and each step is computed again.
 
     The numbers are those of `repeated` to rounding (a processor may contract a move along a kept gradient otherwise);
-    what is captured has a sum over the steps as its cotangent, which is added up
-    stretch by stretch where the states are large.
+    what is captured has a sum over the steps as its cotangent, which is added up stretch by stretch where the states
+    are large.
     """
     state = jax.tree.map(_strong, state)
     leaves, structure = jax.tree.flatten(state)

@@ -288,7 +288,7 @@ def solve_normalised(algorithm: Algorithm, matvec: Matvec, b: PyTree, v: PyTree)
 
 
 def _power_of_two(number: jax.Array) -> jax.Array:
-    """The largest power of two that is at most the number (its exponent's bits alone); 1 for zero."""
+    """The largest power of two that is at most the number (its exponent's bits alone); 1 below normal ones."""
     bits = jax.lax.bitcast_convert_type(number, f"uint{jnp.finfo(number.dtype).bits}")
     exponent = bits & np.array(np.inf, number.dtype).view(bits.dtype)
     return jnp.where(exponent > 0, jax.lax.bitcast_convert_type(exponent, number.dtype), 1)

@@ -95,7 +95,7 @@ class Newton:
         return LowerState(unravel(found), None)
 
     def minimum(self, level: Level, x: PyTree, y: PyTree) -> PyTree:
-        """The same from y without a derivative, which is half of what there is to trace."""
+        """The same from y, without the rule of its derivative, which would be traced too: not to be differentiated."""
         value, flat, unravel, bounds = self._as_vector(level, x, y)
         return unravel(self._minimise(value, flat, bounds))
 

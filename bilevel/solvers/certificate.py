@@ -976,7 +976,7 @@ def _reached(
     def one(j: Any, out: _Reached) -> _Reached:
         u, weight = unravel_u(us[j]), weights[j]
 
-        @jax.jit  # what its solver takes of it, ten times over, is traced once
+        @jax.jit  # what its solver takes of it, many times over, is traced once
         def value(u: PyTree, w: PyTree) -> Scalar:
             # F is not evaluated where it has no weight: the starts may lie outside its domain.
             tilted = lambda w: lower(u, w) + (weight * upper(u, w)).astype(ws.dtype)  # noqa: E731

@@ -126,7 +126,6 @@ _scale_p = primitive("map_scale", lambda x, factor: x.shape, lambda x, factor: x
 _inner_p = primitive("map_inner", lambda x, y: x.shape[:-1], _inner, in_front)
 _total_p = primitive("map_total", lambda x: x.shape[:-1], _total, in_front)
 _spread_p = primitive("map_spread", lambda b, length: (*b.shape, length), _spread, in_front)
-
 _shift_p = primitive("map_shift", lambda x, **_: x.shape, _shifted, in_front)
 
 bilinear(_scale_p, lambda ct, _, factor: scale(factor, ct), lambda ct, _, x: inner(ct, x))

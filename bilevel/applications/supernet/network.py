@@ -99,8 +99,8 @@ class Supernet(nnx.Module):
         affine: scales and biases after the norms, as in the final network; a search has none (but for the stem's, as
             in the authors' code).
         auxiliary_skip: room for the parameters of DARTS-'s auxiliary skip (at stride 2 it has some).
-        remat: compute large maps again in the backward pass, edge by edge. For gradients and what is taken of them,
-            in either mode; False: keep them, and any derivative.
+        remat: compute large maps again in the backward pass, edge by edge. The network then has gradients, and these
+            have derivatives in forward mode, and no others; False: keep the maps, and have any derivative.
         scan: scan over a run of equal cells where it has at least so many; None: never.
         rngs: for the initial values.
 
