@@ -8,8 +8,9 @@ The peer needs `pip install benchopt`.
 
 The data are synthetic, but for "mnist", which is Fashion-MNIST where its loader finds it. Both run in this process,
 interleaved, on one pinned core, with the same losses, batches and steps, and both give their iterates alone:
-`metrics` is what ours costs with the metrics of every step, over that. Times are CPU times of finished work
-(block_until_ready before the clock is read), medians over rounds. `agree` is the largest relative difference of the
+`metrics` is what ours costs with the metrics of every step, over that, and `/ SOBA` is ours over our SOBA. Times are
+CPU times of finished work (block_until_ready before the clock is read), medians over rounds; ratios are medians of the
+rounds' ratios, that to the peer with its quartiles. `agree` is the largest relative difference of the
 iterates after `--agree` steps when the peer is fed our order of blocks.
 """
 
@@ -208,31 +209,13 @@ def cpu(fn: Callable[[], Any]) -> float:
     return _harness.measured(fn)[1].median()
 
 
-@dataclasses.dataclass
-class Row:
-    """One line of the table; times in microseconds per iteration and in seconds."""
-
-    problem: str
-    solver: str
-    ours: float
-    metrics: float
-    peer: float | None = None
-    compiled: float = 0.0
-    peer_compiled: float | None = None
-    agree: float | None = None
-
-    def __str__(self) -> str:
-        left = f"{self.problem:<28} {self.solver:<8} {self.ours:>10.1f} {self.metrics:>8.2f}"
-        if self.peer is None or self.peer_compiled is None:
-            return f"{left} {'':>10} {'':>6} {self.compiled:>8.2f}"
-        agree = f"{self.agree:.0e}" if self.agree is not None else "-"
-        steps = f"{self.peer:>10.1f} {self.ours / self.peer:>6.2f}"
-        compiled = f"{self.compiled:>8.2f} {self.peer_compiled:>8.2f} {self.compiled / self.peer_compiled:>6.2f}"
-        return f"{left} {steps} {compiled} {agree:>8}"
+HEADER = (
+    "problem", "solver", "ours", "metrics", "/ SOBA", "peer", "ratio (quartiles)", "compile", "peer", "ratio", "agree",
+)  # fmt: skip
 
 
-def compare(case: problems.Case, key: str, name: str, arguments: argparse.Namespace) -> Row:
-    """CPU time per iteration, compile time and agreement for one solver on one problem."""
+def compare(case: problems.Case, key: str, name: str, arguments: argparse.Namespace) -> tuple[str, ...]:
+    """A row of the table: CPU microseconds per iteration, CPU seconds to compile, and agreement."""
     steps = arguments.steps or STEPS[key]
     mine = Ours(case, name, 0.1, 0.1)
     first = cpu(lambda: mine.run(steps))
@@ -241,24 +224,33 @@ def compare(case: problems.Case, key: str, name: str, arguments: argparse.Namesp
         made: list[Peer] = []
         peer_first = cpu(lambda: (made.append(Peer(case, name, 0.1, 1.0)), made[0].run(steps)))
         theirs = made[0]
-    measured = Ours(case, name, 0.1, 0.1, metrics=True)
-    measured.run(steps)  # compile
-    sides: dict[str, Any] = {"ours": mine, "metrics": measured} | ({} if theirs is None else {"peer": theirs})
+    others = {"metrics": Ours(case, name, 0.1, 0.1, metrics=True)}
+    others |= {} if name == "SOBA" else {"SOBA": Ours(case, "SOBA", 0.1, 0.1)}
+    for run in others.values():
+        run.run(steps)  # compile
+    sides: dict[str, Any] = {"ours": mine, **others} | ({} if theirs is None else {"peer": theirs})
     times = _harness.interleaved(
         {side: functools.partial(run.run, steps) for side, run in sides.items()},
         arguments.rounds,
         warm=0,
         before={side: run.restart for side, run in sides.items()},
     )
-    spent = {side: taken.median() for side, taken in times.items()}
-    share = spent["metrics"] / spent["ours"]
-    row = Row(case.name, name, 1e6 * spent["ours"] / steps, share, compiled=first - spent["ours"])
-    if theirs is not None:
-        row.peer = 1e6 * spent["peer"] / steps
-        row.peer_compiled = peer_first - spent["peer"]
-        if arguments.agree and name in ("SOBA", "SABA", "SRBA", "StocBiO", "AmIGO"):
-            row.agree = agreement(case, name, arguments.agree)
-    return row
+
+    def over(a: str, b: str) -> np.ndarray:
+        return np.asarray(times[a].cpu) / np.asarray(times[b].cpu)
+
+    per_step = {side: taken.median("cpu", 1e6) / steps for side, taken in times.items()}
+    compiled = first - times["ours"].median()
+    row = [case.name, name, f"{per_step['ours']:.1f}", f"{np.median(over('metrics', 'ours')):.2f}"]
+    row.append("" if name == "SOBA" else f"{np.median(over('ours', 'SOBA')):.2f}")
+    if theirs is None:
+        return (*row, "", "", f"{compiled:.2f}", "", "", "")
+    low, middle, high = np.quantile(over("ours", "peer"), [0.25, 0.5, 0.75])
+    peer_compiled = peer_first - times["peer"].median()
+    asked = arguments.agree and name in ("SOBA", "SABA", "SRBA", "StocBiO", "AmIGO")
+    agree = f"{agreement(case, name, arguments.agree):.0e}" if asked else ""
+    row += [f"{per_step['peer']:.1f}", f"{middle:.2f} ({low:.2f}, {high:.2f})", f"{compiled:.2f}"]
+    return (*row, f"{peer_compiled:.2f}", f"{compiled / peer_compiled:.2f}", agree)
 
 
 def agreement(case: problems.Case, name: str, steps: int) -> float:
@@ -356,11 +348,7 @@ def main() -> None:
     if arguments.peer:
         sys.path.insert(0, arguments.peer)
     print(f"{jax.devices()[0].device_kind}; CPU microseconds per iteration, medians of {arguments.rounds} rounds")
-    print(
-        f"{'problem':<28} {'solver':<8} {'ours':>10} {'metrics':>8} {'peer':>10} {'ratio':>6} {'compile':>8} "
-        f"{'peer':>8} {'ratio':>6} {'agree':>8}",
-        flush=True,
-    )
+    rows = [HEADER]
     for key in arguments.problem:
         case = CASES[key]()
         if arguments.race:
@@ -368,8 +356,9 @@ def main() -> None:
             path.mkdir(parents=True, exist_ok=True)
             draw(race(case, key, arguments), case, path / f"stochastic_{key}.png")
             continue
-        for name in arguments.solver:
-            print(compare(case, key, name, arguments), flush=True)
+        rows += [compare(case, key, name, arguments) for name in arguments.solver]
+    if len(rows) > 1:
+        _harness.table(*rows)
 
 
 if __name__ == "__main__":

@@ -151,16 +151,15 @@ def _swap_or_not(r: Any, i: jax.Array, n: jax.Array, seed: jax.Array) -> jax.Arr
 def in_epoch(step: jax.Array, n: int, stream: jax.Array) -> jax.Array:
     """permute(step mod n, n, seed of the epoch step // n): the scalar that a block sampler draws at every step.
 
-    The division is done in the loop's round 0, so that XLA:CPU has one kernel to launch.
+    The divisions are done in the loop, so that XLA:CPU has one kernel to launch; and the seed is made anew in it, so
+    that the loop carries the image alone: each variable more is a copy to launch.
     """
     count = jnp.uint32(n)
 
-    def rounds(r: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        i, seed = carry
-        seed = jnp.where(r == 0, epoch_seed(seed, i // count), seed)
-        return _rounds(r, jnp.where(r == 0, i % count, i), count, seed), seed
+    def rounds(r: Any, i: jax.Array) -> jax.Array:
+        return _rounds(r, jnp.where(r == 0, i % count, i), count, epoch_seed(stream, step // count))
 
-    return jax.lax.fori_loop(0, _ROUNDS // _AT_ONCE, rounds, (step, stream))[0].astype(jnp.int32)
+    return jax.lax.fori_loop(0, _ROUNDS // _AT_ONCE, rounds, step).astype(jnp.int32)
 
 
 def stream_seed(key: StepKey) -> jax.Array:

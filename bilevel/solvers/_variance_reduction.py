@@ -22,6 +22,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel._module import hyperparameters, state
+from bilevel.constraints import depends
 from bilevel.data import Source
 from bilevel.keys import Draw, StepKey
 from bilevel.level import Level
@@ -306,8 +307,9 @@ class SAGA:
 
         D = new - table[block] + average,    average += (new - table[block]) / blocks,    table[block] = new
 
-    for each of the terms f_y, f_yy v, f_xy v on the lower level's blocks and F_x, F_y on the upper level's. The tables
-    start at zero: a block's first visit counts as plain. Where both levels' data are full batches nothing is kept.
+    for each of the terms f_y, f_yy v, f_xy v on the lower level's blocks and F_x, F_y on the upper level's (F_x only
+    where F depends on x). The tables start at zero: a block's first visit counts as plain. Where both levels' data are
+    full batches nothing is kept.
 
     The write of a row is deferred to the next step's start (write, then read): XLA otherwise copies the whole table at
     every step, since within a step the row is read before it is overwritten.
@@ -315,7 +317,8 @@ class SAGA:
     Attributes:
       max_bytes: the most memory that the tables may take; `init` refuses more before it allocates.
 
-    Cost of a plain step and one row read and written. Memory: (2 |y| + |x|) lower blocks + (|y| + |x|) upper blocks.
+    Cost of a plain step and one row read and written. Memory: (2 |y| + |x|) lower blocks + (|y| + |x|) upper blocks,
+    and |y| a block of the upper level where F does not depend on x.
 
     Reference: Defazio, Bach, Lacoste-Julien, "SAGA: A Fast Incremental Gradient Method With Support for
     Non-Strongly Convex Composite Objectives", NeurIPS 2014.
@@ -333,7 +336,8 @@ class SAGA:
             source.blocks or ((source.count or 0) // (source.size or 1) if source.cuttable else 0)
             for source in problem.sources
         )
-        return (2 * _bytes(y) + _bytes(x)) * lower + (_bytes(y) + _bytes(x)) * upper
+        of_upper = _bytes(y) + (_bytes(x) if upper and _upper_reads_x(problem, x, y) else 0)
+        return (2 * _bytes(y) + _bytes(x)) * lower + of_upper * upper
 
     def init(self, problem: Problem, oracle: Any, at: Point) -> tuple[Table | None, Table | None]:
         """Tables of zeros for the lower and the upper level."""
@@ -351,8 +355,8 @@ class SAGA:
                 f"one gradient of each of the {lower.blocks or 0} lower and {upper.blocks or 0} upper blocks. Take "
                 "SRBA, which reaches the same accuracy with six vectors, or larger batches, or raise max_table_bytes."
             )
-        terms = Point(at.x, at.y, at.v)
-        return _empty(_packed(terms), lower.blocks), _empty(_packed(Point(at.x, None, at.v)), upper.blocks)
+        of_upper = Point(at.x if _upper_reads_x(problem, at.x, at.y) else None, None, at.v)
+        return _empty(_packed(Point(at.x, at.y, at.v)), lower.blocks), _empty(_packed(of_upper), upper.blocks)
 
     def __call__(
         self, problem: Problem, oracle: Any, at: Point, memory: tuple[Table | None, Table | None], key: Any
@@ -365,8 +369,18 @@ class SAGA:
         upper_table, upper_old = _opened(memory[1], upper_block)
         parts = oracle.components(upper_level, lower_level, at)
         lower, lower_table = _corrected(lower_table, lower_old, parts.lower, lower_block)
-        upper, upper_table = _corrected(upper_table, upper_old, parts.upper, upper_block)
+        of_upper = parts.upper
+        if upper_table is not None and not _upper_reads_x(problem, at.x, at.y):
+            of_upper = dataclasses.replace(of_upper, x=None)  # zeros, of which no row is kept
+        upper, upper_table = _corrected(upper_table, upper_old, of_upper, upper_block)
         return parts.value, combined(lower, upper), (lower_table, upper_table)
+
+
+def _upper_reads_x(problem: Problem, x: PyTree, y: PyTree) -> bool:
+    """Whether F depends on x, read off its trace (in the weights of samples or of penalties it does not)."""
+    source = problem.sources[0]
+    upper = (lambda x, y: problem.upper(x, y, source.example())) if source.given else problem.upper
+    return depends(upper, x, y)
 
 
 def _numbered(level: Level) -> tuple[Level, jax.Array | None]:
