@@ -379,8 +379,8 @@ class SAGA:
 def _upper_reads_x(problem: Problem, x: PyTree, y: PyTree) -> bool:
     """Whether F depends on x, read off its trace (in the weights of samples or of penalties it does not)."""
     source = problem.sources[0]
-    upper = (lambda x, y: problem.upper(x, y, source.example())) if source.given else problem.upper
-    return depends(upper, x, y)
+    batch = (lambda: (source.example(),)) if source.given else tuple
+    return depends(lambda x, y: problem.upper(x, y, *batch()), x, y)
 
 
 def _numbered(level: Level) -> tuple[Level, jax.Array | None]:
