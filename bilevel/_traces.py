@@ -9,7 +9,37 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-__all__ = ["applied", "degrees", "equations", "evaluated", "inner", "reached", "traced_by", "traffic"]
+__all__ = [
+    "applied", "degrees", "equations", "evaluated", "inner", "of_function", "of_losses", "reached", "traced_by",
+    "traffic",
+]  # fmt: skip
+
+
+def of_function(fn: Callable[..., Any], x: Any, y: Any, source: Any) -> tuple[Any, Any]:
+    """The trace of `fn(x, y)`, or of `fn(x, y, batch)` where the source is one, and the shapes of its outputs.
+
+    Its arguments are the leaves of x, of y, and then others. It is asked for by one function of the module, so that JAX
+    remembers it: of the same function, shapes and dtypes it is made once.
+    """
+    tree = fn if jax.tree.leaves(fn) != [fn] else jax.tree_util.Partial(fn)
+    return jax.make_jaxpr(_called, return_shape=True)(x, y, source, tree)
+
+
+def _called(x: Any, y: Any, source: Any, fn: Callable[..., Any]) -> Any:
+    return fn(x, y, source.example()) if source.given else fn(x, y)
+
+
+def of_losses(problem: Any, x: Any, y: Any) -> list[Any]:
+    """The traces of both losses on all samples, remembered likewise; their arguments begin with x and y."""
+    return [jax.make_jaxpr(loss)(x, y, problem).jaxpr for loss in (_upper_on_all, _lower_on_all)]
+
+
+def _upper_on_all(x: Any, y: Any, problem: Any) -> Any:
+    return problem.full_levels().upper(x, y)
+
+
+def _lower_on_all(x: Any, y: Any, problem: Any) -> Any:
+    return problem.full_levels().lower(x, y)
 
 
 def inner(equation: Any) -> list[Any]:

@@ -270,6 +270,15 @@ class Source:
         """A batch, to see its shapes."""
         return self.draw(as_step_key(0))
 
+    def shapes(self) -> PyTree:
+        """The shapes and dtypes of a batch, which JAX remembers where no function of the user's draws it."""
+        part: Any = self
+        ours = True
+        while isinstance(part, Source):
+            ours = ours and type(part).__module__ == __name__ and not hasattr(part, "fn")
+            part = getattr(part, "source", None)
+        return jax.eval_shape(_example if ours else lambda source: source.example(), self)
+
     def captured(self) -> Source:
         """The source, compared in compiled code by what its functions capture too; see `bilevel.captures`."""
         inside = {name: value.captured() for name, value in vars(self).items() if isinstance(value, Source)}
@@ -329,6 +338,10 @@ class Full(Source):
 
     def __repr__(self) -> str:
         return f"full batches of {self.count} samples"
+
+
+def _example(source: Source) -> PyTree:
+    return source.example()
 
 
 NOTHING = Nothing()

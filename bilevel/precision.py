@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from bilevel import derivatives
 from bilevel._convolutions import convolves
 from bilevel._module import name_of, state
-from bilevel._traces import equations, inner, reached, traffic
+from bilevel._traces import equations, inner, of_function, reached, traffic
 from bilevel.captures import Apart
 from bilevel.data import as_source
 from bilevel.frozen import Cut, fixed_functions
@@ -319,8 +319,7 @@ def _outputs(problem: Problem, x: PyTree, y: PyTree) -> tuple[dict[str, list[Any
             continue
         if name not in ("upper", "lower") and not takes_batch(fn):
             source = as_source(None)
-        call = (lambda x, y, s: fn(x, y, s.example())) if source.given else (lambda x, y, s: fn(x, y))
-        traced, shapes = jax.make_jaxpr(call, return_shape=True)(x, y, source)
+        traced, shapes = of_function(fn, x, y, source)
         _refuse_sums(name, traced.jaxpr, len(jax.tree.leaves((x, y))))
         found[name] = jax.tree.leaves(shapes)
         computed += traffic(traced.jaxpr)

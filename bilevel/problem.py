@@ -15,7 +15,7 @@ import numpy as np
 
 from bilevel._arguments import explained_class
 from bilevel._pickling import storable
-from bilevel._traces import traffic
+from bilevel._traces import of_losses, traffic
 from bilevel.captures import Functions, generator_state, host_generators, taken
 from bilevel.data import ProblemError, Source, as_arrays, as_source, warn_of_one_object
 from bilevel.frozen import as_frozen
@@ -26,10 +26,10 @@ from bilevel.typing import PyTree, Scalar, X, Y
 
 __all__ = ["Problem"]
 
-_ROWS = ("constraint", "equality", "upper_constraint", "upper_equality")
+ROWS = ("constraint", "equality", "upper_constraint", "upper_equality")
 _DATA = ("upper_data", "lower_data")
 _SETS = ": a set such as sets.Box(lower, upper) or sets.Simplex(), or a function z -> z"
-_FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", *_ROWS)
+_FUNCTIONS = ("upper", "lower", "project_upper", "project_lower", "prox_lower", *ROWS)
 
 
 @explained_class
@@ -125,7 +125,7 @@ class Problem(Generic[X, Y]):
             batch = (source,) if source.given and (name in ("upper", "lower") or takes_batch(fn)) else ()
             args: Any = {"project_upper": (x,), "project_lower": (y,), "prox_lower": (x, y, 1.0)}.get(name, (x, y))
             try:
-                args += jax.eval_shape(lambda *sources: tuple(s.example() for s in sources), *batch)
+                args += tuple(source.shapes() for source in batch)
             except Exception:  # `validate` says what is wrong with it
                 args = None
             found[name] = taken(fn, args)
@@ -212,7 +212,7 @@ class Problem(Generic[X, Y]):
             return math.inf
         samples = sum(leaf.size * leaf.dtype.itemsize for s in self.sources for leaf in jax.tree.leaves(s.arrays))
         try:
-            return samples + sum(traffic(jax.make_jaxpr(level)(x, y).jaxpr) for level in self.full_levels())
+            return samples + sum(map(traffic, of_losses(self, x, y)))
         except (TypeError, ValueError, IndexError):  # batches of one size alone
             return math.inf
 
@@ -255,7 +255,7 @@ class Problem(Generic[X, Y]):
             prox = self.prox_lower
             _check_prox_order(prox, x, y)
             _check_same("prox_lower", "y0", lambda y: prox(x, y, 1.0), y, whose=prox)
-        for name in _ROWS:
+        for name in ROWS:
             fn, source = getattr(self, name), upper if name.startswith("upper") else lower
             if fn is not None:
                 out = _shapes_on(name, fn, source if takes_batch(fn) else as_source(None), x, y)
@@ -303,13 +303,12 @@ def _shapes_on(name: str, fn: Callable[..., PyTree], source: Source, x: PyTree, 
 
 def _drawn(name: str, source: Source) -> PyTree:
     """A batch in words, dtypes and shapes; an error of the draw is the data's and not the loss's."""
-    found: list[PyTree] = []
     drawing = source
     while isinstance(inside := getattr(drawing, "source", None), Source):
         drawing = inside
     try:
         with _no_draws_on_the_host(name, getattr(drawing, "fn", None)):
-            jax.eval_shape(lambda source: found.append(source.example()), source)
+            found = source.shapes()
     except ProblemError:
         raise
     except Exception as error:
@@ -322,9 +321,9 @@ def _drawn(name: str, source: Source) -> PyTree:
             f"{name}, {source!r}, fails as a batch is drawn: {type(error).__name__}: "
             f"{str(error).split(_DETAILS)[0].strip()[:400]}{called}"
         ) from error
-    if not jax.tree.leaves(found[0]):
+    if not jax.tree.leaves(found):
         raise ProblemError(f"{name}, {source!r}, draws a batch without arrays: its function has to return the batch.")
-    return _in_words(found[0])
+    return _in_words(found)
 
 
 def _check_loss(name: str, fn: Callable[..., Scalar], source: Source, x: PyTree, y: PyTree) -> None:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import name_of
+from bilevel._traces import of_function, reached
 from bilevel.constraints import depends
+from bilevel.data import Source, as_source
 from bilevel.frozen import as_rule, refuse_rule
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.level import takes_batch
@@ -55,6 +57,12 @@ def refuse(
         )
 
 
+def reads_x(fn: Any, x: PyTree, y: PyTree, source: Source) -> bool:
+    """Whether a loss or a constraint depends on x, read off its trace."""
+    jaxpr, n = of_function(fn, x, y, source)[0].jaxpr, len(jax.tree.leaves(x))
+    return any(reached(jaxpr, [i < n for i in range(len(jaxpr.invars))]))
+
+
 def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
     """Raise a `ProblemError` where x reaches neither level, so that every hypergradient would be zero.
 
@@ -75,9 +83,10 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
     }  # fmt: skip
     for name, source in parts.items():
         fn = getattr(problem, name)
-        batched = fn is not None and source.given and (name in ("upper", "lower") or takes_batch(fn))
-        bound = (lambda x, y, fn=fn, source=source: fn(x, y, source.example())) if batched else fn
-        if fn is not None and depends(bound, x, y):
+        if fn is None:
+            continue
+        source = source if name in ("upper", "lower") or takes_batch(fn) else as_source(None)
+        if reads_x(fn, x, y, source):
             return
     prox = problem.prox_lower
     if prox is not None and depends(lambda x, y: prox(x, y, 1.0), x, y):

@@ -22,11 +22,11 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel._module import hyperparameters, state
-from bilevel.constraints import depends
 from bilevel.data import Source
 from bilevel.keys import Draw, StepKey
 from bilevel.level import Level
 from bilevel.problem import Problem, ProblemError
+from bilevel.solvers._base import reads_x
 from bilevel.solvers._directions import Joint, Point, combined
 from bilevel.typing import PyTree, Scalar
 
@@ -336,7 +336,7 @@ class SAGA:
             source.blocks or ((source.count or 0) // (source.size or 1) if source.cuttable else 0)
             for source in problem.sources
         )
-        of_upper = _bytes(y) + (_bytes(x) if upper and _upper_reads_x(problem, x, y) else 0)
+        of_upper = _bytes(y) + (_bytes(x) if upper and reads_x(problem.upper, x, y, problem.sources[0]) else 0)
         return (2 * _bytes(y) + _bytes(x)) * lower + of_upper * upper
 
     def init(self, problem: Problem, oracle: Any, at: Point) -> tuple[Table | None, Table | None]:
@@ -355,7 +355,7 @@ class SAGA:
                 f"one gradient of each of the {lower.blocks or 0} lower and {upper.blocks or 0} upper blocks. Take "
                 "SRBA, which reaches the same accuracy with six vectors, or larger batches, or raise max_table_bytes."
             )
-        of_upper = Point(at.x if _upper_reads_x(problem, at.x, at.y) else None, None, at.v)
+        of_upper = Point(at.x if reads_x(problem.upper, at.x, at.y, problem.sources[0]) else None, None, at.v)
         return _empty(_packed(Point(at.x, at.y, at.v)), lower.blocks), _empty(_packed(of_upper), upper.blocks)
 
     def __call__(
@@ -370,17 +370,10 @@ class SAGA:
         parts = oracle.components(upper_level, lower_level, at)
         lower, lower_table = _corrected(lower_table, lower_old, parts.lower, lower_block)
         of_upper = parts.upper
-        if upper_table is not None and not _upper_reads_x(problem, at.x, at.y):
+        if upper_table is not None and not reads_x(problem.upper, at.x, at.y, problem.sources[0]):
             of_upper = dataclasses.replace(of_upper, x=None)  # zeros, of which no row is kept
         upper, upper_table = _corrected(upper_table, upper_old, of_upper, upper_block)
         return parts.value, combined(lower, upper), (lower_table, upper_table)
-
-
-def _upper_reads_x(problem: Problem, x: PyTree, y: PyTree) -> bool:
-    """Whether F depends on x, read off its trace (in the weights of samples or of penalties it does not)."""
-    source = problem.sources[0]
-    batch = (lambda: (source.example(),)) if source.given else tuple
-    return depends(lambda x, y: problem.upper(x, y, *batch()), x, y)
 
 
 def _numbered(level: Level) -> tuple[Level, jax.Array | None]:

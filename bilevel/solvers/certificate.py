@@ -414,12 +414,13 @@ def _certified(end: _End) -> Certificate:
 def _looked(end: _End, unchecked: tuple[str, ...] | None, sampled: dict[str, float]) -> Certificate:
     """The certificate of a problem on samples that stay."""
     problem, x, y, start = end.problem, end.x, end.y, end.start
-    if end.judged:
+    if unchecked == ():
         with np.errstate(all="ignore"):  # a run may have ended at numbers of any size
-            exact = None if unchecked or unchecked is None else exact_end(problem, x, y, start)
+            exact = exact_end(problem, x, y, start)
             if exact is not None:
-                return _concluded(end, _noisier(exact[0], sampled), (), exact[1])
-            if unchecked == () and not refusal(problem, x, y):
+                measures = exact[0] if end.judged else _unasked(exact[0], "penalty" in end.metrics)
+                return _concluded(end, _noisier(measures, sampled), (), exact[1] if end.judged else None)
+            if end.judged and not refusal(problem, x, y):
                 return _of_small(end, sampled)
     if unchecked is None:
         return Certificate(end.result, unchecked=("The end was not looked at: its data are read from a stream.",))
@@ -471,6 +472,14 @@ def _looked(end: _End, unchecked: tuple[str, ...] | None, sampled: dict[str, flo
                 unchecked += (f"Whether another x is better was not looked at, {size}",)
         better = search.better
     return _concluded(end, numbers, unchecked, better)
+
+
+def _unasked(found: dict[str, float], penalised: bool) -> dict[str, float]:
+    """Of all measures those of a run that was asked for no tolerance: x and the choice of y are not judged, and y where
+    a penalty holds it."""
+    of_x = {"gain", "near", "far", "descent", "beaten", "polished_change"}
+    of_y = set() if penalised else {"gap", "polished_gap", "polished_violation"}
+    return {name: value for name, value in found.items() if name not in of_x | of_y}
 
 
 def _unlooked(end: _End, unchecked: tuple[str, ...]) -> Certificate:

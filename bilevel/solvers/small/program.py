@@ -23,7 +23,7 @@ import numpy as np
 from bilevel import _compiling, sets
 from bilevel._traces import degrees, equations
 from bilevel.constraints import depends
-from bilevel.problem import Problem, ProblemError
+from bilevel.problem import ROWS, Problem, ProblemError
 from bilevel.typing import PyTree
 
 __all__ = ["PASS_BYTES", "Evaluated", "Program", "precise", "size_of"]
@@ -665,11 +665,17 @@ def size_of(problem: Problem, x: PyTree, y: PyTree) -> tuple[int, int]:
     """The numbers of unknowns and of rows, without a compile; a `ProblemError` where a `Program` is not made."""
     problem = visible(problem, x, y)
     _refuse(problem, x, y, "A check of a small problem")
-    sets = [_set_bounds(problem.project_upper, x), _set_bounds(problem.project_lower, y)]
-    bounds = [Bounds.of(*both) for both in sets]
     leaves = [*jax.tree.leaves(x), *jax.tree.leaves(y)]
     layout = Layout(jax.tree.structure(x), jax.tree.structure(y), tuple(np.shape(leaf) for leaf in leaves))
     unknowns = sum(layout.sizes)
+    if (
+        all(getattr(problem, name) is None for name in ROWS)
+        and problem.project_upper is None
+        and problem.project_lower is None
+    ):
+        return unknowns, 0
+    sets = [_set_bounds(problem.project_upper, x), _set_bounds(problem.project_lower, y)]
+    bounds = [Bounds.of(*both) for both in sets]
     vector = np.zeros(unknowns, np.result_type(*(np.asarray(leaf).dtype for leaf in leaves)))
     shapes = jax.eval_shape(lambda vector: _all_rows(problem, (bounds[0], bounds[1]), layout, vector), vector)
     return unknowns, sum(int(np.prod(shape.shape)) for shape in shapes[2:])

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import _compiling
-from bilevel._traces import degrees, traffic
+from bilevel._traces import degrees, of_losses, traffic
 from bilevel.problem import Problem
 from bilevel.solvers._units import FELT, progress_of, share
 from bilevel.solvers.small.program import PASS_BYTES, Layout, flatten, precise
@@ -53,13 +53,14 @@ def _expanded(problem: Problem, z: jax.Array, layout: Layout) -> tuple[jax.Array
     return values, rows, hessians
 
 
-def _quadratic(problem: Problem, layout: Layout, z: np.ndarray) -> bool:
+def _quadratic(problem: Problem, x: PyTree, y: PyTree) -> bool:
     """Whether both losses are seen to be of degree two at most in all variables together, and cheap."""
     read = sum(leaf.size * leaf.dtype.itemsize for s in problem.sources for leaf in jax.tree.leaves(s.arrays))
-    for level in problem.full_levels():
-        traced = jax.make_jaxpr(lambda z, level=level: level(*layout.unflatten(z)))(z).jaxpr
+    unknowns = len(jax.tree.leaves((x, y)))
+    for traced in of_losses(problem, x, y):
         read += traffic(traced)
-        if traced.effects or read > PASS_BYTES or max(degrees(traced, [1.0])) > 2:
+        given = [float(i < unknowns) for i in range(len(traced.invars))]
+        if traced.effects or read > PASS_BYTES or max(degrees(traced, given)) > 2:
             return False
     return True
 
@@ -94,9 +95,9 @@ def exact_end(
     layout = Layout(jax.tree.structure(x), jax.tree.structure(y), tuple(np.shape(leaf) for leaf in leaves))
     z = np.concatenate([flatten(x), flatten(y)])
     try:
+        if not _quadratic(problem, x, y):
+            return None
         with precise():
-            if not _quadratic(problem, layout, z):
-                return None
             values, slopes, hessians = (np.asarray(part) for part in _expanded(problem, z, layout=layout))
     except (TypeError, ValueError, IndexError):  # a function insists on single precision, or on batches of one size
         return None
