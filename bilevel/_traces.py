@@ -10,19 +10,26 @@ import numpy as np
 from jax.extend.core import Literal
 
 __all__ = [
-    "applied", "degrees", "equations", "evaluated", "inner", "of_function", "of_losses", "reached", "traced_by",
-    "traffic",
+    "applied", "degrees", "equations", "evaluated", "inner", "of_function", "of_losses", "of_problem", "reached",
+    "traced_by", "traffic",
 ]  # fmt: skip
 
 
 def of_function(fn: Callable[..., Any], x: Any, y: Any, source: Any) -> tuple[Any, Any]:
     """The trace of `fn(x, y)`, or of `fn(x, y, batch)` where the source is one, and the shapes of its outputs.
 
-    Its arguments are the leaves of x, of y, and then others. It is asked for by one function of the module, so that JAX
-    remembers it: of the same function, shapes and dtypes it is made once.
+    Its arguments are the leaves of x, of y, and then others. Of a function that was taken apart it is asked for by one
+    function of this module, so that JAX remembers it. Of others not: a trace that is kept keeps the arrays it holds in
+    its precision, and JAX gives them so to traces in another one.
     """
-    tree = fn if jax.tree.leaves(fn) != [fn] else jax.tree_util.Partial(fn)
-    return jax.make_jaxpr(_called, return_shape=True)(x, y, source, tree)
+    if _apart(fn):
+        return jax.make_jaxpr(_called, return_shape=True)(x, y, source, fn)
+    return jax.make_jaxpr(lambda x, y, source: _called(x, y, source, fn), return_shape=True)(x, y, source)
+
+
+def _apart(fn: Any) -> bool:
+    """Whether all arrays that a function holds are arguments of its trace."""
+    return getattr(fn, "whole", False)
 
 
 def _called(x: Any, y: Any, source: Any, fn: Callable[..., Any]) -> Any:
@@ -31,7 +38,14 @@ def _called(x: Any, y: Any, source: Any, fn: Callable[..., Any]) -> Any:
 
 def of_losses(problem: Any, x: Any, y: Any) -> list[Any]:
     """The traces of both losses on all samples, remembered likewise; their arguments begin with x and y."""
-    return [jax.make_jaxpr(loss)(x, y, problem).jaxpr for loss in (_upper_on_all, _lower_on_all)]
+    return [of_problem(loss, x, y, problem)[0].jaxpr for loss in (_upper_on_all, _lower_on_all)]
+
+
+def of_problem(fn: Callable[..., Any], x: Any, y: Any, problem: Any) -> tuple[Any, Any]:
+    """The trace of `fn(x, y, problem)`, fn being a function of a module, and its shapes; remembered likewise."""
+    functions = [value for value in vars(problem).values() if callable(value)]
+    given = fn if all(map(_apart, functions)) else lambda x, y, problem: fn(x, y, problem)
+    return jax.make_jaxpr(given, return_shape=True)(x, y, problem)
 
 
 def _upper_on_all(x: Any, y: Any, problem: Any) -> Any:

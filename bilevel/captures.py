@@ -179,6 +179,11 @@ class Captured(Apart):
             self._built = self._form.build(_Build(values))
         return self._built(*args, **kwargs)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all numbers and arrays that it holds are leaves, so that its trace holds none."""
+        return len(self._travelling) == len(self._form.leaves)
+
     def works(self, args: tuple[Any, ...]) -> bool:
         """Whether the function can be traced with its values as arguments."""
         try:

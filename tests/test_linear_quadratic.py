@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize
 
 import bilevel
 from bilevel import Problem, Result, solve
@@ -122,10 +123,122 @@ def test_what_is_none_is_left_to_the_search(upper, lower):
     assert exact_end(Problem(upper, lower), *ORIGIN, ORIGIN) is None
 
 
-def test_sets_and_rows_are_left_to_the_search():
+def with_rows(seed, n, inequalities, equalities):
+    """Definite random losses and random lower rows; the problem as `solve` has it, F, and x -> y*(x) by SLSQP."""
+    rng, m = np.random.default_rng(seed), 2 + equalities
+    above, below = (r @ r.T + np.eye(n + m) for r in rng.normal(size=(2, n + m, n + m)))
+    (a, b), C, c = (
+        3 * rng.normal(size=(2, n + m)),
+        rng.normal(size=(inequalities, n + m)),
+        rng.normal(size=inequalities),
+    )
+    E, e = rng.normal(size=(equalities, n + m)), rng.normal(size=equalities)
+    value = lambda z: 0.5 * z @ (above @ z) + a @ z
+    joint = lambda x, y: jnp.concatenate([x, y])
+    rows = {"constraint": lambda x, y: C @ joint(x, y) + c - 0.5}
+    if equalities:
+        rows["equality"] = lambda x, y: E @ joint(x, y) + e
+    problem = Problem(
+        lambda x, y: value(joint(x, y)),
+        lambda x, y: 0.5 * joint(x, y) @ (below @ joint(x, y)) + b @ joint(x, y),
+        **rows,
+    )
+    problem = jax.tree.map(jnp.asarray, problem.captured(jnp.zeros(n), jnp.zeros(m)))
+
+    def answer(x):
+        at = lambda y: np.concatenate([x, y])
+        kept = [{"type": "ineq", "fun": lambda y: 0.5 - C @ at(y) - c, "jac": lambda y: -C[:, n:]}]
+        kept += [{"type": "eq", "fun": lambda y: E @ at(y) + e, "jac": lambda y: E[:, n:]}] if equalities else []
+        found = optimize.minimize(
+            lambda y: 0.5 * at(y) @ below @ at(y) + b @ at(y), np.zeros(m), jac=lambda y: (below @ at(y) + b)[n:],
+            constraints=kept, method="SLSQP", options={"ftol": 1e-12, "maxiter": 200},
+        ).x  # fmt: skip
+        broken = max((C @ at(found) + c - 0.5).max(initial=0.0), np.abs(E @ at(found) + e).max(initial=0.0))
+        return found if broken < 1e-7 else None
+
+    return problem, value, answer
+
+
+@pytest.mark.parametrize(
+    "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
+def test_with_lower_rows_the_best_of_a_grid_is_the_exact_end(seed):
+    """h is quadratic in pieces, with jumps where the lower level has no feasible y."""
+    problem, value, answer = with_rows(seed, 1, 3, seed % 2)
+    grid = np.linspace(-6, 6, 121)
+    answers = [answer(np.array([x])) for x in grid]
+    h = [np.inf if y is None else value(np.concatenate([[x], y])) for x, y in zip(grid, answers, strict=True)]
+    best = int(np.argmin(h))
+    point = jnp.asarray(grid[best : best + 1]), jnp.asarray(answers[best])
+    found, better = exact_end(problem, *point, jax.tree.map(jnp.zeros_like, point))
+    x, y = map(np.asarray, better)
+    np.testing.assert_allclose(y, answer(np.asarray(x, float)), atol=1e-4)
+    reached = value(np.concatenate([x, y]))
+    assert reached <= h[best] + 1e-5 and abs(x[0] - grid[best]) <= 0.11
+    np.testing.assert_allclose(max(found["descent"], found["beaten"]), h[best] - reached, atol=1e-4)
+    there, beyond = exact_end(problem, *better, jax.tree.map(jnp.zeros_like, point))
+    assert max(there["near"], there["far"], there["gap"]) < 1e-4
+    assert beyond is None or np.abs(np.asarray(beyond[0]) - x).max() < 1e-4
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_with_lower_rows_the_verdicts_are_the_searchs(seed, monkeypatch):
+    """At the solution, at local ones, beside them, far from them, and with a wrong y."""
+    n, equalities = 1 + seed % 2, seed // 2 % 2
+    problem, value, answer = with_rows(seed, n, 1 + seed % 4, equalities)
+    start, rng = (jnp.zeros(n), jnp.zeros(2 + equalities)), np.random.default_rng(seed)
+    feasible = next(x for x in 2 * rng.normal(size=(50, n)) if answer(x) is not None)
+    best = exact_end(problem, jnp.asarray(feasible), jnp.asarray(answer(feasible)), start)[1]
+    x = np.asarray(best[0], float)
+
+    def h(x):
+        y = answer(x)
+        return 1e6 if y is None else value(np.concatenate([x, y]))
+
+    others = [x, x + 0.3 * rng.normal(size=n), x + 2 * rng.normal(size=n)]
+    others.append(optimize.minimize(h, x + 2 * rng.normal(size=n), method="Nelder-Mead", options={"xatol": 1e-7}).x)
+    points = [(z, y) for z in others if (y := answer(z)) is not None] + [(x, answer(x) + 0.2)]
+    points = [tuple(jnp.asarray(part, jnp.float32) for part in point) for point in points]
+    look = lambda: [certificate.certify(problem, *point, start, Result.CONVERGED, {}, 1e-3).result for point in points]
+    exact = look()
+    monkeypatch.setattr(certificate, "exact_end", lambda *_: None)
+    assert exact == look()
+    assert exact[0] is Result.CONVERGED and exact[-1] in (Result.LOWER_LEVEL, Result.INFEASIBLE)
+
+
+def test_a_row_that_y_does_not_reach_bounds_x():
+    """min (x - 2)^2 + y^2, y = x, and the lower level has no y where x > 1/2."""
+    problem = Problem(
+        lambda x, y: jnp.sum((x - 2) ** 2) + jnp.sum(y**2),
+        lambda x, y: jnp.sum((y - x) ** 2),
+        constraint=lambda x, y: x - 0.5,
+    )
+    point = jnp.array([0.5]), jnp.array([0.5])
+    found, better = exact_end(problem, *point, (jnp.zeros(1), jnp.zeros(1)))
+    assert max(found["near"], found["far"], found["gap"], found["gain"]) < 1e-6 and better is None
+    found, better = exact_end(problem, jnp.array([0.2]), jnp.array([0.2]), (jnp.zeros(1), jnp.zeros(1)))
+    np.testing.assert_allclose(better[0], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(found["descent"], 1.8**2 + 0.2**2 - 1.5**2 - 0.5**2, rtol=1e-5)
+
+
+def test_an_end_without_a_tolerance_has_its_penalty_looked_at():
+    """y is off by the penalty's bias; x and the choice of y are not judged."""
+    problem, *_ = random_problem(4)
+    point = jnp.full(2, 0.3), jnp.full(3, -0.7)
+    exact = exact_end(problem, *point, ORIGIN)[0]
+    seen = certificate.certify(problem, *point, ORIGIN, Result.COMPLETED, {"penalty": 10.0}, None)
+    assert seen.result is Result.COMPLETED and seen.better is None
+    assert seen.measures["polished_gap"] == exact["polished_gap"] and "descent" not in seen.measures
+    assert "An independent solve of the lower level reaches" in seen.why
+    plain = certificate.certify(problem, *point, ORIGIN, Result.COMPLETED, {}, None)
+    assert plain.why == "" and "polished_gap" not in plain.measures
+
+
+def test_sets_and_many_rows_are_left_to_the_search():
     problem = random_problem()[0]
     box = bilevel.sets.Box(-1.0, 1.0)
-    for given in ({"project_upper": box}, {"project_lower": box}, {"constraint": lambda x, y: jnp.sum(y)}):
+    many, bent = lambda x, y: jnp.concatenate([x, y]), lambda x, y: jnp.sum(y**2) - 9
+    for given in ({"project_upper": box}, {"project_lower": box}, {"constraint": many}, {"equality": bent}):
         assert exact_end(Problem(problem.upper, problem.lower, **given), *ORIGIN, ORIGIN) is None
 
 

@@ -16,7 +16,7 @@
 Where data have no end, all of it is looked at on draws of its own (`_draws`); their sampling error is a tolerance like
 that of rounding, and where it is above what the run was asked for, that is said.
 
-Of a linear-quadratic problem without sets and rows the measures are exact, from one Hessian (`small.quadratic`).
+Of a linear-quadratic problem without sets and with few lower rows they are exact, from one Hessian (`small.quadratic`).
 CONVERGED means that all of it held; what was not checked, because of size or of the kind of data, is said.
 """
 

@@ -518,9 +518,9 @@ def around(program: Program, starts: int) -> Point | None:
     It ends at the first one, after so many starts that led nowhere new, or after four times as many in all.
     """
     run = _Run(MPCC(starts=4 * starts), program, as_step_key(0))
-    here = program(program.point(program.start)).F
     tol, idle = run.solver.tol, 0
     with program.precision():
+        here = program(program.point(program.start)).F
         for _, point, _ in run.all(1):  # start number 0 is the point itself
             apart = (np.abs(point.xy - end).max() > _DIFFERENT for end in [program.start, *run.known])
             new = point.verified(tol) and all(apart)
