@@ -221,6 +221,20 @@ def test_a_row_that_y_does_not_reach_bounds_x():
     np.testing.assert_allclose(found["descent"], 1.8**2 + 0.2**2 - 1.5**2 - 0.5**2, rtol=1e-5)
 
 
+@pytest.mark.parametrize("x, ends", [(0.3, (7.189, 8.789)), (1.0, (1.6, 0.0)), (1.5, (1.225, 0.0)), (5.0, (0.0, 0.0))])
+def test_an_equality_as_two_opposite_rows(x, ends):
+    """y_0 = y_1 = min(x, 1), h(x) = 2 (y - 3)^2 + (x - 5)^2 / 10: two quadratics, a kink at 1, and the minimum at 5."""
+    problem = Problem(
+        lambda x, y: jnp.sum((y - 3) ** 2) + 0.1 * jnp.sum((x - 5) ** 2),
+        lambda x, y: jnp.sum((y - x[0]) ** 2),
+        constraint=lambda x, y: jnp.stack([y[0] - y[1], y[1] - y[0], y[0] - 1.0]),
+    )
+    found, better = exact_end(problem, jnp.array([x]), jnp.full(2, min(x, 1.0)), (jnp.zeros(1), jnp.zeros(2)))
+    np.testing.assert_allclose((found["descent"], found["beaten"]), ends, atol=1e-5)
+    assert (found["near"] < 1e-6) == (x == 5.0) and found["gap"] < 1e-9
+    assert (better is None) == (x == 5.0)
+
+
 def test_an_end_without_a_tolerance_has_its_penalty_looked_at():
     """y is off by the penalty's bias; x and the choice of y are not judged."""
     problem, *_ = random_problem(4)

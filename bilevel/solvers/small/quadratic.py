@@ -178,7 +178,7 @@ def _pieces(
         normals = np.concatenate([-multipliers[:, :n], jacobian[others] @ along])
         offsets = np.concatenate([-multipliers[:, n], rows[others] + jacobian[others] @ step])
         steep = np.linalg.norm(jacobian * units, axis=1)
-        pressing = np.linalg.norm((lower_slope * units)[n:]) / steep[active]
+        pressing = np.linalg.norm((units * (np.abs(lower_slope) + np.abs(lower_hessian) @ units))[n:]) / steep[active]
         reduced = along.T @ hessian @ along
         if not _definite(reduced):
             return None
@@ -197,7 +197,8 @@ def _least(piece: _Piece) -> np.ndarray | None:
     for chosen in _subsets(len(piece.offsets)):
         faces = piece.normals[chosen]
         norms = np.linalg.norm(faces, axis=1)
-        if len(chosen) and (not (norms > 0).all() or np.linalg.matrix_rank(faces / norms[:, None]) < len(chosen)):
+        reached = (norms * lengths.max(initial=0.0) > 1e-12 * piece.scales[chosen]).all()
+        if len(chosen) and (not reached or np.linalg.matrix_rank(faces / norms[:, None]) < len(chosen)):
             continue
         empty = np.zeros((len(chosen), len(chosen)))
         conditions = np.block([[piece.hessian, faces.T], [faces, empty]])
@@ -260,7 +261,8 @@ def exact_end(
         if not length > 0:
             return None
         lengths[block] = length
-    at_x = [piece for piece in pieces if piece.outside(np.zeros(n), lengths[:n]) <= _HERE]
+    held = [piece for piece in pieces if piece.left is not None]
+    at_x = [piece for piece in held if piece.outside(np.zeros(n), lengths[:n]) <= _HERE]
     if not at_x:  # no y is feasible at this x
         return None
     here = min(at_x, key=lambda piece: piece.outside(np.zeros(n), lengths[:n]))
