@@ -40,7 +40,8 @@ GD = lower.GradientDescent(0.1, 300)
 
 def below(x, y):
     z = jnp.concatenate([y["u"], y["c"]])
-    return 0.5 * z @ jnp.asarray(HESSIAN) @ z - jnp.sum(x * y["u"]) - jnp.sum(x) * jnp.sum(y["c"])
+    # A copy: JAX gives an array that a trace in float64 holds in that precision to one in float32 as well.
+    return 0.5 * z @ jnp.asarray(HESSIAN.copy()) @ z - jnp.sum(x * y["u"]) - jnp.sum(x) * jnp.sum(y["c"])
 
 
 def above(x, y):
