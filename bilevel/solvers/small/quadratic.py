@@ -261,11 +261,10 @@ def exact_end(
         if not length > 0:
             return None
         lengths[block] = length
-    held = [piece for piece in pieces if piece.left is not None]
-    at_x = [piece for piece in held if piece.outside(np.zeros(n), lengths[:n]) <= _HERE]
+    at_x = [(piece, left) for _, piece, left in ends if piece.outside(np.zeros(n), lengths[:n]) <= _HERE]
     if not at_x:  # no y is feasible at this x
         return None
-    here = min(at_x, key=lambda piece: piece.outside(np.zeros(n), lengths[:n]))
+    here = min((piece for piece, _ in at_x), key=lambda piece: piece.outside(np.zeros(n), lengths[:n]))
 
     (upper, lower), (slope, lower_slope), (hessian, lower_hessian) = values[:2], slopes[:2], hessians[:2]
     step = here.step
@@ -284,8 +283,8 @@ def exact_end(
     def felt(fall: float, dx: np.ndarray) -> float:
         return share(fall, progress) if np.abs(dx / lengths[:n]).max(initial=0.0) > FELT else 0.0
 
-    beside = [(piece.value - piece.h(piece.left), piece.left) for piece in at_x if piece.left is not None]
-    descent = max((fall for fall, _ in beside), default=0.0)
+    beside = [(piece.value - piece.h(end), end) for piece, end in at_x]
+    descent = max(fall for fall, _ in beside)
     further = here.value - lowest
     rows, steep = values[2:], np.linalg.norm(slopes[2:] * lengths, axis=1)
     broken = np.concatenate([rows[:inequalities], np.abs(rows[inequalities:])]) / np.where(steep > 0, steep, 1.0)
@@ -295,7 +294,7 @@ def exact_end(
         "violation": float(broken.max(initial=0.0)),
         "gap": max(gap, 0.0) / lower_unit,
         "gain": abs(change) / unit,
-        "near": max(*(piece.pull(lengths[:n]) / unit for piece in at_x), *(felt(*end) for end in beside), 0.0),
+        "near": max(*(piece.pull(lengths[:n]) / unit for piece, _ in at_x), *(felt(*end) for end in beside), 0.0),
         "far": 0.0,
         "descent": descent,
         "beaten": 0.0,
