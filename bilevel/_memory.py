@@ -6,6 +6,9 @@ import contextlib
 import ctypes
 import os
 import sys
+from typing import Any
+
+import jax
 
 __all__ = ["OFF", "keep_freed_memory"]
 
@@ -15,6 +18,7 @@ OFF = "BILEVEL_KEEP_MEMORY"
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _LARGEST, _KEPT = 2**30, 2**31 - 1  # bytes: of one block, and of all that is kept at the heap's end
 _PAD = 2**27  # bytes, of addresses only
+_COMPILED, _LONG = "/jax/core/compile/backend_compile_duration", 2.0  # JAX's event, and seconds
 
 
 def keep_freed_memory() -> bool:
@@ -42,5 +46,19 @@ def keep_freed_memory() -> bool:
         library = ctypes.CDLL(None)
         library.gnu_get_libc_version  # noqa: B018
         options = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _PAD))
-        return all([bool(library.mallopt(*option)) for option in options])
+        kept = all([bool(library.mallopt(*option)) for option in options])
+        jax.monitoring.register_event_duration_secs_listener(_GiveBack(library))
+        return kept
     return False
+
+
+class _GiveBack:
+    """A listener of JAX's events: after a long compile the heap's free pages go back to the system."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._trim = library.malloc_trim
+
+    def __call__(self, event: str, duration: float, **_: Any) -> None:
+        """JAX's signature."""
+        if event == _COMPILED and duration > _LONG:
+            self._trim(ctypes.c_size_t(0))

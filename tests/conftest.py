@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from compiled import Kept
 from problems import float64
 
 # The tests wait for the compiler more than for anything else, so that it is told to work less: machine code in one
@@ -28,6 +29,14 @@ os.environ.setdefault("XLA_FLAGS", QUICK)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A background job starts with Ctrl-C ignored, and so would all that it starts; the tests of Ctrl-C are meant.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What earlier runs have compiled is taken over, where pytest keeps anything (not under `-p no:cacheprovider`)."""
+    if getattr(config, "cache", None) is not None:
+        kept = Kept(config.cache.mkdir("compiled"))
+        kept.start()
+        config.add_cleanup(kept.end)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,6 +5,8 @@ import platform
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 # A block, written to and freed, again and again: how many pages the system had to give anew. XLA's blocks come from
@@ -46,8 +48,17 @@ SIZES = (46 << 20, True), (64 << 20, False), (512 << 20, False)  # bytes, and wh
 
 def faults(kept, sizes=SIZES, **environment):
     """Of each size, in one process, where freed memory is kept or not."""
+    return printed(FAULTS.format(kept=kept, sizes=sizes), environment)
+
+
+def resident_less(**environment):
+    """Pages by which a process is smaller after each of three events."""
+    return printed(LEFT, environment)
+
+
+def printed(code, environment):
+    """The numbers that a process prints, without settings of `malloc` but these."""
     others = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "BILEVEL_KEEP"))}
-    code = FAULTS.format(kept=kept, sizes=sizes)
     done = subprocess.run([sys.executable, "-c", code], env={**others, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.split()]
@@ -60,6 +71,50 @@ def test_a_block_that_was_freed_is_not_zeroed_again():
     if any(found < most / 2 for found, most in zip(without, pages, strict=True)):
         pytest.skip("the system gives huge pages")
     assert all(found < most / 100 for found, most in zip(kept, pages, strict=True)), (kept, pages)
+
+
+# Many small blocks with one in use between any two, as a compiler leaves them: the process's size after JAX's event.
+LEFT = """
+import ctypes
+import jax
+import bilevel
+from pathlib import Path
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+size = 1 << 16
+blocks = [library.malloc(size) for _ in range(3200)]
+for block in blocks:
+    ctypes.memset(block, 1, size)
+for block in blocks[::2]:
+    library.free(block)
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+start = resident()
+for event, seconds in (("backend_compile_duration", 1.0), ("jaxpr_trace_duration", 60.0), ("backend_compile_duration", 3.0)):
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/" + event, seconds, fun_name="step")
+    print(start - resident())
+"""
+
+
+@glibc
+def test_what_a_long_compile_leaves_is_given_back():
+    short, trace, long = resident_less()
+    half = 1600 * (1 << 16) // os.sysconf("SC_PAGE_SIZE")
+    assert abs(short) < half / 10 and abs(trace) < half / 10 and long > 0.8 * half, (short, trace, long, half)
+    assert max(map(abs, resident_less(BILEVEL_KEEP_MEMORY="0"))) < half / 10
+
+
+def test_a_compile_tells_jax_its_time_as_the_listener_asks():
+    from bilevel import _memory
+
+    heard = []
+    listener = lambda event, duration, **_: heard.append((event, duration))
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        jax.jit(lambda x: x * 3 + 1)(np.float32(2))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert [duration > 0 for event, duration in heard if event == _memory._COMPILED] == [True]
 
 
 @glibc
