@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["computes", "jit", "sized"]
+__all__ = ["computes", "jit", "settings_for", "sized"]
 
 # Bytes that one evaluation of the losses computes, and XLA's settings up to there. The old emitters compile faster, to
 # code about as fast; machine code in one piece costs less than in up to 32, each with a compiler and a linker of its
@@ -70,6 +70,7 @@ class _Programme:
             if not absent:
                 raise
             _UNKNOWN.update(absent)
+            settings_for.cache_clear()
         return self(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +85,12 @@ class _Programme:
 
 
 def _settings() -> tuple[tuple[str, Any], ...]:
-    total = _BYTES.get()
+    return settings_for(_BYTES.get())
+
+
+@functools.cache  # a search on the host calls small programmes by the thousand
+def settings_for(total: float) -> tuple[tuple[str, Any], ...]:
+    """The settings where the losses compute so many bytes."""
     if total > _ROWS[-1][0] or jax.default_backend() != "cpu":
         return ()
     row = next(row for most, row in _ROWS if total <= most)

@@ -58,7 +58,7 @@ class _GiveBack:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._trim = library.malloc_trim
 
-    def __call__(self, event: str, duration: float, **_: Any) -> None:
+    def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         """JAX's signature."""
-        if event == _COMPILED and duration > _LONG:
+        if event == _COMPILED and duration_secs > _LONG:
             self._trim(ctypes.c_size_t(0))

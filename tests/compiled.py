@@ -27,12 +27,9 @@ def machine() -> str:
     """What compiled code depends on beside the programme and its flags, which JAX's keys have."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    kind = [
-        platform.machine(),
-        platform.processor(),
-        *(line for line in lines if line.startswith(("flags", "Features"))),
-    ]
-    return f"{jax.__version__}-{jaxlib.__version__}-{hashlib.sha256(repr(kind[:3]).encode()).hexdigest()[:16]}"
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    digest = hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()
+    return f"{jax.__version__}-{jaxlib.__version__}-{digest[:16]}"
 
 
 class Kept:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,8 @@ def test_a_small_problem_does_without_the_routines_that_take_long_to_import() ->
     """A programme with an eigenvalue routine makes jaxlib import SciPy's, much of the first answer."""
     code = """
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 import jax.numpy as jnp
 from bilevel import Problem, solve
 losses = lambda x, y: jnp.sum((y - 1) ** 2) + 0.1 * jnp.sum(x**2), lambda x, y: jnp.sum((y - x) ** 2)
@@ -83,11 +87,23 @@ print([name for name in sys.modules if name.startswith("scipy.linalg")])
     assert out.stdout.strip() == "[]", out.stdout
 
 
+@pytest.fixture
+def replace(monkeypatch) -> Iterator[Callable[[str, Any], None]]:
+    """Another value of a name in `_compiling`, and no settings remembered from before."""
+
+    def put(name: str, value: Any) -> None:
+        monkeypatch.setattr(_compiling, name, value)
+        _compiling.settings_for.cache_clear()
+
+    yield put
+    _compiling.settings_for.cache_clear()
+
+
 @pytest.mark.parametrize("make", [lambda: None, solvers.SOBA, pytest.param(solvers.F2BA, marks=pytest.mark.slow)])
-def test_the_fast_settings_change_rounding_alone(make, monkeypatch) -> None:
+def test_the_fast_settings_change_rounding_alone(make, replace) -> None:
     start = jnp.zeros(2)
     fast = solve(two_variables(), start, start, make(), steps=30, progress=False)
-    monkeypatch.setattr(_compiling, "_ROWS", [(0, {})])
+    replace("_ROWS", [(0, {})])
     jax.clear_caches()
     slow = solve(two_variables(), start, start, make(), steps=30, progress=False)
     assert fast.steps == slow.steps and fast.result is slow.result
@@ -95,10 +111,10 @@ def test_the_fast_settings_change_rounding_alone(make, monkeypatch) -> None:
     np.testing.assert_allclose(fast.y, slow.y, rtol=1e-5, atol=1e-6)
 
 
-def test_settings_go_by_what_the_losses_compute(monkeypatch) -> None:
+def test_settings_go_by_what_the_losses_compute(replace) -> None:
     if jax.default_backend() != "cpu":
         pytest.skip("the settings are the CPU's")
-    monkeypatch.setattr(_compiling, "_UNKNOWN", set())
+    replace("_UNKNOWN", set())
     with _compiling.sized():
         assert _compiling._settings() == ()  # nothing is known yet
         _compiling.computes(100)
@@ -110,9 +126,9 @@ def test_settings_go_by_what_the_losses_compute(monkeypatch) -> None:
     assert _compiling._settings() == ()
 
 
-def test_a_setting_that_this_jaxlib_does_not_have_is_left_out(monkeypatch) -> None:
-    monkeypatch.setattr(_compiling, "_ROWS", [(2**20, {"xla_of_another_year": True})])
-    monkeypatch.setattr(_compiling, "_UNKNOWN", set())
+def test_a_setting_that_this_jaxlib_does_not_have_is_left_out(replace) -> None:
+    replace("_ROWS", [(2**20, {"xla_of_another_year": True})])
+    replace("_UNKNOWN", set())
     double = _compiling.jit(lambda v: 2 * v)
     with _compiling.sized():
         _compiling.computes(1)

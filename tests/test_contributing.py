@@ -16,7 +16,7 @@ def test_the_diff_that_adds_a_solver_works(tmp_path):
     diff = re.search(r"^```diff\n(.+?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL)[1]
     shutil.copytree(ROOT / "bilevel", tmp_path / "bilevel", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "tests").mkdir()
-    for name in ("tests/conftest.py", "tests/problems.py", "pyproject.toml"):
+    for name in ("tests/conftest.py", "tests/compiled.py", "tests/problems.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
     added = re.findall(r"^\+\+\+ b/(tests/test_\w+\.py)$", diff, re.MULTILINE)

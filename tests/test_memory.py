@@ -90,8 +90,8 @@ for block in blocks[::2]:
     library.free(block)
 resident = lambda: int(Path("/proc/self/statm").read_text().split()[1])
 start = resident()
-for event, seconds in (("backend_compile_duration", 1.0), ("jaxpr_trace_duration", 60.0), ("backend_compile_duration", 3.0)):
-    jax.monitoring.record_event_duration_secs("/jax/core/compile/" + event, seconds, fun_name="step")
+for event, seconds in (("backend_compile", 1.0), ("jaxpr_trace", 60.0), ("backend_compile", 3.0)):
+    jax.monitoring.record_event_duration_secs(f"/jax/core/compile/{event}_duration", seconds, fun_name="step")
     print(start - resident())
 """
 

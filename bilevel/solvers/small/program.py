@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import _compiling, sets
+from bilevel._convexity import VARIABLE, Kind, constant, kinds
 from bilevel._traces import degrees, equations
 from bilevel.constraints import depends
 from bilevel.problem import ROWS, Problem, ProblemError
@@ -234,6 +235,7 @@ class Program:
         edges = np.cumsum([0, 1, 1, *counts[2:], self.m])
         self._slices = [slice(a, b) for a, b in itertools.pairwise(edges)]
         self._cache: dict[bytes, Evaluated] = {}
+        self._convexity: dict[tuple[Kind, ...], bool] = {}
         self.calls = 0
         self.columns, self.rows = np.ones(self.size), np.ones(edges[-1])
         self.lower, self.upper = np.full(self.size, -np.inf), np.full(self.size, np.inf)
@@ -260,18 +262,22 @@ class Program:
             return not depends(slopes, y, x, y, on=0)
 
     @functools.cached_property
-    def quadratic(self) -> bool:
-        """Whether f(x, .) is seen to be of degree two at most, and the lower level's rows to be affine, at every x."""
+    def _lower_trace(self) -> Any:
+        """f and the lower level's rows, inequalities and equalities, as a trace of leaves of y and of x."""
         lower = self.problem.full_lower()
         with self.precision():
             x, y = self.trees(self.start)
             if self.double:
                 x, y = jax.tree.map(lambda leaf: np.asarray(leaf, float), (x, y))
             parts = lambda y, x: (lower(x, y), *_rows(lower, self._bounds[1], y, x, y))  # noqa: E731
-            traced = jax.make_jaxpr(parts)(y, x).jaxpr
-            given = [1.0] * len(jax.tree.leaves(y)) + [0.0] * len(jax.tree.leaves(x))
-            loss, *rows = degrees(traced, given)
-            return loss <= 2 and max(rows, default=0.0) <= 1 and not traced.effects
+            return jax.make_jaxpr(parts)(y, x)
+
+    @functools.cached_property
+    def quadratic(self) -> bool:
+        """Whether f(x, .) is seen to be of degree two at most, and the lower level's rows to be affine, at every x."""
+        traced, of_x = self._lower_trace.jaxpr, self.layout.x.num_leaves
+        loss, *rows = degrees(traced, [1.0] * (len(traced.invars) - of_x) + [0.0] * of_x)
+        return loss <= 2 and max(rows, default=0.0) <= 1 and not traced.effects
 
     @functools.cached_property
     def may_kink(self) -> bool:
@@ -292,14 +298,30 @@ class Program:
             return lower <= 2 and max(others, default=0.0) <= 1 and not traced.effects
 
     def convex(self, xy: np.ndarray) -> bool:
-        """Whether the lower level at the x of `xy` is seen to have one minimiser, and no other local one."""
-        if not self.quadratic:
+        """Whether the lower level at the x of `xy` is seen to have one minimiser, and no other local one.
+
+        Where f is of degree two any y tells it, and elsewhere the y of a minimiser: f(x, .) has to bend up there.
+        """
+        if not self.quadratic and not self.convex_at(xy):
             return False
         hessian = self(self.point(xy)).dr[:, self.n : self.n + self.m]
         if not np.isfinite(hessian).all():
             return False
         ends = np.linalg.eigvalsh((hessian + hessian.T) / 2)
         return bool(ends[0] > 1e-9 * ends[-1])
+
+    def convex_at(self, xy: np.ndarray) -> bool:
+        """Whether the traces say that f(x, .) and the inequalities are convex at this x, and the equations affine."""
+        sizes = [int(np.prod(shape)) for shape in self.layout.shapes[: self.layout.x.num_leaves]]
+        parts = np.split(xy[: self.n] * self.columns[: self.n], np.cumsum(sizes)[:-1])
+        signs = tuple(map(constant, parts))
+        if signs not in self._convexity:
+            traced = self._lower_trace
+            given = [VARIABLE] * (len(traced.jaxpr.invars) - len(signs))
+            f, inequality, equality = kinds(traced.jaxpr, traced.consts, [*given, *signs])
+            known = f.convex and inequality.convex and equality.affine
+            self._convexity[signs] = known and not traced.jaxpr.effects
+        return self._convexity[signs]
 
     @staticmethod
     def _user_shapes(problem: Problem, x: PyTree, y: PyTree, counts: tuple[int, ...]) -> dict[str, tuple[PyTree, int]]:
@@ -328,7 +350,9 @@ class Program:
         self.calls += 1
         if not self.double:
             z = z.astype(np.float32)
-        with np.errstate(all="ignore"), jax.debug_nans(False):  # a search looks where a loss is undefined, too
+        checked = jax.config.jax_debug_nans  # type: ignore[attr-defined]
+        # A search looks where a loss is undefined, too.
+        with np.errstate(all="ignore"), jax.debug_nans(False) if checked else contextlib.nullcontext():
             values, jacobian = _evaluate(self.problem, self._bounds, z, layout=self.layout)
             return np.asarray(values, float), np.asarray(jacobian, float)
 

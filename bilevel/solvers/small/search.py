@@ -52,6 +52,8 @@ _SETTLED, _LEVEL = 5, 1e-11
 _FIRST, _BESIDE_KNOWN, _CREPT = 30, 3e-2, 3
 """Evaluations of a lower solve after which it is looked at where it goes, how near it is to the end of another one that
 it is left, in units of y, and how many solves may spend all their iterations."""
+_NEWTON_STEPS, _NEWTON_REST = 50, 1e-11
+"""Steps of a lower solve by Newton's method, and the last one's size, in units of y."""
 _WIDE = 1e2
 """Units of a variable: a box as wide as this one is no hint of where to look."""
 
@@ -140,14 +142,18 @@ def solve_lower(
     ends: list[np.ndarray] = []
     if program.linear:
         ends = solve_linear(program, xy)[0]
+    elif (only := _only_minimiser(program, tried[0])) is not None:
+        ends = [only]
     else:
         lower, upper = program.own_lower.copy(), program.own_upper.copy()
         lower[:n] = upper[:n] = xy[:n]
         rows = lower_rows(program)
         given: Any = {"method": method, "iterations": iterations, "tol": 1e-13, "far": 1e30}
         crept = 0
-        # Where there is one minimiser, other starts than the first and one more lead to it again.
-        for start in tried[:2] if program.convex(xy) else tried:
+        for start in tried:
+            # Where there is one minimiser, other starts than the first and one more lead to it again.
+            if len(ends) == 2 and not crept and all(program.convex(end) for end in ends):
+                break
             # At rows without a qualification a method creeps: one that creeps to where another one has been is left,
             # and where some have crept others are not waited for.
             end = attempt(rows, start, lower, upper, **given, evaluations=_FIRST if ends else np.inf)
@@ -158,6 +164,36 @@ def solve_lower(
             crept += not end.rested
             ends.append(end.point)
     return _lowest(program, tried, ends)
+
+
+def _only_minimiser(program: Program, start: np.ndarray) -> np.ndarray | None:
+    """The lower solution at the x of `start` by Newton's steps, where f(x, .) is seen to be convex and no row bounds y;
+    None where it is not, or no Hessian is positive definite on the way, or rounding ends the descent elsewhere."""
+    n, k = program.n, program.n + program.m
+    if program.p or program.q or not program.convex_at(start):
+        return None
+    point, at = start, program(program.point(start))
+    for _ in range(_NEWTON_STEPS):
+        if not np.isfinite(at.f) or not np.isfinite(at.dr).all() or not np.isfinite(at.r).all():
+            return None
+        try:
+            np.linalg.cholesky(at.dr[:, n:k])
+        except np.linalg.LinAlgError:
+            return None
+        step = np.linalg.solve(at.dr[:, n:k], -at.r)
+        slope = float(at.df[n:k] @ step)
+        if np.abs(step).max() <= _NEWTON_REST * max(1.0, np.abs(point[n:]).max()):
+            return point if program.convex(point) else None
+        for halvings in range(30):
+            moved = point.copy()
+            moved[n:] += 0.5**halvings * step
+            there = program(program.point(moved))
+            if there.f <= at.f + 1e-4 * 0.5**halvings * slope + 1e-15 * abs(at.f):
+                break
+        else:
+            return None
+        point, at = moved, there
+    return None
 
 
 def _lowest(program: Program, starts: list[np.ndarray], ends: list[np.ndarray]) -> Lowest:
