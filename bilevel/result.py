@@ -33,7 +33,7 @@ class Result(enum.IntEnum):
 
 _SENTENCES = {
     Result.MAX_STEPS: "took all its steps and did not meet the tolerance",
-    Result.CONVERGED: "met the tolerance, and the check of its end found nothing against it",
+    Result.CONVERGED: "met the tolerance, its own or that of the check of its end, which found nothing against it",
     Result.PENALTY_LIMITED: "stopped improving at the penalty's own bias: raise the penalty, or extrapolate in it",
     Result.DIVERGED: "met a NaN or an infinity; x and y are the last finite iterate",
     Result.STOPPED: "was stopped by a callback or by its patience",

@@ -563,7 +563,8 @@ def test_a_search_goes_where_it_is_sent(x64):
         (lambda x, y: -jnp.sum((y - x) ** 2), True, False),
         (lambda x, y: (y[0] - x[0]) ** 2, True, False),  # flat along y[1]
         (lambda x, y: jnp.sum((y - x) ** 4), False, False),
-        (lambda x, y: jnp.sum(y**2) + jnp.abs(y[0]), False, False),
+        (lambda x, y: jnp.sum(y**2) + jnp.abs(y[0]), False, True),
+        (lambda x, y: jnp.sum(y**2) + jnp.sin(y[0]), False, False),
     ],
 )
 def test_a_lower_level_with_one_minimiser_is_seen(x64, lower, quadratic, convex):

@@ -7,6 +7,7 @@ number multiplies its unit, and changes nothing that is measured in units.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,8 @@ from bilevel.problem import Problem
 from bilevel.typing import PyTree, Scalar
 
 __all__ = [
-    "FELT", "Units", "changes", "moves", "natural_units", "normalised", "progress_of", "rms", "share", "times",
-    "units_of_losses", "units_of_variables",
+    "AWAY", "FELT", "Units", "changes", "left_of", "moves", "natural_units", "normalised", "progress_of", "regular",
+    "rms", "share", "shorter", "times", "units_of_losses", "units_of_variables",
 ]  # fmt: skip
 
 
@@ -53,6 +54,14 @@ def share(fall: float, progress: float) -> float:
     """A fall of F as a part of `progress_of`, to compare with what is in units: of those ten times a tolerance passes,
     of this one tolerance."""
     return 10 * fall / progress if progress > 0 else 0.0
+
+
+def left_of(fall: float, progress: float, unit: float) -> float:
+    """The same of a fall, however little x moves for it, with `unit` the loss's: of a run that did not end by itself.
+
+    A billionth of the unit is always a little: such a run may have begun at the solution.
+    """
+    return share(fall, max(progress, 1e-9 * unit))
 
 
 def rms(tree: PyTree) -> jax.Array:
@@ -99,33 +108,95 @@ def moves(x: PyTree, y: PyTree, lengths: tuple[Any, Any]) -> tuple[PyTree, PyTre
     longer to compile than the losses do."""
     random = np.random.default_rng(5)
     draw = lambda at, unit: jax.tree.map(  # noqa: E731
-        lambda leaf: (np.float64(unit) * random.standard_normal((_AWAY, *leaf.shape))).astype(leaf.dtype), at
+        lambda leaf: (np.float64(unit) * random.standard_normal((AWAY, *leaf.shape))).astype(leaf.dtype), at
     )
     return draw(x, lengths[0]), draw(y, lengths[1])
+
+
+def shorter(x: PyTree, y: PyTree, lengths: tuple[Any, Any]) -> tuple[PyTree, PyTree]:
+    """Random moves of x and of y, stacked, there and back: a few of one unit, and the same of parts of it."""
+    random = np.random.default_rng(6)
+
+    def draw(leaf: Any, unit: Any) -> np.ndarray:
+        ways = random.standard_normal((_PAIRS, 1, *leaf.shape)) * np.array([1.0, -1.0]).reshape(2, *[1] * leaf.ndim)
+        parts = _PARTS.reshape(-1, 1, 1, *[1] * leaf.ndim)
+        return (np.float64(unit) * parts * ways).reshape(-1, *leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map(lambda leaf: draw(leaf, lengths[0]), x), jax.tree.map(lambda leaf: draw(leaf, lengths[1]), y)
+
+
+def regular(
+    lengths: tuple[Any, Any], way: tuple[PyTree, PyTree], here: tuple[Any, Any], found: tuple[np.ndarray, np.ndarray]
+) -> tuple[tuple[Any, Any], tuple[np.ndarray, np.ndarray]] | None:
+    """Parts of the lengths of x and y, and the losses' changes by moves of these, where the losses bend over the whole
+    lengths as they nowhere do nearby; else None.
+
+    How far a variable is from zero is no length of a problem that was moved away from there; the way from the start is.
+
+    Args:
+      lengths: the units of x and y.
+      way: from here to the start.
+      here, found: F and f here, and their changes after the `shorter` moves.
+    """
+    upper, lower = _regular(here[0], found[0]), _regular(here[1], found[1])
+    part_x, part_y = (
+        max((i for i in range(part + 1) if length * _PARTS[i] >= _size(least)), default=0)
+        for length, part, least in zip(lengths, (upper, max(upper, lower)), way, strict=True)
+    )
+    if not part_x + part_y:
+        return None
+    of_upper, of_lower = (
+        changes.reshape(len(_PARTS), -1)[part] for changes, part in zip(found, (part_x, part_y), strict=True)
+    )
+    cut = lambda length, part: np.asarray(length * _PARTS[part], length.dtype)  # noqa: E731
+    return (cut(lengths[0], part_x), cut(lengths[1], part_y)), (of_upper, of_lower)
+
+
+def _regular(here: Any, found: np.ndarray) -> int:
+    """Which part: 0, the whole, where a loss bends over it as nearby, and where nothing is seen."""
+    bends = found.reshape(len(_PARTS), _PAIRS, 2).sum(-1)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parts at which no value is finite
+        table = np.nanmedian(np.abs(bends), axis=1)
+    seen = table > 1e3 * np.finfo(here.dtype).eps * abs(float(here))  # beside rounding; not of a NaN
+    last = int(np.argmin(seen)) - 1 if not seen.all() else len(seen) - 1
+    curvature = table / _PARTS**2
+    if last < 1 or not 0.5 <= curvature[last - 1] / curvature[last] <= 2:
+        return 0  # of a power there is no bend nearby: it is another at every length
+    return int(np.flatnonzero(np.append(True, curvature[: last + 1] > _IRREGULAR * curvature[last]))[-1])
+
+
+_PAIRS, _PARTS, _IRREGULAR = 4, 16.0 ** -np.arange(7), 1e2
 
 
 def units_of_losses(lengths: tuple[Any, Any], here: tuple[Any, Any], found: tuple[Any, Any]) -> Units:
     """All units, from those of x and y and the `changes` after the moves."""
     upper, lower = (
-        _first(np.nanmedian(change) if np.isfinite(change).any() else np.float64(0.0), np.abs(value), np.float64(1.0))
+        _first(
+            np.nanmedian(np.abs(change)) if np.isfinite(change).any() else np.float64(0.0),
+            np.abs(value),
+            np.float64(1.0),
+        )
         for change, value in zip(map(np.asarray, found), map(np.float64, here), strict=True)
     )
     as_own = lambda unit, own: np.asarray(unit, own.dtype)  # noqa: E731
     return Units(*lengths, as_own(upper, here[0]), as_own(lower, here[1]), *here)
 
 
-_AWAY = 9
+AWAY = 9
 
 
 def _plain(at: PyTree, start: PyTree) -> np.float64:
     """The root mean square of a variable, or a tenth of that of its way from the start; nothing is compiled."""
-    flat = lambda tree: np.concatenate(  # noqa: E731
-        [np.asarray(leaf).astype(np.float64).ravel() for leaf in jax.tree.leaves(tree)]
-    )
-    here, there = flat(at), flat(start)
-    size = lambda vector: np.sqrt(np.mean(vector**2))  # noqa: E731
     with np.errstate(all="ignore"):
-        return np.maximum(size(here), _WAY * size(here - there))
+        way = jax.tree.map(lambda here, there: np.asarray(here, np.float64) - np.asarray(there, np.float64), at, start)
+        return np.maximum(_size(at), _WAY * _size(way))
+
+
+def _size(tree: PyTree) -> np.float64:
+    """`rms` on the host."""
+    leaves = [np.asarray(leaf).astype(np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.sqrt(np.mean(np.concatenate(leaves) ** 2)) if leaves else np.float64(0.0)
 
 
 def _first(*values: np.float64) -> np.float64:
@@ -154,7 +225,7 @@ def _steps(problem: Problem, x: PyTree, y: PyTree) -> dict[str, Scalar]:
 def changes(
     problem: Problem, x: PyTree, y: PyTree, moves_x: PyTree, moves_y: PyTree
 ) -> tuple[tuple[Scalar, Scalar], tuple[jax.Array, jax.Array]]:
-    """F and f here, and by how much they differ after each move (in the sets; NaN where that is not finite)."""
+    """F and f here, and what they change by with each move (in the sets; NaN where that is not finite)."""
     upper, lower = problem.full_levels()
     here = upper(x, y), lower(x, y)
 
@@ -163,7 +234,7 @@ def changes(
         there_x = there_x if upper.project is None else upper.project(there_x)
         there_y = there_y if lower.project is None else lower.project(there_y)
         both = upper(there_x, there_y) - here[0], lower(x, there_y) - here[1]
-        of_upper, of_lower = (jnp.where(jnp.isfinite(change), jnp.abs(change), jnp.nan) for change in both)
+        of_upper, of_lower = (jnp.where(jnp.isfinite(change), change, jnp.nan) for change in both)
         return of_upper, of_lower
 
     return here, jax.lax.map(away, (moves_x, moves_y))

@@ -45,14 +45,18 @@ from bilevel.problem import Problem
 from bilevel.result import Result
 from bilevel.solvers._draws import Fixed, fixed_draws
 from bilevel.solvers._units import (
+    AWAY,
     FELT,
     Units,
     changes,
+    left_of,
     moves,
     normalised,
     progress_of,
+    regular,
     rms,
     share,
+    shorter,
     times,
     units_of_losses,
     units_of_variables,
@@ -136,9 +140,9 @@ def verdict(
 
     Args:
       found: the measures, relative ones (in `Units`) among them: `finite`, `outside`, `upper_violation`, `violation`,
-        `repaired` (what the best lower solve still breaks), `bounded`, `gap`, `gain`, `near`, `far`, with `noise_lower`
-        and `noise_upper`, what rounding makes of them; and the others of `Certificate`. What is absent was not
-        checked.
+        `repaired` (what the best lower solve still breaks), `bounded`, `gap`, `gain`, `near`, `far`, `left` (what F can
+        still fall by as a part of F or of its way, `share`), with `noise_lower` and `noise_upper`, what rounding makes
+        of them; and the others of `Certificate`. What is absent was not checked.
       result: what the run ended by.
       metrics: of its last step.
       tol: the run's tolerance, or None (1e-3 then).
@@ -257,7 +261,8 @@ def verdict(
             above("near", margin, "noise_upper"),
             (Result.CONVERGED,),
             Result.NOT_STATIONARY,
-            f"F falls by {get('descent'):.2g} when x is moved a little and y follows: x is not a solution of the upper "
+            (f"F falls by {get('descent'):.2g}" if get("descent") > 0 else "F falls, by its slope,")
+            + " when x is moved a little and y follows: x is not a solution of the upper "
             "level (a kink, a maximum, or a tolerance too coarse for this problem's units).",
         ),
         (
@@ -305,8 +310,12 @@ def verdict(
             result = row[2] if result in row[1] else result
             said.append(row[3])
     if held and tol is not None and result is Result.MAX_STEPS and "near" in found:
-        # The run's own measure has units that the problem does not share; the certificate's have none.
-        result = Result.CONVERGED
+        # The run's own measure has units that the problem does not share; the certificate's have none. But what is
+        # left to gain is not to be much of what the run has gained, in whatever units.
+        if above("left", margin):
+            said.append(f"F can still fall by {max(get('descent'), get('beaten')):.2g}: take more steps.")
+        else:
+            result = Result.CONVERGED
     return result, " ".join(said)
 
 
@@ -430,19 +439,7 @@ def _looked(end: _End, unchecked: tuple[str, ...] | None, sampled: dict[str, flo
     rows = problem.constraint is not None or problem.equality is not None
     n = optax.tree.size(y)
     curved = not nonsmooth and not rows and n <= _CURVED
-    lengths = units_of_variables(problem, x, y, *start)
-    # The way back to the start is looked at with the moves.
-    away = tuple(
-        jax.tree.map(
-            lambda moved, at, z0: np.concatenate([moved, (np.asarray(z0) - np.asarray(at)).astype(moved.dtype)[None]]),
-            *trees,
-        )
-        for trees in zip(moves(x, y, lengths), (x, y), start, strict=True)
-    )
-    at, here, changed, found = _examined(problem, lengths, x, y, away, curved=curved)
-    upper_changes, lower_changes = map(np.asarray, changed)
-    units = units_of_losses(lengths, here, (upper_changes[:-1], lower_changes[:-1]))
-    progress = progress_of(float(here[0]), upper_changes[-1]) / float(units.upper)
+    units, at, progress, found = _measured(problem, x, y, start, curved)
     ends = ends_of_spectrum(found.pop("curvature")) if curved else None
     numbers = _noisier({name: float(value) for name, value in found.items()} | _in_units(units), sampled)
     if ends is not None:
@@ -472,6 +469,34 @@ def _looked(end: _End, unchecked: tuple[str, ...] | None, sampled: dict[str, flo
                 unchecked += (f"Whether another x is better was not looked at, {size}",)
         better = search.better
     return _concluded(end, numbers, unchecked, better)
+
+
+def _measured(
+    problem: Problem, x: PyTree, y: PyTree, start: tuple[PyTree, PyTree], curved: bool
+) -> tuple[Units, tuple[PyTree, PyTree], float, dict[str, Any]]:
+    """The units, the point in these, F or its way from the start in its unit, and what is seen without a solve."""
+    lengths = units_of_variables(problem, x, y, *start)
+    # The way back to the start is looked at with the moves.
+    back = tuple(
+        jax.tree.map(lambda z0, z: np.asarray(z0) - np.asarray(z), *pair) for pair in zip(start, (x, y), strict=True)
+    )
+    away = tuple(
+        jax.tree.map(lambda way, *some: np.concatenate([way.astype(some[0].dtype)[None], *some]), *trees)
+        for trees in zip(back, moves(x, y, lengths), shorter(x, y, lengths), strict=True)
+    )
+    at, here, changed, found = _examined(problem, lengths, x, y, away, curved=curved)
+    of_upper, of_lower = map(np.asarray, changed)
+    short = regular(lengths, back, here, (of_upper[AWAY + 1 :], of_lower[AWAY + 1 :]))
+    if short is None:
+        units = units_of_losses(lengths, here, (of_upper[1 : AWAY + 1], of_lower[1 : AWAY + 1]))
+    else:
+        units = units_of_losses(short[0], here, short[1])
+        by = [old / new for old, new in zip(lengths, short[0], strict=True)]
+        at = tuple(
+            jax.tree.map(lambda leaf, by=by: (np.asarray(leaf) * by).astype(leaf.dtype), tree)
+            for tree, by in zip(at, by, strict=True)
+        )
+    return units, at, progress_of(float(here[0]), float(of_upper[0])) / float(units.upper), found
 
 
 def _unasked(found: dict[str, float], penalised: bool) -> dict[str, float]:
@@ -530,7 +555,7 @@ def _concluded(
 def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
     """The same of a small problem, on the host: all vertices of the multipliers and all branches."""
     problem, x, y, start = end.problem, end.x, end.y, end.start
-    program = Program(problem, x, y, "The certificate")
+    program = Program(problem, x, y, "The certificate", began=start)
     before = Program(problem, *start, "The certificate")
     n, k = program.n, program.n + program.m
     with np.errstate(all="ignore"):
@@ -582,16 +607,21 @@ def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
         found["descent"] = 0.0 if slope.reached is None else max(upper_loss - program.losses(*slope.reached)[0], 0.0)
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
         better = slope.reached or better
-        # MPCC itself has looked around, by the lower level's conditions: they say nothing where f has kinks.
-        searched = "start_loss" in end.metrics and not program.may_kink
+        if end.steps_left and (seen := _concluded(end, dict(found), unchecked, better)).unsettled:
+            return seen
+        # MPCC that ended by itself has looked around, by the lower level's conditions: nothing where f has kinks.
+        searched = "start_loss" in end.metrics and not program.may_kink and end.result is not Result.MAX_STEPS
         if not searched and (lower_yet := _further(program, found, progress, start)) is not None:
             better = better or lower_yet
-        if not searched and found["near"] <= 1e-2:
+        if not searched and found["near"] <= 1e-2 and found["gap"] <= max(10 * end.asked, found["noise_lower"]):
             if program.size <= _SEARCHED:
                 better = _elsewhere(program, upper_loss, found, progress, start) or better
             else:
                 why = f"{program.n + program.m} unknowns and {program.p + program.q} rows of the lower level"
                 unchecked += (f"Whether another x is better was not looked at, because of size: {why}.",)
+        fall = max(found["descent"], found.get("beaten", 0.0))
+        if fall > found["noise_upper"] * program.upper_scale:
+            found["left"] = left_of(fall, progress, program.upper_scale)
     elif not jax.tree.leaves(x):
         found["near"] = 0.0
     return _concluded(end, found, unchecked, better)
@@ -659,7 +689,8 @@ def _elsewhere(
     if points:
         with program.precision():
             reached = program.trees(min(points, key=lambda xy: program(program.point(xy)).F))
-        there = lower_verified(program.problem, *reached, program=program)
+        # In units of its own: in those of this end its lower level may be solved nowhere, and a start stand for it.
+        there = lower_verified(program.problem, *reached)
         # To the search's tolerance: F is taken at the exact lower solution.
         fall = upper_loss - program.losses(*reached)[0] - max(there.loss_change, 0.0) if there.gap <= 1e-5 else 0.0
     found["far"], found["beaten"] = max(fall, 0.0) / program.upper_scale, max(fall, 0.0)
@@ -905,8 +936,12 @@ class _Search:
         known = values > 1e2 * np.finfo(u.dtype).eps * np.abs(values).max()  # the slopes' differences have rounding
         newton = -((vectors[known] @ here) / values[known]) @ vectors[known]
         size = float(np.linalg.norm(newton)) / u.size**0.5
-        if np.isfinite(size) and size > FELT:
-            self._tried([(part * size, "near", u + part * newton) for part in (1.0, 0.3)], best_for_upper=True)
+        bent = lambda v: np.sqrt(((vectors @ v) ** 2 * np.abs(values)).sum())  # noqa: E731
+        # What is short beside coordinates of other sizes may be long for F.
+        least = 1.01 * FELT if bent(newton) > FELT * bent(u) else 0.0
+        if np.isfinite(size) and max(size, least) > FELT:
+            tries = [(max(part * size, least), "near", u + part * newton) for part in (1.0, 0.3)]
+            self._tried(tries, best_for_upper=True)
 
     def _slope(self, flat: np.ndarray) -> np.ndarray:
         """That of x -> F(x, y*(x)) at x = `flat`."""
@@ -953,8 +988,9 @@ class _Search:
                 continue
             fall = min(here, 0.0) - float(upper[j])
             relative = fall * (0.1 / size if kind == "near" else 1.0)
-            if size > FELT and fall > found["noise_upper"]:
-                relative = max(relative, share(fall, self.progress))
+            if fall > found["noise_upper"]:
+                found["left"] = max(found.get("left", 0.0), left_of(fall, self.progress, 1.0))
+                relative = max(relative, share(fall, self.progress)) if size > FELT else relative
             if relative > lowest[kind]:
                 lowest[kind], drop[kind] = relative, fall * found["unit_upper"]
                 if kind == "far" or lowest["far"] == 0.0:

@@ -81,7 +81,21 @@ def attempt(
         point[free] = np.clip(z, lower[free], upper[free])
         return _walled(_columns(rows(point), free))
 
-    end, basis, status = whole[free], None, _SINGULAR
+    end, status = whole[free], _SINGULAR
+    random = np.random.default_rng(0)
+
+    def independent(basis: np.ndarray | None) -> tuple[np.ndarray | None, np.ndarray]:
+        """Combinations of the equations, fewer than those in use, or None; and a point beside the end where some follow
+        from others at the end alone."""
+        fewer = _independent(reduced(end).equality_jacobian, basis)
+        if fewer is None:
+            return None, end
+        beside = end + 1e-2 * random.normal(size=end.size)
+        both = [reduced(point).equality_jacobian for point in (end, beside)]
+        fewer = _independent(np.concatenate(both, axis=1), basis)
+        return fewer, end if fewer is not None else beside
+
+    basis, end = independent(None)
     for _ in range(_TRIALS):
         found, status = _local(reduced, end, lower[free], upper[free], basis, method, iterations, tol, evaluations)
         if found is None or not np.isfinite(found).all() or np.abs(found).max() > far:
@@ -89,16 +103,25 @@ def attempt(
         end = found
         if status != _SINGULAR or method != "SLSQP":
             break
-        # Equations that follow from the others here say nothing: their independent combinations do.
-        jacobian = reduced(end).equality_jacobian
-        left, sizes, _ = np.linalg.svd(jacobian, full_matrices=False)
-        rank = int((sizes > 1e-10 * sizes.max(initial=0.0)).sum())
-        if basis is not None and rank == basis.shape[1]:
+        fewer, beside = independent(basis)
+        if fewer is None and beside is end:
             break
-        basis = left[:, :rank]
+        basis, end = (basis if fewer is None else fewer), beside
     whole = whole.copy()
     whole[free] = np.clip(end, lower[free], upper[free])
     return End(whole, status not in (_SPENT, _LIMIT[method]))
+
+
+def _independent(jacobian: np.ndarray, basis: np.ndarray | None) -> np.ndarray | None:
+    """Combinations of the equations that are independent here, in columns; None where those in use are so already.
+
+    Equations that follow from the others say nothing, and a method may take them for contradictions.
+    """
+    if not len(jacobian) or not np.isfinite(jacobian).all():
+        return None
+    left, sizes, _ = np.linalg.svd(jacobian, full_matrices=False)
+    rank = int((sizes > 1e-10 * sizes.max(initial=0.0)).sum())
+    return None if rank == (len(jacobian) if basis is None else basis.shape[1]) else left[:, :rank]
 
 
 def _local(

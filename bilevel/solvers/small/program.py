@@ -38,6 +38,9 @@ _UNEQUAL = 1e3
 """How far the units of the coordinates of one variable differ before each has its own."""
 _NO_LENGTH = 1e6
 """By how much lengths of a variable differ that are not both lengths."""
+_IRREGULAR, _SHORTER = 1e2, 13
+"""By how much slopes of a loss differ over a length that says nothing of a point, and how many lengths are tried, each
+a quarter of the one before."""
 _TIGHT = 1e-9
 """Relative: two numbers that are equal but for rounding."""
 PASS_BYTES = 2**22
@@ -191,10 +194,11 @@ class Program:
       x, y: a point, for shapes and scales.
       owner: who asks, for errors.
       measured: False: shapes alone, without units and bounds, and without a compile.
+      began: where the run began that came to (x, y): its way is a length, whatever the losses do on it.
 
     Attributes:
       n, m, p, q: the numbers of x, y, lower inequalities and lower equalities.
-      start: the point (x, y).
+      start: the point (x, y), scaled.
       lower, upper: bounds of the unknowns that sets or rows imply.
       own_lower, own_upper: those of (x, y) that the lower level's rows and the sets imply, without the upper's rows.
       pairs, upper_pairs: (k, 2): inequalities i and j with g_i = -g_j (G_i = -G_j), which are one equality.
@@ -207,7 +211,16 @@ class Program:
       ProblemError: a part of the problem is not made for this.
     """
 
-    def __init__(self, problem: Problem, x: PyTree, y: PyTree, owner: str = "MPCC", *, measured: bool = True) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        x: PyTree,
+        y: PyTree,
+        owner: str = "MPCC",
+        *,
+        measured: bool = True,
+        began: tuple[PyTree, PyTree] | None = None,
+    ) -> None:
         problem = visible(problem, x, y)
         self.problem, self.owner = problem, owner
         _refuse(problem, x, y, owner)
@@ -238,6 +251,7 @@ class Program:
         self._convexity: dict[tuple[Kind, ...], bool] = {}
         self.calls = 0
         self.columns, self.rows = np.ones(self.size), np.ones(edges[-1])
+        self._way = np.zeros(xy.size) if began is None else np.abs(np.concatenate([*map(flatten, began)]) - xy)
         self.lower, self.upper = np.full(self.size, -np.inf), np.full(self.size, np.inf)
         low, high = np.concatenate([x_low, y_low]), np.concatenate([x_high, y_high])
         xy = np.clip(xy, low, high)
@@ -463,6 +477,12 @@ class Program:
                 near_by = [xy] + [np.clip(xy + short * rng.normal(size=k), low, high) for _ in range(4)]
                 slopes = [self.raw(self.point(point))[1][0, :k] * short for point in near_by]
                 norms[:, 0] = [np.linalg.norm(slope) for slope in slopes]
+            # What is flat at this x, and is not far away, is measured here.
+            beside = [xy] + [xy + np.where(np.arange(k) < n, 0.0, point - xy) for point in near[1:]]
+            slopes = [self.raw(self.point(point))[1][1, n:k] * unit[n:] for point in beside]
+            here = np.array([np.linalg.norm(slope) for slope in slopes])
+            if np.median(here) > 0 and not np.median(norms[:, 1]) <= _IRREGULAR * np.median(here):
+                norms[:, 1] = here
         norms[~np.isfinite(norms)] = np.nan
         for row in range(norms.shape[1]):
             column = norms[:, row]
@@ -513,7 +533,7 @@ class Program:
         if block.stop - block.start < 2:
             return None
         rng, effects = np.random.default_rng(2), []
-        reach = np.full(k, max(float(np.abs(xy[:n]).max(initial=0.0)), 1.0))
+        reach = np.maximum(np.abs(xy), 1.0)
         reach[block] = length
         for i in range(4):
             point = np.clip(xy + (reach * rng.normal(size=k) if i else 0.0), low, high)
@@ -568,7 +588,50 @@ class Program:
         lengths = [length for length in lengths if length >= least]
         lengths = [length for length in lengths if length <= near * _NO_LENGTH] or lengths
         lengths += [largest] if largest > 0 else []
-        return float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0
+        return self._regular(xy, direction, at, float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0)
+
+    def _regular(
+        self, xy: np.ndarray, direction: np.ndarray, at: tuple[np.ndarray, np.ndarray], length: float
+    ) -> float:
+        """`length`, or a shorter one along a direction, at which the losses' slopes are still of the order of those
+        nearby.
+
+        How far a variable is from zero is no length of a problem that was moved away from there, and what is flat here
+        may be anything where it is not: such a loss is measured where it says nothing of this point.
+        """
+        n, k, r = self.n, self.n + self.m, self._slices[-1]
+        values, jacobian = at
+        here = [jacobian[0, :n], jacobian[0, n:k], values[r]]
+
+        def secants(size: float) -> np.ndarray:
+            """By how much each slope differs at both ends, over the size; NaN where neither is finite."""
+            found = []
+            for sign in (1.0, -1.0):
+                values, jacobian = self.raw(self.point(xy + sign * size * direction))
+                there = [jacobian[0, :n], jacobian[0, n:k], values[r]]
+                with np.errstate(all="ignore"):
+                    found.append([np.linalg.norm(a - b) / size for a, b in zip(there, here, strict=True)])
+            table = np.where(np.isfinite(found), found, -np.inf).max(axis=0)
+            return np.where(table >= 0, table, np.nan)
+
+        moved = direction != 0
+        way = float(np.min(self._way[moved] / np.abs(direction[moved]), initial=np.inf))
+        if not length > way:
+            return length
+        sizes = length * 4.0 ** -np.arange(_SHORTER)
+        first, last = secants(sizes[0]), secants(sizes[-1])
+        if not (first > _IRREGULAR * last).any():
+            return length
+        table = np.stack([first, *(secants(size) for size in sizes[1:-1]), last])
+        rounding = [1e-12 * np.linalg.norm(slope) / sizes[-1] for slope in here]
+        for column, least in zip(table.T, rounding, strict=True):
+            near = column[-1]
+            # Of a power there is no slope nearby: it is none at every length.
+            if near > least and 0.5 * near <= column[-2] <= 2 * near:
+                regular = column <= _IRREGULAR * near
+                first_regular = int(np.flatnonzero(~regular)[-1]) + 1 if not regular.all() else 0
+                length = min(length, sizes[first_regular])
+        return float(max(length, way))
 
     def _curving(self, xy: np.ndarray, direction: np.ndarray, values: np.ndarray, jacobian: np.ndarray) -> list[float]:
         """The lengths along a direction on which the gradients of F, of f in y and of the rows change by themselves."""

@@ -31,7 +31,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import _compiling
 from bilevel._traces import degrees, of_losses, of_problem, traffic
 from bilevel.problem import Problem
-from bilevel.solvers._units import FELT, progress_of, share
+from bilevel.solvers._units import FELT, left_of, progress_of, share
 from bilevel.solvers.small.program import PASS_BYTES, Layout, flatten, precise
 from bilevel.typing import PyTree
 
@@ -280,8 +280,13 @@ def exact_end(
     since = float(slope @ back + back @ hessian @ back / 2)  # F at the start less F here
     progress = progress_of(float(upper), since)
 
+    # Where coordinates of x are of unlike sizes the curvature says which way is long for F.
+    bent = lambda v: float(np.sqrt(v @ here.hessian @ v))  # noqa: E731
+    long = max(bent(v) for v in (best[:n], (best - (z - away))[:n]))
+
     def felt(fall: float, dx: np.ndarray) -> float:
-        return share(fall, progress) if np.abs(dx / lengths[:n]).max(initial=0.0) > FELT else 0.0
+        moved = np.abs(dx / lengths[:n]).max(initial=0.0) > FELT or bent(dx) > FELT * long
+        return share(fall, progress) if moved else 0.0
 
     beside = [(piece.value - piece.h(end), end) for piece, end in at_x]
     descent = max(fall for fall, _ in beside)
@@ -296,6 +301,7 @@ def exact_end(
         "gain": abs(change) / unit,
         "near": max(*(piece.pull(lengths[:n]) / unit for piece, _ in at_x), *(felt(*end) for end in beside), 0.0),
         "far": 0.0,
+        "left": left_of(max(descent, further, 0.0), progress, unit),
         "descent": descent,
         "beaten": 0.0,
         "noise_upper": 1e-12 * abs(upper) / unit,

@@ -178,9 +178,9 @@ def _only_minimiser(program: Program, start: np.ndarray) -> np.ndarray | None:
             return None
         try:
             np.linalg.cholesky(at.dr[:, n:k])
+            step = np.linalg.solve(at.dr[:, n:k], -at.r)
         except np.linalg.LinAlgError:
             return None
-        step = np.linalg.solve(at.dr[:, n:k], -at.r)
         slope = float(at.df[n:k] @ step)
         if np.abs(step).max() <= _NEWTON_REST * max(1.0, np.abs(point[n:]).max()):
             return point if program.convex(point) else None

@@ -1,0 +1,151 @@
+"""A verdict knows no zero and no common length: problems moved away from zero, and coordinates of unlike sizes."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bilevel import Problem, Result, lower, solve, solvers
+from bilevel.solvers.certificate import certify
+from bilevel.solvers.small.nlp import Rows, attempt
+
+PROX = {"prox_lower": lambda x, y, step: y}  # the check of problems that are not small
+
+
+def v(*numbers):
+    return jnp.array(numbers, float)
+
+
+def seen(problem, x, y=None, start=None, tol=1e-4):
+    y = x if y is None else y
+    return certify(problem, x, y, (x, y) if start is None else start, Result.CONVERGED, {}, tol)
+
+
+def two_wells(c, **parts):
+    """F = t^4 - 2 t^2 + .3 t with t = y - c, and y = x: lowest at t = -1.03558, a local solution at .96015."""
+    t = lambda y: y[0] - c
+    return Problem(lambda x, y: t(y) ** 4 - 2 * t(y) ** 2 + 0.3 * t(y), lambda x, y: (y[0] - x[0]) ** 2, **parts)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("parts", [{}, PROX], ids=["small", "prox"])
+@pytest.mark.parametrize("c", [0.0, pytest.param(100.0, marks=pytest.mark.slow), 1e5])
+def test_a_problem_moved_away_from_zero_has_the_same_ends(c, parts):
+    problem = two_wells(c, **parts)
+    assert seen(problem, v(c - 1.03557858)).result is Result.CONVERGED
+    for t in (-2.0, -0.5, 0.0754, 0.3, 2.0):  # slopes of both signs, and the maximum between the wells
+        assert seen(problem, v(c + t)).result in (Result.NOT_STATIONARY, Result.LOCAL), t
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_saddle_far_from_zero_is_left():
+    c = 30.0
+    problem = Problem(lambda x, y: (y[0] - c) ** 2 + ((y[1] - c) ** 2 - 1) ** 2, lambda x, y: jnp.sum((y - x) ** 2))
+    assert seen(problem, v(c, c), start=(v(c - 3, c),) * 2).result in (Result.NOT_STATIONARY, Result.LOCAL)
+    found = solve(problem, v(c - 3, c), v(c - 3, c), tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED
+    np.testing.assert_allclose(jnp.abs(found.x - c), [0, 1], atol=1e-3)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("make", [lambda: None, pytest.param(solvers.MPCC, marks=pytest.mark.slow)])
+def test_the_wrong_well_of_a_lower_level_far_from_zero_is_seen(make):
+    """f = (t^2 - 1)^2 + .3 t with t = y - c: lowest at t = -1.0356."""
+    c = 1000.0
+    problem = Problem(
+        lambda x, y: (x[0] - 1) ** 2 + 0.1 * (y[0] - c - 2) ** 2,
+        lambda x, y: ((y[0] - c) ** 2 - 1) ** 2 + 0.3 * (y[0] - c) + 0 * x[0],
+    )
+    assert seen(problem, v(1.0), v(c + 0.96015)).result is Result.LOWER_LEVEL
+    found = solve(problem, v(0.0), v(c + 1), make(), tol=1e-4, progress=False)
+    assert found.result is Result.CONVERGED
+    np.testing.assert_allclose(found.y - c, [-1.03558], atol=1e-3)
+
+
+def unequal(more=0.0, **parts):
+    """The solution is (1, 1e4), F = 1 there; the first coordinate is nothing beside the second."""
+    return Problem(
+        lambda x, y: 1 + (y[0] - 1) ** 2 + (y[1] / 1e4 - 1) ** 2,
+        lambda x, y: (y[0] - x[0]) ** 2 + ((y[1] - x[1]) / 1e4) ** 2 + more * (y[0] - x[0]) ** 4,
+        **parts,
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "problem", [unequal(), unequal(0.1), unequal(**PROX)], ids=["linear-quadratic", "small", "prox"]
+)
+def test_a_small_coordinate_beside_a_large_one_counts(problem):
+    start = v(-1, 5e3), v(0, 0)
+    assert seen(problem, v(1, 1e4), start=start).result is Result.CONVERGED
+    for wrong in (0.0, 3.0):
+        assert seen(problem, v(wrong, 1e4), start=start).result is Result.NOT_STATIONARY
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_run_that_took_all_its_steps_is_asked_what_is_left():
+    """The certificate sees nothing of x beside its offset, and F can fall by two thirds."""
+    problem = Problem(lambda x, y: (y[0] - 1e6) ** 2 + 1, lambda x, y: (y[0] - x[0]) ** 2)
+    start = v(1e6 + 2)
+    found = solve(
+        problem, start, start, solvers.AID(lower.Newton(), optax.adam(0.01)), steps=20, tol=1e-4, progress=False
+    )
+    assert found.result is Result.MAX_STEPS and "F can still fall by 3" in found.reason
+    found = solve(
+        problem, start, start, solvers.AID(lower.Newton(), optax.sgd(0.4)), steps=60, tol=1e-4, progress=False
+    )
+    assert found.result is Result.CONVERGED
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_lower_loss_that_is_flat_at_this_x_is_measured_there():
+    """A penalty exp(x) that has gone to nothing: a unit of x on which it comes back is no unit of f."""
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(2, 12, 5)), random.normal(size=(2, 12))
+    problem = Problem(
+        lambda x, y: jnp.mean((a[0] @ y - b[0]) ** 2),
+        lambda x, y: jnp.mean(jnp.cosh(a[1] @ y - b[1]) - 1) + jnp.exp(x) * jnp.sum(y**2),
+    )
+    x, best = jnp.array(-12.0), jnp.zeros(5)
+    for _ in range(30):
+        best = lower.Newton().minimum(problem.full_lower(), x, best)
+    assert seen(problem, x, best + 0.1, start=(jnp.array(0.0), jnp.zeros(5))).result is Result.LOWER_LEVEL
+
+
+@pytest.mark.usefixtures("x64")
+def test_equations_that_follow_from_others_are_left_out():
+    same = lambda x: jnp.array([x[0] + x[1] - 1, 2 * x[0] + 2 * x[1] - 2, x[0] + x[1] - 1])
+    problem = Problem(
+        lambda x, y: jnp.sum(y**2) + x[0],
+        lambda x, y: jnp.sum((y - x) ** 2),
+        upper_equality=lambda x, y: same(x),
+        upper_constraint=lambda x, y: -x[:1],
+    )
+    found = solve(problem, v(2, 2), v(2, 2), tol=1e-5, progress=False)
+    assert found.result is Result.CONVERGED
+    np.testing.assert_allclose(found.x, [0.25, 0.75], atol=1e-4)
+
+
+def test_an_equation_without_a_slope_at_the_start_is_kept():
+    """z1 z2 = 0 and z1 = z2: at the start (0, 0) the first says nothing, and beside it all."""
+
+    def rows(z):
+        nothing = np.zeros(0), np.zeros((0, 2))
+        held = np.array([z[0] * z[1], z[0] - z[1]])
+        return Rows(np.sum((z - 1) ** 2), 2 * (z - 1), *nothing, held, np.array([[z[1], z[0]], [1.0, -1.0]]))
+
+    wide = np.full(2, np.inf)
+    end = attempt(rows, np.zeros(2), -wide, wide, iterations=200)
+    assert np.abs(end.point).max() < 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_better_point_is_a_lower_solution_in_its_own_units():
+    """Two parallel equations; at x = 3 the lower solution is (1.5, 1.5), and (1, 2) has the lower F."""
+    problem = Problem(
+        lambda x, y: (y[0] - 1) ** 2 + (x[0] - 3) ** 2,
+        lambda x, y: jnp.sum(y**2),
+        equality=lambda x, y: jnp.array([y[0] + y[1] - x[0], 2 * y[0] + 2 * y[1] - 2 * x[0]]),
+    )
+    found = seen(problem, v(2.8000006), v(1.399991, 1.4000006), start=(v(0.0), v(0, 0)))
+    assert found.result is Result.CONVERGED, found
