@@ -117,13 +117,13 @@ def random_expression(rng, depth):
 @pytest.mark.usefixtures("x64")
 def test_claims_of_random_expressions_hold_at_midpoints():
     rng, claims = np.random.default_rng(3), []
-    for _ in range(200):
+    for _ in range(90):
         f = random_expression(rng, int(rng.integers(1, 4)))
         traced = jax.make_jaxpr(f)(np.ones(2))
         kind = kinds(traced.jaxpr, traced.consts, [VARIABLE])[0]
         if kind.convex or kind.concave or kind.nonnegative or kind.nonpositive:
             claims.append((f, kind))
-    assert len(claims) > 100
+    assert len(claims) > 50
     ends = rng.normal(size=(2, 50, 2)) * 10.0 ** rng.uniform(-1, 1, (1, 50, 1))
     points = jnp.concatenate([ends[0], ends[1], ends.mean(0)])
     values = jax.jit(lambda points: [jax.vmap(f)(points) for f, _ in claims])(points)
