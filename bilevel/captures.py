@@ -59,13 +59,16 @@ def taken(fn: Any, args: tuple[Any, ...] | None = None) -> Any:
     """The function with its captured values as leaves of a pytree; itself where nothing can change in it.
 
     Args:
-      fn: a function, method, partial or callable object.
+      fn: a function, method, partial or callable object. A solver looks at a set's bounds and rows besides, so that
+        none of its numbers is an argument: all that it holds is part of the form.
       args: what it will be called with (arrays or their shapes). Numbers are arguments only where the function can be
         traced so; with None, or where it branches on them or asks for their type, they are part of the form: another
         value compiles anew.
     """
-    if isinstance(fn, Apart) or fn is None or not _apart(fn):
+    if isinstance(fn, (Apart, Held)) or fn is None:
         return fn
+    if not _apart(fn):
+        return fn if _immutable(fn) else _held(fn)
     walk, build = _walked(fn)
     if not walk.leaves and not walk.rebuilt:
         return fn
@@ -108,6 +111,7 @@ def described(value: Any) -> str:
     """
     walk = _Walk(words=True)
     value = value._form.original if isinstance(value, Captured) else value
+    value = value.original if isinstance(value, Held) else value
     walk.node(value, "")
     if not walk.text or isinstance(value, (tuple, list, dict)):
         return f"{_name(type(value))}({', '.join(walk.text)})"
@@ -213,6 +217,41 @@ jax.tree_util.register_pytree_node(
     lambda c: (c._values, (c._form, c._travelling)),
     lambda aux, values: Captured(*aux, tuple(values)),
 )
+
+
+class Held:
+    """A function of which more is looked at than its values: compared by all that it held when it was seen.
+
+    What is called is a copy with the arrays of then, where it can be copied: JAX remembers the cast of an array of 64
+    bits by the array's identity, and would not see that it was written to.
+    """
+
+    def __init__(self, original: Any, copied: Any, held: Hashable) -> None:
+        self.original, self.copied, self.held = original, copied, held
+        self.__wrapped__ = original  # whose signature this is
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's value."""
+        return self.copied(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "copied" not in vars(self):  # a copy that is not yet filled
+            raise AttributeError(name)
+        return getattr(self.copied, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Held) and self.held == other.held)
+
+    def __hash__(self) -> int:
+        return hash(self.held)
+
+    def __repr__(self) -> str:
+        return repr(self.original)
+
+
+def _held(fn: Any) -> Held:
+    walk, build = _walked(fn)
+    return Held(fn, build(_Build([leaf.value for leaf in walk.leaves])), walk.form(fn, None, frozenset()))
 
 
 class Functions:
@@ -399,6 +438,9 @@ class _Walk:
     def _composite(self, value: Any, path: str) -> Callable[[_Build, int], Any]:
         if isinstance(value, Captured):
             return self._again(value, path)
+        if isinstance(value, Held):
+            self._key.append(value)
+            return lambda _b, _n: value
         if isinstance(value, types.FunctionType):
             return self._function(value, path)
         if isinstance(value, types.MethodType):
@@ -555,10 +597,12 @@ class _Walk:
             self._say(path, _name(cls))
         if isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
             self.generators.append(value)
-        if _copied(value):
+        of_functions = cls.__module__ == "bilevel.sets" and not self._words and not _immutable(value)
+        if of_functions or _copied(value):
             self.rebuilt = True
-            self._key.append((cls, tuple(vars(value))))
-            inside = {k: self.node(v, f"{path}.{k}") for k, v in vars(value).items()}
+            own = {k: v for k, v in vars(value).items() if not (of_functions and k == "_key")}
+            self._key.append((cls, tuple(own)))
+            inside = {k: self.node(v, f"{path}.{k}") for k, v in own.items()}
             self.hold(_settings(cls), path)
             make = cls if cls is types.SimpleNamespace else lambda: object.__new__(cls)
             return lambda b, number: _filled(b, number, make(), lambda new: _setting(b, inside)(vars(new)))
@@ -575,6 +619,8 @@ class _Walk:
             held["value"] = value.get(None)
         if opened:
             held |= getattr(value, "__dict__", {})
+            if not self._words and _by_value(cls):  # a set's memory of its own digest
+                held.pop("_key", None)
             for name in (name for c in cls.__mro__ for name in _slots(c)):
                 with contextlib.suppress(AttributeError):
                     held[name] = getattr(value, name)
@@ -754,6 +800,17 @@ def _apart(fn: Any) -> bool:
     if isinstance(fn, (types.FunctionType, types.MethodType, functools.partial, _JITTED)):
         return True
     return not hasattr(fn, "bounds") and not getattr(type(fn), "__bilevel_hyperparameters__", False)
+
+
+def _immutable(value: Any) -> bool:
+    """Whether it is one of this package's objects that hold no function, and whose arrays are their own: a box."""
+    if isinstance(value, (tuple, list, dict)):
+        return all(map(_immutable, value.values() if isinstance(value, dict) else value))
+    if type(value).__module__.startswith("bilevel.") and not isinstance(value, types.FunctionType):
+        return all(_immutable(inside) for name, inside in vars(value).items() if name != "_key")
+    return isinstance(value, (*_ATOMS, np.generic, jax.Array)) or (
+        isinstance(value, np.ndarray) and not value.flags.writeable
+    )
 
 
 def _name(value: Any) -> str:

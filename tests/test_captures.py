@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import dataclasses
 import functools
 import importlib
 import os
+import pickle
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
@@ -18,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel import Problem, data, hypergradients, solve, solvers
+from bilevel import Problem, data, hypergradients, prox, sets, solve, solvers
 from bilevel.captures import Captured, described, host_generators, taken
 from bilevel.checkpoint import CheckpointError
 from bilevel.lower import GradientDescent
@@ -418,3 +420,139 @@ def test_what_was_taken_apart_before_is_one_form_over_its_numbers():
         np.testing.assert_allclose(compiled(fn, 2.0, 0.5), 2 * (0.25 + 4 * lam) + 2.25, rtol=1e-6)
     assert len(traces) == 1
     assert described(outer(1.0)) != described(outer(3.0))
+
+
+OF_ARRAYS = {
+    "Box": lambda a: sets.Box(-a, a),
+    "Box of a tree": lambda a: sets.Box(-9.0, {"a": a}).bounds({"a": a})[1]["a"],
+    "Simplex": lambda a: sets.Simplex(a[0, ...]),
+    "SparseSimplex": lambda a: sets.SparseSimplex(1, a[0, ...]),
+    "Ball": lambda a: sets.Ball(a[0, ...], centre=a),
+    "Sphere": lambda a: sets.Sphere(a[0, ...], centre=a),
+    "Hyperplane": lambda a: sets.Hyperplane(a, a[0, ...]),
+    "Halfspace": lambda a: sets.Halfspace(a, a[0, ...]),
+    "Affine": lambda a: sets.Affine(a[None], a[:1]),
+    "Polyhedron": lambda a: sets.Polyhedron(G=np.eye(2), h=a),
+    "Polyhedron's rows": lambda a: sets.Polyhedron(a[None], a[:1], a[None], 9 * a[:1]),
+    "BoxSection": lambda a: sets.BoxSection(-a, 2 * a, a, a[0, ...]),
+    "Transport": lambda a: sets.Transport(a, a),
+    "Product": lambda a: sets.Product((sets.Box(-a, a),)),
+    "Intersection": lambda a: sets.Intersection([sets.Box(-a, a), sets.Halfspace(a, a[0, ...])]),
+}
+
+
+@pytest.mark.parametrize("name", OF_ARRAYS)
+def test_a_set_is_what_its_arrays_were_when_it_was_made(name):
+    """Its key is remembered: compiled code kept the old bounds where the set itself, and `run`, had the new ones."""
+    array = np.ones(2)
+    made, kept = OF_ARRAYS[name](array), OF_ARRAYS[name](np.ones(2))
+    array[:] = 2.0
+    assert all(map(np.array_equal, jax.tree.leaves(made), jax.tree.leaves(kept)))
+    if isinstance(made, sets.Set):
+        assert made == kept and hash(made) == hash(kept) and made != OF_ARRAYS[name](array)
+        assert not any(leaf.flags.writeable for leaf in jax.tree.leaves(made) if isinstance(leaf, np.ndarray))
+    with pytest.raises(ValueError, match="read-only"):
+        sets.Box(0.0, array).upper[:] = 3.0
+
+
+def test_a_copy_of_a_set_that_is_written_to_is_another_set():
+    made = sets.Box(-1.0, np.ones(2))
+    hash(made)
+    for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), jax.tree.map(np.array, made)):
+        assert copied == made
+        copied.upper[:] = 2.0
+        assert copied != made and copied == sets.Box(-1.0, np.full(2, 2.0))
+
+
+def test_a_product_keeps_its_parts():
+    parts = {"a": sets.Box(-1.0, 1.0)}
+    made = sets.Product(parts)
+    parts["a"] = sets.Box(-1.0, 2.0)
+    assert made == sets.Product({"a": sets.Box(-1.0, 1.0)}) and float(made({"a": jnp.asarray(9.0)})["a"]) == 1.0
+
+
+class OwnSet(sets.Set):
+    """A set of one's own, whose bound may be changed."""
+
+    def __init__(self, high):
+        self.high = high
+
+    def __call__(self, z):
+        return jnp.clip(z, -1.0, self.high)
+
+    def bounds(self, z):
+        return jnp.full_like(z, -1.0), jnp.full_like(z, self.high)
+
+
+class Described:
+    """A function of one's own with bounds, that is no `Set`."""
+
+    def __init__(self, high):
+        self.high = np.full((), high)
+
+    def __call__(self, z):
+        return jnp.clip(z, -1.0, self.high)
+
+    bounds = OwnSet.bounds
+    inequality, equality = sets.Set.inequality, sets.Set.equality
+
+
+HIGH = {"high": np.ones(())}
+CHANGED = {
+    "a set of one's own": (OwnSet(1.0), lambda one, high: setattr(one, "high", high)),
+    "an object with bounds": (Described(1.0), lambda one, high: one.high.fill(high)),
+    "a function in a product": (
+        sets.Product((lambda z: jnp.clip(z, -1.0, HIGH["high"]),)),
+        lambda _, high: HIGH["high"].fill(high),
+    ),
+    "a function in an intersection": (
+        sets.Intersection([lambda z: jnp.clip(z, -1.0, HIGH["high"]), sets.Box(-5.0, 5.0)]),
+        lambda _, high: HIGH["high"].fill(high),
+    ),
+    "a set of one's own in a product": (
+        sets.Product((sets.Product((OwnSet(1.0),)),)),
+        lambda one, high: setattr(one.sets[0].sets[0], "high", high),
+    ),
+}
+
+
+@pytest.mark.parametrize("level", ["project_upper", "project_lower"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_a_set_of_ones_own_holds_has_its_value_of_now(name, level):
+    one, change = CHANGED[name]
+    flat = lambda z: jax.tree.leaves(z)[0]
+    start = jnp.zeros(2)
+    for _ in range(name.count("product")):
+        start = (start,)
+    if "own in a product" in name:
+        start = (start,)
+    problem = Problem(
+        lambda x, y: jnp.sum((flat(y) - 3) ** 2) + jnp.sum((flat(x) - 3) ** 2),
+        lambda x, y: jnp.sum((flat(y) - flat(x)) ** 2),
+        **{level: one},
+    )
+    traces = []
+    call = jax.jit(lambda problem, z: traces.append(0) or getattr(problem, level)(z))
+    for high in (1.0, 2.0, 2.0, 1.0):
+        change(one, high)
+        found = solve(problem, start, start, solvers.AID(GradientDescent(0.5, 3), upper_optimizer=0.5), steps=30)
+        np.testing.assert_allclose(flat(found.x if level == "project_upper" else found.y), high, rtol=1e-5)
+        now = problem.captured(start, start)
+        big = jax.tree.map(lambda a: a + 9, start)
+        np.testing.assert_allclose(flat(call(now, big)), high, rtol=1e-6)
+        assert hasattr(getattr(now, level), "bounds") and repr(getattr(now, level)) == repr(one)
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("make", [
+    lambda a: prox.lasso(a), lambda a: prox.least_squares(a[None], a[:1], 1.0),
+    lambda a: prox.chain(prox.ridge(a), prox.none()), lambda a: prox.projection(lambda z: jnp.clip(z, -1.0, a)),
+], ids=["lasso", "least_squares", "chain", "projection"])  # fmt: skip
+def test_what_a_proximal_operator_holds_has_its_value_of_now(make):
+    call = jax.jit(lambda fn, y: fn(jnp.zeros(()), y, 1.0))
+    array, y = np.ones(2, np.float32), jnp.full(2, 5.0)
+    operator = make(array)
+    for value in (1.0, 2.0):
+        array[:] = value
+        now = taken(operator, (jnp.zeros(()), y, 1.0))
+        np.testing.assert_allclose(call(now, y), make(np.full(2, value, np.float32))(None, y, 1.0), rtol=1e-6)
