@@ -24,16 +24,20 @@ import pickle
 import random
 import sys
 import sysconfig
+import threading
 import types
+import weakref
 import zlib
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, MappingView
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from bilevel._arguments import has, look
 
 __all__ = ["Apart", "Captured", "Functions", "described", "form", "generator_state", "host_generators", "taken"]
 
@@ -47,6 +51,8 @@ _FRAMES = frozenset({"_getframe", "currentframe"})
 _LOOKING = _EVERYTHING | {"getattr", "hasattr", "vars", "dir", "__dict__", "attrgetter", "getmembers"}
 _PLACES = tuple(str(Path(p).resolve()) + os.sep for p in (*_LIBRARY, str(Path(__file__).parent)))
 _JITTED = type(jax.jit(lambda: None))
+_VIEWS = {type(getattr(of(), kind)()): kind for of in (dict, OrderedDict) for kind in ("keys", "values", "items")}
+_BOUND = (types.BuiltinMethodType, types.MethodWrapperType)
 _CODE = (types.FunctionType, types.MethodType, functools.partial, _JITTED)
 _HOUSEKEEPING = frozenset(
     {"__init__", "__post_init__", "__repr__", "__str__", "__eq__", "__hash__", "__setattr__", "__delattr__"}
@@ -169,8 +175,8 @@ class Captured(Apart):
         self._form, self._travelling, self._values = form, travelling, values
         self._built: Any = None
         for name in ("__name__", "__qualname__", "__doc__", "__module__"):
-            with contextlib.suppress(AttributeError):
-                setattr(self, name, getattr(form.original, name))
+            if has(form.original, name):
+                setattr(self, name, look(form.original, name))
         self.__wrapped__ = form.original  # whose signature this is
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -447,11 +453,11 @@ class _Walk:
             self._key.append("method")
             fn, owner = self.node(value.__func__, path), self.node(value.__self__, f"{path}.__self__")
             return lambda b, _: types.MethodType(fn(b), owner(b))
-        if type(value) is functools.partial:
-            self._key.append(("partial", len(value.args), tuple(value.keywords)))
+        if type(value) in (functools.partial, jax.tree_util.Partial):
+            self._key.append((type(value), len(value.args), tuple(value.keywords)))
             fn = self.node(value.func, f"{path}.func")
             args, keywords = self.node(value.args, path), self.node(value.keywords, path)
-            return lambda b, _: functools.partial(fn(b), *args(b), **keywords(b))
+            return lambda b, _: type(value)(fn(b), *args(b), **keywords(b))
         if isinstance(value, _JITTED):  # its cache would give what was captured when it was first called
             if _library(value.__wrapped__):  # type: ignore[attr-defined]
                 return self._same(value, path)
@@ -475,9 +481,22 @@ class _Walk:
                 self.hold({"default_factory": value.default_factory}, path)
             inside = {k: self.node(v, f"{path}.{_word(k)}") for k, v in value.items()}
             return lambda b, number: _filled(b, number, copy.copy(value), _setting(b, inside))
+        if type(value) in _VIEWS:
+            self._key.append(type(value))
+            viewed = self.node(dict(value.mapping), path)
+            return lambda b, _: getattr(viewed(b), _VIEWS[type(value)])()
+        if isinstance(value, _BOUND) and _of_an_object(value):  # d.get, values.item
+            self._key.append(("bound", value.__name__))
+            if not self._unsaid:
+                self._say(path, value.__name__)
+            owner = self.node(value.__self__, f"{path}.__self__")
+            return lambda b, _: getattr(owner(b), value.__name__)
         if isinstance(value, (set, frozenset)):
             self._key.append((type(value), frozenset(map(_hashable, value))))
             self._say(path, f"{{{', '.join(sorted(map(_word, value)))}}}")
+            objects = (v for v in value if type(v) not in _ATOMS and not isinstance(v, (float, enum.Enum)))
+            if not self._words:
+                self.hold({str(i): v for i, v in enumerate(objects)}, path)
             return lambda _b, _n: value
         if isinstance(value, types.ModuleType):
             return self._module(value, path)
@@ -576,7 +595,7 @@ class _Walk:
         self._key.append(("module", module.__name__))
         self.met_module = True
         named = {k: v for k, v in vars(module).items() if self._names is None or k in self._names}
-        own = {k: v for k, v in named.items() if getattr(v, "__module__", "") == module.__name__}
+        own = {k: v for k, v in named.items() if look(v, "__module__", "") == module.__name__}
         code = {k: v for k, v in own.items() if isinstance(v, (types.FunctionType, _JITTED))}
         found = code | {k: v for k, v in named.items() if not k.startswith("__") and _setting_like(v)}
         inside = {k: self.node(v, f"{path}.{k}") for k, v in found.items()}
@@ -606,24 +625,38 @@ class _Walk:
             self.hold(_settings(cls), path)
             make = cls if cls is types.SimpleNamespace else lambda: object.__new__(cls)
             return lambda b, number: _filled(b, number, make(), lambda new: _setting(b, inside)(vars(new)))
+        if _subclassed(value):
+            self.rebuilt = True
+            attributes = {} if vars(value) is value else vars(value)
+            items = dict(dict.items(value) if isinstance(value, dict) else enumerate(list.__iter__(value)))
+            self._key.append((cls, tuple(map(_hashable, items)), tuple(attributes)))
+            inside = {k: self.node(v, f"{path}.[{_word(k)}]") for k, v in items.items()}
+            beside = {k: self.node(v, f"{path}.{k}") for k, v in attributes.items()}
+            self.hold(_settings(cls), path)
+            empty: Any = dict if isinstance(value, dict) else list
+            return lambda b, number: _filled(
+                b, number, empty.__new__(cls), lambda new: _fill(b, value, new, inside, beside)
+            )
         held: dict[str, Any] = {}
-        if isinstance(wrapped := getattr(value, "__wrapped__", None), _CODE):  # functools.cache
+        if isinstance(wrapped := look(value, "__wrapped__"), _CODE):  # functools.cache
             held["__wrapped__"] = wrapped
         # Python's own objects (a logger) count what they did. Another process finds more of a package's as it was.
-        opened = cls.__module__ not in sys.stdlib_module_names and cls.__module__.partition(".")[0] != "jax"
+        opened = cls.__module__ not in sys.stdlib_module_names or cls.__module__ in ("collections", "queue")
+        opened = opened and cls.__module__.partition(".")[0] != "jax"
         if self._words:
             opened = _users_type(cls) or dataclasses.is_dataclass(cls)
         if cls.__module__.partition(".")[0] in ("jax", "jaxlib"):  # custom_jvp, custom_vjp: the functions in them
-            held |= {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, _CODE)}
+            held |= {k: v for k, v in _attributes(value).items() if isinstance(v, _CODE)}
         if isinstance(value, contextvars.ContextVar):
             held["value"] = value.get(None)
+        held |= _of_python(value)
         if opened:
-            held |= getattr(value, "__dict__", {})
+            held |= _attributes(value)
             if not self._words and _by_value(cls):  # a set's memory of its own digest
                 held.pop("_key", None)
             for name in (name for c in cls.__mro__ for name in _slots(c)):
-                with contextlib.suppress(AttributeError):
-                    held[name] = getattr(value, name)
+                if has(value, name):
+                    held[name] = look(value, name)
         if isinstance(value, Mapping):
             held |= {f"[{_word(k)}]": v for k, v in value.items()}
         elif isinstance(value, (list, deque)):
@@ -702,8 +735,8 @@ def _users(file: str | None) -> bool:
 
 def _users_module(module: types.ModuleType) -> bool:
     """Likewise of a module; one that was made by hand has neither a file nor an origin."""
-    file = getattr(module, "__file__", None)
-    if file is None and module.__spec__ is None:
+    file = look(module, "__file__")
+    if file is None and look(module, "__spec__") is None:
         return module.__name__ not in sys.builtin_module_names
     return _users(file)
 
@@ -713,7 +746,7 @@ def _namespace(cls: type) -> bool:
     code = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property, _JITTED)
     values = _contents(cls).values()
     return type(cls) is type and cls.__bases__ == (object,) and _users_type(cls) and not _slots(cls) and not (
-        dataclasses.is_dataclass(cls) or any(isinstance(value, code) or hasattr(value, "__get__") for value in values)
+        dataclasses.is_dataclass(cls) or any(isinstance(v, code) or hasattr(type(v), "__get__") for v in values)
     )  # fmt: skip
 
 
@@ -742,7 +775,7 @@ def _library(fn: Any) -> bool:
 
 def _users_type(cls: type) -> bool:
     module = sys.modules.get(cls.__module__)
-    file = getattr(module, "__file__", None)
+    file = look(module, "__file__")
     return (module is None or cls.__module__ == "__main__") if file is None else _users(file)
 
 
@@ -762,7 +795,7 @@ def _copied(value: Any) -> bool:
         set() if dataclasses.is_dataclass(cls) else {"__setattr__", "__getattr__"}
     )
     return (
-        hasattr(value, "__dict__")
+        has(value, "__dict__")
         and type(cls).__module__ in ("builtins", "abc", "typing")
         and all(_users_type(c) and not _slots(c) and watched.isdisjoint(vars(c)) for c in own)
     )
@@ -774,7 +807,9 @@ def _settings(cls: type) -> dict[str, Any]:
     for c in reversed(cls.__mro__):
         if c is not object and _users_type(c):
             for name, value in vars(c).items():
-                value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+                if isinstance(value, (staticmethod, classmethod)):
+                    value = value.__func__
+                value = (look(type(value), "fget") and look(value, "fget")) or value
                 code = isinstance(value, (types.FunctionType, _JITTED)) and name not in _HOUSEKEEPING
                 if code or not name.startswith("__"):
                     found[name] = value
@@ -799,7 +834,7 @@ def _apart(fn: Any) -> bool:
     """Whether a problem's function is taken apart: not a set, whose bounds and rows a solver looks at."""
     if isinstance(fn, (types.FunctionType, types.MethodType, functools.partial, _JITTED)):
         return True
-    return not hasattr(fn, "bounds") and not getattr(type(fn), "__bilevel_hyperparameters__", False)
+    return not has(fn, "bounds") and not getattr(type(fn), "__bilevel_hyperparameters__", False)
 
 
 def _immutable(value: Any) -> bool:
@@ -815,8 +850,75 @@ def _immutable(value: Any) -> bool:
 
 def _name(value: Any) -> str:
     """The qualified name without the module, so that a script and a notebook that imports it are the same run."""
-    value = value if hasattr(value, "__qualname__") else type(value)
-    return str(value.__qualname__).replace(".<locals>", "")
+    name = look(value, "__qualname__")
+    return (name if isinstance(name, str) else str(type(value).__qualname__)).replace(".<locals>", "")
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    found = look(value, "__dict__", {})
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _of_an_object(bound: Any) -> bool:
+    """Whether a method of a type written in C is bound to an object, as `d.get` is, and `print` is not."""
+    owner = bound.__self__
+    if owner is None or isinstance(owner, (types.ModuleType, type)):
+        return False
+    return type(look(owner, bound.__name__)) is type(bound)  # a capsule's functions are no attributes of it
+
+
+def _of_python(value: Any) -> dict[str, Any]:
+    """What an object of Python's own types holds that may change in place."""
+    if isinstance(value, threading.local):
+        return _attributes(value)
+    if isinstance(value, weakref.ref):
+        return {"()": value()}
+    if isinstance(value, (weakref.ProxyType, weakref.CallableProxyType)):
+        return {"()": look(look(value, "__repr__"), "__self__")}
+    if isinstance(value, MappingView):
+        return {"mapping": look(value, "_mapping")}
+    if isinstance(value, types.CellType):
+        return {"contents": look(value, "cell_contents")}
+    if isinstance(value, (functools.partial, functools.partialmethod)):  # a class of one's own above it
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, (functools.cached_property, functools.singledispatchmethod)):
+        return {"func": value.func}
+    try:  # array.array, bytearray, memoryview, ctypes, mmap
+        with memoryview(value) as view:
+            return {"bytes": (view.format, view.shape, hashlib.blake2b(view.tobytes()).hexdigest())}
+    except (TypeError, ValueError, BufferError):
+        return {}
+
+
+def _subclassed(value: Any) -> bool:
+    """Whether it is a dictionary or list of a user's class, and no more than its items and attributes."""
+    cls = type(value)
+    watched = {"__getattribute__", "__new__", "__del__"}
+    return (
+        type(cls) is type
+        and cls.__mro__[-2:] in ((dict, object), (list, object))
+        and has(value, "__dict__")
+        and all(_users_type(c) and not _slots(c) and watched.isdisjoint(vars(c)) for c in cls.__mro__[:-2])
+    )
+
+
+def _fill(
+    b: _Build,
+    old: Any,
+    new: Any,
+    items: dict[Any, Callable[[_Build], Any]],
+    attributes: dict[str, Callable[[_Build], Any]],
+) -> None:
+    """Put the contents of a user's dictionary or list into another, past what its class does when it is written to."""
+    made = {k: item(b) for k, item in items.items()}
+    if isinstance(old, dict):
+        dict.update(new, made)
+    else:
+        list.extend(new, made.values())
+    if vars(old) is old:  # an attribute dictionary that is its own __dict__
+        object.__setattr__(new, "__dict__", new)
+    else:
+        vars(new).update({k: attribute(b) for k, attribute in attributes.items()})
 
 
 def _word(key: Any) -> str:

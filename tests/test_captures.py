@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import contextvars
 import copy
+import ctypes
 import dataclasses
 import functools
 import importlib
 import os
 import pickle
+import queue
 import sys
+import threading
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 
 import captured
@@ -556,3 +562,135 @@ def test_what_a_proximal_operator_holds_has_its_value_of_now(make):
         array[:] = value
         now = taken(operator, (jnp.zeros(()), y, 1.0))
         np.testing.assert_allclose(call(now, y), make(np.full(2, value, np.float32))(None, y, 1.0), rtol=1e-6)
+
+
+class AttrDict(dict):
+    """The usual one: what raises is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+
+class OwnDict(dict):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class OwnList(list):
+    factor = 1.0
+
+
+class Raising:
+    """Whose unknown attributes raise what they like."""
+
+    def __init__(self, lam):
+        self.lam = lam
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+class HoldsRaising:
+    """A class that holds one, beside code."""
+
+    config = AttrDict(lam=1.0)
+
+    def loss(self, x, y):
+        return (y - 1) ** 2 + self.config.lam * x**2
+
+
+class Lazy:
+    @functools.cached_property
+    def lam(self):
+        return SETTINGS["lam"]
+
+
+class Adding(functools.partial):
+    """A partial function of a class of one's own."""
+
+
+class Plain:
+    pass
+
+
+LOCAL, REFERRED = threading.local(), Plain()
+CTYPE, POINTS = ctypes.c_double(1.0), (ctypes.c_double * 2)(1.0, 1.0)
+OF_C, BYTES = array.array("d", [1.0]), bytearray(8)
+VIEW = memoryview(np.ones(1))
+OWN = {"dict": AttrDict(lam=1.0), "itself": OwnDict(lam=1.0), "list": OwnList([1.0]), "array": AttrDict(lam=np.ones(2))}
+PLAIN, ORDER, QUEUED = {"lam": 1.0}, OrderedDict(lam=1.0), queue.Queue()
+QUEUED.put(1.0)
+LISTED, OF_NUMPY = [1.0], np.ones(2)
+USER_LIST, USER_DICT = collections.UserList([1.0]), collections.UserDict(lam=1.0)
+MEMBERS = {REFERRED}
+GET, ITEM, AT, OPERATOR = PLAIN.get, LISTED.__getitem__, OF_NUMPY.item, LISTED.__len__
+VALUES, ITEMS, ORDERED_VALUES, USER_VALUES = PLAIN.values(), PLAIN.items(), ORDER.values(), USER_DICT.values()
+REFERENCE, PROXY, RAISING = weakref.ref(REFERRED), weakref.proxy(REFERRED), Raising(1.0)
+PARTIAL, ADDING = jax.tree_util.Partial(lambda d, x: d["lam"] * x**2, PLAIN), Adding(lambda d: d["lam"], PLAIN)
+
+
+def change_all(lam):
+    """All of these in place."""
+    SETTINGS["lam"] = LOCAL.lam = REFERRED.lam = CTYPE.value = POINTS[1] = OF_C[0] = VIEW[0] = RAISING.lam = lam
+    BYTES[:] = np.float64(lam).tobytes()
+    OWN["dict"].lam = OWN["itself"].lam = OWN["list"][0] = HoldsRaising.config["lam"] = lam
+    PLAIN["lam"] = ORDER["lam"] = LISTED[0] = OF_NUMPY[1] = OWN["array"]["lam"][1] = lam
+    QUEUED.queue[0] = USER_LIST[0] = USER_DICT["lam"] = lam
+
+
+READ = {
+    "array.array": (lambda: OF_C[0], False), "bytearray": (lambda: float(np.frombuffer(BYTES)[0]), False),
+    "memoryview": (lambda: VIEW[0], False), "threading.local": (lambda: LOCAL.lam, False),
+    "weakref.ref": (lambda: REFERENCE().lam, False), "weakref.proxy": (lambda: PROXY.lam, False),
+    "a number of C": (lambda: CTYPE.value, False), "an array of C": (lambda: POINTS[1], False),
+    "dict.get": (lambda: GET("lam"), True), "list.__getitem__": (lambda: ITEM(0), True),
+    "ndarray.item": (lambda: AT(1), False), "dict.values": (lambda: next(iter(VALUES)), True),
+    "dict.items": (lambda: dict(ITEMS)["lam"], True), "OrderedDict.values": (lambda: next(iter(ORDERED_VALUES)), True),
+    "UserDict.values": (lambda: next(iter(USER_VALUES)), False), "UserList": (lambda: USER_LIST[0], False),
+    "queue": (lambda: QUEUED.queue[0], False), "Partial": (lambda: PARTIAL(1.0), True),
+    "a partial of one's own": (lambda: ADDING(), False), "a cell": (lambda: CELL.cell_contents["lam"], False),
+    "a member of a set": (lambda: next(iter(MEMBERS)).lam, False), "cached_property": (lambda: LAZY.lam, False),
+    "an attribute dictionary": (lambda: OWN["dict"].lam, True), "its own dict": (lambda: OWN["itself"].lam, True),
+    "an array in one": (lambda: OWN["array"].lam[1], True), "a list of one's own": (lambda: OWN["list"][0], True),
+    "an object that raises": (lambda: RAISING.lam, False),
+}  # fmt: skip
+LAZY = Lazy()
+CELL = (lambda: PLAIN and (lambda held: lambda: held)(PLAIN))().__closure__[0]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_pythons_own_types_hold_has_its_value_of_now(name):
+    read, travels = READ[name]
+    traces = []
+    call = jax.jit(lambda fn, x, y: traces.append(0) or fn(x, y))
+    two = jnp.asarray(2.0)
+    for lam in (1.0, 3.0, 3.0, 0.5):
+        vars(LAZY).clear()
+        change_all(lam)
+        fn = taken(lambda x, y: (y - 1) ** 2 + read() * x**2, (two, two))
+        assert call(fn, two, two) == 1 + 4 * lam
+    assert len(traces) == (1 if travels else 3)
+
+
+def test_an_attribute_dictionary_stops_no_solve():
+    """Its __getattr__ raises a KeyError, and where it was looked at nothing else was caught than an AttributeError."""
+    one, settings = HoldsRaising(), AttrDict(lam=1.0)
+    for lam in (1.0, 3.0):
+        settings.lam = HoldsRaising.config["lam"] = lam
+        for upper in (one.loss, lambda x, y: (y - 1) ** 2 + settings.lam * x**2):
+            found = solve(Problem(upper, lambda x, y: (y - x) ** 2), jnp.zeros(()), jnp.zeros(()), tol=1e-5)
+            np.testing.assert_allclose(found.x, 1 / (1 + lam), atol=1e-4)
+
+
+def test_a_generators_method_draws_on_the_host():
+    """Captured without its generator, it drew a constant of compiled code."""
+    draw = DRAWN.normal
+    assert host_generators(lambda x, y: x * draw())[2:] == [DRAWN]
+    with pytest.raises(ValueError, match="upper draws random numbers of numpy's or Python's"):
+        solve(Problem(lambda x, y: x * y * draw(), lambda x, y: (y - x) ** 2), 0.5, 0.5)
+
+
+def test_the_text_of_an_array_of_c_is_its_contents():
+    texts = {described(lambda x, of=of: of[0] * x) for of in (array.array("d", [v]) for v in (1.0, 1.0, 2.0))}
+    assert len(texts) == 2
