@@ -58,6 +58,7 @@ _HOUSEKEEPING = frozenset(
     {"__init__", "__post_init__", "__repr__", "__str__", "__eq__", "__hash__", "__setattr__", "__delattr__"}
 )
 _DEEP, _MANY = 100, 50_000  # objects within objects, and objects: beyond these they are compared by identity
+_CODES = 100_000  # code objects whose names are remembered: one large package has more than five thousand
 _SINGLY = 12  # values that are tried one by one, where not all of them can be arguments
 
 
@@ -679,7 +680,7 @@ def _filled(b: _Build, number: int, new: Any, fill: Callable[[Any], Any]) -> Any
     return new
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(_CODES)
 def _imports(code: types.CodeType) -> tuple[str, ...]:
     """The modules that a code object and those within it import."""
     found: dict[str, None] = {}
@@ -693,7 +694,7 @@ def _imports(code: types.CodeType) -> tuple[str, ...]:
     return tuple(found)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(_CODES)
 def _words(code: types.CodeType) -> frozenset[str]:
     """All names in a code object and those within it: of globals, attributes, methods, imports, and in texts."""
     names = (name for inside in _codes(code) for name in inside.co_names)
@@ -701,7 +702,7 @@ def _words(code: types.CodeType) -> frozenset[str]:
     return frozenset((*names, *(name for text in texts for name in (text, *text.split(".")))))
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(_CODES)
 def _names(code: types.CodeType) -> tuple[tuple[str, ...], bool, bool]:
     """The globals that a code object and those within it read, whether it asks for types, whether it writes globals."""
     reads: dict[str, None] = {}
@@ -722,7 +723,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(_CODES)
 def _users(file: str | None) -> bool:
     """Whether code from this file is the user's own, not that of Python, an installed package or this one."""
     if file is None or file.startswith("<frozen"):
@@ -730,7 +731,22 @@ def _users(file: str | None) -> bool:
     if file.startswith("<"):  # a console or a notebook
         return True
     path = Path(file).resolve()
-    return not str(path).startswith(_PLACES) and {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    if str(path).startswith(_PLACES) or not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
+        return False
+    # What `pip install --target` put into a folder of its own; an editable install lists no file of the user's there.
+    of_imports = {Path(entry).resolve() for entry in sys.path if entry}
+    folders = (folder for folder in path.parents if folder in of_imports)
+    return not any(path.relative_to(folder).parts[0] in _installed(folder) for folder in folders)
+
+
+@functools.lru_cache(256)
+def _installed(folder: Path) -> frozenset[str]:
+    """The packages and modules that an installer put into a folder, by the records that it left beside them."""
+    found: set[str] = set()
+    for record in folder.glob("*.dist-info/RECORD"):
+        with contextlib.suppress(OSError, UnicodeError):
+            found |= {line.strip('"').partition("/")[0].partition(",")[0] for line in record.read_text().splitlines()}
+    return frozenset(found)
 
 
 def _users_module(module: types.ModuleType) -> bool:

@@ -694,3 +694,19 @@ def test_a_generators_method_draws_on_the_host():
 def test_the_text_of_an_array_of_c_is_its_contents():
     texts = {described(lambda x, of=of: of[0] * x) for of in (array.array("d", [v]) for v in (1.0, 1.0, 2.0))}
     assert len(texts) == 2
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_package_that_was_installed_elsewhere_is_not_walked_through(tmp_path, monkeypatch, installed):
+    """`pip install --target` leaves a record; a package of one's own on the path has none, and is seen as it is now."""
+    name = f"beside_{installed}".lower()
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("LAM = 1.0\n\n\ndef penalty(x):\n    return LAM * x**2\n")
+    (tmp_path / f"{name}-1.0.dist-info").mkdir()
+    listed = f"{name}/__init__.py,sha256=0,1\n" if installed else "other/__init__.py,sha256=0,1\n"
+    (tmp_path / f"{name}-1.0.dist-info" / "RECORD").write_text(listed)
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module(name)
+    fn = taken(lambda x, y: (y - 1) ** 2 + package.penalty(x), (1.0, 1.0))
+    held = [leaf.value for leaf in fn._form.leaves] if isinstance(fn, Captured) else []
+    assert set(held) == (set() if installed else {1.0})

@@ -303,7 +303,7 @@ def test_an_x_that_reaches_no_loss_is_refused_before_the_run(solver):
 @pytest.mark.parametrize("solver", [None, solvers.ITD(5, 0.1), solvers.SOBA(), solvers.F2BA(), solvers.AID()], ids=str)
 def test_a_lower_loss_that_does_not_read_y_is_refused_before_the_run(solver):
     """It ended COMPLETED, with a word about a singular f_yy."""
-    said = "lower does not depend on y0: every y minimises it.*the lower loss, whose arguments are .x, y., the upper level"
+    said = "lower does not depend on y0: every y minimises it.*the lower loss, whose arguments are .x, y., the upper"
     with pytest.raises(ProblemError, match=said):
         solve(Problem(lambda x, y: (y - 1) ** 2 + x**2, lambda x, y: (x - 2) ** 2), A(0.3), A(0.0), solver, steps=3)
     drawn = data.Minibatches(np.ones((8, 1), np.float32), 4)
