@@ -183,12 +183,28 @@ def replaced(items: Sequence[Any], places: Sequence[int], values: Sequence[Any])
     return items
 
 
+def look(value: Any, name: str, default: Any = None) -> Any:
+    """An attribute of someone's object; the default where there is none, whatever the object raises to say so.
+
+    `__getattr__ = dict.__getitem__` raises a KeyError, which `getattr` and `hasattr` let through.
+    """
+    try:
+        return getattr(value, name, default)
+    except Exception:
+        return default
+
+
+def has(value: Any, name: str) -> bool:
+    """Likewise, whether there is one."""
+    return look(value, name, look) is not look
+
+
 def signature(function: Callable[..., Any] | inspect.Signature) -> inspect.Signature | None:
     """How a function takes its arguments; None for a builtin, whose arguments are taken as they come."""
     if isinstance(function, inspect.Signature):
         return function
     with contextlib.suppress(TypeError, ValueError):
-        return inspect.signature(getattr(function, "subfun", function))  # jaxopt's composite objectives have a subfun
+        return inspect.signature(look(function, "subfun", function))  # jaxopt's composite objectives have a subfun
     return None
 
 
@@ -233,11 +249,11 @@ def _contents(value: Any) -> Iterator[Any]:
     elif isinstance(value, (tuple, list, set, frozenset)):
         yield from value
     else:
-        for cell in getattr(value, "__closure__", None) or ():
+        for cell in look(value, "__closure__") or ():
             with contextlib.suppress(ValueError):  # a cell that has not been filled yet
                 yield cell.cell_contents
         for name in ("__wrapped__", "__self__", "__defaults__", "__kwdefaults__", "__dict__"):
-            yield getattr(value, name, None)
+            yield look(value, name)
         if isinstance(value, functools.partial):
             yield from (value.func, value.args, value.keywords)
 

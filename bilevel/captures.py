@@ -24,16 +24,20 @@ import pickle
 import random
 import sys
 import sysconfig
+import threading
 import types
+import weakref
 import zlib
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, MappingView
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from bilevel._arguments import has, look
 
 __all__ = ["Apart", "Captured", "Functions", "described", "form", "generator_state", "host_generators", "taken"]
 
@@ -47,11 +51,14 @@ _FRAMES = frozenset({"_getframe", "currentframe"})
 _LOOKING = _EVERYTHING | {"getattr", "hasattr", "vars", "dir", "__dict__", "attrgetter", "getmembers"}
 _PLACES = tuple(str(Path(p).resolve()) + os.sep for p in (*_LIBRARY, str(Path(__file__).parent)))
 _JITTED = type(jax.jit(lambda: None))
+_VIEWS = {type(getattr(of(), kind)()): kind for of in (dict, OrderedDict) for kind in ("keys", "values", "items")}
+_BOUND = (types.BuiltinMethodType, types.MethodWrapperType)
 _CODE = (types.FunctionType, types.MethodType, functools.partial, _JITTED)
 _HOUSEKEEPING = frozenset(
     {"__init__", "__post_init__", "__repr__", "__str__", "__eq__", "__hash__", "__setattr__", "__delattr__"}
 )
 _DEEP, _MANY = 100, 50_000  # objects within objects, and objects: beyond these they are compared by identity
+_CODES = 100_000  # code objects whose names are remembered: one large package has more than five thousand
 _SINGLY = 12  # values that are tried one by one, where not all of them can be arguments
 
 
@@ -59,13 +66,16 @@ def taken(fn: Any, args: tuple[Any, ...] | None = None) -> Any:
     """The function with its captured values as leaves of a pytree; itself where nothing can change in it.
 
     Args:
-      fn: a function, method, partial or callable object.
+      fn: a function, method, partial or callable object. A solver looks at a set's bounds and rows besides, so that
+        none of its numbers is an argument: all that it holds is part of the form.
       args: what it will be called with (arrays or their shapes). Numbers are arguments only where the function can be
         traced so; with None, or where it branches on them or asks for their type, they are part of the form: another
         value compiles anew.
     """
-    if isinstance(fn, Apart) or fn is None or not _apart(fn):
+    if isinstance(fn, (Apart, Held)) or fn is None:
         return fn
+    if not _apart(fn):
+        return fn if _immutable(fn) else _held(fn)
     walk, build = _walked(fn)
     if not walk.leaves and not walk.rebuilt:
         return fn
@@ -108,6 +118,7 @@ def described(value: Any) -> str:
     """
     walk = _Walk(words=True)
     value = value._form.original if isinstance(value, Captured) else value
+    value = value.original if isinstance(value, Held) else value
     walk.node(value, "")
     if not walk.text or isinstance(value, (tuple, list, dict)):
         return f"{_name(type(value))}({', '.join(walk.text)})"
@@ -165,8 +176,8 @@ class Captured(Apart):
         self._form, self._travelling, self._values = form, travelling, values
         self._built: Any = None
         for name in ("__name__", "__qualname__", "__doc__", "__module__"):
-            with contextlib.suppress(AttributeError):
-                setattr(self, name, getattr(form.original, name))
+            if has(form.original, name):
+                setattr(self, name, look(form.original, name))
         self.__wrapped__ = form.original  # whose signature this is
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,6 +224,41 @@ jax.tree_util.register_pytree_node(
     lambda c: (c._values, (c._form, c._travelling)),
     lambda aux, values: Captured(*aux, tuple(values)),
 )
+
+
+class Held:
+    """A function of which more is looked at than its values: compared by all that it held when it was seen.
+
+    What is called is a copy with the arrays of then, where it can be copied: JAX remembers the cast of an array of 64
+    bits by the array's identity, and would not see that it was written to.
+    """
+
+    def __init__(self, original: Any, copied: Any, held: Hashable) -> None:
+        self.original, self.copied, self.held = original, copied, held
+        self.__wrapped__ = original  # whose signature this is
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's value."""
+        return self.copied(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "copied" not in vars(self):  # a copy that is not yet filled
+            raise AttributeError(name)
+        return getattr(self.copied, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Held) and self.held == other.held)
+
+    def __hash__(self) -> int:
+        return hash(self.held)
+
+    def __repr__(self) -> str:
+        return repr(self.original)
+
+
+def _held(fn: Any) -> Held:
+    walk, build = _walked(fn)
+    return Held(fn, build(_Build([leaf.value for leaf in walk.leaves])), walk.form(fn, None, frozenset()))
 
 
 class Functions:
@@ -399,17 +445,20 @@ class _Walk:
     def _composite(self, value: Any, path: str) -> Callable[[_Build, int], Any]:
         if isinstance(value, Captured):
             return self._again(value, path)
+        if isinstance(value, Held):
+            self._key.append(value)
+            return lambda _b, _n: value
         if isinstance(value, types.FunctionType):
             return self._function(value, path)
         if isinstance(value, types.MethodType):
             self._key.append("method")
             fn, owner = self.node(value.__func__, path), self.node(value.__self__, f"{path}.__self__")
             return lambda b, _: types.MethodType(fn(b), owner(b))
-        if type(value) is functools.partial:
-            self._key.append(("partial", len(value.args), tuple(value.keywords)))
+        if type(value) in (functools.partial, jax.tree_util.Partial):
+            self._key.append((type(value), len(value.args), tuple(value.keywords)))
             fn = self.node(value.func, f"{path}.func")
             args, keywords = self.node(value.args, path), self.node(value.keywords, path)
-            return lambda b, _: functools.partial(fn(b), *args(b), **keywords(b))
+            return lambda b, _: type(value)(fn(b), *args(b), **keywords(b))
         if isinstance(value, _JITTED):  # its cache would give what was captured when it was first called
             if _library(value.__wrapped__):  # type: ignore[attr-defined]
                 return self._same(value, path)
@@ -433,9 +482,22 @@ class _Walk:
                 self.hold({"default_factory": value.default_factory}, path)
             inside = {k: self.node(v, f"{path}.{_word(k)}") for k, v in value.items()}
             return lambda b, number: _filled(b, number, copy.copy(value), _setting(b, inside))
+        if type(value) in _VIEWS:
+            self._key.append(type(value))
+            viewed = self.node(dict(value.mapping), path)
+            return lambda b, _: getattr(viewed(b), _VIEWS[type(value)])()
+        if isinstance(value, _BOUND) and _of_an_object(value):  # d.get, values.item
+            self._key.append(("bound", value.__name__))
+            if not self._unsaid:
+                self._say(path, value.__name__)
+            owner = self.node(value.__self__, f"{path}.__self__")
+            return lambda b, _: getattr(owner(b), value.__name__)
         if isinstance(value, (set, frozenset)):
             self._key.append((type(value), frozenset(map(_hashable, value))))
             self._say(path, f"{{{', '.join(sorted(map(_word, value)))}}}")
+            objects = (v for v in value if type(v) not in _ATOMS and not isinstance(v, (float, enum.Enum)))
+            if not self._words:
+                self.hold({str(i): v for i, v in enumerate(objects)}, path)
             return lambda _b, _n: value
         if isinstance(value, types.ModuleType):
             return self._module(value, path)
@@ -534,7 +596,7 @@ class _Walk:
         self._key.append(("module", module.__name__))
         self.met_module = True
         named = {k: v for k, v in vars(module).items() if self._names is None or k in self._names}
-        own = {k: v for k, v in named.items() if getattr(v, "__module__", "") == module.__name__}
+        own = {k: v for k, v in named.items() if look(v, "__module__", "") == module.__name__}
         code = {k: v for k, v in own.items() if isinstance(v, (types.FunctionType, _JITTED))}
         found = code | {k: v for k, v in named.items() if not k.startswith("__") and _setting_like(v)}
         inside = {k: self.node(v, f"{path}.{k}") for k, v in found.items()}
@@ -555,29 +617,47 @@ class _Walk:
             self._say(path, _name(cls))
         if isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
             self.generators.append(value)
-        if _copied(value):
+        of_functions = cls.__module__ == "bilevel.sets" and not self._words and not _immutable(value)
+        if of_functions or _copied(value):
             self.rebuilt = True
-            self._key.append((cls, tuple(vars(value))))
-            inside = {k: self.node(v, f"{path}.{k}") for k, v in vars(value).items()}
+            own = {k: v for k, v in vars(value).items() if not (of_functions and k == "_key")}
+            self._key.append((cls, tuple(own)))
+            inside = {k: self.node(v, f"{path}.{k}") for k, v in own.items()}
             self.hold(_settings(cls), path)
             make = cls if cls is types.SimpleNamespace else lambda: object.__new__(cls)
             return lambda b, number: _filled(b, number, make(), lambda new: _setting(b, inside)(vars(new)))
+        if _subclassed(value):
+            self.rebuilt = True
+            attributes = {} if vars(value) is value else vars(value)
+            items = dict(dict.items(value) if isinstance(value, dict) else enumerate(list.__iter__(value)))
+            self._key.append((cls, tuple(map(_hashable, items)), tuple(attributes)))
+            inside = {k: self.node(v, f"{path}.[{_word(k)}]") for k, v in items.items()}
+            beside = {k: self.node(v, f"{path}.{k}") for k, v in attributes.items()}
+            self.hold(_settings(cls), path)
+            empty: Any = dict if isinstance(value, dict) else list
+            return lambda b, number: _filled(
+                b, number, empty.__new__(cls), lambda new: _fill(b, value, new, inside, beside)
+            )
         held: dict[str, Any] = {}
-        if isinstance(wrapped := getattr(value, "__wrapped__", None), _CODE):  # functools.cache
+        if isinstance(wrapped := look(value, "__wrapped__"), _CODE):  # functools.cache
             held["__wrapped__"] = wrapped
         # Python's own objects (a logger) count what they did. Another process finds more of a package's as it was.
-        opened = cls.__module__ not in sys.stdlib_module_names and cls.__module__.partition(".")[0] != "jax"
+        opened = cls.__module__ not in sys.stdlib_module_names or cls.__module__ in ("collections", "queue")
+        opened = opened and cls.__module__.partition(".")[0] != "jax"
         if self._words:
             opened = _users_type(cls) or dataclasses.is_dataclass(cls)
         if cls.__module__.partition(".")[0] in ("jax", "jaxlib"):  # custom_jvp, custom_vjp: the functions in them
-            held |= {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, _CODE)}
+            held |= {k: v for k, v in _attributes(value).items() if isinstance(v, _CODE)}
         if isinstance(value, contextvars.ContextVar):
             held["value"] = value.get(None)
+        held |= _of_python(value)
         if opened:
-            held |= getattr(value, "__dict__", {})
+            held |= _attributes(value)
+            if not self._words and _by_value(cls):  # a set's memory of its own digest
+                held.pop("_key", None)
             for name in (name for c in cls.__mro__ for name in _slots(c)):
-                with contextlib.suppress(AttributeError):
-                    held[name] = getattr(value, name)
+                if has(value, name):
+                    held[name] = look(value, name)
         if isinstance(value, Mapping):
             held |= {f"[{_word(k)}]": v for k, v in value.items()}
         elif isinstance(value, (list, deque)):
@@ -600,7 +680,7 @@ def _filled(b: _Build, number: int, new: Any, fill: Callable[[Any], Any]) -> Any
     return new
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(_CODES)
 def _imports(code: types.CodeType) -> tuple[str, ...]:
     """The modules that a code object and those within it import."""
     found: dict[str, None] = {}
@@ -614,7 +694,7 @@ def _imports(code: types.CodeType) -> tuple[str, ...]:
     return tuple(found)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(_CODES)
 def _words(code: types.CodeType) -> frozenset[str]:
     """All names in a code object and those within it: of globals, attributes, methods, imports, and in texts."""
     names = (name for inside in _codes(code) for name in inside.co_names)
@@ -622,7 +702,7 @@ def _words(code: types.CodeType) -> frozenset[str]:
     return frozenset((*names, *(name for text in texts for name in (text, *text.split(".")))))
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(_CODES)
 def _names(code: types.CodeType) -> tuple[tuple[str, ...], bool, bool]:
     """The globals that a code object and those within it read, whether it asks for types, whether it writes globals."""
     reads: dict[str, None] = {}
@@ -643,7 +723,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(_CODES)
 def _users(file: str | None) -> bool:
     """Whether code from this file is the user's own, not that of Python, an installed package or this one."""
     if file is None or file.startswith("<frozen"):
@@ -651,13 +731,28 @@ def _users(file: str | None) -> bool:
     if file.startswith("<"):  # a console or a notebook
         return True
     path = Path(file).resolve()
-    return not str(path).startswith(_PLACES) and {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    if str(path).startswith(_PLACES) or not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
+        return False
+    # What `pip install --target` put into a folder of its own; an editable install lists no file of the user's there.
+    of_imports = {Path(entry).resolve() for entry in sys.path if entry}
+    folders = (folder for folder in path.parents if folder in of_imports)
+    return not any(path.relative_to(folder).parts[0] in _installed(folder) for folder in folders)
+
+
+@functools.lru_cache(256)
+def _installed(folder: Path) -> frozenset[str]:
+    """The packages and modules that an installer put into a folder, by the records that it left beside them."""
+    found: set[str] = set()
+    for record in folder.glob("*.dist-info/RECORD"):
+        with contextlib.suppress(OSError, UnicodeError):
+            found |= {line.strip('"').partition("/")[0].partition(",")[0] for line in record.read_text().splitlines()}
+    return frozenset(found)
 
 
 def _users_module(module: types.ModuleType) -> bool:
     """Likewise of a module; one that was made by hand has neither a file nor an origin."""
-    file = getattr(module, "__file__", None)
-    if file is None and module.__spec__ is None:
+    file = look(module, "__file__")
+    if file is None and look(module, "__spec__") is None:
         return module.__name__ not in sys.builtin_module_names
     return _users(file)
 
@@ -667,7 +762,7 @@ def _namespace(cls: type) -> bool:
     code = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property, _JITTED)
     values = _contents(cls).values()
     return type(cls) is type and cls.__bases__ == (object,) and _users_type(cls) and not _slots(cls) and not (
-        dataclasses.is_dataclass(cls) or any(isinstance(value, code) or hasattr(value, "__get__") for value in values)
+        dataclasses.is_dataclass(cls) or any(isinstance(v, code) or hasattr(type(v), "__get__") for v in values)
     )  # fmt: skip
 
 
@@ -696,7 +791,7 @@ def _library(fn: Any) -> bool:
 
 def _users_type(cls: type) -> bool:
     module = sys.modules.get(cls.__module__)
-    file = getattr(module, "__file__", None)
+    file = look(module, "__file__")
     return (module is None or cls.__module__ == "__main__") if file is None else _users(file)
 
 
@@ -716,7 +811,7 @@ def _copied(value: Any) -> bool:
         set() if dataclasses.is_dataclass(cls) else {"__setattr__", "__getattr__"}
     )
     return (
-        hasattr(value, "__dict__")
+        has(value, "__dict__")
         and type(cls).__module__ in ("builtins", "abc", "typing")
         and all(_users_type(c) and not _slots(c) and watched.isdisjoint(vars(c)) for c in own)
     )
@@ -728,7 +823,9 @@ def _settings(cls: type) -> dict[str, Any]:
     for c in reversed(cls.__mro__):
         if c is not object and _users_type(c):
             for name, value in vars(c).items():
-                value = getattr(value, "fget", None) or getattr(value, "__func__", value)
+                if isinstance(value, (staticmethod, classmethod)):
+                    value = value.__func__
+                value = (look(type(value), "fget") and look(value, "fget")) or value
                 code = isinstance(value, (types.FunctionType, _JITTED)) and name not in _HOUSEKEEPING
                 if code or not name.startswith("__"):
                     found[name] = value
@@ -753,13 +850,91 @@ def _apart(fn: Any) -> bool:
     """Whether a problem's function is taken apart: not a set, whose bounds and rows a solver looks at."""
     if isinstance(fn, (types.FunctionType, types.MethodType, functools.partial, _JITTED)):
         return True
-    return not hasattr(fn, "bounds") and not getattr(type(fn), "__bilevel_hyperparameters__", False)
+    return not has(fn, "bounds") and not getattr(type(fn), "__bilevel_hyperparameters__", False)
+
+
+def _immutable(value: Any) -> bool:
+    """Whether it is one of this package's objects that hold no function, and whose arrays are their own: a box."""
+    if isinstance(value, (tuple, list, dict)):
+        return all(map(_immutable, value.values() if isinstance(value, dict) else value))
+    if type(value).__module__.startswith("bilevel.") and not isinstance(value, types.FunctionType):
+        return all(_immutable(inside) for name, inside in vars(value).items() if name != "_key")
+    return isinstance(value, (*_ATOMS, np.generic, jax.Array)) or (
+        isinstance(value, np.ndarray) and not value.flags.writeable
+    )
 
 
 def _name(value: Any) -> str:
     """The qualified name without the module, so that a script and a notebook that imports it are the same run."""
-    value = value if hasattr(value, "__qualname__") else type(value)
-    return str(value.__qualname__).replace(".<locals>", "")
+    name = look(value, "__qualname__")
+    return (name if isinstance(name, str) else str(type(value).__qualname__)).replace(".<locals>", "")
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    found = look(value, "__dict__", {})
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _of_an_object(bound: Any) -> bool:
+    """Whether a method of a type written in C is bound to an object, as `d.get` is, and `print` is not."""
+    owner = bound.__self__
+    if owner is None or isinstance(owner, (types.ModuleType, type)):
+        return False
+    return type(look(owner, bound.__name__)) is type(bound)  # a capsule's functions are no attributes of it
+
+
+def _of_python(value: Any) -> dict[str, Any]:
+    """What an object of Python's own types holds that may change in place."""
+    if isinstance(value, threading.local):
+        return _attributes(value)
+    if isinstance(value, weakref.ref):
+        return {"()": value()}
+    if isinstance(value, (weakref.ProxyType, weakref.CallableProxyType)):
+        return {"()": look(look(value, "__repr__"), "__self__")}
+    if isinstance(value, MappingView):
+        return {"mapping": look(value, "_mapping")}
+    if isinstance(value, types.CellType):
+        return {"contents": look(value, "cell_contents")}
+    if isinstance(value, (functools.partial, functools.partialmethod)):  # a class of one's own above it
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, (functools.cached_property, functools.singledispatchmethod)):
+        return {"func": value.func}
+    try:  # array.array, bytearray, memoryview, ctypes, mmap
+        with memoryview(value) as view:
+            return {"bytes": (view.format, view.shape, hashlib.blake2b(view.tobytes()).hexdigest())}
+    except (TypeError, ValueError, BufferError):
+        return {}
+
+
+def _subclassed(value: Any) -> bool:
+    """Whether it is a dictionary or list of a user's class, and no more than its items and attributes."""
+    cls = type(value)
+    watched = {"__getattribute__", "__new__", "__del__"}
+    return (
+        type(cls) is type
+        and cls.__mro__[-2:] in ((dict, object), (list, object))
+        and has(value, "__dict__")
+        and all(_users_type(c) and not _slots(c) and watched.isdisjoint(vars(c)) for c in cls.__mro__[:-2])
+    )
+
+
+def _fill(
+    b: _Build,
+    old: Any,
+    new: Any,
+    items: dict[Any, Callable[[_Build], Any]],
+    attributes: dict[str, Callable[[_Build], Any]],
+) -> None:
+    """Put the contents of a user's dictionary or list into another, past what its class does when it is written to."""
+    made = {k: item(b) for k, item in items.items()}
+    if isinstance(old, dict):
+        dict.update(new, made)
+    else:
+        list.extend(new, made.values())
+    if vars(old) is old:  # an attribute dictionary that is its own __dict__
+        object.__setattr__(new, "__dict__", new)
+    else:
+        vars(new).update({k: attribute(b) for k, attribute in attributes.items()})
 
 
 def _word(key: Any) -> str:

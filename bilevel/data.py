@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel._arguments import explained_class
+from bilevel._arguments import explained_class, has
 from bilevel._pickling import storable
 from bilevel.captures import form
 from bilevel.keys import Draw, StepKey, as_step_key, epoch_seed, in_epoch, mix, permute, stream_seed
@@ -46,18 +46,20 @@ def as_arrays(tree: PyTree, name: str) -> PyTree:
         kind, home = type(leaf).__name__, type(leaf).__module__.partition(".")[0]
         if isinstance(leaf, (np.ndarray, np.generic, jax.Array, jax.core.Tracer)) or home in ("jax", "jaxlib"):
             return leaf
-        if home in ("pandas", "polars") and hasattr(leaf, "to_numpy"):
+        if home in ("pandas", "polars") and has(leaf, "to_numpy"):
             return _column_numbers(leaf, where)
-        if home == "torch" and hasattr(leaf, "detach"):
+        if home == "torch" and has(leaf, "detach"):
             return leaf.detach().cpu().numpy()
-        if home == "tensorflow" and hasattr(leaf, "numpy"):
+        if home == "tensorflow" and has(leaf, "numpy"):
             return leaf.numpy()
-        if hasattr(leaf, "toarray") and hasattr(leaf, "nnz"):
+        if isinstance(leaf, dict):
+            raise ProblemError(f"{where} is a {kind}, a dictionary that JAX does not take apart: give dict({where}).")
+        if has(leaf, "toarray") and has(leaf, "nnz"):
             raise ProblemError(
                 f"{where} is a sparse matrix ({kind}), and losses take dense arrays: give its .toarray() where that "
                 "fits, else a data.Stream of dense batches, whose items are X[rows].toarray()."
             )
-        if isinstance(leaf, collections.abc.Iterator) or (hasattr(leaf, "__iter__") and not hasattr(leaf, "__array__")):
+        if isinstance(leaf, collections.abc.Iterator) or (has(leaf, "__iter__") and not has(leaf, "__array__")):
             if isinstance(leaf, (str, bytes)):
                 raise ProblemError(f"{where} is text: encode it as numbers; of a file, give the arrays that are in it.")
             raise ProblemError(
@@ -66,7 +68,7 @@ def as_arrays(tree: PyTree, name: str) -> PyTree:
             )
         if isinstance(leaf, os.PathLike):
             raise ProblemError(f"{where} is a path, and data are arrays: give those that are in the file.")
-        if callable(leaf) and not hasattr(leaf, "__array__"):
+        if callable(leaf) and not has(leaf, "__array__"):
             what = f"the class {leaf.__name__}" if isinstance(leaf, type) else f"a {kind}"
             cure = (
                 f"make one of it, {leaf.__name__}(...)"

@@ -32,7 +32,7 @@ import optax
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
-from bilevel._arguments import Leaves, bind, explained, hoisted, holds_tracer, replaced, signature
+from bilevel._arguments import Leaves, bind, explained, has, hoisted, holds_tracer, look, replaced, signature
 from bilevel.linear import CG, GMRES, Dense
 from bilevel.linear._common import is_skew
 from bilevel.optimality import stationarity
@@ -223,7 +223,7 @@ def argmin(
     Returns:
         `y_star(x, y0, *data) -> y`, differentiable in x and the data; by y0 its derivative is zero, by design.
     """
-    if not callable(solver) or hasattr(solver, "init"):
+    if not callable(solver) or has(solver, "init"):
         what = type(solver).__name__
         raise TypeError(
             f"argmin takes a function (lower, x, y) -> y as its solver, which finds y by means of its own, not {what}: "
@@ -366,7 +366,7 @@ def _join_complex(parts: list[Any], like: PyTree) -> PyTree:
 
 
 def _is_symmetric(optimality_fun: Callable[..., Any]) -> bool:
-    return bool(getattr(optimality_fun, "symmetric", False))
+    return bool(look(optimality_fun, "symmetric", False))
 
 
 def _as_solve(solve: Solve | None, symmetric: bool) -> Solve:
@@ -380,7 +380,7 @@ def _as_solve(solve: Solve | None, symmetric: bool) -> Solve:
             f"The linear solver was {solve!r}; a function (matvec, b) -> u that solves A u = b, or a solver of "
             "bilevel.linear, is expected."
         )
-    if not hasattr(solve, "init"):
+    if not has(solve, "init"):
         return solve
     chosen = lambda matvec, b: solve(matvec, b)[0]  # noqa: E731  a solver of bilevel.linear returns (u, carry, info)
     sees = isinstance(solve, Dense)  # it holds the matrix

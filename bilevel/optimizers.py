@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from bilevel import derivatives
-from bilevel._arguments import explained
+from bilevel._arguments import explained, has, look
 from bilevel._forward import forward_only
 from bilevel._module import state
 from bilevel._roots import root, with_roots
@@ -51,8 +51,8 @@ def check_optimizer(owner: str, name: str, value: Any) -> None:
         if not 0 < value < math.inf:
             raise ValueError(f"{owner}({name}={value!r}): a step size is positive and finite.")
         return
-    home = getattr(value, "__module__", "").split(".")[0]
-    made = getattr(value, "__qualname__", "")
+    home = look(value, "__module__", "").split(".")[0]
+    made = look(value, "__qualname__", "")
     if callable(value) and home == "optax" and "<locals>" in made:  # what a constructor of schedules returns
         raise TypeError(
             f"{owner}({name}=...) was given a schedule, and a rule is what takes one: write {name}=optax.sgd(schedule) "
@@ -67,7 +67,7 @@ def check_optimizer(owner: str, name: str, value: Any) -> None:
             f"{owner}({name}={type(value).__name__}(...)): a step rule is a step size or an optax rule, and this is "
             f"another part of the package: write {name}=0.1 or {name}=optax.adam(1e-2)."
         )
-    if hasattr(value, "gradient_transformation"):
+    if has(value, "gradient_transformation"):
         raise TypeError(
             f"{owner}({name}={type(value).__name__}(...)): write {name}=optax.{type(value).__name__}"
             "(...).gradient_transformation()."

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel._arguments import explained_class
+from bilevel._arguments import explained_class, has, look
 from bilevel._pickling import storable
 from bilevel._traces import of_losses, traffic
 from bilevel.captures import Functions, generator_state, host_generators, taken
@@ -45,7 +45,8 @@ class Problem(Generic[X, Y]):
     A `Problem` is a pytree: its functions are static, its data are leaves. Data are thus arguments of a compiled step
     and never constants in it, and `jax.vmap` over a problem whose data have a leading axis is many problems. What its
     functions capture (numbers and arrays from closures, globals and attributes) are leaves too in `solve`, by
-    `captured`: changed between two calls, they have their new values in the second one.
+    `captured`: changed between two calls, they have their new values in the second one. What a package written in C
+    remembers, and how far an iterator has come, is not seen.
 
     Args:
       upper: the upper loss F, `F(x, y)`, or `F(x, y, batch)` where `upper_data` is given; returns a scalar.
@@ -353,7 +354,7 @@ def _check_places(problem: Problem, x: PyTree, y: PyTree) -> None:
     first: tuple[str, Any] | None = None
     for owner, tree in (("y0", y), ("x0", x), ("", problem)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "committed", False):
+            if isinstance(leaf, jax.core.Tracer) or not look(leaf, "committed", False):
                 continue
             name, devices = owner + jax.tree_util.keystr(path).removeprefix("." if not owner else ""), leaf.sharding
             first = first or (name, devices)
@@ -380,15 +381,11 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
             raise ProblemError(
                 f"{where} is a shape without numbers ({kind}): a run starts at values, such as jnp.zeros({leaf.shape})."
             )
-        if numbers or (not hasattr(leaf, "dtype") and not isinstance(leaf, (float, list, tuple))):
-            cure = f"write jnp.asarray({leaf!r}, float)"
-            if callable(leaf):
-                cure = "call it, and give what it returns, or give arrays"
-            elif not numbers and hasattr(leaf, "to_numpy"):
-                cure = f"write jnp.asarray({where}.to_numpy(), float)"
-            raise ProblemError(f"{where} is of type {kind}; variables are floating-point arrays: {cure}.")
-        extended = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-        if getattr(getattr(leaf, "dtype", None), "kind", "") in "OUS" and hasattr(leaf, "dtype") and not extended:
+        _check_there(where, leaf)
+        if numbers or (not has(leaf, "dtype") and not isinstance(leaf, (float, list, tuple))):
+            _refuse_kind(where, leaf)
+        extended = has(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if getattr(look(leaf, "dtype"), "kind", "") in "OUS" and has(leaf, "dtype") and not extended:
             raise ProblemError(
                 f"{name}{jax.tree_util.keystr(path)} has dtype {leaf.dtype} (an array of Python objects or text): "
                 "variables are floating-point arrays; give one leaf an array of numbers each."
@@ -433,7 +430,47 @@ def as_given(name: str, tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.asarray, tree)
 
 
+def _refuse_kind(where: str, leaf: Any) -> None:
+    """A sentence where a leaf of a variable is no array."""
+    kind, cure = type(leaf).__name__, f"write jnp.asarray({leaf!r}, float)"
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        cure = (
+            f"register its class, jax.tree_util.register_dataclass({kind}), so that JAX takes it apart, or give a dict "
+            "of arrays"
+        )
+    elif isinstance(leaf, dict):
+        cure = f"JAX does not take apart a dictionary of this class, write dict({where})"
+    elif callable(leaf):
+        cure = "call it, and give what it returns, or give arrays"
+    elif has(leaf, "to_numpy"):
+        cure = f"write jnp.asarray({where}.to_numpy(), float)"
+    elif not _is_numeric(leaf):
+        cure = "give an array, or a dict of arrays"
+    raise ProblemError(f"{where} is of type {kind}; variables are floating-point arrays: {cure}.")
+
+
+def _is_numeric(leaf: Any) -> bool:
+    """Whether numpy makes floats of it."""
+    try:
+        np.asarray(leaf, float)
+    except Exception:  # whatever an object of someone's own raises
+        return False
+    return True
+
+
+def _check_there(where: str, leaf: Any) -> None:
+    """A sentence where an array's memory has been taken."""
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+        raise ProblemError(
+            f"{where} has been deleted: it was given away to a compiled function (donate_argnums), or its delete() was "
+            "called. Give an array that is still there, or a copy that was made before."
+        )
+
+
 def _check_floating(where: str, leaf: Any) -> None:
+    _check_there(where, leaf)
+    if not has(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+        _refuse_kind(where, leaf)
     if type(leaf).__module__.split(".")[0] == "bilevel":
         raise ProblemError(f"{where} is a {type(leaf).__name__}, and variables are floating-point arrays.")
     dtype = jnp.result_type(leaf)
@@ -525,6 +562,8 @@ def check_problem(owner: str, problem: Any, call: str) -> None:
     """Raise a sentence where this is no problem; `call` says how it is given."""
     if not isinstance(problem, Problem):
         raise TypeError(f"{owner} takes a Problem first, not a {type(problem).__name__}: {call}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(problem):
+        _check_there(jax.tree_util.keystr(path).removeprefix("."), leaf)
 
 
 def _check_data(name: str, source: Source) -> None:
@@ -532,7 +571,7 @@ def _check_data(name: str, source: Source) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(source.arrays):
         if isinstance(leaf, jax.core.Tracer):
             continue
-        dtype = getattr(leaf, "dtype", None)
+        dtype = look(leaf, "dtype")
         where = f"{name}{jax.tree_util.keystr(path)}"
         if dtype is None:
             raise ProblemError(f"{where} is of type {type(leaf).__name__}, not an array: wrap it with numpy.asarray.")
@@ -637,7 +676,7 @@ _CALLED = {"project_upper": "(x)", "project_lower": "(y)", "prox_lower": "(x, y,
 
 def _cure(name: str, signature: str, fn: Callable[..., Any], error: Exception) -> str:
     """What to do about a function that could not be traced, as the end of the sentence; "" where nobody knows."""
-    home, made = getattr(fn, "__module__", ""), getattr(fn, "__qualname__", "")
+    home, made = look(fn, "__module__", ""), look(fn, "__qualname__", "")
     of_prox = home == "bilevel.prox"
     if of_prox and "<locals>" not in made and made:
         return f" (prox.{made} makes an operator: call it with its strength, {name}=prox.{made}(...))."

@@ -32,7 +32,8 @@ these as leaves. The active set is found without derivatives, and the answer is 
 this active set; at a kink the derivative is that of one of the pieces that meet there, and never NaN. Numbers are cast
 to the dtype of z, and dtypes of 16 bits are computed with in float32.
 
-Sets are compared and hashed by their values, so that two equal ones share a compiled program.
+Sets are compared and hashed by their values, so that two equal ones share a compiled program. A set keeps copies
+of the arrays that it is made of, which can't be written to: it is what they were when it was made.
 """
 
 from __future__ import annotations
@@ -702,6 +703,8 @@ class Product(Set):
         for part in jax.tree.leaves(self.sets, is_leaf=_is_part):
             if not (part is None or callable(part)):
                 raise ValueError(f"Product(sets=...) holds {part!r}; a set, a projection or None stands for each part.")
+        own = jax.tree.map(lambda part: part, self.sets, is_leaf=_is_part)  # the caller's dict may be written to
+        object.__setattr__(self, "sets", own)
 
     def _parts(self, z: PyTree) -> tuple[list[tuple[Any, PyTree]], Any]:
         parts, treedef = jax.tree.flatten(self.sets, is_leaf=_is_part)
@@ -881,7 +884,7 @@ def _known(value: Any) -> np.ndarray | None:
 def _digest(one: Set) -> tuple[Any, ...]:
     """What a set is compared by: the bytes of its arrays, the identity of what is traced."""
     found = one.__dict__.get("_key")
-    if found is None:
+    if found is None or not _fixed(one):
         leaves, treedef = jax.tree.flatten([value for name, value in vars(one).items() if not name.startswith("_")])
 
         def key(leaf: Any) -> Any:
@@ -895,8 +898,14 @@ def _digest(one: Set) -> tuple[Any, ...]:
     return found
 
 
+def _fixed(one: Set) -> bool:
+    """Whether nothing in a set can change: in a class of one's own it can, and so can arrays out of a pickle."""
+    ours = getattr(type(one), "__bilevel_hyperparameters__", False)
+    return ours and not any(isinstance(a, np.ndarray) and a.flags.writeable for a in jax.tree.leaves(vars(one)))
+
+
 def _numbers(name: str, value: Any, none: float | None = None, array: bool = False) -> Any:
-    """A tree of floats and arrays, NaN refused."""
+    """A tree of floats and arrays of its own, NaN refused: what the caller writes into theirs later is not seen."""
 
     def convert(leaf: Any) -> Any:
         if leaf is None:
@@ -909,7 +918,9 @@ def _numbers(name: str, value: Any, none: float | None = None, array: bool = Fal
             raise ValueError(f"{name} holds a {type(leaf).__name__}; numbers and arrays are expected.")
         if not isinstance(leaf, jax.Array):
             kept = isinstance(leaf, np.ndarray) and leaf.dtype.kind == "f"
-            leaf = float(leaf) if np.ndim(leaf) == 0 else np.asarray(leaf, None if kept else float)
+            leaf = float(leaf) if np.ndim(leaf) == 0 else np.array(leaf, None if kept else float)
+            if isinstance(leaf, np.ndarray):
+                leaf.flags.writeable = False
         if np.isnan(_known(leaf)).any():  # type: ignore[arg-type]
             raise ValueError(f"{name} holds a NaN.")
         return leaf
@@ -966,7 +977,8 @@ def _matrix_fields(one: Any, matrix: str, vector: str) -> None:
     if known[1] is not None and not np.isfinite(known[1]).all():
         if vector == "b" or (known[1] == -math.inf).any():
             raise ValueError(f"{owner}({vector}=...) holds an infinity that no point fulfils.")
-        A, b = A[known[1] < math.inf], b[known[1] < math.inf]
+        kept = known[1] < math.inf
+        A, b = _numbers("", A[kept]), _numbers("", b[kept])
     object.__setattr__(one, matrix, A)
     object.__setattr__(one, vector, b)
 

@@ -30,7 +30,7 @@ from bilevel.problem import Problem, ProblemError, as_variable, check_problem
 from bilevel.recorder import Event, Keeper, Measures, Recorder, Schedule, check_callback
 from bilevel.result import Result
 from bilevel.solution import Solution
-from bilevel.solvers._base import check_solver, refuse_at_rest, refuse_standing, refuse_unreached, remark
+from bilevel.solvers._base import check_solver, refuse_at_rest, refuse_standing, refuse_unreached, refuse_unread, remark
 from bilevel.solvers.certificate import Certificate, certify
 from bilevel.solvers.default import default_solver, second_solver
 from bilevel.streaming import Streams
@@ -351,6 +351,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
         logger.info("%s", reason)
     check_solver("solve", solver)
     refuse_unreached(solver, problem, x, y)
+    refuse_unread(solver, problem, x, y)
     refuse_at_rest(solver, problem, x, y)
     if tol is not None and not hasattr(solver, "status"):
         raise ValueError(

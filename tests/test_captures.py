@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import contextvars
+import copy
+import ctypes
 import dataclasses
 import functools
 import importlib
 import os
+import pickle
+import queue
 import sys
+import threading
 import types
+import weakref
 from collections import OrderedDict, defaultdict, deque
 
 import captured
@@ -18,7 +26,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel import Problem, data, hypergradients, solve, solvers
+from bilevel import Problem, data, hypergradients, prox, sets, solve, solvers
 from bilevel.captures import Captured, described, host_generators, taken
 from bilevel.checkpoint import CheckpointError
 from bilevel.lower import GradientDescent
@@ -418,3 +426,287 @@ def test_what_was_taken_apart_before_is_one_form_over_its_numbers():
         np.testing.assert_allclose(compiled(fn, 2.0, 0.5), 2 * (0.25 + 4 * lam) + 2.25, rtol=1e-6)
     assert len(traces) == 1
     assert described(outer(1.0)) != described(outer(3.0))
+
+
+OF_ARRAYS = {
+    "Box": lambda a: sets.Box(-a, a),
+    "Box of a tree": lambda a: sets.Box(-9.0, {"a": a}).bounds({"a": a})[1]["a"],
+    "Simplex": lambda a: sets.Simplex(a[0, ...]),
+    "SparseSimplex": lambda a: sets.SparseSimplex(1, a[0, ...]),
+    "Ball": lambda a: sets.Ball(a[0, ...], centre=a),
+    "Sphere": lambda a: sets.Sphere(a[0, ...], centre=a),
+    "Hyperplane": lambda a: sets.Hyperplane(a, a[0, ...]),
+    "Halfspace": lambda a: sets.Halfspace(a, a[0, ...]),
+    "Affine": lambda a: sets.Affine(a[None], a[:1]),
+    "Polyhedron": lambda a: sets.Polyhedron(G=np.eye(2), h=a),
+    "Polyhedron's rows": lambda a: sets.Polyhedron(a[None], a[:1], a[None], 9 * a[:1]),
+    "BoxSection": lambda a: sets.BoxSection(-a, 2 * a, a, a[0, ...]),
+    "Transport": lambda a: sets.Transport(a, a),
+    "Product": lambda a: sets.Product((sets.Box(-a, a),)),
+    "Intersection": lambda a: sets.Intersection([sets.Box(-a, a), sets.Halfspace(a, a[0, ...])]),
+}
+
+
+@pytest.mark.parametrize("name", OF_ARRAYS)
+def test_a_set_is_what_its_arrays_were_when_it_was_made(name):
+    """Its key is remembered: compiled code kept the old bounds where the set itself, and `run`, had the new ones."""
+    array = np.ones(2)
+    made, kept = OF_ARRAYS[name](array), OF_ARRAYS[name](np.ones(2))
+    array[:] = 2.0
+    assert all(map(np.array_equal, jax.tree.leaves(made), jax.tree.leaves(kept)))
+    if isinstance(made, sets.Set):
+        assert made == kept and hash(made) == hash(kept) and made != OF_ARRAYS[name](array)
+        assert not any(leaf.flags.writeable for leaf in jax.tree.leaves(made) if isinstance(leaf, np.ndarray))
+    with pytest.raises(ValueError, match="read-only"):
+        sets.Box(0.0, array).upper[:] = 3.0
+
+
+def test_a_copy_of_a_set_that_is_written_to_is_another_set():
+    made = sets.Box(-1.0, np.ones(2))
+    hash(made)
+    for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), jax.tree.map(np.array, made)):
+        assert copied == made
+        copied.upper[:] = 2.0
+        assert copied != made and copied == sets.Box(-1.0, np.full(2, 2.0))
+
+
+def test_a_product_keeps_its_parts():
+    parts = {"a": sets.Box(-1.0, 1.0)}
+    made = sets.Product(parts)
+    parts["a"] = sets.Box(-1.0, 2.0)
+    assert made == sets.Product({"a": sets.Box(-1.0, 1.0)}) and float(made({"a": jnp.asarray(9.0)})["a"]) == 1.0
+
+
+class OwnSet(sets.Set):
+    """A set of one's own, whose bound may be changed."""
+
+    def __init__(self, high):
+        self.high = high
+
+    def __call__(self, z):
+        return jnp.clip(z, -1.0, self.high)
+
+    def bounds(self, z):
+        return jnp.full_like(z, -1.0), jnp.full_like(z, self.high)
+
+
+class Described:
+    """A function of one's own with bounds, that is no `Set`."""
+
+    def __init__(self, high):
+        self.high = np.full((), high)
+
+    def __call__(self, z):
+        return jnp.clip(z, -1.0, self.high)
+
+    bounds = OwnSet.bounds
+    inequality, equality = sets.Set.inequality, sets.Set.equality
+
+
+HIGH = {"high": np.ones(())}
+CHANGED = {
+    "a set of one's own": (OwnSet(1.0), lambda one, high: setattr(one, "high", high)),
+    "an object with bounds": (Described(1.0), lambda one, high: one.high.fill(high)),
+    "a function in a product": (
+        sets.Product((lambda z: jnp.clip(z, -1.0, HIGH["high"]),)),
+        lambda _, high: HIGH["high"].fill(high),
+    ),
+    "a function in an intersection": (
+        sets.Intersection([lambda z: jnp.clip(z, -1.0, HIGH["high"]), sets.Box(-5.0, 5.0)]),
+        lambda _, high: HIGH["high"].fill(high),
+    ),
+    "a set of one's own in a product": (
+        sets.Product((sets.Product((OwnSet(1.0),)),)),
+        lambda one, high: setattr(one.sets[0].sets[0], "high", high),
+    ),
+}
+
+
+@pytest.mark.parametrize("level", ["project_upper", "project_lower"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_a_set_of_ones_own_holds_has_its_value_of_now(name, level):
+    one, change = CHANGED[name]
+    flat = lambda z: jax.tree.leaves(z)[0]
+    start = jnp.zeros(2)
+    for _ in range(name.count("product")):
+        start = (start,)
+    if "own in a product" in name:
+        start = (start,)
+    problem = Problem(
+        lambda x, y: jnp.sum((flat(y) - 3) ** 2) + jnp.sum((flat(x) - 3) ** 2),
+        lambda x, y: jnp.sum((flat(y) - flat(x)) ** 2),
+        **{level: one},
+    )
+    traces = []
+    call = jax.jit(lambda problem, z: traces.append(0) or getattr(problem, level)(z))
+    for high in (1.0, 2.0, 2.0, 1.0):
+        change(one, high)
+        found = solve(problem, start, start, solvers.AID(GradientDescent(0.5, 3), upper_optimizer=0.5), steps=30)
+        np.testing.assert_allclose(flat(found.x if level == "project_upper" else found.y), high, rtol=1e-5)
+        now = problem.captured(start, start)
+        big = jax.tree.map(lambda a: a + 9, start)
+        np.testing.assert_allclose(flat(call(now, big)), high, rtol=1e-6)
+        assert hasattr(getattr(now, level), "bounds") and repr(getattr(now, level)) == repr(one)
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("make", [
+    lambda a: prox.lasso(a), lambda a: prox.least_squares(a[None], a[:1], 1.0),
+    lambda a: prox.chain(prox.ridge(a), prox.none()), lambda a: prox.projection(lambda z: jnp.clip(z, -1.0, a)),
+], ids=["lasso", "least_squares", "chain", "projection"])  # fmt: skip
+def test_what_a_proximal_operator_holds_has_its_value_of_now(make):
+    call = jax.jit(lambda fn, y: fn(jnp.zeros(()), y, 1.0))
+    array, y = np.ones(2, np.float32), jnp.full(2, 5.0)
+    operator = make(array)
+    for value in (1.0, 2.0):
+        array[:] = value
+        now = taken(operator, (jnp.zeros(()), y, 1.0))
+        np.testing.assert_allclose(call(now, y), make(np.full(2, value, np.float32))(None, y, 1.0), rtol=1e-6)
+
+
+class AttrDict(dict):
+    """The usual one: what raises is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+
+class OwnDict(dict):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class OwnList(list):
+    factor = 1.0
+
+
+class Raising:
+    """Whose unknown attributes raise what they like."""
+
+    def __init__(self, lam):
+        self.lam = lam
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+class HoldsRaising:
+    """A class that holds one, beside code."""
+
+    config = AttrDict(lam=1.0)
+
+    def loss(self, x, y):
+        return (y - 1) ** 2 + self.config.lam * x**2
+
+
+class Lazy:
+    @functools.cached_property
+    def lam(self):
+        return SETTINGS["lam"]
+
+
+class Adding(functools.partial):
+    """A partial function of a class of one's own."""
+
+
+class Plain:
+    pass
+
+
+LOCAL, REFERRED = threading.local(), Plain()
+CTYPE, POINTS = ctypes.c_double(1.0), (ctypes.c_double * 2)(1.0, 1.0)
+OF_C, BYTES = array.array("d", [1.0]), bytearray(8)
+VIEW = memoryview(np.ones(1))
+OWN = {"dict": AttrDict(lam=1.0), "itself": OwnDict(lam=1.0), "list": OwnList([1.0]), "array": AttrDict(lam=np.ones(2))}
+PLAIN, ORDER, QUEUED = {"lam": 1.0}, OrderedDict(lam=1.0), queue.Queue()
+QUEUED.put(1.0)
+LISTED, OF_NUMPY = [1.0], np.ones(2)
+USER_LIST, USER_DICT = collections.UserList([1.0]), collections.UserDict(lam=1.0)
+MEMBERS = {REFERRED}
+GET, ITEM, AT, OPERATOR = PLAIN.get, LISTED.__getitem__, OF_NUMPY.item, LISTED.__len__
+VALUES, ITEMS, ORDERED_VALUES, USER_VALUES = PLAIN.values(), PLAIN.items(), ORDER.values(), USER_DICT.values()
+REFERENCE, PROXY, RAISING = weakref.ref(REFERRED), weakref.proxy(REFERRED), Raising(1.0)
+PARTIAL, ADDING = jax.tree_util.Partial(lambda d, x: d["lam"] * x**2, PLAIN), Adding(lambda d: d["lam"], PLAIN)
+
+
+def change_all(lam):
+    """All of these in place."""
+    SETTINGS["lam"] = LOCAL.lam = REFERRED.lam = CTYPE.value = POINTS[1] = OF_C[0] = VIEW[0] = RAISING.lam = lam
+    BYTES[:] = np.float64(lam).tobytes()
+    OWN["dict"].lam = OWN["itself"].lam = OWN["list"][0] = HoldsRaising.config["lam"] = lam
+    PLAIN["lam"] = ORDER["lam"] = LISTED[0] = OF_NUMPY[1] = OWN["array"]["lam"][1] = lam
+    QUEUED.queue[0] = USER_LIST[0] = USER_DICT["lam"] = lam
+
+
+READ = {
+    "array.array": (lambda: OF_C[0], False), "bytearray": (lambda: float(np.frombuffer(BYTES)[0]), False),
+    "memoryview": (lambda: VIEW[0], False), "threading.local": (lambda: LOCAL.lam, False),
+    "weakref.ref": (lambda: REFERENCE().lam, False), "weakref.proxy": (lambda: PROXY.lam, False),
+    "a number of C": (lambda: CTYPE.value, False), "an array of C": (lambda: POINTS[1], False),
+    "dict.get": (lambda: GET("lam"), True), "list.__getitem__": (lambda: ITEM(0), True),
+    "ndarray.item": (lambda: AT(1), False), "dict.values": (lambda: next(iter(VALUES)), True),
+    "dict.items": (lambda: dict(ITEMS)["lam"], True), "OrderedDict.values": (lambda: next(iter(ORDERED_VALUES)), True),
+    "UserDict.values": (lambda: next(iter(USER_VALUES)), False), "UserList": (lambda: USER_LIST[0], False),
+    "queue": (lambda: QUEUED.queue[0], False), "Partial": (lambda: PARTIAL(1.0), True),
+    "a partial of one's own": (lambda: ADDING(), False), "a cell": (lambda: CELL.cell_contents["lam"], False),
+    "a member of a set": (lambda: next(iter(MEMBERS)).lam, False), "cached_property": (lambda: LAZY.lam, False),
+    "an attribute dictionary": (lambda: OWN["dict"].lam, True), "its own dict": (lambda: OWN["itself"].lam, True),
+    "an array in one": (lambda: OWN["array"].lam[1], True), "a list of one's own": (lambda: OWN["list"][0], True),
+    "an object that raises": (lambda: RAISING.lam, False),
+}  # fmt: skip
+LAZY = Lazy()
+CELL = (lambda: PLAIN and (lambda held: lambda: held)(PLAIN))().__closure__[0]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_pythons_own_types_hold_has_its_value_of_now(name):
+    read, travels = READ[name]
+    traces = []
+    call = jax.jit(lambda fn, x, y: traces.append(0) or fn(x, y))
+    two = jnp.asarray(2.0)
+    for lam in (1.0, 3.0, 3.0, 0.5):
+        vars(LAZY).clear()
+        change_all(lam)
+        fn = taken(lambda x, y: (y - 1) ** 2 + read() * x**2, (two, two))
+        assert call(fn, two, two) == 1 + 4 * lam
+    assert len(traces) == (1 if travels else 3)
+
+
+def test_an_attribute_dictionary_stops_no_solve():
+    """Its __getattr__ raises a KeyError, and where it was looked at nothing else was caught than an AttributeError."""
+    one, settings = HoldsRaising(), AttrDict(lam=1.0)
+    for lam in (1.0, 3.0):
+        settings.lam = HoldsRaising.config["lam"] = lam
+        for upper in (one.loss, lambda x, y: (y - 1) ** 2 + settings.lam * x**2):
+            found = solve(Problem(upper, lambda x, y: (y - x) ** 2), jnp.zeros(()), jnp.zeros(()), tol=1e-5)
+            np.testing.assert_allclose(found.x, 1 / (1 + lam), atol=1e-4)
+
+
+def test_a_generators_method_draws_on_the_host():
+    """Captured without its generator, it drew a constant of compiled code."""
+    draw = DRAWN.normal
+    assert host_generators(lambda x, y: x * draw())[2:] == [DRAWN]
+    with pytest.raises(ValueError, match="upper draws random numbers of numpy's or Python's"):
+        solve(Problem(lambda x, y: x * y * draw(), lambda x, y: (y - x) ** 2), 0.5, 0.5)
+
+
+def test_the_text_of_an_array_of_c_is_its_contents():
+    texts = {described(lambda x, of=of: of[0] * x) for of in (array.array("d", [v]) for v in (1.0, 1.0, 2.0))}
+    assert len(texts) == 2
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_package_that_was_installed_elsewhere_is_not_walked_through(tmp_path, monkeypatch, installed):
+    """`pip install --target` leaves a record; a package of one's own on the path has none, and is seen as it is now."""
+    name = f"beside_{installed}".lower()
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("LAM = 1.0\n\n\ndef penalty(x):\n    return LAM * x**2\n")
+    (tmp_path / f"{name}-1.0.dist-info").mkdir()
+    listed = f"{name}/__init__.py,sha256=0,1\n" if installed else "other/__init__.py,sha256=0,1\n"
+    (tmp_path / f"{name}-1.0.dist-info" / "RECORD").write_text(listed)
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module(name)
+    fn = taken(lambda x, y: (y - 1) ** 2 + package.penalty(x), (1.0, 1.0))
+    held = [leaf.value for leaf in fn._form.leaves] if isinstance(fn, Captured) else []
+    assert set(held) == (set() if installed else {1.0})

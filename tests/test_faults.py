@@ -300,6 +300,26 @@ def test_an_x_that_reaches_no_loss_is_refused_before_the_run(solver):
         solve(problem, A(0.3), A(0.0), solvers.SOBA(), steps=3)
 
 
+@pytest.mark.parametrize("solver", [None, solvers.ITD(5, 0.1), solvers.SOBA(), solvers.F2BA(), solvers.AID()], ids=str)
+def test_a_lower_loss_that_does_not_read_y_is_refused_before_the_run(solver):
+    """It ended COMPLETED, with a word about a singular f_yy."""
+    said = "lower does not depend on y0: every y minimises it.*the lower loss, whose arguments are .x, y., the upper"
+    with pytest.raises(ProblemError, match=said):
+        solve(Problem(lambda x, y: (y - 1) ** 2 + x**2, lambda x, y: (x - 2) ** 2), A(0.3), A(0.0), solver, steps=3)
+    drawn = data.Minibatches(np.ones((8, 1), np.float32), 4)
+    problem = Problem(lambda x, y: (y - 1) ** 2 + x**2, lambda x, y, b: jnp.mean((x - b) ** 2), lower_data=drawn)
+    with pytest.raises(ProblemError, match="lower does not depend on y0"):
+        solve(problem, A(0.3), A(0.0), solvers.SOBA(), steps=3)
+
+
+def test_what_states_y_beside_the_lower_loss_is_enough(x64):
+    """Rows that state y, a step of the user's own that does: then a lower loss of zero is one."""
+    upper, lower = lambda x, y: (y - 1) ** 2 + x**2, lambda x, y: 0.0 * x
+    found = solve(Problem(upper, lower, equality=lambda x, y: y - x), A(0.3), A(0.3), tol=1e-6)
+    np.testing.assert_allclose(found.x, 0.5, atol=1e-5)
+    assert solve(Problem(upper, lower), A(0.3), A(0.3), solvers.AID(lambda level, x, y: x), steps=2).steps == 2
+
+
 def test_an_x_that_is_the_start_alone_is_learnt_where_the_solver_begins_there(x64):
     """MAML: y_5(x) = 2 + 0.8^5 (x - 2), at its best where y_5 = 1."""
     problem = Problem(lambda x, y: (y - 1) ** 2, lambda x, y: (y - 2) ** 2)

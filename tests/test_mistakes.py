@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import random
 import re
@@ -98,6 +99,36 @@ def of(upper=F, lower=f, x0=0.0, y0=0.0, **more):
     return lambda: at(Problem(upper, lower, **more), x0, y0)()
 
 
+@dataclasses.dataclass
+class Parts:
+    """A dataclass that JAX does not know."""
+
+    a: object
+
+
+class AttrDict(dict):
+    """An attribute dictionary, which raises a KeyError where it has no attribute."""
+
+    __getattr__ = dict.__getitem__
+
+
+def gone(shape=()):
+    """An array whose memory has been taken."""
+    array = jnp.zeros(shape)
+    array.delete()
+    return array
+
+
+def gone_data():
+    array = jnp.ones(4)
+    problem = Problem(Fd, fd, upper_data=(array,), lower_data=ROWS)
+    array.delete()
+    return problem
+
+
+UNKNOWN = r"register its class, jax\.tree_util\.register_dataclass\(Parts\).*or give a dict of arrays"
+DELETED = "has been deleted: it was given away to a compiled function .donate_argnums., or its delete"
+
 # name: (the mistake, what its message has to say: the thing and the cure)
 MISTAKES = {
     # the solver
@@ -131,6 +162,18 @@ MISTAKES = {
     "a metric of a name of the solver": (at(metrics={3: F}), "metrics", "name|string"),
     "a callback that is no function": (at(callback=3), "callback", "function"),
     # the start
+    "a dataclass that JAX does not know": (at(y0=Parts(ROWS)), "y0 is of type Parts", UNKNOWN),
+    "one within x0": (at(x0={"k": Parts(ROWS)}), r"x0\['k'\] is of type Parts", UNKNOWN),
+    "one in run": (lambda: run(Q, solvers.SOBA(), A(0.0), Parts(ROWS), 2), "y0 is of type Parts", UNKNOWN),
+    "an attribute dictionary": (at(y0=AttrDict(a=ROWS)), "y0 is of type AttrDict", r"write dict\(y0\)"),
+    "an attribute dictionary of data": (of(Fd, upper_data=AttrDict(a=ROWS)), "a AttrDict", r"give dict\(upper_data\)"),
+    "text as y0": (at(y0="start"), "y0 is of type str", "give an array, or a dict of arrays"),
+    "a deleted y0": (at(y0=gone()), f"y0 {DELETED}", "a copy"),
+    "a deleted part of x0": (at(x0={"k": gone(2)}), rf"x0\['k'\] {DELETED}", "a copy"),
+    "a deleted x0 in run": (lambda: run(Q, solvers.SOBA(), gone(), A(0.0), 2), f"x0 {DELETED}", "a copy"),
+    "a deleted y in an own loop": (estimate(y=gone()), f"y {DELETED}", "a copy"),
+    "deleted data": (lambda: at(gone_data())(), rf"upper_data\[0\] {DELETED}", "a copy"),
+    "deleted data in an own loop": (lambda: estimate(gone_data())(), rf"upper_data\[0\] {DELETED}", "a copy"),
     "y0=None": (at(y0=None), "y0", r"solve\(problem, x0, y0\)"),
     "an empty y0": (at(y0={}), "y0", "floating-point array"),
     "an integer x0": (at(x0=0), "x0", r"jnp\.asarray"),

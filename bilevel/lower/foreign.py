@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel._arguments import explained
+from bilevel._arguments import explained, has, look
 from bilevel._forward import forward_only
 from bilevel._module import hyperparameters
 from bilevel.level import Level
@@ -39,7 +39,7 @@ class Function:
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
         """Run from `state`."""
-        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        name = look(self.fn, "__name__", type(self.fn).__name__)
         try:
             y = self.fn(level, x, state.y)
         except (TypeError, jax.errors.TracerArrayConversionError) as error:
@@ -99,15 +99,15 @@ def as_lower_solver(solver: Any) -> LowerSolver:
     """A lower solver from itself, an optax rule (10 steps), a step size, or a function `(level, x, y) -> y`."""
     if isinstance(solver, type):
         raise TypeError(f"A lower solver was given as the class {solver.__name__}: write {solver.__name__}().")
-    if callable(solver) and getattr(solver, "__module__", "").split(".")[0] in ("optax", "bilevel", "jaxopt"):
-        given = getattr(solver, "__name__", None)
+    if callable(solver) and look(solver, "__module__", "").split(".")[0] in ("optax", "bilevel", "jaxopt"):
+        given = look(solver, "__name__")
         if given is not None:  # a function that makes a rule or a solver, and not one
             raise TypeError(f"A lower solver was given as the constructor {given}: call it, {given}(...).")
     module, name = type(solver).__module__, type(solver).__name__
     for home, cure in _ELSEWHERE.items():
         if module.startswith(home):
             raise TypeError(f"A lower solver was given as {name}, which is one of {home}: {cure.format(name=name)}.")
-    if hasattr(solver, "init") and callable(solver) and not is_rule(solver):
+    if has(solver, "init") and callable(solver) and not is_rule(solver):
         return solver
     if is_rule(solver) or (isinstance(solver, (float, int, jax.Array)) and not isinstance(solver, bool)):
         return GradientDescent(solver)

@@ -15,6 +15,7 @@ from bilevel.data import Source, as_source
 from bilevel.frozen import as_rule, refuse_rule
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.level import takes_batch
+from bilevel.lower.foreign import Function
 from bilevel.optimizers import AT_REST, stiff_at_rest
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
@@ -103,6 +104,26 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
         "every hypergradient is zero. Use x in a loss; to learn where the lower solver starts, as MAML does, take "
         "solvers.MAML, or give the lower solver a start: solvers.ITD(start=lambda x, y: x)."
     )
+
+
+def refuse_unread(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
+    """Raise a `ProblemError` where the lower loss does not depend on y, and nothing else of the lower level does.
+
+    A function of the user's that solves the lower level need not look at the loss.
+    """
+    others = (problem.constraint, problem.equality, problem.project_lower, problem.prox_lower)
+    below = getattr(solver, "lower_solver", None)
+    ours = lambda part: type(part).__module__.split(".")[0] == "bilevel"  # noqa: E731
+    own = isinstance(below, Function) or not (below is None or ours(below))
+    if own or not ours(solver) or any(part is not None for part in others):
+        return
+    jaxpr = of_function(problem.lower, x, y, problem.sources[1])[0].jaxpr
+    n, m = len(jax.tree.leaves(x)), len(jax.tree.leaves(y))
+    if not any(reached(jaxpr, [n <= i < n + m for i in range(len(jaxpr.invars))])):
+        raise ProblemError(
+            "lower does not depend on y0: every y minimises it, and the problem says nothing of y. Use y in the lower "
+            "loss, whose arguments are (x, y), the upper level's variable first."
+        )
 
 
 def refuse_standing(solver: Any, y: PyTree, certified: bool = False) -> None:
