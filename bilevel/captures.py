@@ -35,7 +35,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Apart", "Captured", "Functions", "described", "form", "generator_state", "host_generators", "taken"]
+__all__ = [
+    "Apart", "Captured", "Divided", "Functions", "described", "form", "generator_state", "host_generators", "taken",
+]  # fmt: skip
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, np.dtype)
 # A function that asks what a value is would answer otherwise for a traced number, and nothing would fail.
@@ -79,6 +81,24 @@ def taken(fn: Any, args: tuple[Any, ...] | None = None) -> Any:
                 if walk.captured(fn, build, travelling | {place}).works(args):
                     travelling |= {place}
     return walk.captured(fn, build, travelling)
+
+
+class Divided:
+    """A value that holds functions, as an optax rule does, for a trial of which of its numbers can be leaves.
+
+    Attributes:
+      places: those that may.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._walk, self._build = _walked(value)
+        self._value = value
+        may = () if self._walk.asks else (i for i, leaf in enumerate(self._walk.leaves) if leaf.may_travel)
+        self.places = tuple(may)
+
+    def only(self, places: tuple[int, ...]) -> Captured:
+        """The value with the numbers in these places as leaves, and all others in its form."""
+        return self._walk.captured(self._value, self._build, frozenset(places))
 
 
 def form(value: Any) -> Hashable:
@@ -171,13 +191,28 @@ class Captured(Apart):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's value."""
+        return self.built(*args, **kwargs)
+
+    @property
+    def built(self) -> Any:
+        """The function, put together again from its leaves."""
         if self._built is None:
             values = [leaf.value for leaf in self._form.leaves]
             for place, value in zip(self._travelling, self._values, strict=True):
                 values[place] = value
             assert self._form.build is not None  # only forms of values that are used as they are have none
             self._built = self._form.build(_Build(values))
-        return self._built(*args, **kwargs)
+        return self._built
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Which of its numbers and arrays are leaves."""
+        return self._travelling
+
+    @property
+    def kind(self) -> Hashable:
+        """What it is but for the values of its leaves, to be compared."""
+        return self._form, self._travelling
 
     @property
     def whole(self) -> bool:

@@ -265,7 +265,7 @@ def _settle(
         if isinstance(solver, HostSolver):
             host.drive(run, streams.rest, solver, base, asked, progress)
         else:
-            _drive(run, Loop(streams.rest, solver, base, asked, pace.most, convolves), streams, pace, progress)
+            _drive(run, Loop(streams.rest, solver, start, base, asked, pace.most, convolves), streams, pace, progress)
         if tol is None and (run.result is Result.MAX_STEPS or (quiet and run.result is Result.CONVERGED)):
             run.result = Result.COMPLETED
         met = met or run.result is Result.CONVERGED
@@ -430,7 +430,7 @@ def _init(problem: Problem, solver: Any, x: Any, y: Any, base: StepKey) -> Any:
 def _first_state(problem: Problem, solver: Solver, x: Any, y: Any, base: StepKey) -> Any:
     with named(solver, problem, x, y):
         if _starts_in_one_program(solver, problem, x, y):
-            state = _init(problem, as_argument(solver), x, y, base)
+            state = _init(problem, as_argument(solver, x, y), x, y, base)
         else:
             state = solver.init(problem, x, y, at_step(base, 0))
     for name in ("x", "y"):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from bilevel._arguments import explained
 from bilevel._module import name_of
+from bilevel._rules import stiff_at_rest
 from bilevel._settings import settings
 from bilevel.frozen import as_rule, refuse_rule
 from bilevel.hypergradients._base import Estimate, Estimator, check_estimator, first_carry
@@ -24,7 +25,7 @@ from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
 from bilevel.keys import as_step_key
 from bilevel.lower import LBFGS, LowerState, as_lower_solver
-from bilevel.optimizers import AT_REST, stiff_at_rest
+from bilevel.optimizers import AT_REST
 from bilevel.precision import named, working
 from bilevel.problem import Problem, ProblemError, as_given, check_problem
 from bilevel.typing import LowerSolver, X, Y

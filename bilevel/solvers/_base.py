@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import name_of
+from bilevel._rules import stiff_at_rest
 from bilevel._traces import of_function, reached
 from bilevel.constraints import depends
 from bilevel.data import Source, as_source
 from bilevel.frozen import as_rule, refuse_rule
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.level import takes_batch
-from bilevel.optimizers import AT_REST, stiff_at_rest
+from bilevel.optimizers import AT_REST
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.typing import HostSolver, Metrics, PyTree
@@ -126,9 +127,14 @@ def refuse_at_rest(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
     moved = getattr(below, "start", None) is not None or any(source.host for source in problem.sources)
     if not differentiates or moved or not stiff_at_rest(rule, y):
         return
-    slope = jax.jit(lambda problem, x, y: problem.draw_lower(0).gradient(x, y))(problem, x, y)
+    slope = _slope(problem, x, y)
     if all(not bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(slope)):
         raise ProblemError("At the start " + AT_REST.format(what=name_of(solver)))
+
+
+@jax.jit
+def _slope(problem: Problem, x: PyTree, y: PyTree) -> PyTree:
+    return problem.draw_lower(0).gradient(x, y)
 
 
 def check_solver(owner: str, solver: Any) -> None:
