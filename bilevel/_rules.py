@@ -123,11 +123,12 @@ def _divided(rule: Any, variables: tuple[PyTree, PyTree]) -> Captured | None:
     known = _known(whole.only(whole.places).kind, like)
     for places, kinds in known.items():  # of rules that are alike but for their numbers
         found = whole.only(places)
-        if found.kind in kinds and all(sums.agree(found) for sums in kinds[found.kind]):
+        if found.kind in kinds and not any(sums.differing(found) for sums in kinds[found.kind]):
             return found if places else None
-    places, sums = _arguments(whole, shapes)
+    places, sums, differing = _arguments(whole, shapes)
     found = whole.only(places)
-    known.setdefault(places, {})[found.kind] = sums
+    if differing.isdisjoint(places):  # else another number in those places might have let more of them be arguments
+        known.setdefault(places, {})[found.kind] = sums
     return found if places else None
 
 
@@ -138,35 +139,48 @@ def _known(kind: Hashable, like: Hashable) -> dict[tuple[int, ...], dict[Hashabl
     return {}
 
 
-def _arguments(whole: Divided, variables: tuple[PyTree, ...]) -> tuple[tuple[int, ...], tuple[_Sums, ...]]:
-    """The places of numbers that can be arguments, and what is computed of them alone, by trials: on one small leaf as
-    far as the rule moves one, and once more on the variable itself."""
-    plain = whole.only(())
+def _arguments(
+    whole: Divided, variables: tuple[PyTree, ...]
+) -> tuple[tuple[int, ...], tuple[_Sums, ...], frozenset[int]]:
+    """The places of numbers that can be arguments, what is computed of them alone, and which could not be or not all
+    together, for a difference that another number might not have made.
+
+    By trials: on one small leaf as far as the rule moves one, and once more on the variable itself.
+    """
+    plain, differing = whole.only(()), set[int]()
     moved = next((v for v in variables if jax.tree.leaves(v) and _traces(plain, v) is not None), None)
-    if moved is None:
-        return (), ()
-    small = jax.ShapeDtypeStruct((2,), jnp.result_type(*jax.tree.leaves(moved)))
-    for variable in (small, moved):
-        found = _found(whole, variable)
-        if found and (sums := _worked(whole, found, moved, _traces(plain, moved))) is not None:
-            return found, sums
-    return (), ()
+    if moved is not None:
+        small = jax.ShapeDtypeStruct((2,), jnp.result_type(*jax.tree.leaves(moved)))
+        for variable in (small, moved):
+            found = _found(whole, variable, differing)
+            sums = _worked(whole, found, moved, _traces(plain, moved), differing) if found else None
+            if sums is not None:
+                return found, sums, frozenset(differing)
+    return (), (), frozenset(differing)
 
 
-def _found(whole: Divided, variable: PyTree) -> tuple[int, ...]:
+def _found(whole: Divided, variable: PyTree, differing: set[int]) -> tuple[int, ...]:
     """Those that can be when the rule moves this variable."""
     plain, count = _traces(whole.only(()), variable), itertools.count()
-    works = lambda places: next(count) < _TRIALS and _worked(whole, places, variable, plain) is not None  # noqa: E731
+
+    def works(places: tuple[int, ...]) -> bool:
+        return next(count) < _TRIALS and _worked(whole, places, variable, plain, differing) is not None
+
     return () if plain is None else _most(whole.places, (), works)
 
 
-def _worked(whole: Divided, places: tuple[int, ...], variable: PyTree, plain: Any) -> tuple[_Sums, ...] | None:
+def _worked(
+    whole: Divided, places: tuple[int, ...], variable: PyTree, plain: Any, differing: set[int]
+) -> tuple[_Sums, ...] | None:
     """What the rule computes of these numbers alone; None where they cannot be arguments."""
     rule = whole.only(places)
     if plain is None or (traces := _traces(rule, variable)) is None:
         return None
-    sums = [mine.like(other) for mine, other in zip(traces, plain, strict=True)]
-    return tuple(s for s in sums if s) if all(s is not None and s.agree(rule) for s in sums) else None
+    found = [mine.like(other) for mine, other in zip(traces, plain, strict=True)]
+    sums = tuple(one for one in found if one is not None)
+    apart = frozenset[int]().union(*(one.differing(rule) for one in sums))
+    differing |= apart
+    return sums if len(sums) == len(found) and not apart else None
 
 
 def _most(places: tuple[int, ...], kept: tuple[int, ...], works: Callable[[tuple[int, ...]], bool]) -> tuple[int, ...]:
@@ -199,10 +213,13 @@ class _Sums:
                 found.append(equation)
         return cls(tuple(found), tuple(jaxpr.invars[:count]))
 
-    def agree(self, rule: Captured) -> bool:
-        """Whether they are, in the run's precision, what Python makes of the rule's numbers, but for one rounding."""
+    def differing(self, rule: Captured) -> frozenset[int]:
+        """The places of numbers of which something is computed that is not, in the run's precision and but for one
+        rounding, what Python makes of them."""
         exact = dict(zip(self.numbers, jax.tree.leaves(rule), strict=True))
         short = {v: np.asarray(value).astype(v.aval.dtype) for v, value in exact.items()}
+        made_of = {v: frozenset({place}) for v, place in zip(self.numbers, rule.places, strict=True)}
+        found: frozenset[int] = frozenset()
         for equation in self.equations:
             name, (out,) = equation.primitive.name, equation.outvars
             for values in (exact, short):
@@ -210,11 +227,12 @@ class _Sums:
                 with np.errstate(all="ignore"):
                     values[out] = (_MOVES | _ARITHMETIC)[name](*map(np.asarray, given))
             short[out] = short[out].astype(out.aval.dtype)
+            made_of[out] = frozenset().union(*(made_of[v] for v in equation.invars if not isinstance(v, Literal)))
             if name in _ARITHMETIC and jnp.issubdtype(out.aval.dtype, jnp.floating):
                 wanted, eps = np.asarray(exact[out], np.float64), float(jnp.finfo(out.aval.dtype).eps)
                 if not abs(np.float64(short[out]) - wanted) <= eps * abs(wanted):
-                    return False
-        return True
+                    found |= made_of[out]
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

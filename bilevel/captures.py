@@ -505,8 +505,11 @@ class _Walk:
         self._fixed += writes  # it must not write into a copy of its module's globals
         inside = {}
         for name, cell in zip(code.co_freevars, cells, strict=True):
+            own = name in _written(code)  # optax's cosine schedule makes 60 a 60.0 when it is first called
+            self._fixed += own
             with contextlib.suppress(ValueError):  # not filled yet
                 inside[name] = self.node(cell.cell_contents, f"{path}.{name}")
+            self._fixed -= own
         self._key.append(tuple(inside))
         first = len(code.co_varnames[: code.co_argcount]) - len(fn.__defaults__ or ())
         named_defaults = dict(zip(code.co_varnames[first:], fn.__defaults__ or (), strict=False))
@@ -669,6 +672,14 @@ def _names(code: types.CodeType) -> tuple[tuple[str, ...], bool, bool]:
             asks = asks or instruction.opname == "MATCH_CLASS"
             writes = writes or instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
     return tuple(reads), asks or not _ASKS.isdisjoint(reads), writes
+
+
+@functools.lru_cache(4096)
+def _written(code: types.CodeType) -> frozenset[str]:
+    """The names of an outer function that a code object and those within it write: what it holds there now says nothing
+    of what it will hold, and is no argument, so that a run has the same bits whether it was called before or not."""
+    stores = (i for inside in _codes(code) for i in dis.get_instructions(inside) if i.opname == "STORE_DEREF")
+    return frozenset(str(i.argval) for i in stores) & frozenset(code.co_freevars)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

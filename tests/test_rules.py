@@ -217,6 +217,35 @@ def test_a_number_that_another_rounding_would_show_stays():
     assert travelling(optax.sgd(optax.linear_schedule(0.1, 0.0999, 10))) == []
 
 
+def test_what_is_an_argument_does_not_depend_on_the_rules_before():
+    """Where a difference of two numbers decides, another one of them may decide otherwise."""
+
+    def make(a: float, b: float, c: float) -> Any:
+        return plain_rule(lambda g: (a - b) * g * c * a)
+
+    pairs = [(0.1, 0.0999, 0.3), (0.5, 0.25, 0.3), (0.1, 0.0999, 0.2), (0.75, 0.0999, 0.3), (0.1, 0.25, 0.3)]
+    alone = []
+    for numbers in pairs:
+        _rules._known.cache_clear()
+        alone.append(travelling(make(*numbers)))
+    assert alone[0] == [0.3] and alone[1] == [0.5, 0.25, 0.3]
+    for _ in range(2):
+        for numbers, wanted in zip(pairs, alone, strict=True):
+            assert travelling(make(*numbers)) == wanted
+
+
+def test_a_rule_that_changes_when_it_is_called_is_the_same_rule_after_it():
+    """optax's cosine schedule makes its number of steps a float, which must not become an argument for that: a run's
+    bits would depend on what the process did before."""
+    rule = optax.adam(optax.cosine_decay_schedule(0.05, 60))
+    before = travelling(rule)
+    updates = rule.update(GOAL, rule.init(ZERO), ZERO)[0]
+    assert travelling(rule) == before == [1e-8, 0.0, 0.0, 1.0, 0.05]
+    solver = solvers.AID(lower.Newton(), upper_optimizer=rule)
+    again = _rules.joined(*_rules.parted(solver, (ZERO, ZERO))).upper_optimizer
+    np.testing.assert_array_equal(again.update(GOAL, again.init(ZERO), ZERO)[0]["a"], updates["a"])
+
+
 def test_a_value_that_a_library_asks_for_by_its_type_is_seen():
     """The same operations with another number in them are not the same."""
     space: dict[str, Any] = {"optax": optax, "jax": jax, "float": float}
