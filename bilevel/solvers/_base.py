@@ -184,8 +184,11 @@ def linear_settled(tol: Any, metrics: Metrics) -> Any:
     return settled & (metrics.get("negative_curvature", 0) == 0)
 
 
-def remark(metrics: dict[str, float]) -> str:
-    """What the last step's metrics say against the run, in a sentence; nothing where all is well."""
+def remark(metrics: dict[str, float], eps: float = 0.0) -> str:
+    """What the last step's metrics say against the run, in a sentence; nothing where all is well.
+
+    `eps`: of the coarsest dtype that the losses compute in. What a linear solver leaves below it is rounding.
+    """
     if metrics.get("returns", 0) > 0:
         return (
             f"x ran away and was put back {metrics['returns']:.0f} times: the lower level looks ill-conditioned, and "
@@ -202,7 +205,7 @@ def remark(metrics: dict[str, float]) -> str:
             "maximum of it (or the lower level is unbounded, or not solved yet). Start elsewhere (multistart), solve "
             "the lower level by lower.Newton(), or add a strongly convex term to it."
         )
-    if metrics.get("linear_error", 0) > _LINEAR:
+    if metrics.get("linear_error", 0) > max(_LINEAR, eps):
         return (
             f"The linear system f_yy v = F_y is left with {100 * metrics['linear_error']:.2g}% of F_y. Either f_yy is "
             "singular and F_y not in its range: the lower-level solution is not unique, F prefers another one, and "
