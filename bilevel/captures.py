@@ -39,7 +39,9 @@ import numpy as np
 
 from bilevel._arguments import has, look
 
-__all__ = ["Apart", "Captured", "Functions", "described", "form", "generator_state", "host_generators", "taken"]
+__all__ = [
+    "Apart", "Captured", "Divided", "Functions", "described", "form", "generator_state", "host_generators", "taken",
+]  # fmt: skip
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, np.dtype)
 # A function that asks what a value is would answer otherwise for a traced number, and nothing would fail.
@@ -89,6 +91,24 @@ def taken(fn: Any, args: tuple[Any, ...] | None = None) -> Any:
                 if walk.captured(fn, build, travelling | {place}).works(args):
                     travelling |= {place}
     return walk.captured(fn, build, travelling)
+
+
+class Divided:
+    """A value that holds functions, as an optax rule does, for a trial of which of its numbers can be leaves.
+
+    Attributes:
+      places: those that may.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._walk, self._build = _walked(value)
+        self._value = value
+        may = () if self._walk.asks else (i for i, leaf in enumerate(self._walk.leaves) if leaf.may_travel)
+        self.places = tuple(may)
+
+    def only(self, places: tuple[int, ...]) -> Captured:
+        """The value with the numbers in these places as leaves, and all others in its form."""
+        return self._walk.captured(self._value, self._build, frozenset(places))
 
 
 def form(value: Any) -> Hashable:
@@ -182,13 +202,28 @@ class Captured(Apart):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's value."""
+        return self.built(*args, **kwargs)
+
+    @property
+    def built(self) -> Any:
+        """The function, put together again from its leaves."""
         if self._built is None:
             values = [leaf.value for leaf in self._form.leaves]
             for place, value in zip(self._travelling, self._values, strict=True):
                 values[place] = value
             assert self._form.build is not None  # only forms of values that are used as they are have none
             self._built = self._form.build(_Build(values))
-        return self._built(*args, **kwargs)
+        return self._built
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Which of its numbers and arrays are leaves."""
+        return self._travelling
+
+    @property
+    def kind(self) -> Hashable:
+        """What it is but for the values of its leaves, to be compared."""
+        return self._form, self._travelling
 
     @property
     def whole(self) -> bool:
@@ -532,8 +567,11 @@ class _Walk:
         self._fixed += writes  # it must not write into a copy of its module's globals
         inside = {}
         for name, cell in zip(code.co_freevars, cells, strict=True):
+            own = name in _written(code)  # optax's cosine schedule makes 60 a 60.0 when it is first called
+            self._fixed += own
             with contextlib.suppress(ValueError):  # not filled yet
                 inside[name] = self.node(cell.cell_contents, f"{path}.{name}")
+            self._fixed -= own
         self._key.append(tuple(inside))
         first = len(code.co_varnames[: code.co_argcount]) - len(fn.__defaults__ or ())
         named_defaults = dict(zip(code.co_varnames[first:], fn.__defaults__ or (), strict=False))
@@ -714,6 +752,14 @@ def _names(code: types.CodeType) -> tuple[tuple[str, ...], bool, bool]:
             asks = asks or instruction.opname == "MATCH_CLASS"
             writes = writes or instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
     return tuple(reads), asks or not _ASKS.isdisjoint(reads), writes
+
+
+@functools.lru_cache(4096)
+def _written(code: types.CodeType) -> frozenset[str]:
+    """The names of an outer function that a code object and those within it write: what it holds there now says nothing
+    of what it will hold, and is no argument, so that a run has the same bits whether it was called before or not."""
+    stores = (i for inside in _codes(code) for i in dis.get_instructions(inside) if i.opname == "STORE_DEREF")
+    return frozenset(str(i.argval) for i in stores) & frozenset(code.co_freevars)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

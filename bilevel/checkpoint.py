@@ -35,6 +35,7 @@ from bilevel.captures import checksum, described, is_key, shape_text, whole
 from bilevel.data import as_source
 from bilevel.history import History
 from bilevel.keys import StepKey
+from bilevel.precision import WRAPPED, given_dtypes
 from bilevel.problem import Problem
 from bilevel.typing import PyTree, Solver
 
@@ -81,6 +82,8 @@ def fingerprint(problem: Problem, solver: Solver, x: PyTree, y: PyTree, base: St
             where = name + jax.tree_util.keystr(path)
             found[f"{where} array"] = shape_text(leaf)
             found[f"start {where}"] = checksum(leaf)
+    given = given_dtypes(problem, x, y)
+    found |= {"dtype of x0": given[0], "dtype of y0": given[1]}
     for field in dataclasses.fields(problem):
         value = getattr(problem, field.name)
         if field.name in ("upper_data", "lower_data"):
@@ -169,8 +172,14 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
     if then.get("solver") != now["solver"]:
         return [f"it was made with the solver {then.get('solver')}, this run uses {now['solver']}"]
     found = []
+    # What takes x and y in their dtypes is wrapped where these are not the run's: the dtype has changed, and not it.
+    dtypes = [name for name in now if name.startswith("dtype of ") and then.get(name, now[name]) != now[name]]
     for name in dict.fromkeys((*now, *then)):
         old, new = then.get(name), now.get(name)
+        if name.startswith("dtype of ") and name not in dtypes:  # or it was not written down then
+            continue
+        if dtypes and name not in dtypes and any(str(text).startswith(WRAPPED) for text in (old, new)):
+            continue
         if old == new or _number(old) == _number(new):
             continue
         advice = next(((prefix, text) for prefix, text in _ADVISORY if name.startswith(prefix)), None)
@@ -186,6 +195,7 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
             old, new = ("absent" if text is None else text for text in (old, new))
             same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
             start = max(0, same - 30)
+            name = f"the {name}" if name in dtypes else name
             found.append(f"{name.removesuffix(' array')} was {_excerpt(old, start)}, is now {_excerpt(new, start)}")
     return found
 

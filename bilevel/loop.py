@@ -15,8 +15,9 @@ from bilevel._arguments import explained
 from bilevel._convolutions import in_canonical_order
 from bilevel._module import name_of
 from bilevel._places import kept, over_one_mesh
+from bilevel._rules import joined, parted
 from bilevel._settings import settings
-from bilevel.captures import form
+from bilevel.captures import Captured, form
 from bilevel.keys import StepKey, as_step_key
 from bilevel.optimizers import check_count
 from bilevel.precision import named, working
@@ -116,6 +117,7 @@ class Loop:
     Args:
       problem: the problem, without its streams.
       solver: the solver.
+      start: x and y where it starts, for their shapes.
       base: the run's key.
       tol: the tolerance that the solver's `status` is asked with after each step; None: it is not asked.
       capacity: the most steps of one call.
@@ -126,6 +128,7 @@ class Loop:
         self,
         problem: Problem,
         solver: Solver,
+        start: tuple[Any, Any],
         base: StepKey,
         tol: float | None,
         capacity: int,
@@ -135,7 +138,7 @@ class Loop:
         self._advance = functools.partial(
             _advance,
             problem,
-            as_argument(solver),
+            as_argument(solver, *start),
             tol=0.0 if tol is None else tol,
             use_tol=tol is not None,
             capacity=capacity,
@@ -251,10 +254,11 @@ class _Argument:
     """A solver as an argument of compiled code: its numbers are leaves, the rest is compared by what it holds.
 
     `optax.adam(0.1)` made anew each time is other functions that hold the same (`captures.form`): it compiles nothing.
+    Nor does `optax.adam(0.2)` after it: of a rule's numbers those that can be are leaves too (`bilevel._rules`).
     """
 
-    def __init__(self, leaves: list[Any], code: _Code) -> None:
-        self.leaves, self.code = leaves, code
+    def __init__(self, leaves: list[Any], rules: list[Captured], code: _Code) -> None:
+        self.leaves, self.rules, self.code = leaves, rules, code
 
 
 class _Code:
@@ -271,17 +275,25 @@ class _Code:
 
 
 jax.tree_util.register_pytree_node(
-    _Argument, lambda argument: (argument.leaves, argument.code), lambda code, leaves: _Argument(list(leaves), code)
+    _Argument,
+    lambda argument: ((argument.leaves, argument.rules), argument.code),
+    lambda code, children: _Argument(list(children[0]), list(children[1]), code),
 )
 
 
-def as_argument(solver: Any) -> _Argument:
-    """A solver as an argument of compiled code: its leaves where they are numbers, else all of it is code."""
+def as_argument(solver: Any, *variables: PyTree) -> _Argument:
+    """A solver as an argument of compiled code: its leaves where they are numbers, else all of it is code.
+
+    Args:
+      solver: the solver.
+      variables: x and y, for which its step rules are looked at; without them the rules' numbers are code.
+    """
+    solver, rules = parted(solver, variables or None)
     leaves, treedef = jax.tree.flatten(solver)
     travels = len(leaves) != 1 or leaves[0] is not solver
     if travels and all(isinstance(leaf, (float, int, np.ndarray, np.number, jax.Array)) for leaf in leaves):
-        return _Argument(leaves, _Code(treedef, None, form(jax.tree.map(lambda _: None, solver))))
-    return _Argument([], _Code(None, solver, form(solver)))
+        return _Argument(leaves, rules, _Code(treedef, None, form(jax.tree.map(lambda _: None, solver))))
+    return _Argument([], rules, _Code(None, solver, form(solver)))
 
 
 def captured_by(solver: Any) -> Hashable:
@@ -292,7 +304,8 @@ def captured_by(solver: Any) -> Hashable:
 def as_solver(argument: _Argument) -> Any:
     """The solver of `as_argument`."""
     code = argument.code
-    return code.solver if code.treedef is None else jax.tree.unflatten(code.treedef, argument.leaves)
+    solver = code.solver if code.treedef is None else jax.tree.unflatten(code.treedef, argument.leaves)
+    return joined(solver, argument.rules)
 
 
 def _finite(tree: PyTree) -> jax.Array:

@@ -17,8 +17,7 @@ from bilevel import derivatives
 from bilevel._arguments import explained, has, look
 from bilevel._forward import forward_only
 from bilevel._module import state
-from bilevel._roots import root, with_roots
-from bilevel._traces import equations
+from bilevel._roots import root
 from bilevel.typing import Project, PyTree, Scalar
 
 __all__ = [
@@ -163,48 +162,6 @@ def unfit(rule: Any, variable: PyTree) -> str:
 
 
 # ---------------------------------------------------------------- at a gradient of zero
-
-
-def stiff_at_rest(rule: Any, variable: PyTree, memory: PyTree = None) -> bool:
-    """Whether a rule's update grows a thousand times faster at a gradient of zero than its size elsewhere.
-
-    The update is its first, or the one after steps which have left this `memory`.
-
-    Adam and its relatives divide by a root of a mean square and a tiny eps, which at an optimum is all there is: the
-    derivative of their steps is 1 / eps there, and says nothing about the lower solution. Not so where the mean square
-    still holds larger gradients.
-    """
-    if not is_rule(rule):
-        return False
-    full = as_optimizer(rule)
-    if memory is None:  # one number for each leaf will do, and costs nothing
-        variable = jax.tree.map(lambda leaf: jnp.ones((1,) * jnp.ndim(leaf), jnp.result_type(leaf)), variable)
-    ones = optax.tree.ones_like(variable)
-    zero = optax.tree.zeros_like(ones)
-
-    def update(gradient: PyTree, memory: PyTree) -> PyTree:
-        return full.update(gradient, memory, variable)
-
-    def sizes() -> tuple[jax.Array, jax.Array]:
-        """Of the slope after some steps at rest (RAdam begins with plain ones), and of the updates elsewhere."""
-        like = lambda new, old: jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), new, old)  # noqa: E731
-        rest = lambda _, memory: like(update(zero, memory)[1], memory)  # noqa: E731
-        left = full.init(variable) if memory is None else memory
-        rested = jax.lax.fori_loop(0, 8, rest, jax.tree.map(jnp.asarray, left))
-        slope = jax.jvp(lambda g: with_roots(update)(g, rested)[0], (zero,), (ones,))[1]
-        norm = lambda tree: optax.tree.norm(jax.tree.map(jnp.nan_to_num, tree))  # noqa: E731
-        first, later = norm(update(ones, full.init(variable))[0]), norm(update(ones, rested)[0])
-        return norm(slope), jnp.where(first > 0, first, later)  # a warm-up begins with a step of zero
-
-    try:
-        names = {equation.primitive.name for equation in equations(jax.make_jaxpr(update)(ones, full.init(ones)).jaxpr)}
-        if "div" not in names and not names & {"rsqrt", "pow"}:
-            return False
-        at_rest, elsewhere = map(float, jax.jit(sizes)())
-    except Exception:  # a rule that wants more than a gradient, or withdraws steps: not differentiated anyway
-        return False
-    return at_rest > 1e3 * elsewhere
-
 
 AT_REST = (
     "y is exactly at an optimum of the lower level, where {what}'s step rule is divided by its eps alone (Adam and its "

@@ -61,6 +61,13 @@ class Working(NamedTuple):
     constants: Any = ()
 
     @property
+    def rounding(self) -> float:
+        """The eps of the coarsest dtype that the losses are given: what they compute is no more exact than that."""
+        leaves = (leaf for leaf in jax.tree.leaves((self.x, self.y)))
+        dtypes = itertools.chain(*self.dtypes) if self.dtypes else map(jnp.result_type, leaves)
+        return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
+
+    @property
     def lifted(self) -> bool:
         """Whether a variable is another here than the user gave it: a leaf of another dtype, or y without constants."""
         here = jax.tree.leaves((self.x, self.y))[0].dtype  # one for all, where there are dtypes
@@ -414,6 +421,18 @@ def _keeps(fn: Callable[[PyTree], PyTree], value: PyTree) -> bool:
     except Exception:  # whatever a function of the user's says to another dtype
         return False
     return [leaf.dtype for leaf in jax.tree.leaves(out)] == [leaf.dtype for leaf in jax.tree.leaves(value)]
+
+
+def given_dtypes(problem: Problem, x: PyTree, y: PyTree) -> tuple[str, str]:
+    """The dtypes in which x and y were given to a run of this problem, which may have others there, in words."""
+    wrapped = next((value for value in vars(problem).values() if isinstance(value, _InGiven)), None)
+    of = lambda tree: [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    both = (of(x), of(y)) if wrapped is None else (wrapped.x, wrapped.y)
+    return tuple(", ".join(dict.fromkeys(jnp.dtype(d).name for d in dtypes)) for dtypes in both)  # type: ignore[return-value]
+
+
+WRAPPED = ("_InGiven[", "_Projection[")
+"""How the words for a function begin that takes x and y in the user's dtypes (`captures.described`)."""
 
 
 @dataclasses.dataclass(frozen=True)

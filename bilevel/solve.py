@@ -121,7 +121,9 @@ def solve(
       checkpoint_keep: how many of the newest checkpoints stay in the directory.
       state: go on from another run: a `Solution`, whose steps and history are counted on, so that two runs of 500 steps
         (`steps=500`, then `steps=1000, state=solution`) are one of 1000; or `solution.state`, with which the count of
-        steps, and the draws of a key, begin anew. The solver is that of the run; x0 and y0 may be left out.
+        steps, and the draws of a key, begin anew. The solver is that of the run; x0 and y0 may be left out: the run
+        goes on from the state, and a start elsewhere is ignored, which the log says. A checkpoint that is found goes
+        before the state, likewise.
       progress: show a progress bar; None: on a terminal (by rich) and in a notebook.
       chunk: the most steps to compile into one call; default: as many as fit a quarter of a second.
 
@@ -176,6 +178,7 @@ def solve(
     first = _first_state(streams.peeked(), solver, x, y, base)
     if state is not None:
         first = _fitting(state, first, solver)
+        _say_ignored(state if before is None else before, x0, y0)
     if before is not None and before.steps > steps:
         raise ValueError(
             f"solve(steps={steps}, state=solution): the solution is already at step {before.steps}; steps counts those "
@@ -183,13 +186,16 @@ def solve(
         )
     run = Recorder(schedule, measures, callback, saver, first, keeper, before, found.given)
     with contextlib.nullcontext() if saver is None else saver.held():
-        if run.resume() and quiet is not None:
+        resumed = run.resume()
+        if resumed and state is not None:
+            logger.warning("state is ignored: the run goes on from the checkpoint in %s", checkpoint)
+        if resumed and quiet is not None:
             newest = run.history.last().items()
             last = {name: jnp.asarray(value) for name, value in newest if run.history.last_step(name) == run.done - 1}
             run.result = Result(int(solver.status(run.state, last, quiet)))  # type: ignore[attr-defined]
         pace = _Pace(chunk)
         with named(solver, problem, x, y):
-            certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress, found.convolves)
+            certificate = _settle(run, streams, solver, base, (x, y), tol, quiet, pace, progress, found)
     if run.result is Result.DIVERGED and not run.done and (undefined := undefined_at(problem, x, y)):
         run.why = undefined
     if run.why:
@@ -252,7 +258,7 @@ def _settle(
     quiet: float | None,
     pace: _Pace,
     progress: bool | None,
-    convolves: bool,
+    given: Working,
 ) -> Certificate:
     """Drive the run to an end that the certificate lets stand, or to its last step.
 
@@ -265,7 +271,9 @@ def _settle(
         if isinstance(solver, HostSolver):
             host.drive(run, streams.rest, solver, base, asked, progress)
         else:
-            _drive(run, Loop(streams.rest, solver, base, asked, pace.most, convolves), streams, pace, progress)
+            _drive(
+                run, Loop(streams.rest, solver, start, base, asked, pace.most, given.convolves), streams, pace, progress
+            )
         if tol is None and (run.result is Result.MAX_STEPS or (quiet and run.result is Result.CONVERGED)):
             run.result = Result.COMPLETED
         met = met or run.result is Result.CONVERGED
@@ -288,7 +296,7 @@ def _settle(
             run.state = towards(run.state, *found.better)
     run.note({name: value for name, value in found.measures.items() if name.startswith("polished")})
     settled = (Result.CONVERGED, Result.INTERRUPTED, Result.STOPPED)
-    along = "" if found.result in settled else remark(numbers)
+    along = "" if found.result in settled else remark(numbers, given.rounding)
     run.result, run.why = found.result, " ".join(part for part in (run.why, found.why, along) if part)
     return found
 
@@ -409,6 +417,22 @@ def _fitting(state: Any, first: Any, solver: Any) -> Any:
     )
 
 
+def _say_ignored(state: Any, x0: Any, y0: Any) -> None:
+    """A warning where a start was given that is not where the state stands, up to the rounding of either's dtype.
+
+    Not where it is shaped otherwise (one x for many agents, all of y for its free parts): its values say nothing then.
+    """
+    for name, given, held in (("x0", x0, state.x), ("y0", y0, state.y)):
+        pairs = [(a, b) for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(held), strict=False)]
+        here = all(getattr(leaf, "is_fully_addressable", True) for pair in pairs for leaf in pair)
+        if here and any(np.shape(a) == np.shape(b) and not _same(np.asarray(a), np.asarray(b)) for a, b in pairs):
+            logger.warning("%s is not where the state stands; it is ignored, the run goes on from the state", name)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.array_equal(a.astype(b.dtype), b) or np.array_equal(a, b.astype(a.dtype)))
+
+
 # Their `init` places data on devices, and looks at values (a step against the network's eigenvalues).
 _EAGER = ("bilevel.solvers.decentralized", "bilevel.solvers.federated")
 
@@ -431,7 +455,7 @@ def _init(problem: Problem, solver: Any, x: Any, y: Any, base: StepKey) -> Any:
 def _first_state(problem: Problem, solver: Solver, x: Any, y: Any, base: StepKey) -> Any:
     with named(solver, problem, x, y):
         if _starts_in_one_program(solver, problem, x, y):
-            state = _init(problem, as_argument(solver), x, y, base)
+            state = _init(problem, as_argument(solver, x, y), x, y, base)
         else:
             state = solver.init(problem, x, y, at_step(base, 0))
     for name in ("x", "y"):

@@ -534,6 +534,21 @@ def test_another_start_is_ignored_aloud(made, tmp_path, caplog):
     assert_same_bits(solution.x, the_run(steps=5).x)
 
 
+def test_another_dtype_of_the_start_is_named_as_what_changed(tmp_path):
+    """And not the functions, which take x in its dtype by a wrapper."""
+
+    def go(x, steps):
+        problem = Problem(lambda x, y: (y - 1) ** 2, lambda x, y: (y - x) ** 2, project_upper=lambda x: x)
+        options = dict(steps=steps, checkpoint=tmp_path / "run", progress=False)
+        return solve(problem, x, jnp.zeros(()), solvers.SOBA(0.1, 0.1), **options)
+
+    go(jnp.float32(0), 3)
+    said = r"of another run: the dtype of x0 was float32, is now bfloat16\. Give another directory"
+    with pytest.raises(CheckpointError, match=said):
+        go(jnp.bfloat16(0), 6)
+    assert go(jnp.float32(0), 6).steps == 6
+
+
 def test_a_state_of_another_form_is_refused(three):
     with pytest.raises(
         CheckpointError, match=r"state\['x'\] was \w+\[5\], is now float32\[6\]; state\['z'\] was absent"

@@ -290,10 +290,10 @@ def test_partial_participation_under_solve_counts_its_communication() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: SimFBO(20), r"FederatedSingleLoop\(clients=20\) samples more clients than the 8 that exist"),
-        (lambda p: FedMBO(9), "samples more clients than the 8"),
-        (lambda p: AggITD(9), "samples more clients than the 8"),
-        (lambda p: FedBiOAcc(9), "samples more clients than the 8"),
+        (lambda p: SimFBO(20), r"SimFBO\(clients=20\) samples more clients than the 8 that exist"),
+        (lambda p: FedMBO(9), r"FedMBO\(clients=9\) samples more clients than the 8"),
+        (lambda p: AggITD(9), r"AggITD\(clients=9\) samples more clients than the 8"),
+        (lambda p: FedBiOAcc(9), r"FedBiOAcc\(clients=9\) samples more clients than the 8"),
         (lambda p: SimFBO(2, local_steps=(1, 2)), "2 entries for 8 clients"),
     ],
 )

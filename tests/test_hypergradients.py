@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Ridge, float64
 
-from bilevel import Problem, linear, lower
+from bilevel import Problem, ProblemError, hypergradients, linear, lower
 from bilevel.hypergradients import (
     HOZOG,
     PZOBO,
@@ -345,3 +346,54 @@ def test_three_levels(x64):
     estimate = compiled(problem, Implicit(linear.CG(tol=1e-12)), lower.GradientDescent(0.3, 100))(x, np.zeros(()))
     np.testing.assert_allclose(estimate.lower.y, f(x), rtol=1e-10)
     np.testing.assert_allclose(estimate.gradient, jax.grad(lambda x: (f(x) - 1.5) ** 2 + 0.1 * x**2)(x), rtol=1e-8)
+
+
+COUPLED = Problem(
+    lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: jnp.sum((y - x) ** 2), constraint=lambda x, y: y - 0.5
+)
+TIED = dataclasses.replace(COUPLED, constraint=None, equality=lambda x, y: jnp.sum(y) - 1)
+
+
+@pytest.mark.parametrize(("problem", "estimator", "wanted"), [
+    (COUPLED, hypergradients.ActiveSet(), [0.0, -1.6]),
+    (TIED, hypergradients.NullSpace(), [0.8, -0.8]),
+])  # fmt: skip
+def test_the_advice_for_constraints_is_complete(problem, estimator, wanted):
+    """What the refusal says to take works as it stands, and with the lower solver that it names."""
+    x, y = jnp.asarray([1.0, 0.2]), jnp.zeros(2)
+    said = r"take hypergradients\.ActiveSet\(\) .*NullSpace\(\) .*with lower\.Accurate\(\) as the lower solver"
+    with pytest.raises(ProblemError, match=said):
+        value_and_hypergradient(problem)(x, y)
+    for solver in (None, lower.Accurate(), *([lower.EqualityDescent()] if problem is TIED else [])):
+        f = value_and_hypergradient(problem, estimator, solver)
+        estimate = f(x, y)
+        np.testing.assert_allclose(estimate.gradient, wanted, atol=1e-4)
+        np.testing.assert_allclose(f(x, estimate.lower, estimate.carry).gradient, wanted, atol=1e-4)
+        assert estimate.metrics["violation"] < 1e-4
+
+
+@pytest.mark.parametrize("solver", [
+    optax.adam(0.1), 0.1, lower.LBFGS(), lower.Relative(lower.LBFGS()), lower.GradientDescent(0.1),
+], ids=["adam", "step", "LBFGS", "Relative", "GradientDescent"])  # fmt: skip
+def test_a_lower_solver_that_would_ignore_the_constraints_is_refused_by_name(solver):
+    x, y = jnp.asarray([1.0, 0.2]), jnp.zeros(2)
+    with pytest.raises(ProblemError, match=r"ActiveSet needs .* finds the 2 multipliers .* take lower\.Accurate\(\)"):
+        value_and_hypergradient(COUPLED, hypergradients.ActiveSet(), solver)(x, y)
+    with pytest.raises(ProblemError, match=r"NullSpace needs .* stays on the equality, and .* lower\.Accurate\(\)"):
+        value_and_hypergradient(TIED, hypergradients.NullSpace(), solver)(x, y)
+
+
+def test_a_function_finds_no_multipliers_for_active_sets():
+    """It returned the zeros that it was given, and the gradient was that without the constraints."""
+    x, y = jnp.asarray([1.0, 0.2]), jnp.zeros(2)
+    with pytest.raises(ProblemError, match=r"finds the 2 multipliers .* and Function does not"):
+        value_and_hypergradient(COUPLED, hypergradients.ActiveSet(), lambda level, x, y: jnp.minimum(x, 0.5))(x, y)
+
+
+def test_active_sets_of_a_level_without_constraints_take_any_lower_solver():
+    free = dataclasses.replace(COUPLED, constraint=None)
+    x, y = jnp.asarray([1.0, 0.2]), jnp.zeros(2)
+    for solver in (None, optax.adam(0.1), lower.LBFGS()):
+        f = value_and_hypergradient(free, hypergradients.ActiveSet(), solver)
+        estimate = f(x, f(x, y).lower)
+        np.testing.assert_allclose(estimate.gradient, 2 * (estimate.lower.y - 1), atol=1e-4)

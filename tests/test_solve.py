@@ -423,3 +423,46 @@ def test_the_solver_that_is_chosen_takes_the_point_where_two_wells_are_level():
     right = solve(TWO_WELLS, np.float32(2.0), np.float32(0.9), tol=1e-4, steps=100)
     assert right.result is Result.CONVERGED
     np.testing.assert_allclose([right.x, right.y], [0.0, 1.0], atol=1e-3)
+
+
+def test_a_start_that_a_state_overrides_is_said(caplog):
+    problem = Problem(lambda x, y: (y - 1) ** 2, lambda x, y: (y - x) ** 2)
+    solver = solvers.AID(lower.Newton(), upper_optimizer=0.1)
+    before = solve(problem, 0.0, 0.0, solver, steps=3, progress=False)
+    going_on = solve(problem, state=before, steps=6, progress=False)
+    caplog.clear()
+    for start in ((before.x, before.y), (float(before.x), float(before.y))):
+        assert solve(problem, *start, solver, state=before, steps=6, progress=False).x == going_on.x
+        assert not caplog.records
+    for x, y, name in ((5.0, before.y, "x0"), (before.x, 5.0, "y0")):
+        caplog.clear()
+        assert solve(problem, x, y, solver, state=before, steps=6, progress=False).x == going_on.x
+        said = f"{name} is not where the state stands; it is ignored, the run goes on from the state"
+        assert [record.message for record in caplog.records] == [said]
+    caplog.clear()
+    solve(problem, 5.0, before.y, solver, state=before.state, steps=6, progress=False)
+    assert "x0 is not where the state stands" in caplog.text
+
+
+def test_a_state_that_a_checkpoint_overrides_is_said(caplog, tmp_path):
+    problem = Problem(lambda x, y: (y - 1) ** 2, lambda x, y: (y - x) ** 2)
+    solver = solvers.AID(lower.Newton(), upper_optimizer=0.1)
+    options = dict(progress=False, checkpoint=tmp_path / "run")
+    before = solve(problem, 0.0, 0.0, solver, steps=3, progress=False)
+    solve(problem, state=before, steps=6, **options)
+    assert "state is ignored" not in caplog.text
+    solve(problem, state=before, steps=8, **options)
+    assert f"state is ignored: the run goes on from the checkpoint in {tmp_path / 'run'}" in caplog.text
+
+
+def test_what_a_linear_solver_leaves_in_half_precision_is_no_singular_hessian():
+    """0.18% of F_y is bfloat16's rounding, and more than float32's."""
+    from bilevel.precision import working
+    from bilevel.solvers._base import remark
+
+    problem = Problem(lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: jnp.sum((y - x) ** 2))
+    left = {"linear_error": 0.0018}
+    for dtype, quiet in ((jnp.bfloat16, True), (jnp.float32, False), (jnp.float16, False)):
+        y = jnp.zeros(2, dtype)
+        assert bool(remark(left, working(problem, jnp.zeros(()), y).rounding)) is not quiet
+    assert "is left with 1.8% of F_y" in remark({"linear_error": 0.018}, 2**-7)

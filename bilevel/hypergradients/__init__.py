@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from bilevel._arguments import explained
 from bilevel._module import name_of
+from bilevel._rules import stiff_at_rest
 from bilevel._settings import settings
 from bilevel.frozen import as_rule, refuse_rule
 from bilevel.hypergradients._base import Estimate, Estimator, check_estimator, first_carry
@@ -23,8 +24,8 @@ from bilevel.hypergradients.stochastic import SAMA, StochasticImplicit
 from bilevel.hypergradients.unrolled import OneStep, Unrolled
 from bilevel.hypergradients.zeroth_order import HOZOG, PZOBO
 from bilevel.keys import as_step_key
-from bilevel.lower import LBFGS, LowerState, as_lower_solver
-from bilevel.optimizers import AT_REST, stiff_at_rest
+from bilevel.lower import LBFGS, Accurate, LowerState, as_lower_solver
+from bilevel.optimizers import AT_REST
 from bilevel.precision import named, working
 from bilevel.problem import Problem, ProblemError, as_given, check_problem
 from bilevel.typing import LowerSolver, X, Y
@@ -45,8 +46,8 @@ def value_and_hypergradient(
     Args:
       problem: a `Problem`.
       estimator: one of this module; None: `Implicit()`.
-      lower_solver: anything `lower.as_lower_solver` accepts; None: `lower.LBFGS()` for full batches, and ten steps of
-        gradient descent where batches are drawn.
+      lower_solver: anything `lower.as_lower_solver` accepts; None: `lower.Accurate()` under coupled constraints, else
+        `lower.LBFGS()` for full batches, and ten steps of gradient descent where batches are drawn.
 
     Returns:
       `f(x, y, carry=None, key=0) -> Estimate`, pure and jittable. Its `value` is F at the y found, `gradient` the
@@ -62,7 +63,9 @@ def value_and_hypergradient(
     check_problem("value_and_hypergradient", problem, "Problem(upper=F, lower=f, ...)")
     estimator = Implicit() if estimator is None else estimator
     check_estimator("value_and_hypergradient", estimator)
-    default = 0.1 if problem.stochastic else LBFGS()
+    default: Any = 0.1 if problem.stochastic else LBFGS()
+    if problem.constraint is not None or problem.equality is not None:  # which those would ignore
+        default = Accurate()
     solver = as_lower_solver(default if lower_solver is None else lower_solver)
 
     _refuse_parts(estimator, problem)
@@ -114,8 +117,9 @@ def _refuse_parts(estimator: Estimator, problem: Problem[Any, Any]) -> None:
         if getattr(problem, part) is not None and part not in honours:
             raise ProblemError(
                 f"value_and_hypergradient with {name_of(estimator)} cannot honour {part}= of the problem, and would "
-                "ignore it: take hypergradients.ActiveSet() for constraints, NullSpace() for affine equalities, or a "
-                "solver of the whole problem (solve)."
+                "ignore it: take hypergradients.ActiveSet() for constraints, NullSpace() for affine equalities (with "
+                "lower.Accurate() as the lower solver, which is the default there), or a solver of the whole problem "
+                "(solve)."
             )
     if any(source.host for source in problem.sources):
         raise ProblemError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import derivatives
-from bilevel._module import hyperparameters
+from bilevel._module import hyperparameters, name_of
 from bilevel.constraints import Constraints, Equalities, is_affine
 from bilevel.hypergradients._base import Estimate
 from bilevel.level import Level
-from bilevel.lower import LowerState
+from bilevel.lower import Accurate, EqualityDescent, Function, Identity, LowerState
 from bilevel.problem import ProblemError
 from bilevel.typing import LowerSolver, PyTree
 
@@ -57,13 +57,13 @@ class ActiveSet:
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: jax.Array
     ) -> Estimate:
         """The estimate at x."""
-        solved = solver(lower, x, LowerState(start.y, carry))
-        y, given = solved.y, carry if solved.memory is None else solved.memory
-        if jnp.shape(given) != carry.shape:
-            raise ProblemError(
-                f"ActiveSet needs a lower solver that remembers the {carry.size} multipliers, and this one does not: "
-                "take lower.Accurate()."
-            )
+        if carry.size:
+            self._refuse(solver, lower, x, start.y, carry)
+            solved = solver(lower, x, LowerState(start.y, carry))
+            y, given, memory = solved.y, solved.memory, start.memory
+        else:  # no rows: whatever the solver remembers is its own
+            solved = solver(lower, x, start)
+            y, given, memory = solved.y, carry, solved.memory
         rows = Constraints(lower, x, y).at(x, y)
         lam = given / rows.scale
 
@@ -98,7 +98,25 @@ class ActiveSet:
             "linear_residual": left,
             "linear_error": left / jnp.where(steep > 0, steep, 1),
         }
-        return Estimate(value, shortest, LowerState(y, start.memory), given, metrics)
+        return Estimate(value, shortest, LowerState(y, memory), given, metrics)
+
+    @staticmethod
+    def _refuse(solver: LowerSolver, lower: Level, x: PyTree, y: PyTree, carry: jax.Array) -> None:
+        """Raise a `ProblemError` where the solver's memory is something else than multipliers, or nothing: it would
+        read them as what it remembers, or hand them back as they were."""
+        if isinstance(solver, Accurate):
+            return
+        multipliers = lambda memory: [jnp.shape(leaf) for leaf in jax.tree.leaves(memory)] == [carry.shape]  # noqa: E731
+        begun = solver.init(y).memory
+        remembers = multipliers(begun)
+        if begun is None:
+            remembers = multipliers(jax.eval_shape(lambda y: solver(lower, x, LowerState(y, None)), y).memory)
+        if not remembers:
+            raise ProblemError(
+                f"ActiveSet needs a lower solver that finds the {carry.size} multipliers of the constraints and "
+                f"remembers them, and {name_of(solver)} does not: take lower.Accurate(), as in "
+                "value_and_hypergradient(problem, hypergradients.ActiveSet(), lower.Accurate()), or solvers.GAM()."
+            )
 
     def multipliers(self, lower: Level, x: PyTree, y: PyTree, carry: jax.Array) -> dict[str, PyTree]:
         """The lower level's multipliers, shaped like the constraints' outputs."""
@@ -150,14 +168,31 @@ class NullSpace:
         self, upper: Level, lower: Level, solver: LowerSolver, x: PyTree, start: LowerState, carry: PyTree
     ) -> Estimate:
         """The estimate at x."""
+        inner: Any = solver
+        while hasattr(inner, "solver"):  # lower.Relative
+            inner = inner.solver
+        ours = type(inner).__module__.startswith("bilevel.lower.")
+        if ours and not isinstance(inner, (Accurate, EqualityDescent, Function, Identity)):
+            raise ProblemError(
+                f"NullSpace needs a lower solver that stays on the equality, and {name_of(inner)} would ignore it: "
+                "take lower.Accurate(), as in value_and_hypergradient(problem, hypergradients.NullSpace(), "
+                "lower.Accurate()), or lower.EqualityDescent()."
+            )
         found = solver(lower, x, start)
+        if start.memory is None:  # multipliers of lower.Accurate, which begins without: every call has one form
+            found = LowerState(found.y, None)
         y = found.y
         rows = Equalities.of(lower, x, y)
         value, (F_x, F_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         local = derivatives.linearised(lower, x, y)
 
-        reduced = lambda v: rows.along(local.hvp(rows.along(v)))  # noqa: E731
-        w, _ = jax.scipy.sparse.linalg.cg(reduced, rows.along(F_y), x0=carry, maxiter=self.linear_steps, tol=1e-10)
+        def reduced(v: PyTree) -> PyTree:
+            """V V' f_yy V V', and the identity across, where rounding leads: else CG divides zero by zero there."""
+            along = rows.along(v)
+            return optax.tree.add(rows.along(local.hvp(along)), optax.tree.sub(v, along))
+
+        tol = max(1e-10, float(jnp.finfo(value.dtype).eps))
+        w, _ = jax.scipy.sparse.linalg.cg(reduced, rows.along(F_y), x0=carry, maxiter=self.linear_steps, tol=tol)
         w = rows.along(w)
         cross, product = local.products(w)
         q = rows.inverse @ rows.push(optax.tree.sub(F_y, product))

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel._arguments import explained, explained_class
+from bilevel._module import name_of
 from bilevel.data import Agents, as_source
 from bilevel.history import History
 from bilevel.keys import StepKey
@@ -297,7 +298,7 @@ class _Server:
         while len(nodes := self.nodes()) < needed:
             if time.monotonic() > until:
                 raise FlowerError(
-                    f"{type(solver).__name__}(clients={solver.clients}) samples more clients than the {len(nodes)} "
+                    f"{name_of(solver)}(clients={solver.clients}) samples more clients than the {len(nodes)} "
                     f"nodes that have connected within {wait:g} seconds: start more nodes, or lower clients."
                 )
             time.sleep(min(1.0, wait / 10))

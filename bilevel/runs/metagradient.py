@@ -108,8 +108,8 @@ def metagradient(
     given, solver, steps = _checked(problem, x, y0, lower_solver, segment)
     length = even(steps, math.sqrt(steps)) if segment is None else segment
     bounds = [*range(0, steps, length), steps]
-    base, parts, count = as_step_key(key), as_argument(solver), len(bounds) - 1
     problem, x, y = given.problem, given.x, given.y
+    base, parts, count = as_step_key(key), as_argument(solver, x, y), len(bounds) - 1
     marks = _marks(problem, solver, x, y, base, length)
     with named(Unrolled(), problem, x, y), _stores(checkpoint, marks) as (states, adjoints):
         start = _begun(problem, parts, x, y)

@@ -96,7 +96,7 @@ def multistart(
     first = jax.tree.map(lambda leaf: leaf[0], (x0s, y0s))
     problem.validate(*first)
     problem = jax.tree.map(jnp.asarray, problem.captured(*first))
-    states, xs, ys, last = _run_all(problem, as_argument(solver), x0s, y0s, as_step_key(key), steps)
+    states, xs, ys, last = _run_all(problem, as_argument(solver, *first), x0s, y0s, as_step_key(key), steps)
     metrics = {name: np.asarray(value) for name, value in last.items()}
     n = next(iter(counts))
     finite = np.all(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel._module import name_of
+from bilevel._rules import stiff_at_rest
 from bilevel._traces import of_function, reached
 from bilevel.constraints import depends
 from bilevel.data import Source, as_source
@@ -16,7 +17,7 @@ from bilevel.frozen import as_rule, refuse_rule
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.level import takes_batch
 from bilevel.lower.foreign import Function
-from bilevel.optimizers import AT_REST, stiff_at_rest
+from bilevel.optimizers import AT_REST
 from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.typing import HostSolver, Metrics, PyTree
@@ -147,9 +148,14 @@ def refuse_at_rest(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
     moved = getattr(below, "start", None) is not None or any(source.host for source in problem.sources)
     if not differentiates or moved or not stiff_at_rest(rule, y):
         return
-    slope = jax.jit(lambda problem, x, y: problem.draw_lower(0).gradient(x, y))(problem, x, y)
+    slope = _slope(problem, x, y)
     if all(not bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(slope)):
         raise ProblemError("At the start " + AT_REST.format(what=name_of(solver)))
+
+
+@jax.jit
+def _slope(problem: Problem, x: PyTree, y: PyTree) -> PyTree:
+    return problem.draw_lower(0).gradient(x, y)
 
 
 def check_solver(owner: str, solver: Any) -> None:
@@ -199,8 +205,11 @@ def linear_settled(tol: Any, metrics: Metrics) -> Any:
     return settled & (metrics.get("negative_curvature", 0) == 0)
 
 
-def remark(metrics: dict[str, float]) -> str:
-    """What the last step's metrics say against the run, in a sentence; nothing where all is well."""
+def remark(metrics: dict[str, float], eps: float = 0.0) -> str:
+    """What the last step's metrics say against the run, in a sentence; nothing where all is well.
+
+    `eps`: of the coarsest dtype that the losses compute in. What a linear solver leaves below it is rounding.
+    """
     if metrics.get("returns", 0) > 0:
         return (
             f"x ran away and was put back {metrics['returns']:.0f} times: the lower level looks ill-conditioned, and "
@@ -217,7 +226,7 @@ def remark(metrics: dict[str, float]) -> str:
             "maximum of it (or the lower level is unbounded, or not solved yet). Start elsewhere (multistart), solve "
             "the lower level by lower.Newton(), or add a strongly convex term to it."
         )
-    if metrics.get("linear_error", 0) > _LINEAR:
+    if metrics.get("linear_error", 0) > max(_LINEAR, eps):
         return (
             f"The linear system f_yy v = F_y is left with {100 * metrics['linear_error']:.2g}% of F_y. Either f_yy is "
             "singular and F_y not in its range: the lower-level solution is not unique, F prefers another one, and "

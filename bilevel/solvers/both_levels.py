@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import derivatives
-from bilevel._module import constructor, hyperparameters, state
+from bilevel._module import constructor, hyperparameters, name_of, state
 from bilevel.keys import StepKey
 from bilevel.level import Level
 from bilevel.optimizers import Move, check_count, check_optimizer
@@ -294,6 +294,6 @@ def _only_simple(solver: Any, problem: Problem, x: PyTree) -> None:
     refuse(solver, problem, x, honours=("project_lower",), simple=True, instead="solvers.LVHBA")
     if jax.tree.leaves(x):
         raise ProblemError(
-            f"{type(solver).__name__} is for simple bilevel problems, where both levels own y: pass x0=None, or take "
+            f"{name_of(solver)} is for simple bilevel problems, where both levels own y: pass x0=None, or take "
             "solvers.BOME or solvers.VPBGD instead."
         )

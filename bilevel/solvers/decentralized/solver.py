@@ -10,7 +10,7 @@ import jax
 import optax
 
 from bilevel import derivatives
-from bilevel._module import hyperparameters, state
+from bilevel._module import hyperparameters, name_of, state
 from bilevel.keys import Draw, StepKey
 from bilevel.level import Levels
 from bilevel.network import Network, consensus_error
@@ -167,7 +167,7 @@ class Decentralized:
         """Every agent starts at the same x and y, and at v = 0."""
         refuse(self, problem, x)
         n = self.network.n
-        given = _agents.number_of_agents(problem, type(self).__name__)
+        given = _agents.number_of_agents(problem, name_of(self))
         if given is not None and given != n:
             raise ProblemError(
                 f"The data are for {given} agents, but the network {self.network.name} has {n}: make them equal."

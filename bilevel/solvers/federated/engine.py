@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilevel._module import name_of
 from bilevel.data import ProblemError, Source
 from bilevel.keys import Draw, StepKey, permute
 from bilevel.level import Levels
@@ -225,7 +226,7 @@ class Federated:
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> Any:
         """The server before the first round, its clients in this process."""
         refuse(self, problem, x)
-        name, clients = type(self).__name__, self.clients
+        name, clients = name_of(self), self.clients
         total = _agents.number_of_agents(problem, name)
         if total is None:
             raise ProblemError(f"{name} samples clients, and neither level has data: give data.Agents or data.Clients.")

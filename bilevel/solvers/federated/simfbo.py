@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from bilevel._module import constructor, hyperparameters, state
+from bilevel._module import constructor, hyperparameters, name_of, state
 from bilevel.keys import Draw
 from bilevel.optimizers import Move, check_count, check_optimizer, is_rule
 from bilevel.solvers import _agents
@@ -99,7 +99,7 @@ class FederatedSingleLoop(Federated):
 
     def begin(self, engine: Engine, x: PyTree, y: PyTree) -> SingleLoopState:
         """The server before the first round, v at 0."""
-        name, given = type(self).__name__, len(self._counts)
+        name, given = name_of(self), len(self._counts)
         if isinstance(engine, InProcess) and isinstance(self.local_steps, tuple) and given != engine.total:
             raise ValueError(
                 f"{name}(local_steps=...) has {given} entries for {engine.total} clients: give one for each."

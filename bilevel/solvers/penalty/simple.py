@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel._module import hyperparameters
+from bilevel._module import hyperparameters, name_of
 from bilevel.keys import StepKey
 from bilevel.problem import Problem, ProblemError
 from bilevel.solvers._base import refuse
@@ -121,6 +121,6 @@ def _only_simple(solver: Any, problem: Problem, x: PyTree) -> None:
     refuse(solver, problem, x, honours=("project_lower", "prox_lower"), simple=True, instead="solvers.LVHBA")
     if jax.tree.leaves(x):
         raise ProblemError(
-            f"{type(solver).__name__} is for simple bilevel problems, where both levels own y: pass x0=None, "
+            f"{name_of(solver)} is for simple bilevel problems, where both levels own y: pass x0=None, "
             "or take solvers.VPBGD instead."
         )
