@@ -21,8 +21,8 @@ from bilevel.problem import Problem
 from bilevel.typing import PyTree, Scalar
 
 __all__ = [
-    "AWAY", "FELT", "Units", "changes", "left_of", "moves", "natural_units", "normalised", "progress_of", "regular",
-    "rms", "share", "shorter", "times", "units_of_losses", "units_of_variables",
+    "AWAY", "FELT", "IRREGULAR", "Units", "changes", "left_of", "moves", "natural_units", "normalised", "progress_of",
+    "regular", "rms", "share", "shorter", "times", "units_of_losses", "units_of_variables",
 ]  # fmt: skip
 
 
@@ -39,6 +39,10 @@ class Units(NamedTuple):
 
 FELT = 3e-2
 """How far x moves at least, in its units, for what F falls by on the way to count as a part of F itself."""
+
+
+IRREGULAR = 1e2
+"""By how much a loss bends more over a length than it does nearby, where that length says nothing of a point."""
 
 
 def progress_of(here: float, way: float) -> float:
@@ -163,10 +167,10 @@ def _regular(here: Any, found: np.ndarray) -> int:
     curvature = table / _PARTS**2
     if last < 1 or not 0.5 <= curvature[last - 1] / curvature[last] <= 2:
         return 0  # of a power there is no bend nearby: it is another at every length
-    return int(np.flatnonzero(np.append(True, curvature[: last + 1] > _IRREGULAR * curvature[last]))[-1])
+    return int(np.flatnonzero(np.append(True, curvature[: last + 1] > IRREGULAR * curvature[last]))[-1])
 
 
-_PAIRS, _PARTS, _IRREGULAR = 4, 16.0 ** -np.arange(7), 1e2
+_PAIRS, _PARTS = 4, 16.0 ** -np.arange(7)
 
 
 def units_of_losses(lengths: tuple[Any, Any], here: tuple[Any, Any], found: tuple[Any, Any]) -> Units:

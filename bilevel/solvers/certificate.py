@@ -619,9 +619,8 @@ def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
             else:
                 why = f"{program.n + program.m} unknowns and {program.p + program.q} rows of the lower level"
                 unchecked += (f"Whether another x is better was not looked at, because of size: {why}.",)
-        fall = max(found["descent"], found.get("beaten", 0.0))
-        if fall > found["noise_upper"] * program.upper_scale:
-            found["left"] = left_of(fall, progress, program.upper_scale)
+        fall = max(found["descent"], found.get("beaten", 0.0)) - found["noise_upper"] * program.upper_scale
+        found["left"] = left_of(max(fall, 0.0), progress, program.upper_scale)
     elif not jax.tree.leaves(x):
         found["near"] = 0.0
     return _concluded(end, found, unchecked, better)
@@ -989,7 +988,8 @@ class _Search:
             fall = min(here, 0.0) - float(upper[j])
             relative = fall * (0.1 / size if kind == "near" else 1.0)
             if fall > found["noise_upper"]:
-                found["left"] = max(found.get("left", 0.0), left_of(fall, self.progress, 1.0))
+                felt = left_of(fall - found["noise_upper"], self.progress, 1.0)
+                found["left"] = max(found.get("left", 0.0), felt)
                 relative = max(relative, share(fall, self.progress)) if size > FELT else relative
             if relative > lowest[kind]:
                 lowest[kind], drop[kind] = relative, fall * found["unit_upper"]

@@ -25,6 +25,7 @@ from bilevel._convexity import VARIABLE, Kind, constant, kinds
 from bilevel._traces import degrees, equations
 from bilevel.constraints import depends
 from bilevel.problem import ROWS, Problem, ProblemError
+from bilevel.solvers._units import IRREGULAR
 from bilevel.typing import PyTree
 
 __all__ = ["PASS_BYTES", "Evaluated", "Program", "precise", "size_of"]
@@ -38,9 +39,8 @@ _UNEQUAL = 1e3
 """How far the units of the coordinates of one variable differ before each has its own."""
 _NO_LENGTH = 1e6
 """By how much lengths of a variable differ that are not both lengths."""
-_IRREGULAR, _SHORTER = 1e2, 13
-"""By how much slopes of a loss differ over a length that says nothing of a point, and how many lengths are tried, each
-a quarter of the one before."""
+_SHORTER = 13
+"""How many lengths are tried over which slopes are of the order of those nearby, each a quarter of the one before."""
 _TIGHT = 1e-9
 """Relative: two numbers that are equal but for rounding."""
 PASS_BYTES = 2**22
@@ -481,7 +481,7 @@ class Program:
             beside = [xy] + [xy + np.where(np.arange(k) < n, 0.0, point - xy) for point in near[1:]]
             slopes = [self.raw(self.point(point))[1][1, n:k] * unit[n:] for point in beside]
             here = np.array([np.linalg.norm(slope) for slope in slopes])
-            if np.median(here) > 0 and not np.median(norms[:, 1]) <= _IRREGULAR * np.median(here):
+            if np.median(here) > 0 and not np.median(norms[:, 1]) <= IRREGULAR * np.median(here):
                 norms[:, 1] = here
         norms[~np.isfinite(norms)] = np.nan
         for row in range(norms.shape[1]):
@@ -620,7 +620,7 @@ class Program:
             return length
         sizes = length * 4.0 ** -np.arange(_SHORTER)
         first, last = secants(sizes[0]), secants(sizes[-1])
-        if not (first > _IRREGULAR * last).any():
+        if not (first > IRREGULAR * last).any():
             return length
         table = np.stack([first, *(secants(size) for size in sizes[1:-1]), last])
         rounding = [1e-12 * np.linalg.norm(slope) / sizes[-1] for slope in here]
@@ -628,7 +628,7 @@ class Program:
             near = column[-1]
             # Of a power there is no slope nearby: it is none at every length.
             if near > least and 0.5 * near <= column[-2] <= 2 * near:
-                regular = column <= _IRREGULAR * near
+                regular = column <= IRREGULAR * near
                 first_regular = int(np.flatnonzero(~regular)[-1]) + 1 if not regular.all() else 0
                 length = min(length, sizes[first_regular])
         return float(max(length, way))
