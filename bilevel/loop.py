@@ -296,11 +296,6 @@ def as_argument(solver: Any, *variables: PyTree) -> _Argument:
     return _Argument([], rules, _Code(None, solver, form(solver)))
 
 
-def captured_by(solver: Any) -> Hashable:
-    """What a solver's functions capture, to be compared by value; its numbers are arguments of compiled code."""
-    return as_argument(solver).code
-
-
 def as_solver(argument: _Argument) -> Any:
     """The solver of `as_argument`."""
     code = argument.code

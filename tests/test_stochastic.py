@@ -530,7 +530,28 @@ def test_a_sweep_says_what_it_cannot_do():
     with pytest.raises(ValueError, match="all 1 runs diverged within 100 steps"):
         sweep(problem, [SABA(1e4, 1e4)], x0, y0, steps=100)
     with pytest.raises(ValueError, match="has no numbers to vary"):
-        sweep(problem, [SingleLoop(optax.sgd(0.1), optax.sgd(0.1))], x0, y0)
+        sweep(problem, [SingleLoop(optax.scale_by_sign(), optax.scale_by_sign())], x0, y0)
+    with pytest.raises(ValueError, match=r"solver 1 differs from solver 0.*another rule"):
+        sweep(problem, [SingleLoop(optax.adam(0.1), 0.1), SingleLoop(optax.sgd(0.1), 0.1)], x0, y0)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        optax.adam,
+        lambda rate: optax.sgd(optax.cosine_decay_schedule(rate, 50), momentum=0.9),
+        lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.inject_hyperparams(optax.sgd)(rate)),
+    ],
+    ids=["adam", "schedule", "injected"],
+)
+def test_a_sweep_over_the_rates_of_a_rule_is_one_programme(rule):
+    problem, (x0, y0) = problem_of(make()), start()
+    rates = (0.01, 0.03, 0.1)
+    found = sweep(problem, [SingleLoop(rule(rate), 0.1) for rate in rates], x0, y0, steps=40, key=3)
+    for i, rate in enumerate(rates):
+        state, _ = run(problem, SingleLoop(rule(rate), 0.1), x0, y0, 40, 3)
+        np.testing.assert_allclose(found.state.x[i], state.x, rtol=1e-4, atol=1e-5)
+    assert len({float(np.sum(x)) for x in found.state.x}) == len(rates)
 
 
 # ---------------------------------------------------------------- reproducible, resumable, parallel

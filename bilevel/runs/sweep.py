@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from bilevel._arguments import Named, explained
 from bilevel.captures import Functions, taken
 from bilevel.keys import StepKey, as_step_key
-from bilevel.loop import captured_by, run
+from bilevel.loop import as_argument, as_solver, run
 from bilevel.problem import Problem, ProblemError, as_variable, check_problem
 from bilevel.solvers._base import check_solver
 from bilevel.typing import Scalar, Solver, X, Y
@@ -46,14 +46,14 @@ class Sweep(Named, Generic[X, Y]):
         return f"Sweep(best of {len(self.scores)}: score {self.score:.6g} with {self.solver}; {lost} diverged)"
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "captured"))
+@functools.partial(jax.jit, static_argnames=("steps",))
 def _run_all(
-    problem: Problem[X, Y], solvers: Any, x0: X, y0: Y, key: StepKey, score: Functions, steps: int, captured: Hashable
+    problem: Problem[X, Y], solvers: Any, x0: X, y0: Y, key: StepKey, score: Functions, steps: int
 ) -> tuple[Any, jax.Array]:
     rank = score.by_name["score"]
 
     def one(solver: Any) -> tuple[Any, jax.Array]:
-        state, _ = run(problem, solver, x0, y0, steps, key)
+        state, _ = run(problem, as_solver(solver), x0, y0, steps, key)
         value = problem.full_upper()(state.x, state.y) if rank is None else rank(state.x, state.y)
         return state, value
 
@@ -74,10 +74,12 @@ def sweep(
     """Run `solvers`, alike but for their numbers, as one `vmap` under one compile; return the best.
 
         sweep(problem, [SOBA(b, a) for a in (0.03, 0.1, 0.3) for b in (0.01, 0.1, 1.0)], x0, y0, steps=5000)
+        sweep(problem, [SOBA(optax.adam(b), 0.1) for b in (0.01, 0.03, 0.1)], x0, y0, steps=5000)
 
     Args:
       problem: the problem.
-      solvers: the same solver with other floating-point hyperparameters (step sizes as numbers, not as optax rules).
+      solvers: the same solver with other floating-point hyperparameters: step sizes, and the numbers of optax rules
+        that can be arguments of compiled code, as rates can.
       x0, y0: the start of every run.
       steps: outer steps of every run.
       key: the key of every run: all see the same batches, so that scores differ by hyperparameters alone.
@@ -99,20 +101,18 @@ def sweep(
         check_solver("sweep", solver)
     if not solvers:
         raise ValueError("sweep needs at least one solver; the sequence is empty.")
-    structures = [jax.tree.structure(solver) for solver in solvers]
-    for i, structure in enumerate(structures):
-        if structure != structures[0]:  # type: ignore[operator]
-            raise ValueError(
-                f"sweep runs solvers that differ in numbers only, and solver {i} differs from solver 0 in something "
-                f"else (a count, a flag, an optax rule): {solvers[i]} against {solvers[0]}. Give step sizes as "
-                "numbers, and sweep over counts in separate calls."
-            )
-    if not jax.tree.leaves(solvers[0]):
-        raise ValueError(
-            f"sweep: {solvers[0]} has no numbers to vary; give step sizes as numbers and not as optax rules."
-        )
     x0, y0 = as_variable("x0", x0), as_variable("y0", y0)
     problem.validate(x0, y0)
+    given = [as_argument(solver, x0, y0) for solver in solvers]
+    for i, other in enumerate(given):
+        if jax.tree.structure(other) != jax.tree.structure(given[0]):  # type: ignore[operator]
+            raise ValueError(
+                f"sweep runs solvers that differ in numbers only, and solver {i} differs from solver 0 in something "
+                f"else (a count, a flag, another rule, a number of a rule that it counts or branches on, as Adam's b1 "
+                f"in single precision): {solvers[i]} against {solvers[0]}. Sweep over those in separate calls."
+            )
+    if not jax.tree.leaves(given[0]):
+        raise ValueError(f"sweep: {solvers[0]} has no numbers to vary: give step sizes, or rates of optax rules.")
     problem = jax.tree.map(jnp.asarray, problem.captured(x0, y0))
     if score is not None:
         try:
@@ -123,8 +123,8 @@ def sweep(
                 f"sweep(score=...) fails as a function of (x, y) to one scalar: {type(error).__name__}: {said}"
             ) from error
     ranking = Functions({"score": taken(score, (x0, y0))})
-    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *solvers)
-    state, values = _run_all(problem, stacked, x0, y0, as_step_key(key), ranking, steps, captured_by(solvers[0]))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *given)
+    state, values = _run_all(problem, stacked, x0, y0, as_step_key(key), ranking, steps)
     if values.shape != (len(solvers),):
         raise ProblemError(
             f"sweep(score=...) returned values of shape {list(values.shape[1:])}; a score is one scalar."
