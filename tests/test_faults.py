@@ -300,7 +300,11 @@ def test_an_x_that_reaches_no_loss_is_refused_before_the_run(solver):
         solve(problem, A(0.3), A(0.0), solvers.SOBA(), steps=3)
 
 
-@pytest.mark.parametrize("solver", [None, solvers.ITD(5, 0.1), solvers.SOBA(), solvers.F2BA(), solvers.AID()], ids=str)
+@pytest.mark.parametrize(
+    "solver",
+    [None, solvers.ITD(5, 0.1), solvers.SOBA(), solvers.F2BA(), solvers.AID()],
+    ids=["the choice", "ITD", "SOBA", "F2BA", "AID"],
+)
 def test_a_lower_loss_that_does_not_read_y_is_refused_before_the_run(solver):
     """It ended COMPLETED, with a word about a singular f_yy."""
     said = "lower does not depend on y0: every y minimises it.*the lower loss, whose arguments are .x, y., the upper"

@@ -49,8 +49,8 @@ def test_closed_form():
     problem, *parts = random_problem()
     x, y = solution(*parts)
     with precise():
-        found, better = exact_end(problem, jnp.asarray(x), jnp.asarray(y), ORIGIN)
-        away, then = exact_end(problem, jnp.asarray(x + 0.1), jnp.asarray(y - 0.2), ORIGIN)
+        found, better = exact_end(problem, jnp.asarray(x), jnp.asarray(y), ORIGIN, 1e-4)
+        away, then = exact_end(problem, jnp.asarray(x + 0.1), jnp.asarray(y - 0.2), ORIGIN, 1e-4)
     assert max(found["near"], found["gap"], found["gain"]) < 1e-12 and better is None
     above, below, a, b = parts
     value = lambda z: 0.5 * z @ above @ z + a @ z
@@ -88,7 +88,7 @@ def test_units_of_the_losses_change_nothing(factor, level):
     problem, *_ = random_problem(2)
     scaled = random_problem(2, (factor, 1.0) if level == 0 else (1.0, factor))[0]
     point = jnp.full(2, 0.3), jnp.full(3, -0.7)
-    one, other = (exact_end(p, *point, ORIGIN)[0] for p in (problem, scaled))
+    one, other = (exact_end(p, *point, ORIGIN, 1e-4)[0] for p in (problem, scaled))
     for name in ("near", "gap", "gain"):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-6)
 
@@ -120,7 +120,7 @@ def test_solve_ends_by_it_and_goes_there(monkeypatch):
     ],
 )
 def test_what_is_none_is_left_to_the_search(upper, lower):
-    assert exact_end(Problem(upper, lower), *ORIGIN, ORIGIN) is None
+    assert exact_end(Problem(upper, lower), *ORIGIN, ORIGIN, 1e-4) is None
 
 
 def with_rows(seed, n, inequalities, equalities):
@@ -170,13 +170,13 @@ def test_with_lower_rows_the_best_of_a_grid_is_the_exact_end(seed):
     h = [np.inf if y is None else value(np.concatenate([[x], y])) for x, y in zip(grid, answers, strict=True)]
     best = int(np.argmin(h))
     point = jnp.asarray(grid[best : best + 1]), jnp.asarray(answers[best])
-    found, better = exact_end(problem, *point, jax.tree.map(jnp.zeros_like, point))
+    found, better = exact_end(problem, *point, jax.tree.map(jnp.zeros_like, point), 1e-4)
     x, y = map(np.asarray, better)
     np.testing.assert_allclose(y, answer(np.asarray(x, float)), atol=1e-4)
     reached = value(np.concatenate([x, y]))
     assert reached <= h[best] + 1e-5 and abs(x[0] - grid[best]) <= 0.11
     np.testing.assert_allclose(max(found["descent"], found["beaten"]), h[best] - reached, atol=1e-4)
-    there, beyond = exact_end(problem, *better, jax.tree.map(jnp.zeros_like, point))
+    there, beyond = exact_end(problem, *better, jax.tree.map(jnp.zeros_like, point), 1e-4)
     assert max(there["near"], there["far"], there["gap"]) < 1e-4
     assert beyond is None or np.abs(np.asarray(beyond[0]) - x).max() < 1e-4
 
@@ -188,7 +188,7 @@ def test_with_lower_rows_the_verdicts_are_the_searchs(seed, monkeypatch):
     problem, value, answer = with_rows(seed, n, 1 + seed % 4, equalities)
     start, rng = (jnp.zeros(n), jnp.zeros(2 + equalities)), np.random.default_rng(seed)
     feasible = next(x for x in 2 * rng.normal(size=(50, n)) if answer(x) is not None)
-    best = exact_end(problem, jnp.asarray(feasible), jnp.asarray(answer(feasible)), start)[1]
+    best = exact_end(problem, jnp.asarray(feasible), jnp.asarray(answer(feasible)), start, 1e-4)[1]
     x = np.asarray(best[0], float)
 
     def h(x):
@@ -214,9 +214,9 @@ def test_a_row_that_y_does_not_reach_bounds_x():
         constraint=lambda x, y: x - 0.5,
     )
     point = jnp.array([0.5]), jnp.array([0.5])
-    found, better = exact_end(problem, *point, (jnp.zeros(1), jnp.zeros(1)))
+    found, better = exact_end(problem, *point, (jnp.zeros(1), jnp.zeros(1)), 1e-4)
     assert max(found["near"], found["far"], found["gap"], found["gain"]) < 1e-6 and better is None
-    found, better = exact_end(problem, jnp.array([0.2]), jnp.array([0.2]), (jnp.zeros(1), jnp.zeros(1)))
+    found, better = exact_end(problem, jnp.array([0.2]), jnp.array([0.2]), (jnp.zeros(1), jnp.zeros(1)), 1e-4)
     np.testing.assert_allclose(better[0], 0.5, rtol=1e-6)
     np.testing.assert_allclose(found["descent"], 1.8**2 + 0.2**2 - 1.5**2 - 0.5**2, rtol=1e-5)
 
@@ -229,7 +229,7 @@ def test_an_equality_as_two_opposite_rows(x, ends):
         lambda x, y: jnp.sum((y - x[0]) ** 2),
         constraint=lambda x, y: jnp.stack([y[0] - y[1], y[1] - y[0], y[0] - 1.0]),
     )
-    found, better = exact_end(problem, jnp.array([x]), jnp.full(2, min(x, 1.0)), (jnp.zeros(1), jnp.zeros(2)))
+    found, better = exact_end(problem, jnp.array([x]), jnp.full(2, min(x, 1.0)), (jnp.zeros(1), jnp.zeros(2)), 1e-4)
     np.testing.assert_allclose((found["descent"], found["beaten"]), ends, atol=1e-5)
     assert (found["near"] < 1e-6) == (x == 5.0) and found["gap"] < 1e-9
     assert (better is None) == (x == 5.0)
@@ -239,7 +239,7 @@ def test_an_end_without_a_tolerance_has_its_penalty_looked_at():
     """y is off by the penalty's bias; x and the choice of y are not judged."""
     problem, *_ = random_problem(4)
     point = jnp.full(2, 0.3), jnp.full(3, -0.7)
-    exact = exact_end(problem, *point, ORIGIN)[0]
+    exact = exact_end(problem, *point, ORIGIN, 1e-4)[0]
     seen = certificate.certify(problem, *point, ORIGIN, Result.COMPLETED, {"penalty": 10.0}, None)
     assert seen.result is Result.COMPLETED and seen.better is None
     assert seen.measures["polished_gap"] == exact["polished_gap"] and "descent" not in seen.measures
@@ -253,7 +253,7 @@ def test_sets_and_many_rows_are_left_to_the_search():
     box = bilevel.sets.Box(-1.0, 1.0)
     many, bent = lambda x, y: jnp.concatenate([x, y]), lambda x, y: jnp.sum(y**2) - 9
     for given in ({"project_upper": box}, {"project_lower": box}, {"constraint": many}, {"equality": bent}):
-        assert exact_end(Problem(problem.upper, problem.lower, **given), *ORIGIN, ORIGIN) is None
+        assert exact_end(Problem(problem.upper, problem.lower, **given), *ORIGIN, ORIGIN, 1e-4) is None
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ FELT = 3e-2
 """How far x moves at least, in its units, for what F falls by on the way to count as a part of F itself."""
 
 
-IRREGULAR = 1e2
+IRREGULAR = 1e1
 """By how much a loss bends more over a length than it does nearby, where that length says nothing of a point."""
 
 

@@ -425,7 +425,7 @@ def _looked(end: _End, unchecked: tuple[str, ...] | None, sampled: dict[str, flo
     problem, x, y, start = end.problem, end.x, end.y, end.start
     if unchecked == ():
         with np.errstate(all="ignore"):  # a run may have ended at numbers of any size
-            exact = exact_end(problem, x, y, start)
+            exact = exact_end(problem, x, y, start, end.asked)
             if exact is not None:
                 measures = exact[0] if end.judged else _unasked(exact[0], "penalty" in end.metrics)
                 return _concluded(end, _noisier(measures, sampled), (), exact[1] if end.judged else None)
@@ -605,6 +605,8 @@ def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
         slope = stationary(problem, x, y, end.asked, program)
         found["near"] = max(0.0, -slope.slope)
         found["descent"] = 0.0 if slope.reached is None else max(upper_loss - program.losses(*slope.reached)[0], 0.0)
+        if found["near"] * program.upper_scale > end.asked * program.columns[:n].max():  # as in `exact_end`
+            found["near"] = max(found["near"], share(found["descent"], progress))
         unchecked = () if slope.checked or not slope.why else (f"Stationarity: {slope.why}",)
         better = slope.reached or better
         if end.steps_left and (seen := _concluded(end, dict(found), unchecked, better)).unsettled:

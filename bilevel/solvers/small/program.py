@@ -517,11 +517,16 @@ class Program:
             signs = rng.choice([-1.0, 1.0], block.stop - block.start)
             along_y = found[0] * rng.choice([-1.0, 1.0], k - n) if found and signs.size else None
             weights = np.ones(signs.size)
-            lengths = self._block_lengths(xy, low, high, block, at, signs, along_y)
+            lengths, cut = self._block_lengths(xy, low, high, block, at, signs, along_y)
             common[block] = lengths
             own = self._weights(xy, low, high, block, lengths, found)
             if own is not None:
-                weights, lengths = own, self._block_lengths(xy, low, high, block, at, signs * own, along_y)
+                weights = own
+                lengths, cut = self._block_lengths(xy, low, high, block, at, signs * own, along_y)
+            if found and cut < 1:  # what x is not moved by, y does not answer to
+                answers = _answers(at[1][self._slices[-1], n:k], at[1][self._slices[-1], :n])
+                if answers is not None and (far := np.abs(answers) @ (lengths * weights)).any():
+                    found[0] = found[0] * min(1.0, max(cut, float(np.max(far / found[0]))))
             found.append(lengths * weights)
         return found[::-1], common
 
@@ -559,8 +564,9 @@ class Program:
         at: tuple[np.ndarray, np.ndarray],
         steps: np.ndarray,
         along_y: np.ndarray | None,
-    ) -> float:
-        """The median of the lengths of x or of y, in units |steps| of the coordinates."""
+    ) -> tuple[float, float]:
+        """The median of the lengths of x or of y, in units |steps| of the coordinates, and what part of it stays where
+        rows leave less room or the losses are regular over less."""
         values, jacobian = at
         k = self.n + self.m
         _, _, G, H, g, h, r = self._slices
@@ -588,7 +594,21 @@ class Program:
         lengths = [length for length in lengths if length >= least]
         lengths = [length for length in lengths if length <= near * _NO_LENGTH] or lengths
         lengths += [largest] if largest > 0 else []
-        return self._regular(xy, direction, at, float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0)
+        length = float(np.exp(np.median(np.log(lengths)))) if lengths else 1.0
+        room = self._room(values, jacobian, block, unit)
+        left = self._regular(xy, direction, at, min(length, room) if room > 1e-9 * length else length)
+        return left, left / length
+
+    def _room(self, values: np.ndarray, jacobian: np.ndarray, block: slice, unit: np.ndarray) -> float:
+        """Half of the longest way that the own inequalities of x or of y leave one of its coordinates, in units, and
+        infinite where they leave one a whole side. Rows count as if they were affine."""
+        _, _, G, _, g, _, _ = self._slices
+        rows = G if block.start == 0 else g
+        slopes, left = jacobian[rows, block] * unit, np.maximum(-values[rows], 0.0)[:, None]
+        with np.errstate(all="ignore"):
+            up = np.where(slopes > 0, left / slopes, np.inf).min(axis=0, initial=np.inf)
+            down = np.where(slopes < 0, -left / slopes, np.inf).min(axis=0, initial=np.inf)
+        return float(np.max(up + down, initial=0.0)) / 2 if unit.size else np.inf
 
     def _regular(
         self, xy: np.ndarray, direction: np.ndarray, at: tuple[np.ndarray, np.ndarray], length: float
@@ -601,23 +621,30 @@ class Program:
         """
         n, k, r = self.n, self.n + self.m, self._slices[-1]
         values, jacobian = at
-        here = [jacobian[0, :n], jacobian[0, n:k], values[r]]
+        moved = direction != 0
+        way = float(np.min(self._way[moved] / np.abs(direction[moved]), initial=np.inf))
+        if not length > way:
+            return length
+        answers = _answers(jacobian[r, n:k], jacobian[r, :n]) if moved[:n].any() else None
+        if answers is not None:  # y follows, as what F is as a function of x needs
+            direction = direction - np.concatenate([np.zeros(n), answers @ direction[:n]])
+
+        def slopes(values: np.ndarray, jacobian: np.ndarray) -> list[np.ndarray]:
+            of_x, of_y = jacobian[0, :n], jacobian[0, n:k]
+            return [of_x if answers is None else of_x - of_y @ answers, of_y, values[r]]
+
+        here = slopes(values, jacobian)
 
         def secants(size: float) -> np.ndarray:
             """By how much each slope differs at both ends, over the size; NaN where neither is finite."""
             found = []
             for sign in (1.0, -1.0):
-                values, jacobian = self.raw(self.point(xy + sign * size * direction))
-                there = [jacobian[0, :n], jacobian[0, n:k], values[r]]
+                there = slopes(*self.raw(self.point(xy + sign * size * direction)))
                 with np.errstate(all="ignore"):
                     found.append([np.linalg.norm(a - b) / size for a, b in zip(there, here, strict=True)])
             table = np.where(np.isfinite(found), found, -np.inf).max(axis=0)
             return np.where(table >= 0, table, np.nan)
 
-        moved = direction != 0
-        way = float(np.min(self._way[moved] / np.abs(direction[moved]), initial=np.inf))
-        if not length > way:
-            return length
         sizes = length * 4.0 ** -np.arange(_SHORTER)
         first, last = secants(sizes[0]), secants(sizes[-1])
         if not (first > IRREGULAR * last).any():

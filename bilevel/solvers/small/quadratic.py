@@ -212,13 +212,14 @@ def _least(piece: _Piece) -> np.ndarray | None:
 
 
 def exact_end(
-    problem: Problem, x: PyTree, y: PyTree, start: tuple[PyTree, PyTree]
+    problem: Problem, x: PyTree, y: PyTree, start: tuple[PyTree, PyTree], asked: float
 ) -> tuple[dict[str, float], tuple[PyTree, PyTree] | None] | None:
     """The certificate's measures at (x, y), and a better point where there is one; None: no problem of this kind.
 
     Relative measures are in units of the problem's own: a variable's length is its distance from the solution, or the
     solution's size where that is larger, and a loss's unit what its gradient makes of these lengths. Where x is off by
-    as much as `FELT` what F can fall by counts as a part of F, or of how far F has come from the start, too.
+    as much as `FELT`, or F's slope is above the tolerance `asked`, what F can fall by counts as a part of F, or of
+    how far F has come from the start, too.
     """
     parts = (
         problem.project_upper, problem.project_lower, problem.prox_lower, problem.upper_constraint,
@@ -284,9 +285,12 @@ def exact_end(
     bent = lambda v: float(np.sqrt(v @ here.hessian @ v))  # noqa: E731
     long = max(bent(v) for v in (best[:n], (best - (z - away))[:n]))
 
+    # Beside an offset x hardly moves, whatever F falls by: that counts where the slope is above the tolerance.
+    sloped = min((piece.pull(np.ones(n)) for piece, _ in at_x), default=0.0) > asked
+
     def felt(fall: float, dx: np.ndarray) -> float:
         moved = np.abs(dx / lengths[:n]).max(initial=0.0) > FELT or bent(dx) > FELT * long
-        return share(fall, progress) if moved else 0.0
+        return share(fall, progress) if moved or sloped else 0.0
 
     beside = [(piece.value - piece.h(end), end) for piece, end in at_x]
     descent = max(fall for fall, _ in beside)
