@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel._arguments import explained, explained_class
+from bilevel.captures import Captured, Functions, taken
 from bilevel.checkpoint import CheckpointError
 from bilevel.history import History
 from bilevel.keys import as_step_key
@@ -370,13 +372,17 @@ class _Solves:
             solver = dataclasses.replace(solver, transform=one.transform)
         parts = tuple(stack(name) for name in ("start", "lower", "upper", "data"))
         bounded = any(np.isfinite(b).any() for p in padded for b in jax.tree.leaves((p.lower, p.upper)))
-        functions = (one.residuals, one.loss, one.score, one.prepare, bounded)
-        loss, y, curve = jax.tree.map(np.asarray, _solve_many(functions, solver, one.shared, *parts))
+        functions = Functions({name: getattr(one, name) for name in _FUNCTIONS})
+        loss, y, curve = jax.tree.map(np.asarray, _solve_many(functions, bounded, solver, one.shared, *parts))
         return [(float(loss[i]), jax.tree.map(lambda a, i=i: a[i], y), "", curve[i]) for i in range(count)]
 
 
+_FUNCTIONS = ("residuals", "loss", "score", "prepare")
+
+
 def _arrays(problem: LowerProblem) -> LowerProblem:
-    """The problem with arrays for leaves, its bounds spread over its start, and its start checked against them."""
+    """The problem with arrays for leaves, its bounds spread over its start, its start checked, and its functions with what
+    they capture as it is now."""
     start = jax.tree.map(lambda a: np.asarray(a, jnp.result_type(float, a)), problem.start)
     spread = {}
     for name, default in (("lower", -np.inf), ("upper", np.inf)):
@@ -391,22 +397,32 @@ def _arrays(problem: LowerProblem) -> LowerProblem:
     dtype = jnp.result_type(float)
     narrowed = lambda a: a.astype(dtype) if a.dtype.kind == "f" else a  # noqa: E731
     data = jax.tree.map(lambda a: narrowed(np.asarray(a)), problem.data)
-    return dataclasses.replace(problem, start=start, data=data, **spread)
+    apart = {name: taken(getattr(problem, name)) for name in _FUNCTIONS}
+    return dataclasses.replace(problem, start=start, data=data, **spread, **apart)
+
+
+def _held(fn: Any) -> Any:
+    """What a function is and captures, to be compared."""
+    if not isinstance(fn, Captured):
+        return fn
+    digests = (hashlib.blake2b(np.asarray(leaf).tobytes()).digest() for leaf in jax.tree.leaves(fn))
+    return fn.kind, tuple(digests)
 
 
 def _shape(problem: LowerProblem) -> Any:
     """What problems that are solved together have in common."""
     shapes = lambda tree: (jax.tree.structure(tree), tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(tree)))  # noqa: E731
     shared = tuple(map(id, jax.tree.leaves(problem.shared)))
-    functions = (problem.residuals, problem.loss, problem.score, problem.prepare)
+    functions = tuple(_held(getattr(problem, name)) for name in _FUNCTIONS)
     return functions, str(problem.transform), shared, shapes(problem.start), shapes(problem.data)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnames="bounded")
 def _solve_many(
-    functions: Any, solver: Any, shared: PyTree, start: PyTree, low: PyTree, high: PyTree, data: PyTree
-) -> Any:
-    residuals, loss, score, prepare, bounded = functions
+    functions: Functions, bounded: bool, solver: Any, shared: PyTree, start: PyTree, low: PyTree, high: PyTree,
+    data: PyTree,
+) -> Any:  # fmt: skip
+    residuals, loss, score, prepare = (functions.by_name[name] for name in _FUNCTIONS)
 
     def one(start: PyTree, low: PyTree, high: PyTree, data: PyTree) -> Any:
         if prepare is not None:

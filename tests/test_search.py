@@ -172,3 +172,26 @@ def test_levenberg_marquardt_at_a_bound_and_as_a_lower_solver(x64):
         solver.fit(rosenbrock, jnp.array([2.0, 0.0]), upper=1.0)
     with pytest.raises(ValueError, match="needs the residuals"):
         lower.LevenbergMarquardt()(level, jnp.ones(3), solver.init(jnp.zeros(3)))
+
+
+def test_what_a_residual_captures_is_what_it_is_when_the_problem_is_made():
+    """Arrays and settings of a module that change between two searches, or between two trials of one."""
+    held = {"target": np.array([1.0, 2.0, 3.0]), "scale": 1.0}
+    residuals = lambda y: held["scale"] * y - held["target"]
+
+    def best(problem_of, **given):
+        return search(problem_of, ReplayProposer((1, 2)), batch=2, **given)
+
+    same = lambda proposal: LowerProblem(np.zeros(3), residuals=residuals)
+    np.testing.assert_allclose(best(same).best.y, [1, 2, 3], atol=1e-5)
+    held["target"] = np.array([10.0, 20.0, 30.0])
+    np.testing.assert_allclose(best(same).best.y, [10, 20, 30], rtol=1e-5)
+    held["target"][0] = 40.0  # in place
+    np.testing.assert_allclose(best(same).best.y, [40, 20, 30], rtol=1e-5)
+
+    def set_first(proposal):
+        held["scale"] = float(proposal)
+        return same(proposal)
+
+    ys = [trial.y for trial in best(set_first).trials]
+    np.testing.assert_allclose(ys, [[40, 20, 30], [20, 10, 15]], rtol=1e-5)
