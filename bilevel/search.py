@@ -381,8 +381,8 @@ _FUNCTIONS = ("residuals", "loss", "score", "prepare")
 
 
 def _arrays(problem: LowerProblem) -> LowerProblem:
-    """The problem with arrays for leaves, its bounds spread over its start, its start checked, and its functions with what
-    they capture as it is now."""
+    """The problem with arrays for leaves, its bounds spread over its start, its start checked, and its functions with
+    what they capture as it is now."""
     start = jax.tree.map(lambda a: np.asarray(a, jnp.result_type(float, a)), problem.start)
     spread = {}
     for name, default in (("lower", -np.inf), ("upper", np.inf)):
