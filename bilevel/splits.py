@@ -322,7 +322,14 @@ def _fold_weights(folds: Any, n: int, seed: int | None) -> tuple[np.ndarray, np.
     rows = np.zeros((2, len(pairs), n))
     for k, (train, valid) in enumerate(pairs):
         for row, which, name in ((rows[0, k], valid, "held-out"), (rows[1, k], train, "training")):
-            row[np.asarray(which, int)] = 1
+            at = np.asarray(which)
+            at = np.flatnonzero(at) if at.dtype == bool and at.shape == (n,) else at.astype(int)
+            if at.size and not (-n <= at.min() and at.max() < n):
+                raise SplitError(
+                    f"cross_validation: fold {k} has the {name} sample {at.max() if at.max() >= n else at.min()}, and "
+                    f"there are {n}: the pairs hold indices of samples, or masks of them all."
+                )
+            np.add.at(row, at, 1.0)  # a sample that a bootstrap draws twice counts twice
             if not row.any():
                 raise SplitError(f"cross_validation: fold {k} has no {name} samples.")
             row /= row.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -331,3 +332,20 @@ def test_unequal_clients_need_a_batch_size_and_pooled_data_are_refused() -> None
     pooled = Problem(upper, lower, jax.tree.map(lambda a: a[0], up), jax.tree.map(lambda a: a[0], low))
     with pytest.raises(ProblemError, match="whose samples are whose"):
         solve(pooled, jnp.zeros(3), jnp.zeros(4), SimFBO(1), steps=1)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [SimFBO(None, 0.05, 0.1, 0.1), FedBiO(None, 0.05, 0.1, 0.1, local_steps=1), AggITD(None, 0.05, 0.1, rounds=20)],
+    ids=["SimFBO", "FedBiO", "AggITD"],
+)
+@pytest.mark.parametrize("weighting", ["samples", pytest.param("clients", marks=pytest.mark.slow)])
+def test_the_upper_loss_in_the_history_is_the_objective(x64, solver, weighting):
+    """Clients of one and of nine samples, 0 and 1: F is .09 at .9 by samples, and 1/4 at 1/2 by clients."""
+    each = lambda: data.Clients([np.full(n, v) for n, v in ((1, 0.0), (9, 1.0))], 1)
+    upper = lambda x, y, b: jnp.mean((y - b) ** 2)
+    problem = Problem(upper, lambda x, y, b: jnp.mean((y - x) ** 2 + 0 * b), each(), each())
+    solver = dataclasses.replace(solver, weighting=weighting)
+    found = solve(problem, jnp.zeros(()), jnp.zeros(()), solver, steps=400, progress=False)
+    x, loss = (0.9, 0.09) if weighting == "samples" else (0.5, 0.25)
+    np.testing.assert_allclose([found.x, found.history["upper_loss"][-1]], [x, loss], rtol=1e-3)

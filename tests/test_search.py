@@ -18,6 +18,7 @@ import pytest
 
 from bilevel import CheckpointError, LowerProblem, Result, lower, search
 from bilevel.proposers import Grammar, GrammarProposer, ReplayProposer, assemble_terms, execute
+from bilevel.proposers.trials import Trial, best_of
 
 GRAMMAR = Grammar(("a",))
 POINTS = jnp.linspace(0.5, 2.0, 30)
@@ -195,3 +196,15 @@ def test_what_a_residual_captures_is_what_it_is_when_the_problem_is_made():
 
     ys = [trial.y for trial in best(set_first).trials]
     np.testing.assert_allclose(ys, [[40, 20, 30], [20, 10, 15]], rtol=1e-5)
+
+
+def test_proposals_that_print_alike_are_two():
+    masks = [np.zeros(2000, int) for _ in range(3)]
+    for i, mask in enumerate(masks):
+        mask[900 + i] = 1
+    close = [np.array([1.0 + 1e-12 * i]) for i in range(3)]
+    for proposals in (masks, close):
+        assert len({str(p) for p in proposals}) == 1
+        trials = [Trial(i, 0, p, float(i), None, "", ()) for i, p in enumerate([*proposals, proposals[0]])]
+        assert [trial.number for trial in best_of(trials, 9)] == [0, 1, 2]
+    assert len(best_of([Trial(i, 0, object, float(i), None, "", ()) for i in range(2)], 9)) == 1  # of no checkpoint

@@ -129,3 +129,22 @@ def test_a_loss_with_a_mean_is_named():
     problem, start = splits.cross_validation(lambda y, s: jnp.mean(s * y), None, np.ones(5), jnp.zeros(()))
     with pytest.raises(ProblemError, match=r"\(y, samples\) returned the shape \[\].*without a mean"):
         problem.validate(jnp.zeros(()), start)
+
+
+def test_folds_may_be_masks_and_bootstraps_and_are_in_range():
+    samples = {"t": np.arange(6.0)}
+    squares = lambda y, rows: (y - rows["t"]) ** 2
+
+    def weights(folds):
+        problem, _ = splits.cross_validation(squares, None, samples, jnp.zeros(()), folds)
+        return np.asarray(problem.upper_data[1]), np.asarray(problem.lower_data[1])
+
+    train = np.array([True, True, True, False, False, False])
+    masked, indexed = weights([(train, ~train)]), weights([([0, 1, 2], [3, 4, 5])])
+    for one, other in zip(masked, indexed, strict=True):
+        np.testing.assert_allclose(one, other)
+    held_out, trained = weights([([0, 0, 1, 2], [3, 4])])
+    np.testing.assert_allclose(trained[:, 0], [0.5, 0.25, 0.25, 0, 0, 0])
+    np.testing.assert_allclose(held_out[:, 0], [0, 0, 0, 0.5, 0.5, 0])
+    with pytest.raises(splits.SplitError, match=r"fold 0 has the held-out sample 6, and there are 6: .* or masks"):
+        weights([([0, 1], [2, 6])])

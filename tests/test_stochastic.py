@@ -23,7 +23,7 @@ from bilevel.hypergradients.stochastic import SAMA as AdaptiveIdentity
 from bilevel.hypergradients.stochastic import Neumann, StochasticImplicit
 from bilevel.keys import Draw
 from bilevel.lower import GradientDescent, LowerState
-from bilevel.runs import sweep
+from bilevel.runs import multistart, sweep
 from bilevel.solvers import _variance_reduction
 from bilevel.solvers._directions import Joint, Point, Series
 from bilevel.solvers._variance_reduction import PAGE, SAGA, SARAH, STORM, Momentum
@@ -552,6 +552,20 @@ def test_a_sweep_over_the_rates_of_a_rule_is_one_programme(rule):
         state, _ = run(problem, SingleLoop(rule(rate), 0.1), x0, y0, 40, 3)
         np.testing.assert_allclose(found.state.x[i], state.x, rtol=1e-4, atol=1e-5)
     assert len({float(np.sum(x)) for x in found.state.x}) == len(rates)
+
+
+def test_a_multistart_chooses_by_all_samples_and_not_by_the_last_batch():
+    random = np.random.default_rng(0)
+    values = lambda: data.Minibatches(random.normal(size=(64,)).astype(np.float32), 2)
+    problem = Problem(
+        lambda x, y, b: jnp.mean((y - b) ** 2), lambda x, y, b: jnp.mean((y - x - b) ** 2), values(), values()
+    )
+    starts = np.linspace(-0.3, 0.3, 8).astype(np.float32)
+    upper = jax.jit(jax.vmap(problem.full_upper()))
+    for key in range(4):
+        found = multistart(problem, starts, starts, SABA(0.01, 0.02), steps=3, key=key)
+        assert found.best == int(np.argmin(upper(found.xs, found.ys)))
+    assert "score" not in found.metrics
 
 
 # ---------------------------------------------------------------- reproducible, resumable, parallel

@@ -120,7 +120,8 @@ class HypergradientSearchCV(BaseEstimator):
         groups = self._groups(X.shape[1])
         inside = np.zeros((2, len(folds), len(X)))
         for k, (train, valid) in enumerate(folds):
-            inside[0, k, train], inside[1, k, valid] = 1, 1
+            np.add.at(inside[0, k], train, 1.0)  # a sample that a bootstrap draws twice counts twice
+            np.add.at(inside[1, k], valid, 1.0)
         search = _Search(loss, type(self._model).__name__, names, table, groups, getattr(self._model, "epsilon", 0.0))
         with jax.enable_x64(True):
             x, value, self.history_ = search.minimum(inside[0], inside[1], self.steps, self.tol)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -78,10 +79,18 @@ def best_of(history: Sequence[Trial], count: int) -> list[Trial]:
     """The best trials, one of each proposal, the best first."""
     found: dict[str, Trial] = {}
     for trial in sorted((t for t in history if not t.failed), key=lambda t: (t.loss, t.number)):
-        found.setdefault(str(trial.proposal), trial)
+        found.setdefault(_content(trial.proposal), trial)
         if len(found) == count:
             break
     return list(found.values())
+
+
+def _content(proposal: Any) -> str:
+    """What tells two proposals apart: an array's text leaves numbers out."""
+    try:
+        return json.dumps(encoded(proposal), sort_keys=True)
+    except (TypeError, ValueError):  # of a class that no checkpoint takes
+        return str(proposal)
 
 
 def short_error(error: BaseException | str, limit: int = 160) -> str:

@@ -48,9 +48,20 @@ def _run_all(problem: Problem[X, Y], solver: Any, x0s: X, y0s: Y, key: StepKey, 
 
     def one(x: X, y: Y) -> Any:
         state, metrics = run(problem, solver, x, y, steps, key)
-        return state, state.x, state.y, jax.tree.map(lambda m: m[-1], metrics)
+        last = jax.tree.map(lambda m: m[-1], metrics)
+        return state, state.x, state.y, last | {"score": _upper_loss(problem, state, last)}
 
     return jax.vmap(one)(x0s, y0s)
+
+
+def _upper_loss(problem: Problem[X, Y], state: Any, last: dict[str, Any]) -> Any:
+    """F at the end on all samples, as a sweep has it; where nobody can evaluate that, the last step's."""
+    try:
+        upper = problem.full_upper()
+        jax.eval_shape(upper, state.x, state.y)
+    except Exception:  # data without an end, a row of x for each agent
+        return last["upper_loss"]
+    return upper(state.x, state.y)
 
 
 @explained
@@ -68,8 +79,8 @@ def multistart(
 
     Bilevel methods are local: where either level has several solutions the start decides. An end counts where it is
     finite, its `violation` (of methods that measure it) is at most `feasible` and its `hypergradient_norm` at most
-    `settled`; among those the lowest `upper_loss` wins, with `bias` (how far a penalty holds F below its true value)
-    added.
+    `settled`; among those the lowest upper loss at the end wins, on all samples (data without an end: the last step's),
+    with `bias` (how far a penalty holds F below its true value) added.
 
     Args:
       problem: the problem.
@@ -98,15 +109,15 @@ def multistart(
     problem = jax.tree.map(jnp.asarray, problem.captured(*first))
     states, xs, ys, last = _run_all(problem, as_argument(solver, *first), x0s, y0s, as_step_key(key), steps)
     metrics = {name: np.asarray(value) for name, value in last.items()}
-    n = next(iter(counts))
+    n, upper_loss = next(iter(counts)), metrics.pop("score")
     finite = np.all(
         [np.isfinite(np.asarray(leaf)).reshape(n, -1).all(axis=1) for leaf in jax.tree.leaves((xs, ys))]
-        + [np.isfinite(metrics["upper_loss"])],
+        + [np.isfinite(upper_loss)],
         axis=0,
     )
     violation = metrics.get("violation", np.zeros(n))
     usable = finite & (violation <= feasible) & (metrics.get("hypergradient_norm", np.zeros(n)) <= settled)
-    score = metrics["upper_loss"] + metrics.get("bias", np.zeros(n))
+    score = upper_loss + metrics.get("bias", np.zeros(n))
     if usable.any():
         best = pick = int(np.argmin(np.where(usable, score, np.inf)))
     else:

@@ -171,11 +171,13 @@ class Round:
         if weighted:
             levels = Levels(*(dataclasses.replace(level, weights=w) for level, w in zip(levels, weights, strict=True)))
         found = oracle(levels, here, **options)
-        each = found.upper
+        each, value = found.upper, found.value
+        if value is not None and not weighted and weights[0] is not None:
+            value = levels.upper.weighted(weights[0])(here.x, here.y)  # of the clients as they count, where they begin
         if not weighted:
             each = combined(_weighed(found.lower, weights[1]), _weighed(found.upper, weights[0]))
         engine.spent = engine.spent + np.array([1, optax.tree.size(here.v if held else here) + optax.tree.size(each)])
-        return Answers(None if found.value is None else found.value / engine.size, each, own)
+        return Answers(None if value is None else value / engine.size, each, own)
 
 
 @jax.jit
