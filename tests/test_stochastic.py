@@ -563,7 +563,7 @@ def test_a_multistart_chooses_by_all_samples_and_not_by_the_last_batch():
     starts = np.linspace(-0.3, 0.3, 8).astype(np.float32)
     upper = jax.jit(jax.vmap(problem.full_upper()))
     for key in range(4):
-        found = multistart(problem, starts, starts, SABA(0.01, 0.02), steps=3, key=key)
+        found = multistart(problem, starts, starts, SOBA(0.01, 0.02), steps=3, key=key)
         assert found.best == int(np.argmin(upper(found.xs, found.ys)))
     assert "score" not in found.metrics
 
