@@ -18,7 +18,8 @@ from bilevel._arguments import explained
 from bilevel._settings import settings
 from bilevel.curvature import extreme_eigenvalues, unit_direction
 from bilevel.hypergradients import Implicit, value_and_hypergradient
-from bilevel.keys import Draw, as_step_key
+from bilevel.keys import Draw, StepKey, as_step_key
+from bilevel.loop import as_argument, as_solver
 from bilevel.lower import LBFGS, GradientDescent, as_lower_solver
 from bilevel.optimizers import check_count
 from bilevel.precision import working
@@ -258,14 +259,9 @@ def metasmoothness(
         shape = lambda tree: (jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
         if shape(steps[0]) != shape(x):
             raise ValueError("metasmoothness(along=...): the step has to be shaped like x.")
-    found = working(problem, x, y)
-
-    @jax.jit
-    def trained(problem: Problem, x: PyTree, y: PyTree) -> jax.Array:
-        state = solver(problem.levels(as_step_key(key)).lower, x, solver.init(y))
-        return ravel_pytree(state.y)[0]
-
-    at = lambda u, times: trained(found.problem, optax.tree.add_scale(found.x, times, u), found.y)  # noqa: E731
+    found = working(jax.tree.map(jnp.asarray, problem.captured(x, y)), x, y)
+    given = as_argument(solver, found.x, found.y), as_step_key(key)
+    at = lambda u, times: _trained(found.problem, *given, optax.tree.add_scale(found.x, times, u), found.y)  # noqa: E731
     first = at(optax.tree.zeros_like(found.x), 0)
     values, changes = [], []
     for u in steps:
@@ -289,6 +285,12 @@ def metasmoothness(
             "batches, a larger eps in Adam, or smooth activations; or ask for shorter steps."
         )
     return Metasmoothness(smoothness, np.asarray(values), change, warnings)
+
+
+@jax.jit
+def _trained(problem: Problem, solver: Any, key: StepKey, x: PyTree, y: PyTree) -> jax.Array:
+    solver = as_solver(solver)
+    return ravel_pytree(solver(problem.levels(key).lower, x, solver.init(y)).y)[0]
 
 
 def _describe(tree: PyTree) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import Ridge
 
@@ -94,3 +96,23 @@ def test_metasmoothness_along_a_step_in_closed_form():
     still = diagnostics.metasmoothness(flat, jnp.asarray(1.0), jnp.ones(2), 0.1)
     assert "does not depend on x along this step" in still.warnings[0]
     assert "diverges" in str(rough(50.0))
+
+
+def test_a_second_look_at_a_training_compiles_nothing():
+    compiled = []
+    listen = lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+
+    def look(rate, target):
+        problem = Problem(lambda x, y: jnp.sum(y**2), lambda x, y: jnp.sum((y - x * target) ** 2))
+        training = lower.GradientDescent(optax.adam(rate), 5)
+        return diagnostics.metasmoothness(problem, jnp.ones(2), jnp.zeros(2), training)
+
+    first = look(0.1, 1.0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        second = look(0.2, 3.0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled and abs(second.change - first.change) > 1e-4
+    jax.clear_caches()
+    np.testing.assert_allclose(look(0.2, 3.0).change, second.change, rtol=1e-6)
