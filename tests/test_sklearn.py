@@ -10,7 +10,7 @@ pytest.importorskip("sklearn", minversion="1.6")
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
-from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
+from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC, LinearSVR
@@ -113,3 +113,17 @@ def test_it_stands_in_a_pipeline_and_in_a_search():
 def test_what_is_not_treated_is_refused(search, error, text):
     with pytest.raises(error, match=text):
         search.fit(X, T > 140)
+
+
+def test_groups_stay_together_and_samples_drawn_twice_count_twice():
+    X, y = load_diabetes(return_X_y=True)
+    X, y, groups = X[:90], y[:90], np.repeat(np.arange(9), 10)
+    by_groups = HypergradientSearchCV(Ridge(), cv=GroupKFold(3)).fit(X, y, groups=groups)
+    pairs = list(GroupKFold(3).split(X, y, groups))
+    by_pairs = HypergradientSearchCV(Ridge(), cv=pairs).fit(X, y)
+    np.testing.assert_allclose(by_groups.best_params_["alpha"], by_pairs.best_params_["alpha"], rtol=1e-8)
+    random = np.random.default_rng(0)
+    bootstraps = [(random.choice(train, len(train)), valid) for train, valid in pairs]
+    found = HypergradientSearchCV(Ridge(), cv=bootstraps).fit(X, y)
+    scores = cross_val_score(Ridge(found.best_params_["alpha"]), X, y, cv=bootstraps, scoring="neg_mean_squared_error")
+    np.testing.assert_allclose(found.best_score_, scores.mean(), rtol=1e-6)

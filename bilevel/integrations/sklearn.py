@@ -58,7 +58,7 @@ class HypergradientSearchCV(BaseEstimator):
         `fit_intercept` and `epsilon` are kept. Intercepts are not penalised (scikit-learn's LinearSVC and LinearSVR
         penalise theirs).
       penalties: "one" for all coefficients, "per_feature", or an array of a group number for each feature.
-      cv: as in `GridSearchCV`: a number of folds, or a splitter.
+      cv: as in `GridSearchCV`: a number of folds, a splitter, or pairs of indices.
       steps: the most steps of L-BFGS-B on the logarithms of the penalties.
       tol: the search ends once the projected gradient is at most this, relative to the loss at its start.
 
@@ -96,15 +96,16 @@ class HypergradientSearchCV(BaseEstimator):
         tags.regressor_tags = RegressorTags() if own.estimator_type == "regressor" else None
         return tags
 
-    def fit(self, X: Any, y: Any) -> HypergradientSearchCV:
-        """Search, then fit the model with the penalties found on all samples."""
+    def fit(self, X: Any, y: Any, groups: Any = None) -> HypergradientSearchCV:
+        """Search, then fit the model with the penalties found on all samples; `groups` of samples are for a splitter
+        that keeps them together (`GroupKFold`)."""
         loss, names = _checked(self._model)
         if isinstance(self.steps, bool) or not isinstance(self.steps, (int, np.integer)) or self.steps < 1:
             raise ValueError(f"HypergradientSearchCV(steps={self.steps!r}): the most steps are a positive integer.")
         if isinstance(self.tol, (str, bytes)) or not self.tol > 0:
             raise ValueError(f"HypergradientSearchCV(tol={self.tol!r}): the tolerance is a positive number.")
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=not self._classifies, ensure_min_samples=2)
-        folds = list(check_cv(self.cv, y, classifier=self._classifies).split(X, y))
+        folds = list(check_cv(self.cv, y, classifier=self._classifies).split(X, y, groups))
         if self._classifies:
             check_classification_targets(y)
             self.classes_, codes = np.unique(y, return_inverse=True)
