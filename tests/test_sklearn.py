@@ -9,6 +9,7 @@ pytest.importorskip("sklearn", minversion="1.6")
 
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -127,3 +128,12 @@ def test_groups_stay_together_and_samples_drawn_twice_count_twice():
     found = HypergradientSearchCV(Ridge(), cv=bootstraps).fit(X, y)
     scores = cross_val_score(Ridge(found.best_params_["alpha"]), X, y, cv=bootstraps, scoring="neg_mean_squared_error")
     np.testing.assert_allclose(found.best_score_, scores.mean(), rtol=1e-6)
+
+
+def test_a_sparse_model_that_has_not_settled_is_said():
+    random = np.random.default_rng(0)
+    near = random.normal(size=(100, 1)) + 1e-3 * random.normal(size=(100, 40))
+    X = np.c_[near, random.normal(size=(100, 5))]
+    y = X[:, 0] - X[:, 41] + 0.1 * random.normal(size=100)
+    with pytest.warns(ConvergenceWarning, match=r"after 5,000 steps, its features being nearly collinear.*ElasticNet"):
+        HypergradientSearchCV(Lasso(), steps=2).fit(X, y)

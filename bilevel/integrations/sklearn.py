@@ -12,6 +12,7 @@ costs what a single one does.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from bilevel._arguments import explained_class
 
 try:
     from sklearn.base import BaseEstimator
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
     from sklearn.metrics import accuracy_score, r2_score
     from sklearn.model_selection import check_cv
@@ -46,6 +48,8 @@ _MODELS: dict[type, tuple[str, tuple[str, ...]]] = {
     LinearSVR: ("squared_insensitive", ("C",)),
 }
 _NEWTON_STEPS, _FISTA_STEPS = 100, 5000
+_SETTLED = 1e-10
+"""By what part of the largest coefficient a step may move a sparse model that has settled."""
 
 
 @explained_class
@@ -378,6 +382,17 @@ class _Search:
         begin = jnp.zeros((1, t.X.shape[1], t.targets.shape[1]))
         data = jnp.asarray(t.X), jnp.asarray(t.targets), jnp.asarray(self._padded(everyone))
         found = np.asarray(_fits(self.loss, not self.sums, self.epsilon, l1, l2, begin, *data)[0])
+        if not self.sums:
+            again = np.asarray(_fista_step(l1[0], l2[0], *data[:2], data[2][0], jnp.asarray(found)))
+            left = float(np.abs(again - found).max() / max(np.abs(found).max(), 1e-300))
+            if left > _SETTLED:
+                warnings.warn(
+                    f"HypergradientSearchCV: the model still moves by a part of {left:.1g} with each step after "
+                    f"{_FISTA_STEPS:,} steps, its features being nearly collinear, and the penalty was chosen on such "
+                    "models. Drop or join features that say the same, or take an ElasticNet.",
+                    ConvergenceWarning,
+                    stacklevel=3,
+                )
         return np.concatenate([found[: t.p], found[-1:]])
 
 
@@ -433,16 +448,31 @@ def _newton(loss: str, epsilon: Any, l2: Any, w: Any, X: Any, t: Any, inside: An
     return jax.lax.while_loop(more, body, (0, w, jnp.asarray(jnp.inf)))[1]
 
 
+@jax.jit
+def _fista_step(l1: Any, l2: Any, X: Any, t: Any, inside: Any, w: Any) -> jax.Array:
+    """One plain step of `_fista`."""
+    return _shrunk(*_quadratic(l2, X, t, inside), l1, w)
+
+
+def _quadratic(l2: Any, X: Any, t: Any, inside: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The Gram matrix, the right-hand side, and the step that is safe."""
+    share = inside / jnp.sum(inside)
+    gram = X.T @ (share[:, None] * X) + jnp.diag(l2)
+    return gram, X.T @ (share[:, None] * t), 1 / jnp.linalg.eigvalsh(gram)[-1]
+
+
+def _shrunk(gram: Any, right: Any, step: Any, l1: Any, w: Any) -> jax.Array:
+    u = w - step * (gram @ w - right)
+    return jnp.sign(u) * jnp.maximum(jnp.abs(u) - step * l1[:, None], 0)
+
+
 def _fista(l1: Any, l2: Any, w: Any, X: Any, t: Any, inside: Any) -> jax.Array:
     """Accelerated proximal gradient on the Gram matrix, with restarts, until a step moves nothing."""
-    share = inside / jnp.sum(inside)
-    gram, right = X.T @ (share[:, None] * X) + jnp.diag(l2), X.T @ (share[:, None] * t)
-    step = 1 / jnp.linalg.eigvalsh(gram)[-1]
+    parts = _quadratic(l2, X, t, inside)
 
     def body(carry: Any) -> Any:
         i, w, ahead, a, _ = carry
-        u = ahead - step * (gram @ ahead - right)
-        new = jnp.sign(u) * jnp.maximum(jnp.abs(u) - step * l1[:, None], 0)
+        new = _shrunk(*parts, l1, ahead)
         again = jnp.sum((ahead - new) * (new - w)) > 0
         a = jnp.where(again, 1.0, a)
         b = (1 + jnp.sqrt(1 + 4 * a**2)) / 2
