@@ -184,7 +184,7 @@ def moved_away(problem, by):
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
-                "face_of_a_programme", "tie_at_a_moving_end", "kink_to_pass", "budget", "many_valleys", "demand",
+                "face_of_a_programme", "tie_at_a_moving_end", "budget", "many_valleys", "demand",
                 "upper_row_in_y", "quadratic",
             )
         ),
