@@ -43,8 +43,9 @@ class Kept:
         """JAX reads from a copy of the shared directory and writes there."""
         self.shared.mkdir(parents=True, exist_ok=True)
         for left in self.shared.parent.glob(".*"):
-            if time.time() - left.stat().st_mtime > DAY:  # of a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):  # of a run that was killed, and another process may be at it
+                if time.time() - left.stat().st_mtime > DAY:
+                    shutil.rmtree(left)
         self.own = Path(tempfile.mkdtemp(prefix=".", dir=self.shared.parent))  # of one file system: links are possible
         for file in self.shared.iterdir():
             with contextlib.suppress(OSError):
@@ -59,9 +60,10 @@ class Kept:
         if self.own is None:
             return
         jax.config.update("jax_compilation_cache_dir", None)
-        if sum(file.stat().st_size for file in self.shared.iterdir()) > LARGEST:
-            shutil.rmtree(self.shared)
-            self.shared.mkdir()
+        with contextlib.suppress(OSError):  # another process of the run is at the same
+            if sum(file.stat().st_size for file in self.shared.iterdir()) > LARGEST:
+                shutil.rmtree(self.shared)
+        self.shared.mkdir(exist_ok=True)
         for file in self.own.iterdir():
             with contextlib.suppress(OSError):  # another process was first
                 os.link(file, self.shared / file.name)

@@ -286,7 +286,7 @@ def exact_end(
     long = max(bent(v) for v in (best[:n], (best - (z - away))[:n]))
 
     # Beside an offset x hardly moves, whatever F falls by: that counts where the slope is above the tolerance.
-    sloped = min((piece.pull(np.ones(n)) for piece, _ in at_x), default=0.0) > asked
+    sloped = min(piece.pull(np.ones(n)) for piece, _ in at_x) > asked
 
     def felt(fall: float, dx: np.ndarray) -> float:
         moved = np.abs(dx / lengths[:n]).max(initial=0.0) > FELT or bent(dx) > FELT * long
