@@ -40,7 +40,8 @@ import numpy as np
 from bilevel._arguments import has, look
 
 __all__ = [
-    "Apart", "Captured", "Divided", "Functions", "described", "form", "generator_state", "host_generators", "taken",
+    "Apart", "Captured", "Divided", "Functions", "described", "described_apart", "form",
+    "generator_state", "host_generators", "taken",
 ]  # fmt: skip
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), range, slice, np.dtype)
@@ -136,13 +137,24 @@ def described(value: Any) -> str:
 
     Functions go in by name and by what they hold, not by their code, so that a run goes on after a comment was mended.
     """
+    text = _texts(value)
+    if not text or isinstance(value, (tuple, list, dict)):
+        return f"{_name(type(value))}({', '.join(text)})"
+    return text[0] + (f"[{', '.join(text[1:])}]" if text[1:] else "")
+
+
+def described_apart(value: Any) -> tuple[str, dict[str, str]]:
+    """`described`, with what a function (or another value that is no container) holds by its path."""
+    name, *held = _texts(value) or [_name(type(value))]
+    return name, dict(text.split("=", 1) for text in held)
+
+
+def _texts(value: Any) -> list[str]:
     walk = _Walk(words=True)
     value = value._form.original if isinstance(value, Captured) else value
     value = value.original if isinstance(value, Held) else value
     walk.node(value, "")
-    if not walk.text or isinstance(value, (tuple, list, dict)):
-        return f"{_name(type(value))}({', '.join(walk.text)})"
-    return walk.text[0] + (f"[{', '.join(walk.text[1:])}]" if walk.text[1:] else "")
+    return walk.text
 
 
 def _walked(value: Any, held: bool = False) -> tuple[_Walk, Callable[[_Build], Any]]:

@@ -44,7 +44,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "Checkpoints", "fingerprint", "placed"]
+__all__ = ["CheckpointError", "Checkpoints", "excerpt", "fingerprint", "placed"]
 
 logger = logging.getLogger("bilevel")
 
@@ -196,7 +196,7 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
             same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
             start = max(0, same - 30)
             name = f"the {name}" if name in dtypes else name
-            found.append(f"{name.removesuffix(' array')} was {_excerpt(old, start)}, is now {_excerpt(new, start)}")
+            found.append(f"{name.removesuffix(' array')} was {excerpt(old, start)}, is now {excerpt(new, start)}")
     return found
 
 
@@ -205,7 +205,7 @@ def _number(text: str | None) -> str | None:
     return text if text is None else re.sub(r"(?<![\w.])(-?\d+)\.0(?!\d)", r"\1", text)
 
 
-def _excerpt(text: str, start: int) -> str:
+def excerpt(text: str, start: int) -> str:
     """The text, or of a long one (an optax chain) what stands where it differs from the other."""
     if len(text) <= 100:
         return text

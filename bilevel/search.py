@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
+import itertools
 import json
 import logging
 import math
@@ -12,7 +16,7 @@ import numbers
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel._arguments import explained, explained_class
-from bilevel.captures import Captured, Functions, taken
-from bilevel.checkpoint import CheckpointError
+from bilevel.captures import Captured, Functions, described, described_apart, taken
+from bilevel.checkpoint import CheckpointError, excerpt
 from bilevel.history import History
 from bilevel.keys import as_step_key
 from bilevel.lower import LevenbergMarquardt
@@ -223,11 +227,14 @@ def search(
     """
     _check_arguments(problem_of, proposer, evaluations, batch, finalists, solver, seconds, tokens, target, patience)
     base = as_step_key(key).random
-    log = None if checkpoint is None else _Log(Path(checkpoint), _describe(proposer, base, batch))
+    solver = LevenbergMarquardt() if solver is None else solver
+    log = None
+    if checkpoint is not None:
+        log = _Log(Path(checkpoint), _describe(problem_of, proposer, solver, base, batch))
     trials, before = ([], 0.0) if log is None else log.read()
     for number in sorted({t.round for t in trials}):
         proposer.tell([t for t in trials if t.round == number])
-    solve_all = _Solves(solver if solver is not None else LevenbergMarquardt())
+    solve_all = _Solves(solver)
     began, round_ = time.perf_counter(), (trials[-1].round + 1 if trials else 0)
     spent = lambda: before + time.perf_counter() - began  # noqa: E731
     result, reason = Result.MAX_STEPS, ""
@@ -237,7 +244,7 @@ def search(
             while not (ended := _ended(trials, proposer, spent(), evaluations, seconds, tokens, target, patience)):
                 key_now = jax.random.fold_in(base, round_)
                 count = min(batch, evaluations - len(trials))
-                proposals = list(proposer.ask(tuple(trials), count, key_now))[:count]
+                proposals = _asked(proposer, tuple(trials), count, key_now)
                 if not proposals:
                     ended = (Result.STOPPED, "The proposer has no more proposals.")
                     break
@@ -278,6 +285,15 @@ def _check_arguments(
             f"search(proposer=...): {type(proposer).__name__} has no method {' and no '.join(missing)}. A proposer has "
             "ask(history, count, key) and tell(results)."
         )
+    for name, given in (("ask", ("history", "count", "key")), ("tell", ("results",))):
+        with contextlib.suppress(ValueError):  # what has no signature, as some that C code made
+            try:
+                inspect.signature(getattr(proposer, name)).bind(*given)
+            except TypeError as error:
+                raise TypeError(
+                    f"search(proposer=...): {type(proposer).__name__}.{name} is called as {name}({', '.join(given)}), "
+                    f"and cannot be: {error}."
+                ) from None
     for name, value in (("evaluations", evaluations), ("batch", batch), ("finalists", finalists)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"search({name}={value!r}): a positive integer is needed.")
@@ -286,6 +302,17 @@ def _check_arguments(
             raise TypeError(f"search({name}={value!r}): a number or None is needed.")
     if not (solver is None or callable(solver)):
         raise TypeError("search(solver=...): a lower.LevenbergMarquardt or a function (problem, key) -> (loss, y).")
+
+
+def _asked(proposer: Proposer, history: tuple[Trial, ...], count: int, key: jax.Array) -> list[Any]:
+    """The proposer's answer as a list, apart from what it may change in it afterwards."""
+    answer = proposer.ask(history, count, key)
+    if answer is None or isinstance(answer, (str, bytes, Mapping)) or not isinstance(answer, Iterable):
+        raise TypeError(
+            f"search(proposer=...): {type(proposer).__name__}.ask returned something of type {type(answer).__name__}; "
+            "a list of proposals is needed, and an empty one ends the run."
+        )
+    return [copy.deepcopy(p) if isinstance(p, (dict, list)) else p for p in itertools.islice(answer, count)]
 
 
 def _ended(
@@ -336,8 +363,7 @@ class _Solves:
             try:
                 problem = problem_of(proposal)
                 if not self.together:
-                    loss, y = self.solver(problem, jax.random.fold_in(key, i))
-                    found[i] = (float(loss), y, "", ())
+                    found[i] = (*_answer(self.solver(problem, jax.random.fold_in(key, i))), "", ())
                 elif not isinstance(problem, LowerProblem):
                     raise TypeError(f"problem_of returned a {type(problem).__name__}, and not a LowerProblem")
                 else:
@@ -375,6 +401,15 @@ class _Solves:
         functions = Functions({name: getattr(one, name) for name in _FUNCTIONS})
         loss, y, curve = jax.tree.map(np.asarray, _solve_many(functions, bounded, solver, one.shared, *parts))
         return [(float(loss[i]), jax.tree.map(lambda a, i=i: a[i], y), "", curve[i]) for i in range(count)]
+
+
+def _answer(answer: Any) -> tuple[float, PyTree]:
+    """What a solver of the user's returned."""
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+        raise TypeError(f"the solver returned something of type {type(answer).__name__}, and not (loss, y)")
+    if np.ndim(answer[0]) > 0 and np.size(answer[0]) != 1:
+        raise TypeError(f"the solver's loss has the shape {np.shape(answer[0])}, and is no number")
+    return float(np.reshape(answer[0], ())), answer[1]
 
 
 _FUNCTIONS = ("residuals", "loss", "score", "prepare")
@@ -457,13 +492,18 @@ def _total(residuals: Any, loss: Any, y: PyTree, given: tuple[PyTree, ...]) -> A
 # ---------------------------------------------------------------- the log of a run
 
 
-def _describe(proposer: Any, base: jax.Array, batch: int) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "proposer": type(proposer).__qualname__,
-        "key": np.asarray(jax.random.key_data(base)).tolist(),
-        "batch": batch,
-    }
+def _describe(problem_of: Any, proposer: Any, solver: Any, base: jax.Array, batch: int) -> dict[str, Any]:
+    """What makes a run this run. Of a proposer's attributes those go in that are settings, and not where it stands."""
+    found: dict[str, Any] = {"format": 2, "proposer": type(proposer).__qualname__}
+    settings = getattr(proposer, "settings", None)
+    if callable(settings):
+        found |= {f"proposer's {name}": described(value) for name, value in settings().items()}
+    elif (made := getattr(proposer, "__dataclass_params__", None)) is not None and made.frozen:
+        found |= {f"proposer's {f.name}": described(getattr(proposer, f.name)) for f in dataclasses.fields(proposer)}
+    for name, function in (("problem_of", problem_of), ("solver", solver)):
+        found[name], held = described_apart(function)
+        found |= {f"{name}'s {path}": text for path, text in held.items()}
+    return found | {"key": np.asarray(jax.random.key_data(base)).tolist(), "batch": batch}
 
 
 class _Log:
@@ -515,11 +555,16 @@ class _Log:
     def _same(self, then: Any) -> None:
         if not isinstance(then, dict):
             raise CheckpointError(f"{self.path} is no log of a search. Give search another folder.")
-        if differ := [name for name in self.run if then.get(name) != self.run[name]]:
-            name = differ[0]
+        # What one of the two alone holds is no difference: lists and tables that a function keeps grow as it is called.
+        always = [name for name in self.run if "'s " not in name or name.startswith("proposer")]
+        names = [*always, *(name for name in self.run if name not in always and name in then)]
+        if differ := [name for name in names if then.get(name) != self.run[name]]:
+            name, (old, new) = differ[0], (then.get(differ[0]), self.run[differ[0]])
+            same = next((i for i, (a, b) in enumerate(zip(str(old), str(new), strict=False)) if a != b), 0)
+            old, new = (excerpt(str(text), max(0, same - 30)) for text in (old, new))
             raise CheckpointError(
-                f"{self.path} belongs to another run: its {name} is {then.get(name)!r} and this run's "
-                f"{self.run[name]!r}. Give search another folder, or the same {name}."
+                f"{self.path} belongs to another run: its {name} is {old} and this run's {new}. Give search another "
+                f"folder, or the same {name}."
             )
 
     def write(self, trials: list[Trial], seconds: float) -> None:

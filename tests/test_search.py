@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,8 +39,8 @@ def problem_of(law):
 
 
 def run(**options):
-    proposer = GrammarProposer(GRAMMAR, terms=2)
-    return search(problem_of, proposer, **{"evaluations": 192, "batch": 64, "key": 3, "progress": False, **options})
+    parts = {"problem_of": problem_of, "proposer": GrammarProposer(GRAMMAR, terms=2)}
+    return search(**{**parts, "evaluations": 192, "batch": 64, "key": 3, "progress": False, **options})
 
 
 def test_the_law_is_found_with_its_coefficients():
@@ -131,6 +132,59 @@ def test_a_run_that_was_stopped_resumes_exactly(tmp_path):
     same(run(checkpoint=tmp_path).trials, whole.trials)
     with pytest.raises(CheckpointError, match="belongs to another run: its key is"):
         run(checkpoint=tmp_path, key=4)
+    other = GrammarProposer(GRAMMAR, terms=2, exploit=0.25)
+    for match, options in (
+        ("its problem_of is problem_of and this run's ", {"problem_of": lambda law: problem_of(law)}),
+        ("its solver's steps is 30 and this run's 31", {"solver": lower.LevenbergMarquardt(steps=31)}),
+        ("its proposer's exploit is 0.5 and this run's 0.25", {"proposer": other}),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            run(checkpoint=tmp_path, **options)
+
+
+def test_a_resumed_run_has_the_objective_that_it_had(tmp_path):
+    def go(data, evaluations):
+        seen = []
+
+        def objective(proposal):
+            seen.append(proposal)  # grows, and makes no other objective
+            return LowerProblem(0.0, residuals=lambda y: y - data * proposal)
+
+        proposer = ReplayProposer([1.0, 2.0, 3.0, 4.0])
+        return search(objective, proposer, evaluations=evaluations, batch=2, checkpoint=tmp_path)
+
+    go(np.arange(3.0), 2)
+    assert len(go(np.arange(3.0), 4).trials) == 4
+    with pytest.raises(CheckpointError, match=r"its problem_of's data is float64\[3\]"):
+        go(np.ones(3), 4)
+    with pytest.raises(CheckpointError, match="its proposer's answers"):
+        search(lambda p: None, ReplayProposer([2.0, 1.0]), batch=2, checkpoint=tmp_path)
+
+
+def test_a_proposer_of_ones_own_that_is_wrong_is_named():
+    class Own:
+        def __init__(self, answer):
+            self.answer = answer
+
+        def ask(self, history, count, key):
+            return self.answer
+
+        def tell(self, results):
+            if isinstance(self.answer, list) and self.answer:
+                self.answer[0]["a"] += 1.0  # its own, and not the trial's
+
+    objective = lambda p: LowerProblem(0.0, residuals=lambda y: y - p["a"])
+    for answer, kind in ((None, "NoneType"), ({"a": 1.0}, "dict"), ("ab", "str")):
+        with pytest.raises(TypeError, match=rf"Own\.ask returned something of type {kind}; a list"):
+            search(objective, Own(answer), evaluations=2)
+    found = search(objective, Own([{"a": 1.0}]), evaluations=2, batch=1)
+    assert [t.proposal["a"] for t in found.trials] == [1.0, 2.0]
+    two = dataclasses.make_dataclass("Two", [], namespace={"ask": lambda self, history, count: [], "tell": print})
+    with pytest.raises(TypeError, match=r"Two.ask is called as ask\(history, count, key\), and cannot be: too many"):
+        search(objective, two())
+    for answer, why in ((1.0, "of type float, and not"), ((np.ones(2), 0), r"shape \(2,\), and is no number")):
+        trial = search(objective, Own([{"a": 1.0}]), evaluations=1, solver=lambda p, key, a=answer: a).trials[0]
+        assert trial.failed and re.search(why, trial.error)
 
 
 def test_a_run_that_was_killed_resumes_exactly(tmp_path):

@@ -121,6 +121,11 @@ class LLMProposer:
     def __repr__(self) -> str:
         return f"LLMProposer({self.model!r}, {self.calls} calls, {self.tokens} tokens)"
 
+    def settings(self) -> dict[str, Any]:
+        """What makes it propose as it does; budgets and the endpoint's address are left out."""
+        names = ("grammar", "model", "context", "temperatures", "explore", "shown")
+        return {name: getattr(self, name) for name in names}
+
     # ------------------------------------------------------------ ask and tell
 
     def ask(self, history: Sequence[Trial], count: int, key: jax.Array) -> list[Any]:

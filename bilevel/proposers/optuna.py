@@ -49,6 +49,10 @@ class OptunaProposer:
         if unknown := set(self.log) - set(self.space):
             raise ValueError(f"OptunaProposer(log=...): {sorted(unknown)} are not in the space.")
 
+    def settings(self) -> dict[str, Any]:
+        """What makes it propose as it does."""
+        return {"space": self.space, "log": self.log, "sampler": self.sampler}
+
     def _distributions(self, optuna: Any) -> dict[str, Any]:
         kinds = optuna.distributions
         found = {}

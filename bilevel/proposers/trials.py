@@ -62,7 +62,9 @@ class Trial:
 class Proposer(Protocol):
     """An upper level without gradients: two methods, and a class of one's own with these works in `search`.
 
-    Optional: an attribute `tokens`, what it has spent, for the budget of that name.
+    Optional: an attribute `tokens`, what it has spent, for the budget of that name; a method `settings()`, a dictionary
+    of what makes it propose as it does, by which `search(checkpoint=...)` knows another proposer (of a frozen
+    dataclass: its fields).
     """
 
     def ask(self, history: Sequence[Trial], count: int, key: jax.Array) -> Sequence[Any]:
