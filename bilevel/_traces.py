@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -10,8 +12,8 @@ import numpy as np
 from jax.extend.core import Literal
 
 __all__ = [
-    "applied", "degrees", "equations", "evaluated", "inner", "of_function", "of_losses", "of_problem", "reached",
-    "traced_by", "traffic",
+    "Outlines", "applied", "degrees", "equations", "evaluated", "inner", "of_function", "of_losses", "of_problem",
+    "reached", "traced_by", "traffic",
 ]  # fmt: skip
 
 
@@ -23,7 +25,7 @@ def of_function(fn: Callable[..., Any], x: Any, y: Any, source: Any) -> tuple[An
     its precision, and JAX gives them so to traces in another one.
     """
     if _apart(fn):
-        return jax.make_jaxpr(_called, return_shape=True)(x, y, source, fn)
+        return _remembered(_called, x, y, source, fn)
     return jax.make_jaxpr(lambda x, y, source: _called(x, y, source, fn), return_shape=True)(x, y, source)
 
 
@@ -44,8 +46,60 @@ def of_losses(problem: Any, x: Any, y: Any) -> list[Any]:
 def of_problem(fn: Callable[..., Any], x: Any, y: Any, problem: Any) -> tuple[Any, Any]:
     """The trace of `fn(x, y, problem)`, fn being a function of a module, and its shapes; remembered likewise."""
     functions = [value for value in vars(problem).values() if callable(value)]
-    given = fn if all(map(_apart, functions)) else lambda x, y, problem: fn(x, y, problem)
-    return jax.make_jaxpr(given, return_shape=True)(x, y, problem)
+    if all(map(_apart, functions)):
+        return _remembered(fn, x, y, problem)
+    return jax.make_jaxpr(lambda x, y, problem: fn(x, y, problem), return_shape=True)(x, y, problem)
+
+
+def _remembered(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    traced = _jitted(fn).trace(*args)
+    return traced.jaxpr, traced.out_info
+
+
+@functools.cache
+def _jitted(fn: Callable[..., Any]) -> Any:
+    """One of a function of a module, since each new one costs more than to find a trace again."""
+    return jax.jit(fn)
+
+
+class Outlines:
+    """The last of what was traced without an error, by all that a trace depends on: the structures, the shapes and
+    dtypes of all leaves, and JAX's settings of dtypes."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[Hashable, None] = OrderedDict()
+
+    def have(self, trees: Any) -> bool:
+        """Whether such trees were added."""
+        outline = _outline(trees)
+        return outline is not None and outline in self._found
+
+    def add(self, trees: Any) -> None:
+        """Remember these, unless a structure cannot be compared."""
+        outline = _outline(trees)
+        if outline is not None:
+            self._found[outline] = None
+            if len(self._found) > _OUTLINES:
+                self._found.popitem(last=False)
+
+
+_OUTLINES = 128
+
+
+def _outline(trees: Any) -> Hashable | None:
+    leaves, structure = jax.tree.flatten(trees)
+    settings = jax.config.jax_enable_x64, jax.config.jax_numpy_dtype_promotion  # type: ignore[attr-defined]
+    found = structure, tuple(map(_kind, leaves)), settings
+    try:
+        hash(found)
+    except TypeError:
+        return None
+    return found
+
+
+def _kind(leaf: Any) -> Any:
+    shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+    return type(leaf) if shape is None else (shape, dtype, getattr(leaf, "weak_type", False))
 
 
 def _upper_on_all(x: Any, y: Any, problem: Any) -> Any:

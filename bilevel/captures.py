@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel._arguments import has, look
+from bilevel._traces import Outlines
 
 __all__ = [
     "Apart", "Captured", "Divided", "Functions", "described", "described_apart", "form",
@@ -60,6 +61,7 @@ _CODE = (types.FunctionType, types.MethodType, functools.partial, _JITTED)
 _HOUSEKEEPING = frozenset(
     {"__init__", "__post_init__", "__repr__", "__str__", "__eq__", "__hash__", "__setattr__", "__delattr__"}
 )
+_WORKED = Outlines()
 _DEEP, _MANY = 100, 50_000  # objects within objects, and objects: beyond these they are compared by identity
 _CODES = 100_000  # code objects whose names are remembered: one large package has more than five thousand
 _SINGLY = 12  # values that are tried one by one, where not all of them can be arguments
@@ -244,10 +246,13 @@ class Captured(Apart):
 
     def works(self, args: tuple[Any, ...]) -> bool:
         """Whether the function can be traced with its values as arguments."""
+        if _WORKED.have((self, args)):
+            return True
         try:
             jax.eval_shape(lambda mine, args: mine(*args), self, args)
         except Exception:  # whatever a function raises that is given a tracer where it counted on a number
             return False
+        _WORKED.add((self, args))
         return True
 
     def __eq__(self, other: object) -> bool:

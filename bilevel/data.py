@@ -342,6 +342,7 @@ class Full(Source):
         return f"full batches of {self.count} samples"
 
 
+@jax.jit
 def _example(source: Source) -> PyTree:
     return source.example()
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from bilevel._arguments import explained_class, has, look
 from bilevel._pickling import storable
-from bilevel._traces import of_losses, traffic
+from bilevel._traces import Outlines, of_losses, traffic
 from bilevel.captures import Functions, generator_state, host_generators, taken
 from bilevel.data import ProblemError, Source, as_arrays, as_source, warn_of_one_object
 from bilevel.frozen import as_frozen
@@ -233,6 +233,22 @@ class Problem(Generic[X, Y]):
         Checks the variables (floating, finite), the data (sample axes, finite), the losses (scalar, floating), the
         projections and the constraints (structure, shapes, dtypes).
         """
+        self._validate_values(x, y)
+        self._validate_functions(x, y)
+
+    def validated(self, x: X, y: Y) -> Problem[X, Y]:
+        """`captured`, after `validate`. Functions that were found right once are not traced again for other numbers."""
+        self._validate_values(x, y)
+        captured = self.captured(x, y)
+        functions = [fn for name in _FUNCTIONS if (fn := getattr(captured, name)) is not None]
+        whole = all(getattr(fn, "whole", False) for fn in functions)
+        if not (whole and _VALID.have((captured, x, y))):
+            self._validate_functions(x, y)
+            if whole:
+                _VALID.add((captured, x, y))
+        return captured
+
+    def _validate_values(self, x: PyTree, y: PyTree) -> None:
         _check_variable("x0", x)
         if not jax.tree.leaves(y):
             raise ProblemError(
@@ -246,6 +262,9 @@ class Problem(Generic[X, Y]):
         _check_data("lower_data", lower)
         _check_parties(upper, lower)
         _check_places(self, x, y)
+
+    def _validate_functions(self, x: PyTree, y: PyTree) -> None:
+        upper, lower = self.sources
         _check_loss("upper", self.upper, upper, x, y)
         _check_loss("lower", self.lower, lower, x, y)
         if self.project_upper is not None:
@@ -270,6 +289,9 @@ class Problem(Generic[X, Y]):
                         f"{name}(x, y) returned {jax.tree.leaves(out)[0].dtype}, not floating-point values: return "
                         "what is to be compared with 0, such as y - 1 for y <= 1, and not the comparison."
                     )
+
+
+_VALID = Outlines()
 
 
 def _flatten(problem: Problem) -> tuple[Any, Any]:

@@ -345,8 +345,7 @@ def _checked(problem: Problem[X, Y], x0: X, y0: Y, solver: Any, tol: float | Non
             "y0, steps), the same loop as a pure function, or hypergradients.value_and_hypergradient for one step."
         )
     with users_settings():
-        problem.validate(x, y)
-        problem = jax.tree.map(jnp.asarray, problem.captured(x, y))
+        problem = jax.tree.map(jnp.asarray, problem.validated(x, y))
         found = working(problem, x, y)
     _compiling.computes(found.bytes)
     if solver is not None:

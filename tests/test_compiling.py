@@ -17,6 +17,7 @@ from bilevel import Problem, _compiling, solve, solvers
 from bilevel.keys import StepKey, as_step_key
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
+TRACED = "/jax/core/compile/jaxpr_trace_duration"
 
 
 def two_variables() -> Problem:
@@ -50,21 +51,22 @@ def with_data() -> Problem:
         (solvers.LVHBA, with_a_row, np.float32(0), None),
     ],
 )
-def test_a_first_answer_is_five_programmes_and_a_second_none(make, problem, zero, tol) -> None:
+def test_a_first_answer_is_five_programmes_and_a_second_traces_nothing(make, problem, zero, tol) -> None:
     start, other = jnp.asarray(zero), jnp.asarray(zero + 1)
     jax.clear_caches()
-    count = 0
+    count = traces = 0
 
     def seen(name: str, *_: object, **__: object) -> None:
-        nonlocal count
+        nonlocal count, traces
         count += name == COMPILED
+        traces += name == TRACED
 
     jax.monitoring.register_event_duration_secs_listener(seen)
     solve(problem(), start, start, make(), steps=20, tol=tol, progress=False)
     assert 1 <= count <= 5
-    count = 0
+    count = traces = 0
     solve(problem(), other, start, make(), steps=20, tol=tol, progress=False)
-    assert count == 0
+    assert count == 0 and traces == 0
 
 
 def test_a_small_problem_does_without_the_routines_that_take_long_to_import() -> None:

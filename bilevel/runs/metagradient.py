@@ -173,8 +173,7 @@ def _checked(problem: Any, x: Any, y0: Any, lower_solver: Any, segment: Any) -> 
             f"give a number up to {solver.steps}."
         )
     with users_settings():
-        problem.validate(x, y)
-        problem = jax.tree.map(jnp.asarray, problem.captured(x, y))
+        problem = jax.tree.map(jnp.asarray, problem.validated(x, y))
         return working(problem, x, y), solver, solver.steps
 
 
