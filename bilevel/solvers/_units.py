@@ -23,6 +23,7 @@ from bilevel.typing import PyTree, Scalar
 __all__ = [
     "AWAY", "FELT", "IRREGULAR", "Units", "changes", "left_of", "moves", "natural_units", "normalised", "progress_of",
     "regular", "rms", "share", "shorter", "times", "units_of_losses", "units_of_variables",
+    "untrue", "untrue_along",
 ]  # fmt: skip
 
 
@@ -171,6 +172,39 @@ def _regular(here: Any, found: np.ndarray) -> int:
 
 
 _PAIRS, _PARTS = 4, 16.0 ** -np.arange(7)
+
+
+def untrue(changes: np.ndarray, told: np.ndarray, sizes: np.ndarray, least: Any) -> np.ndarray:
+    """Whether a derivative is another than that of the values: where differences there and back, at two sizes in a row,
+    agree with each other and not with it.
+
+    Args:
+      changes: (sizes, ways, 2, ...), of one or several functions by a way times each size, and times minus that.
+      told: (ways, ...), what the derivative says of each way.
+      sizes: the sizes, the largest first.
+      least: what of a change is rounding.
+    """
+    up, down = changes[:, :, 0], -changes[:, :, 1]
+    sizes = sizes.reshape(-1, *[1] * (up.ndim - 1))
+    most = lambda a, b: np.maximum(np.abs(a), np.abs(b))  # noqa: E731
+    with np.errstate(all="ignore"):
+        rate = (up + down) / 2 / sizes
+        smooth = np.abs(up - down) <= 0.5 * most(up, down)  # at a kink they are opposite
+        off = (np.abs(rate - told) > 0.05 * most(rate, told)) & (np.abs(rate - told) * sizes > least)
+        steady = np.abs(rate[1:] - rate[:-1]) <= 0.02 * most(rate[1:], rate[:-1])
+    found = smooth & off
+    return (found[1:] & found[:-1] & steady).any(axis=(0, 1))
+
+
+def untrue_along(moved: PyTree, slope: PyTree, changes: np.ndarray, here: Any) -> bool:
+    """`untrue` of a loss and the `shorter` moves, with its gradient."""
+    of_one = [
+        np.tensordot(np.asarray(m, np.float64).reshape(len(_PARTS), _PAIRS, 2, -1)[0, :, 0], np.ravel(g), 1)
+        for m, g in zip(*map(jax.tree.leaves, (moved, slope)), strict=True)
+    ]
+    least = 1e2 * np.finfo(here.dtype).eps * abs(float(here))
+    by_size = np.asarray(changes, np.float64).reshape(len(_PARTS), _PAIRS, 2)
+    return bool(untrue(by_size, sum(of_one, np.zeros(_PAIRS)), _PARTS, least))
 
 
 def units_of_losses(lengths: tuple[Any, Any], here: tuple[Any, Any], found: tuple[Any, Any]) -> Units:

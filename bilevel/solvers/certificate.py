@@ -34,6 +34,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import _compiling
+from bilevel._traces import equations, of_losses
 from bilevel.constraints import Constraints
 from bilevel.curvature import ends_of_spectrum, lower_curvature, lower_spectrum, ritz_pairs
 from bilevel.data import of_one_step
@@ -60,6 +61,7 @@ from bilevel.solvers._units import (
     times,
     units_of_losses,
     units_of_variables,
+    untrue_along,
 )
 from bilevel.solvers.small.mpcc import around
 from bilevel.solvers.small.program import Program, flatten
@@ -129,6 +131,7 @@ def _asked(tol: float | None) -> float:
     return 1e-3 if tol is None else tol
 
 
+_FUNCTIONS = ("upper", "lower", "upper_constraint", "upper_equality", "constraint", "equality")
 _LIVE = (Result.CONVERGED, Result.PENALTY_LIMITED)
 _ANY = (*_LIVE, Result.MAX_STEPS, Result.COMPLETED)
 
@@ -202,7 +205,7 @@ def verdict(
             "solution there. Bound y (project_lower=), or regularise f.",
         ),
         (
-            above("runaway", _RUNAWAY),
+            above("runaway", 0.0),
             _ANY,
             Result.UNBOUNDED,
             f"x ran away to {get('runaway'):.1g} times its unit: the upper loss seems to fall for ever. Bound x "
@@ -256,6 +259,13 @@ def verdict(
             f"Another y, as low in the lower loss, has an upper loss smaller by {-change:.2g}: the lower level's "
             "solution is not unique, and this method does not choose among solutions. Take MPCC (small problems), "
             "F2BA, MEHA or LVHBA.",
+        ),
+        (
+            above("untrue", 0.0),
+            (Result.CONVERGED,),
+            Result.NOT_STATIONARY,
+            f"The derivative that JAX takes of {_FUNCTIONS[int(get('untrue')) - 1]} is another than that of its values "
+            "(a stop_gradient, a rounding that is passed over, a rule of its own): where it is zero says nothing of F.",
         ),
         (
             above("near", margin, "noise_upper"),
@@ -484,8 +494,15 @@ def _measured(
         jax.tree.map(lambda way, *some: np.concatenate([way.astype(some[0].dtype)[None], *some]), *trees)
         for trees in zip(back, moves(x, y, lengths), shorter(x, y, lengths), strict=True)
     )
-    at, here, changed, found = _examined(problem, lengths, x, y, away, curved=curved)
+    ruled = any(map(_has_rules, of_losses(problem, x, y)))
+    at, here, changed, found = _examined(problem, lengths, x, y, away, curved=curved, ruled=ruled)
     of_upper, of_lower = map(np.asarray, changed)
+    if ruled:
+        short = jax.tree.map(lambda leaf: leaf[AWAY + 1 :], away)
+        slopes = zip(found.pop("slopes"), (short, short[1]), (of_upper, of_lower), here, strict=True)
+        free = problem.project_upper is None and problem.project_lower is None  # else the moves end elsewhere
+        wrong = [untrue_along(moved, slope, values[AWAY + 1 :], at) for slope, moved, values, at in slopes if free]
+        found |= {"untrue": float(wrong.index(True) + 1)} if True in wrong else {}
     short = regular(lengths, back, here, (of_upper[AWAY + 1 :], of_lower[AWAY + 1 :]))
     if short is None:
         units = units_of_losses(lengths, here, (of_upper[1 : AWAY + 1], of_lower[1 : AWAY + 1]))
@@ -589,6 +606,8 @@ def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
     with program.precision():
         lowest = program.scaled(x, lower.minimisers[0] if lower.minimisers else y)
         found["kinked"] = float(kinked(program, lowest))
+    if (whose := program.untrue(program.scaled(x, y))) is not None:
+        found["untrue"] = float(_FUNCTIONS.index(whose) + 1)
     found = _noisier(found, sampled)
     progress = progress_of(upper_loss, upper_loss - program.losses(*start)[0])
     if (
@@ -601,7 +620,8 @@ def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
         found["curvature_least"], found["curvature_greatest"] = lower_spectrum(problem, x, y, dense=300)
     unchecked: tuple[str, ...] = ()
     better = None if lower.better is None else (x, lower.better)
-    if jax.tree.leaves(x) and found["finite"] and found["bounded"] and np.isfinite(lower.gap):
+    looked = found["finite"] and found["bounded"] and np.isfinite(lower.gap)
+    if jax.tree.leaves(x) and looked and "untrue" not in found:
         slope = stationary(problem, x, y, end.asked, program)
         found["near"] = max(0.0, -slope.slope)
         found["descent"] = 0.0 if slope.reached is None else max(upper_loss - program.losses(*slope.reached)[0], 0.0)
@@ -629,16 +649,26 @@ def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
 
 
 def _runaway(program: Program, x: PyTree, y: PyTree, size: float) -> float:
-    """`size`, how far x is from zero in units of the start, where twice as far F is lower still; else 0: the units were
-    those of a kink."""
-    if not size > _RUNAWAY or not np.isfinite(size):
+    """`size`, how far x is from zero in units of the start, where F falls on and on from there; else 0.
+
+    Where no unit of the start says anything that is at twice as far; elsewhere at 2, 32 and 512 times as far, each time
+    by half of its own size, with nothing in the way.
+    """
+    if not np.isfinite(size):
         return size
     with program.precision():
         xy = program.scaled(x, y)
-        further = np.clip(2 * xy, program.own_lower[: xy.size], program.own_upper[: xy.size])
-        found = solve_lower(program, further, [further[program.n :], xy[program.n :]])
-        here = program(program.point(xy)).F
-        return size if found.points and here > program(program.point(found.points[0])).F else 0.0
+        last = program(program.point(xy)).F
+        for times in (2.0,) if size > _RUNAWAY else (2.0, 32.0, 512.0):
+            further = np.clip(times * xy, program.own_lower[: xy.size], program.own_upper[: xy.size])
+            if size <= _RUNAWAY and (further != times * xy)[: program.n].any():
+                return 0.0
+            found = solve_lower(program, further, [further[program.n :], xy[program.n :]])
+            there = program(program.point(found.points[0])).F if found.points else np.inf
+            if not last - there > (0.0 if size > _RUNAWAY else 0.5 * abs(last)):
+                return 0.0
+            last = there
+        return size
 
 
 def _falls_further(program: Program, x: PyTree, y: PyTree) -> bool:
@@ -737,11 +767,26 @@ def _obstacles(problem: Problem, x: PyTree, y: PyTree, tol: float | None) -> tup
     return ()
 
 
-@_compiling.jit(static_argnames=("curved",))
+def _has_rules(jaxpr: Any) -> bool:
+    """Whether a loss has a part whose derivative somebody wrote, so that it may be another than that of its values."""
+    return any(equation.primitive.name in _RULES for equation in equations(jaxpr))
+
+
+_RULES = frozenset(("stop_gradient", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"))
+
+
+@_compiling.jit(static_argnames=("curved", "ruled"))
 def _examined(
-    problem: Problem, lengths: tuple[Any, Any], x: PyTree, y: PyTree, away: tuple[PyTree, PyTree], curved: bool
-) -> tuple[tuple[PyTree, PyTree], tuple[Scalar, Scalar], tuple[jax.Array, jax.Array], dict[str, Scalar]]:
-    """The point in units of x and y, what `changes` returns, and what is seen without a solve."""
+    problem: Problem,
+    lengths: tuple[Any, Any],
+    x: PyTree,
+    y: PyTree,
+    away: tuple[PyTree, PyTree],
+    curved: bool,
+    ruled: bool,
+) -> tuple[tuple[PyTree, PyTree], tuple[Scalar, Scalar], tuple[jax.Array, jax.Array], dict[str, Any]]:
+    """The point in units of x and y, what `changes` returns, and what is seen without a solve; `ruled`: with F's
+    gradient, and f's in y."""
     here, changed = changes(problem, x, y, *away)
     u, w = times(1 / lengths[0], x), times(1 / lengths[1], y)
     above, below = normalised(problem, Units(*lengths, 1.0, 1.0, *here))
@@ -751,7 +796,7 @@ def _examined(
         if level.project is not None and jax.tree.leaves(z)
     ]
     broken = Constraints(above, u, w).at(u, w).violation(u, w), Constraints(below, u, w).at(u, w).violation(u, w)
-    found = {
+    found: dict[str, Any] = {
         "finite": functools.reduce(jnp.logical_and, map(jnp.isfinite, (*here, *broken))),
         "outside": functools.reduce(jnp.maximum, outside, jnp.zeros(())),
         "upper_violation": broken[0],
@@ -759,6 +804,9 @@ def _examined(
     }
     if curved:
         found["curvature"] = lower_curvature(problem, x, y)
+    if ruled:
+        upper, lower = problem.full_levels()
+        found["slopes"] = jax.grad(upper, (0, 1))(x, y), jax.grad(lower, 1)(x, y)
     return (u, w), here, changed, found
 
 

@@ -25,7 +25,7 @@ from bilevel._convexity import VARIABLE, Kind, constant, kinds
 from bilevel._traces import degrees, equations
 from bilevel.constraints import depends
 from bilevel.problem import ROWS, Problem, ProblemError
-from bilevel.solvers._units import IRREGULAR
+from bilevel.solvers._units import IRREGULAR, untrue
 from bilevel.typing import PyTree
 
 __all__ = ["PASS_BYTES", "Evaluated", "Program", "precise", "size_of"]
@@ -41,6 +41,8 @@ _NO_LENGTH = 1e6
 """By how much lengths of a variable differ that are not both lengths."""
 _SHORTER = 13
 """How many lengths are tried over which slopes are of the order of those nearby, each a quarter of the one before."""
+_NEARBY = np.array([1e-3, 1e-3 / 16])
+"""Steps at which differences are taken, in units."""
 _TIGHT = 1e-9
 """Relative: two numbers that are equal but for rounding."""
 PASS_BYTES = 2**22
@@ -395,6 +397,26 @@ class Program:
         """(x, y) in one vector, lam, mu."""
         k = self.n + self.m
         return z[:k], z[k : k + self.p], z[k + self.p :]
+
+    def untrue(self, xy: np.ndarray) -> str | None:
+        """Whose derivative is another than that of its values near (x, y): a name of `Problem`'s; None where nothing is
+        seen."""
+        rng, z, k = np.random.default_rng(7), self.point(xy), self.n + self.m
+        names = ("upper", "lower", "upper_constraint", "upper_equality", "constraint", "equality", "lower")
+        with self.precision(), np.errstate(all="ignore"):
+            here, jacobian = self.raw(z * self.columns)
+            changes, told = [], []
+            for block in (slice(0, self.n), slice(self.n, k)) * 2:
+                way = np.zeros(z.size)
+                way[block] = rng.standard_normal(block.stop - block.start)
+                ends = [z + sign * size * way for size in _NEARBY for sign in (1.0, -1.0)]
+                changes.append([self.rows * (self.raw(end * self.columns)[0] - here) for end in ends])
+                told.append(self.rows * (jacobian @ (self.columns * way)))
+            eps = np.finfo(np.float64 if self.double else np.float32).eps
+            least = np.maximum(1e-3 * _NEARBY[-1], 1e2 * eps * np.abs(self.rows * here))
+        by_size = np.array(changes).reshape(len(told), len(_NEARBY), 2, -1).swapaxes(0, 1)
+        found = untrue(by_size, np.array(told), _NEARBY, least)
+        return next((name for name, part in zip(names, self._slices, strict=True) if found[part].any()), None)
 
     # ------------------------------------------------------------ between trees and vectors
 

@@ -29,7 +29,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel import _compiling
-from bilevel._traces import degrees, of_losses, of_problem, traffic
+from bilevel._traces import degrees, equations, of_losses, of_problem, traffic
 from bilevel.problem import Problem
 from bilevel.solvers._units import FELT, left_of, progress_of, share
 from bilevel.solvers.small.program import PASS_BYTES, Layout, flatten, precise
@@ -88,6 +88,8 @@ def _quadratic(problem: Problem, x: PyTree, y: PyTree) -> bool:
         given = [float(i < unknowns) for i in range(len(traced.invars))]
         if traced.effects or read > PASS_BYTES or max(degrees(traced, given)) > most:
             return False
+        if any(equation.primitive.name == "stop_gradient" for equation in equations(traced)):
+            return False  # its derivatives are not those of its values
     return True
 
 
