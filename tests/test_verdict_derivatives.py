@@ -54,7 +54,7 @@ FALSE = {
 def test_a_zero_of_another_derivative_is_no_solution(name, n):
     upper, lower, whose = FALSE[name]
     found = solve(Problem(upper, lower), jnp.full(n, 3.0), jnp.full(n, 3.0), solvers.AID(), steps=300, tol=1e-3)
-    assert found.result is not Result.CONVERGED
+    assert found.result is Result.UNRESOLVED or (n == 400 and whose == "lower" and found.result is Result.LOCAL)
     if n < 400 or whose == "upper":
         assert f"The derivative that JAX takes of {whose} is another" in found.reason, found.reason
 
@@ -64,7 +64,7 @@ def test_many_unknowns_of_which_F_is_stopped():
     lower = lambda x, y: quartic(jnp.broadcast_to(x, y.shape), y)
     problem = Problem(FALSE["F, of another shape"][0], lower)
     found = solve(problem, jnp.full(1, 3.0), jnp.full(400, 3.0), solvers.AID(), steps=300, tol=1e-3)
-    assert found.result is Result.NOT_STATIONARY
+    assert found.result is Result.UNRESOLVED
     assert "The derivative that JAX takes of upper is another" in found.reason
 
 

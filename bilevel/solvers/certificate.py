@@ -263,7 +263,7 @@ def verdict(
         (
             above("untrue", 0.0),
             (Result.CONVERGED,),
-            Result.NOT_STATIONARY,
+            Result.UNRESOLVED,
             f"The derivative that JAX takes of {_FUNCTIONS[int(get('untrue')) - 1]} is another than that of its values "
             "(a stop_gradient, a rounding that is passed over, a rule of its own): where it is zero says nothing of F.",
         ),
