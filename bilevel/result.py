@@ -45,5 +45,5 @@ _SENTENCES = {
     Result.NOT_STATIONARY: "stopped where F can be lowered by moving x",
     Result.UNBOUNDED: "ended where the lower level has no minimiser, or ran away while the upper loss fell",
     Result.LOCAL: "met the tolerance at a local solution; another x has a lower F",
-    Result.UNRESOLVED: "met the tolerance, but noise, or a slope that is no number or not that of F, hides whether it is a solution",
+    Result.UNRESOLVED: "met the tolerance, but noise, or a slope that is none, hides whether this is a solution",
 }
