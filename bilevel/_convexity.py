@@ -74,7 +74,9 @@ CONSTANT, VARIABLE = Kind(True, True, fixed=True), Kind(True, True)
 
 
 def constant(value: Any) -> Kind:
-    """The kind of a number or an array that is known."""
+    """The kind of a number, an array or a key that is known."""
+    if _is_key(value):
+        return CONSTANT
     value = np.asarray(value)
     if value.dtype == bool or not np.issubdtype(value.dtype, np.number):
         return CONSTANT
@@ -118,7 +120,13 @@ class _Shift(NamedTuple):
 
 
 def _of(value: Any) -> _Known:
-    return value if isinstance(value, _Known) else _Known(constant(value), np.asarray(value))
+    if isinstance(value, _Known):
+        return value
+    return _Known(constant(value), None if _is_key(value) else np.asarray(value))
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def _numbered(numbers: dict[Any, int], key: Any) -> int:

@@ -80,6 +80,18 @@ def test_signs_of_what_is_given_count():
     assert not of(f).convex and not of(f, constant(np.array([1.0, -1, 1]))).convex
 
 
+def test_keys_are_constants():
+    """The draws of `data.Keyed` hold keys, which are no arrays of numpy's."""
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def f(y, x):
+        shifts = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+        return jnp.mean(jax.vmap(lambda shift: jnp.sum((y - shift) ** 2))(shifts))
+
+    assert of(f).convex
+    assert of(f, constant(keys)).convex
+
+
 def test_one_body_called_with_two_arguments_is_two_values():
     inner = jax.jit(lambda y: jax.nn.softplus(y))
     assert not of(lambda y, x: jnp.sum(inner(y) * inner(-y))).convex

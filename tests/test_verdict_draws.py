@@ -104,9 +104,7 @@ def right(source):
     return drawn(lambda x, y: jnp.sum((y - 1) ** 2 + 0.1 * x**2), lambda x, y: jnp.sum((y - x) ** 2), source)
 
 
-@pytest.mark.parametrize(
-    "source", ["noiseless", "noisy", *(pytest.param(s, marks=pytest.mark.slow) for s in ("keyed", "shared"))]
-)
+@pytest.mark.parametrize("source", ["noiseless", "noisy", "keyed", pytest.param("shared", marks=pytest.mark.slow)])
 def test_a_right_end_is_let_stand_and_the_sampling_error_is_said(x64, source):
     at = jnp.full(1, 10 / 11)
     found = certify(right(source), at, at, (at + 1, at + 1), Result.CONVERGED, {}, 1e-2)
