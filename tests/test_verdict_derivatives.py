@@ -92,6 +92,9 @@ def test_differences_are_believed_where_they_agree():
         (lambda s: 0.0, 3.0, True),
         (lambda s: 0.0, 0.0, False),
         (lambda s: max(s, 0.0), 0.0, False),  # kinks, at which a slope is that of no side
+        (lambda s: max(3 * s, 3.4 * s), 3.4, False),
+        (lambda s: max(3 * s, 3.4 * s), 3.2, False),
+        (lambda s: max(3 * s, 3.4 * s), 4.0, True),
         (lambda s: np.sqrt(abs(s)), 1e8, False),
         (lambda s: np.tanh(1e5 * s), 1e5, False),  # and what is shorter than the differences
         (lambda s: np.floor(s + 1e-9), 0.0, False),

@@ -189,8 +189,10 @@ def untrue(changes: np.ndarray, told: np.ndarray, sizes: np.ndarray, least: Any)
     most = lambda a, b: np.maximum(np.abs(a), np.abs(b))  # noqa: E731
     with np.errstate(all="ignore"):
         rate = (up + down) / 2 / sizes
-        smooth = np.abs(up - down) <= 0.5 * most(up, down)  # at a kink they are opposite
-        off = (np.abs(rate - told) > 0.05 * most(rate, told)) & (np.abs(rate - told) * sizes > least)
+        smooth = np.abs(up - down) <= 0.5 * most(up, down)  # at an edge they are opposite
+        # At a kink a derivative is that of one side, or between both.
+        outside = np.maximum(np.minimum(up, down) / sizes - told, told - np.maximum(up, down) / sizes)
+        off = (outside > 0.05 * most(rate, told)) & (outside * sizes > least)
         steady = np.abs(rate[1:] - rate[:-1]) <= 0.02 * most(rate[1:], rate[:-1])
     found = smooth & off
     return (found[1:] & found[:-1] & steady).any(axis=(0, 1))
