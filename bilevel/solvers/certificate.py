@@ -96,6 +96,8 @@ _RUNAWAY = 1e10
 """How far x is from zero at most, in units that it had at the start."""
 _NEAR, _FAR, _WAYS = (1e-2, 1e-1), (1.0, 4.0, 16.0, 64.0, 256.0), (1.0, 4.0)
 """How far x is moved, in its own units: nearby, far along each of few coordinates, and far of many."""
+_BETWEEN, _ACROSS = (0.35, 0.7, 2.0), 9
+"""And of one or two coordinates besides; and the places across a box."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -722,8 +724,10 @@ def _elsewhere(
             reached = program.trees(min(points, key=lambda xy: program(program.point(xy)).F))
         # In units of its own: in those of this end its lower level may be solved nowhere, and a start stand for it.
         there = lower_verified(program.problem, *reached)
-        # To the search's tolerance: F is taken at the exact lower solution.
-        fall = upper_loss - program.losses(*reached)[0] - max(there.loss_change, 0.0) if there.gap <= 1e-5 else 0.0
+        # To the search's tolerance, or as far as the lower solution was rounded: F is taken at the exact one.
+        lower = upper_loss - program.losses(*reached)[0]
+        close = there.gap <= 1e-5 or (there.gap <= 0.1 and abs(there.loss_change) <= 1e-3 * lower)
+        fall = lower - max(there.loss_change, 0.0) if close else 0.0
     found["far"], found["beaten"] = max(fall, 0.0) / program.upper_scale, max(fall, 0.0)
     if reached is not None and _felt(program, program.start, program.scaled(*reached), start):
         found["far"] = max(found["far"], share(fall, progress))
@@ -735,15 +739,22 @@ def _far_along_coordinates(program: Program, loss: float) -> list[np.ndarray]:
     flat in pieces is seen by a search with derivatives."""
     n, k = program.n, program.n + program.m
     found: list[np.ndarray] = []
+    low, high = program.own_lower[:k], program.own_upper[:k]
     with program.precision():
-        for j, sign, size in itertools.product(range(n), (1.0, -1.0), _FAR):
-            xy = program.start.copy()
-            xy[j] += sign * size
-            xy = np.clip(xy, program.own_lower[:k], program.own_upper[:k])
-            for point in solve_lower(program, xy, [xy[n:]]).points[:1]:
-                at = program(program.point(point))
-                if program.violation(at) <= FEASIBLE and loss > at.F:
-                    loss, found = at.F, [point]
+        for j in range(n):
+            here = program.start[j]
+            ways = [sign * size for sign in (1.0, -1.0) for size in (_BETWEEN + _FAR if n <= 2 else _FAR)]
+            places = {min(max(here + way, low[j]), high[j]) for way in ways}
+            if n <= 2 and np.isfinite(high[j] - low[j]):
+                places |= set(np.linspace(low[j], high[j], _ACROSS))
+            for place in sorted(places - {here}):
+                xy = program.start.copy()
+                xy[j] = place
+                xy = np.clip(xy, low, high)
+                for point in solve_lower(program, xy, [xy[n:]]).points[:1]:
+                    at = program(program.point(point))
+                    if program.violation(at) <= FEASIBLE and loss > at.F:
+                        loss, found = at.F, [point]
     return found
 
 
