@@ -672,7 +672,13 @@ class Program:
         if not (first > IRREGULAR * last).any():
             return length
         table = np.stack([first, *(secants(size) for size in sizes[1:-1]), last])
-        rounding = [1e-12 * np.linalg.norm(slope) / sizes[-1] for slope in here]
+        # A slope that is nearly zero is a sum of terms that are not, and rounded as these are.
+        terms = np.linalg.norm(np.abs(jacobian[r, :k]) @ np.abs(xy))
+        parts = [np.linalg.norm(slope) for slope in here]
+        of_terms = (parts[0] + parts[1], parts[1], parts[2] + 1e-2 * terms)
+        rounding = [
+            1e-12 * max(part, sizes[0] * change) / sizes[-1] for part, change in zip(of_terms, first, strict=True)
+        ]
         for column, least in zip(table.T, rounding, strict=True):
             near = column[-1]
             # Of a power there is no slope nearby: it is none at every length.
