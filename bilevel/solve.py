@@ -238,7 +238,9 @@ def solve(
         # What was seen to lie lower is where to begin: from the start the other solver may end at the same point.
         begin = certificate.better if solution.result is Result.LOCAL and certificate.better is not None else (x, y)
         second = again(problem, *begin, again_with, why)
-        return second if second.result is Result.CONVERGED else solution
+        if second.result is not Result.CONVERGED:
+            return solution
+        return _held_against(second, solution) if begin[0] is not x else second
     # The same solver, from where the certificate found a lower F; one that can be sent there has been.
     for _ in range(0 if hasattr(solver, "towards") else _LEADS):
         if certificate.better is None or solution.result not in _FALLING:
@@ -246,6 +248,18 @@ def solve(
         second = again(problem, *certificate.better, solver, f"{name_of(solver)} from a point with a lower F")
         solution, certificate = second, second.certificate or certificate
     return solution
+
+
+def _held_against(second: Solution[X, Y], first: Solution[X, Y]) -> Solution[X, Y]:
+    """The second run, which began at a point that the first one's certificate found; LOCAL where it left that again."""
+    ended, before = (run.history.last().get("upper_loss", np.nan) for run in (second, first))
+    known = first.certificate.measures.get("beaten", 0.0) if first.certificate else 0.0
+    if not float(ended) > float(before) - 0.9 * known:
+        return second
+    by = float(ended) - (float(before) - known)
+    why = f"Another x, further away, has an upper loss smaller by {by:.2g}: this is a local solution."
+    logger.warning("%s", why)
+    return dataclasses.replace(second, result=Result.LOCAL, reason=f"{second.reason} {why}".strip())
 
 
 def _settle(

@@ -211,9 +211,9 @@ def test_batches_have_cotangents_too(x64):
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)))
 
     def of(scale):
-        pool = data.Minibatches(scale * rows, 4)
+        pools = (data.Minibatches(scale * rows, 4) for _ in range(2))
         drawn = Problem(
-            lambda x, y, b: jnp.mean((y - b) ** 2) + x @ x, lambda x, y, b: jnp.mean((y - x * b) ** 2), pool, pool
+            lambda x, y, b: jnp.mean((y - b) ** 2) + x @ x, lambda x, y, b: jnp.mean((y - x * b) ** 2), *pools
         )
         state, _ = run(drawn, solvers.TruncatedITD(4, 2, 0.1, 0.1), jnp.array([0.3, 0.7]), jnp.zeros(2), 2)
         return jnp.sum(jnp.sin(state.x))

@@ -95,8 +95,8 @@ _RUNAWAY = 1e10
 """How far x is from zero at most, in units that it had at the start."""
 _NEAR, _FAR, _WAYS = (1e-2, 1e-1), (1.0, 4.0, 16.0, 64.0, 256.0), (1.0, 4.0)
 """How far x is moved, in its own units: nearby, far along each of few coordinates, and far of many."""
-_BETWEEN, _ACROSS = (0.35, 0.7, 2.0), 9
-"""And of one or two coordinates besides; and the places across a box."""
+_BETWEEN, _ACROSS, _TRIED = (0.35, 0.7, 2.0), 9, 3
+"""And of one or two coordinates besides; the places across a box; and how many points with a lower F are looked at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -717,16 +717,19 @@ def _elsewhere(
     points = [] if best is None else [best.xy]
     if program.n <= _FEW:
         points += _far_along_coordinates(program, upper_loss / program.upper_scale)
+    with program.precision():
+        points.sort(key=lambda xy: program(program.point(xy)).F)
+        tries = [program.trees(xy) for xy in points[:_TRIED]]
     fall, reached = 0.0, None
-    if points:
-        with program.precision():
-            reached = program.trees(min(points, key=lambda xy: program(program.point(xy)).F))
+    for reached in tries:
         # In units of its own: in those of this end its lower level may be solved nowhere, and a start stand for it.
         there = lower_verified(program.problem, *reached)
         # To the search's tolerance, or as far as the lower solution was rounded: F is taken at the exact one.
         lower = upper_loss - program.losses(*reached)[0]
         close = there.gap <= 1e-5 or (there.gap <= 0.1 and abs(there.loss_change) <= 1e-3 * lower)
         fall = lower - max(there.loss_change, 0.0) if close else 0.0
+        if fall > 0:
+            break
     found["far"], found["beaten"] = max(fall, 0.0) / program.upper_scale, max(fall, 0.0)
     if reached is not None and _felt(program, program.start, program.scaled(*reached), start):
         found["far"] = max(found["far"], share(fall, progress))
@@ -734,8 +737,8 @@ def _elsewhere(
 
 
 def _far_along_coordinates(program: Program, loss: float) -> list[np.ndarray]:
-    """The lower solution with the lowest F, below `loss`, of x moved along each coordinate: nothing of a loss that is
-    flat in pieces is seen by a search with derivatives."""
+    """The lower solutions with an F below `loss` of x moved along each coordinate: nothing of a loss that is flat in
+    pieces is seen by a search with derivatives."""
     n, k = program.n, program.n + program.m
     found: list[np.ndarray] = []
     low, high = program.own_lower[:k], program.own_upper[:k]
@@ -753,7 +756,7 @@ def _far_along_coordinates(program: Program, loss: float) -> list[np.ndarray]:
                 for point in solve_lower(program, xy, [xy[n:]]).points[:1]:
                     at = program(program.point(point))
                     if program.violation(at) <= FEASIBLE and loss > at.F:
-                        loss, found = at.F, [point]
+                        found.append(point)
     return found
 
 
