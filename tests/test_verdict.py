@@ -451,3 +451,20 @@ def test_a_run_with_steps_left_gets_the_same_verdict_from_fewer_solves(x, result
     assert [end.result for end in ends] == [result, result]
     assert ends[0].unsettled is (result is Result.NOT_STATIONARY)
     assert counts[0] < counts[1] if result is Result.NOT_STATIONARY else counts[0] > counts[1]
+
+
+@pytest.mark.parametrize("rows", ["constraint", "upper_constraint"])
+def test_a_row_whose_slope_vanishes_where_it_is_met_is_named_with_its_cure(rows):
+    """z^2 <= 0 holds at z = 0 alone, and has no multiplier there."""
+    problem = Problem(
+        lambda x, y: jnp.sum((y - 1) ** 2) + 0.1 * jnp.sum(x**2),
+        lambda x, y: jnp.sum((y - x) ** 2),
+        **{rows: (lambda x, y: y**2) if rows == "constraint" else (lambda x, y: x**2)},
+    )
+    found = solve(problem, jnp.full(1, 0.5), jnp.full(1, 0.5), steps=2000, tol=1e-4, progress=False)
+    assert found.result is Result.INFEASIBLE
+    assert "its slope vanishes where it is met, as that of z^2 <= 0 does, and it has no multiplier" in found.reason
+    empty = Problem(problem.upper, problem.lower, **{rows: lambda x, y: jnp.concatenate([x, 1 - x, y, 1 - y])})
+    other = solve(empty, jnp.full(1, 0.5), jnp.full(1, 0.5), steps=2000, tol=1e-4, progress=False)
+    assert other.result is Result.INFEASIBLE
+    assert "slope vanishes" not in other.reason

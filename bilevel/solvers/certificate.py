@@ -47,6 +47,7 @@ from bilevel.solvers._draws import Fixed, fixed_draws
 from bilevel.solvers._units import (
     AWAY,
     FELT,
+    SHORTER_WAYS,
     Units,
     changes,
     left_of,
@@ -91,6 +92,8 @@ _STEADY = 1e-4
 """By how much of a unit a little of F beside f changes F at most, where what it does elsewhere says something."""
 _APART = 0.1
 """How far from y, in units, a lower minimiser is at least that is another one, where f is strongly convex around y."""
+_NOTHING = 1e-5
+"""The violation of a row, in the units of the start, that is none."""
 _RUNAWAY = 1e10
 """How far x is from zero at most, in units that it had at the start."""
 _NEAR, _FAR, _WAYS = (1e-2, 1e-1), (1.0, 4.0, 16.0, 64.0, 256.0), (1.0, 4.0)
@@ -159,6 +162,12 @@ def verdict(
     bias, capped = metrics.get("bias", 0.0), metrics.get("multiplier_at_cap", 0.0)
     change, penalised = get("polished_change"), "penalty" in metrics
     undecided = above("gain", margin, "noise_upper")
+    vanishing = (
+        " By what it was at the start that is nothing: its slope vanishes where it is met, as that of z^2 <= 0 does, "
+        "and it has no multiplier. Write z = 0."
+        if get("vanishing")
+        else ""
+    )
     convex = _bend(found) == 1 and get("apart") < _APART  # else the other y is in another valley
     settled = (
         result is Result.MAX_STEPS
@@ -190,13 +199,13 @@ def verdict(
             above("upper_violation", feasible),
             _ANY,
             Result.INFEASIBLE,
-            f"A constraint of the upper level is broken by {get('upper_violation'):.2g} (scaled rows).",
+            f"A constraint of the upper level is broken by {get('upper_violation'):.2g} (scaled rows)." + vanishing,
         ),
         (
             above("violation", 10 * feasible),
             _LIVE,
             Result.INFEASIBLE,
-            f"y breaks a constraint of the lower level by {get('violation'):.2g} (scaled rows).",
+            f"y breaks a constraint of the lower level by {get('violation'):.2g} (scaled rows)." + vanishing,
         ),
         (
             not found.get("bounded", 1.0),
@@ -453,6 +462,8 @@ def _looked(end: _End, unchecked: tuple[str, ...] | None, sampled: dict[str, flo
     units, at, progress, found = _measured(problem, x, y, start, curved)
     ends = ends_of_spectrum(found.pop("curvature")) if curved else None
     numbers = _noisier({name: float(value) for name, value in found.items()} | _in_units(units), sampled)
+    if not end.judged:
+        numbers.pop("untrue", None)
     if ends is not None:
         numbers["curvature_least"], numbers["curvature_greatest"] = ends
     better = None
@@ -498,11 +509,10 @@ def _measured(
     ruled = any(map(_has_rules, of_losses(problem, x, y)))
     at, here, changed, found = _examined(problem, lengths, x, y, away, curved=curved, ruled=ruled)
     of_upper, of_lower = map(np.asarray, changed)
-    if ruled:
-        short = jax.tree.map(lambda leaf: leaf[AWAY + 1 :], away)
-        slopes = zip(found.pop("slopes"), (short, short[1]), (of_upper, of_lower), here, strict=True)
-        free = problem.project_upper is None and problem.project_lower is None  # else the moves end elsewhere
-        wrong = [untrue_along(moved, slope, values[AWAY + 1 :], at) for slope, moved, values, at in slopes if free]
+    told = found.pop("told", (None, None))
+    if ruled and problem.project_upper is None and problem.project_lower is None:  # else the moves end elsewhere
+        of_moves = zip(told, (of_upper[AWAY + 1 :], of_lower[AWAY + 1 :]), here, strict=True)
+        wrong = [untrue_along(*of_loss) for of_loss in of_moves]
         found |= {"untrue": float(wrong.index(True) + 1)} if True in wrong else {}
     short = regular(lengths, back, here, (of_upper[AWAY + 1 :], of_lower[AWAY + 1 :]))
     if short is None:
@@ -602,6 +612,10 @@ def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
         "polished_violation": lower.violation,
         "polished_change": lower.loss_change if lower.loss_change > lower.loss_gain else -lower.loss_gain,
     }
+    if max(lower.upper_violation, lower.violation) > max(end.asked, 1e-4):
+        with before.precision():
+            broken = before.violation(before(before.point(before.scaled(x, y))))
+        found["vanishing"] = float(broken <= _NOTHING)
     if lower.better is not None:
         found["apart"] = float(np.abs(program.scaled(x, lower.better) - program.scaled(x, y)).max(initial=0.0))
     with program.precision():
@@ -798,8 +812,8 @@ def _examined(
     curved: bool,
     ruled: bool,
 ) -> tuple[tuple[PyTree, PyTree], tuple[Scalar, Scalar], tuple[jax.Array, jax.Array], dict[str, Any]]:
-    """The point in units of x and y, what `changes` returns, and what is seen without a solve; `ruled`: with F's
-    gradient, and f's in y."""
+    """The point in units of x and y, what `changes` returns, and what is seen without a solve; `ruled`: with what
+    the gradients of F, and of f in y, say of some moves."""
     here, changed = changes(problem, x, y, *away)
     u, w = times(1 / lengths[0], x), times(1 / lengths[1], y)
     above, below = normalised(problem, Units(*lengths, 1.0, 1.0, *here))
@@ -819,7 +833,11 @@ def _examined(
         found["curvature"] = lower_curvature(problem, x, y)
     if ruled:
         upper, lower = problem.full_levels()
-        found["slopes"] = jax.grad(upper, (0, 1))(x, y), jax.grad(lower, 1)(x, y)
+        ways = jax.tree.map(lambda leaf: leaf[AWAY + 1 :][SHORTER_WAYS], away)
+        along = lambda moves, slope: sum(  # noqa: E731
+            jnp.tensordot(way, leaf, leaf.ndim) for way, leaf in zip(*map(jax.tree.leaves, (moves, slope)), strict=True)
+        )
+        found["told"] = along(ways, jax.grad(upper, (0, 1))(x, y)), along(ways[1], jax.grad(lower, 1)(x, y))
     return (u, w), here, changed, found
 
 
