@@ -180,7 +180,7 @@ def moved_away(problem, by):
 @pytest.mark.parametrize(
     "name",
     [
-        "concave_between_rows", "unequal_units",
+        "concave_between_rows", "unequal_units", "kink_to_pass",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (

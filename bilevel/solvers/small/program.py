@@ -547,10 +547,22 @@ class Program:
                 lengths, cut = self._block_lengths(xy, low, high, block, at, signs * own, along_y)
             if found and cut < 1:  # what x is not moved by, y does not answer to
                 answers = _answers(at[1][self._slices[-1], n:k], at[1][self._slices[-1], :n])
+                if not at[1][self._slices[-1], n:k].any():
+                    answers = self._held(at[1])
                 if answers is not None and (far := np.abs(answers) @ (lengths * weights)).any():
                     found[0] = found[0] * min(1.0, max(cut, float(np.max(far / found[0]))))
             found.append(lengths * weights)
         return found[::-1], common
+
+    def _held(self, jacobian: np.ndarray) -> np.ndarray:
+        """How far y goes at most with each coordinate of x where f is affine in it, so that rows alone hold it."""
+        _, _, _, _, g, h, _ = self._slices
+        of_x, of_y = (
+            np.abs(jacobian[np.r_[g, h]])[:, part] for part in (slice(0, self.n), slice(self.n, self.n + self.m))
+        )
+        with np.errstate(all="ignore"):
+            ratios = of_x[:, None, :] / of_y[:, :, None]
+        return np.where(np.isfinite(ratios), ratios, 0.0).max(axis=0, initial=0.0)
 
     def _weights(
         self, xy: np.ndarray, low: np.ndarray, high: np.ndarray, block: slice, length: float, y: list[np.ndarray]
