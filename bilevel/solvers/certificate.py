@@ -679,10 +679,12 @@ def _runaway(program: Program, x: PyTree, y: PyTree, size: float) -> float:
             if size <= _RUNAWAY and (further != times * xy)[: program.n].any():
                 return 0.0
             found = solve_lower(program, further, [further[program.n :], xy[program.n :]])
-            there = program(program.point(found.points[0])).F if found.points else np.inf
-            if not last - there > (0.0 if size > _RUNAWAY else 0.5 * abs(last)):
+            there = program(program.point(found.points[0])) if found.points else None
+            if there is None or (size <= _RUNAWAY and program.violation(there) > FEASIBLE):
                 return 0.0
-            last = there
+            if not last - there.F > (0.0 if size > _RUNAWAY else 0.5 * abs(last)):
+                return 0.0
+            last = there.F
         return size
 
 

@@ -41,6 +41,7 @@ _NO_LENGTH = 1e6
 """By how much lengths of a variable differ that are not both lengths."""
 _SHORTER = 13
 """How many lengths are tried over which slopes are of the order of those nearby, each a quarter of the one before."""
+_EPS = np.finfo(float).eps
 _NEARBY = np.array([1e-3, 1e-3 / 16])
 """Steps at which differences are taken, in units."""
 _TIGHT = 1e-9
@@ -685,12 +686,9 @@ class Program:
             return length
         table = np.stack([first, *(secants(size) for size in sizes[1:-1]), last])
         # A slope that is nearly zero is a sum of terms that are not, and rounded as these are.
+        of_x, of_y, of_f = (float(np.linalg.norm(slope)) for slope in here)
         terms = np.linalg.norm(np.abs(jacobian[r, :k]) @ np.abs(xy))
-        parts = [np.linalg.norm(slope) for slope in here]
-        of_terms = (parts[0] + parts[1], parts[1], parts[2] + 1e-2 * terms)
-        rounding = [
-            1e-12 * max(part, sizes[0] * change) / sizes[-1] for part, change in zip(of_terms, first, strict=True)
-        ]
+        rounding = np.array([1e-12 * (of_x + of_y), 1e-12 * of_y, 1e-12 * of_f + _EPS * terms]) / sizes[-1]
         for column, least in zip(table.T, rounding, strict=True):
             near = column[-1]
             # Of a power there is no slope nearby: it is none at every length.
