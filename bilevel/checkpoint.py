@@ -44,7 +44,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["CheckpointError", "Checkpoints", "excerpt", "fingerprint", "placed"]
+__all__ = ["CheckpointError", "Checkpoints", "excerpts", "fingerprint", "placed"]
 
 logger = logging.getLogger("bilevel")
 
@@ -193,10 +193,9 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> list[str]:
                 found.append(f"{array} has changed: the checksum of its contents was {old}, is now {new}")
         else:
             old, new = ("absent" if text is None else text for text in (old, new))
-            same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
-            start = max(0, same - 30)
+            old, new = excerpts(old, new)
             name = f"the {name}" if name in dtypes else name
-            found.append(f"{name.removesuffix(' array')} was {excerpt(old, start)}, is now {excerpt(new, start)}")
+            found.append(f"{name.removesuffix(' array')} was {old}, is now {new}")
     return found
 
 
@@ -205,11 +204,17 @@ def _number(text: str | None) -> str | None:
     return text if text is None else re.sub(r"(?<![\w.])(-?\d+)\.0(?!\d)", r"\1", text)
 
 
-def excerpt(text: str, start: int) -> str:
-    """The text, or of a long one (an optax chain) what stands where it differs from the other."""
-    if len(text) <= 100:
-        return text
-    return ("..." if start else "") + text[start : start + 100] + ("..." if start + 100 < len(text) else "")
+def excerpts(old: str, new: str) -> tuple[str, str]:
+    """Two texts, or of long ones (an optax chain) what stands where they differ."""
+    same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+    start = max(0, same - 30)
+
+    def cut(text: str) -> str:
+        if len(text) <= 100:
+            return text
+        return ("..." if start else "") + text[start : start + 100] + ("..." if start + 100 < len(text) else "")
+
+    return cut(old), cut(new)
 
 
 # ---------------------------------------------------------------- the directory

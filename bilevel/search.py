@@ -26,7 +26,7 @@ import numpy as np
 
 from bilevel._arguments import explained, explained_class
 from bilevel.captures import Captured, Functions, described, described_apart, taken
-from bilevel.checkpoint import CheckpointError, excerpt
+from bilevel.checkpoint import CheckpointError, excerpts
 from bilevel.history import History
 from bilevel.keys import as_step_key
 from bilevel.lower import LevenbergMarquardt
@@ -559,9 +559,8 @@ class _Log:
         always = [name for name in self.run if "'s " not in name or name.startswith("proposer")]
         names = [*always, *(name for name in self.run if name not in always and name in then)]
         if differ := [name for name in names if then.get(name) != self.run[name]]:
-            name, (old, new) = differ[0], (then.get(differ[0]), self.run[differ[0]])
-            same = next((i for i, (a, b) in enumerate(zip(str(old), str(new), strict=False)) if a != b), 0)
-            old, new = (excerpt(str(text), max(0, same - 30)) for text in (old, new))
+            name = differ[0]
+            old, new = excerpts(str(then.get(name)), str(self.run[name]))
             raise CheckpointError(
                 f"{self.path} belongs to another run: its {name} is {old} and this run's {new}. Give search another "
                 f"folder, or the same {name}."
