@@ -433,9 +433,9 @@ class _Moved(_Run):
             first, last = self._steps_of(k)
 
             def again(t: Any, carry: Any) -> Any:
-                state, between = carry
-                between = _written(between, t - first, state)
-                return self.moved(t, *state, active, passive, _row(gradients, t)), between
+                (floats, others), between = carry
+                between = _written(between, t - first, (floats, others))
+                return self.moved(t, floats, others, active, passive, _row(gradients, t)), between
 
             state, between = jax.lax.fori_loop(first, last - 1, again, (_row(states, k), carry[0]))
             between = _written(between, last - 1 - first, state)
