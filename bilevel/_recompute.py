@@ -26,15 +26,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Literal
 
-from bilevel._traces import equations
+from bilevel._traces import applied, equations
 from bilevel.typing import PyTree
 
 __all__ = ["Schedule", "alone", "even", "gradients_kept", "noted", "repeated", "schedule", "split"]
 
 _GRADIENT = "bilevel gradient"
 _LARGE = 2**20  # numbers in all states of a run
-_LONGEST = 32  # steps between kept states, about: more saves little memory, and leaves caches
+_LONGEST = 16  # steps between kept states, about: more saves little memory, and leaves caches
 
 
 class Schedule(NamedTuple):
@@ -143,18 +144,11 @@ def repeated(
     """
     state = jax.tree.map(_strong, state)
     floats, others, join = split(state)
-
-    def flat(i: Any, floats: list[Any], others: list[Any]) -> tuple[list[Any], list[Any]]:
-        return split(_stepped(body, join(floats, others), i))[:2]
-
-    # What the body captures must be an argument: a custom derivative sees nothing else.
-    traced = jax.make_jaxpr(flat)(jnp.int32(0), floats, others)
-    captured = dict(enumerate(traced.consts))
-    active = {i: c for i, c in captured.items() if jnp.issubdtype(jnp.result_type(c), jnp.inexact)}
+    traced, active, passive = _flattened(body, floats, others, join)
     leaves, structure = jax.tree.flatten(beside)
     places = [next((i for i, c in active.items() if c is leaf), None) for leaf in leaves]
-    run = _Run(traced.jaxpr, len(floats), schedule(steps, keep), keep, frozenset(i for i in places if i is not None))
-    *end, through = run(floats, others, active, {i: c for i, c in captured.items() if i not in active})
+    run = _Again(traced.jaxpr, len(floats), schedule(steps, keep), keep, frozenset(i for i in places if i is not None))
+    *end, through = run(floats, others, active, passive)
     given = [leaf if i is None else through[i] for i, leaf in zip(places, leaves, strict=True)]
     return join(*end), jax.tree.unflatten(structure, given)
 
@@ -193,40 +187,43 @@ def gradients_kept(body: Callable[[PyTree, jax.Array], PyTree], state: PyTree, s
     """`for i in range(steps): state = body(state, i)`, of which reverse mode computes no gradient again.
 
     Kept are the gradients that the body has `noted`, and the states between the steps; where these are large, every
-    K-th alone, K about sqrt(steps) or 32: those between are steps along the gradients that are there. With y and
+    K-th alone, K about sqrt(steps) or 16: those between are moved along the gradients that are there. With y and
     Adam's two moments as state that is little more than one copy of y per step, and not three. Where a body notes
     nothing all states are kept, and each step is computed again.
 
-    The numbers are those of `repeated` to rounding (a processor may contract a move along a kept gradient otherwise);
-    what is captured has a sum over the steps as its cotangent, which is added up stretch by stretch where the states
-    are large.
+    The numbers are those of `repeated` to rounding: a processor may contract a move along a kept gradient otherwise.
     """
     state = jax.tree.map(_strong, state)
-    leaves, structure = jax.tree.flatten(state)
-    flat = lambda i, leaves: jax.tree.leaves(_stepped(body, jax.tree.unflatten(structure, leaves), i))  # noqa: E731
-    traced = jax.make_jaxpr(flat)(jnp.int32(0), leaves)
-    notes = any(
-        equation.primitive.name == "name" and equation.params["name"] == _GRADIENT
-        for equation in equations(traced.jaxpr)
-    )
-    keep = jax.checkpoint_policies.save_only_these_names(_GRADIENT)
-    kept = functools.partial(jax.checkpoint, prevent_cse=False, policy=keep)
+    floats, others, join = split(state)
+    traced, active, passive = _flattened(body, floats, others, join)
+    seen = sum(map(_is_note, traced.jaxpr.eqns))
+    if not seen or seen < sum(map(_is_note, equations(traced.jaxpr))):  # or within a loop of the step's own
+        return repeated(body, state, steps, steps)[0]
+    large = steps * sum(leaf.size for leaf in (*floats, *others)) > _LARGE
+    length = even(steps, min(math.sqrt(steps), _LONGEST)) if large else 1
+    *end, _ = _Moved(traced.jaxpr, len(floats), steps, length)(floats, others, active, passive)
+    return join(*end)
 
-    def step(state: list[Any], i: jax.Array) -> tuple[list[Any], None]:
-        return alone(jax.core.eval_jaxpr(traced.jaxpr, traced.consts, i, *alone(state))), None
 
-    def stretch(state: list[Any], over: jax.Array) -> tuple[list[Any], None]:
-        return jax.lax.scan(kept(step), state, over)
+def _flattened(
+    body: Callable[[PyTree, jax.Array], PyTree], floats: list[Any], others: list[Any], join: Any
+) -> tuple[Any, dict[int, Any], dict[int, Any]]:
+    """A step's trace, and what it captures by number: what has a derivative, and the rest.
 
-    over = jnp.arange(steps, dtype=jnp.int32)
-    if notes and steps * sum(leaf.size for leaf in leaves) > _LARGE:
-        length = even(steps, min(math.sqrt(steps), _LONGEST))
-        rest = steps % length
-        leaves = stretch(leaves, over[:rest])[0] if rest else leaves
-        leaves, _ = jax.lax.scan(kept(stretch), leaves, over[rest:].reshape(-1, length))
-    else:
-        leaves, _ = stretch(leaves, over)
-    return jax.tree.unflatten(structure, leaves)
+    What the body captures must be an argument: a custom derivative sees nothing else.
+    """
+
+    def flat(i: Any, floats: list[Any], others: list[Any]) -> tuple[list[Any], list[Any]]:
+        return split(_stepped(body, join(floats, others), i))[:2]
+
+    traced = jax.make_jaxpr(flat)(jnp.int32(0), floats, others)
+    captured = dict(enumerate(traced.consts))
+    active = {i: c for i, c in captured.items() if jnp.issubdtype(jnp.result_type(c), jnp.inexact)}
+    return traced, active, {i: c for i, c in captured.items() if i not in active}
+
+
+def _is_note(equation: Any) -> bool:
+    return equation.primitive.name == "name" and equation.params["name"] == _GRADIENT
 
 
 class _Run:
@@ -236,9 +233,8 @@ class _Run:
     Those with a number in `through` are returned too.
     """
 
-    def __init__(self, jaxpr: Any, floats: int, plan: Schedule, keep: int, through: frozenset[int]) -> None:
-        self.jaxpr, self.floats, self.plan, self.keep, self.through = jaxpr, floats, plan, keep, through
-        self.count = len(plan.begin)
+    def __init__(self, jaxpr: Any, floats: int, count: int, through: frozenset[int] = frozenset()) -> None:
+        self.jaxpr, self.floats, self.count, self.through = jaxpr, floats, count, through
 
     def step(self, t: Any, floats: Any, others: Any, active: Any, passive: Any) -> tuple[Any, Any]:
         both = active | passive
@@ -276,7 +272,7 @@ class _Run:
     # Two loops of a length that is known in their tables alone: their own derivatives are those of plain scans.
 
     def sweep(self, *given: Any) -> tuple[Any, Any]:
-        """The end of the loop, and the states that its schedule keeps."""
+        """The end of the loop, and what is kept for the way back."""
         sweep = jax.custom_jvp(self._sweep)
 
         @sweep.defjvp
@@ -320,6 +316,24 @@ class _Run:
         return of_state, jax.tree.map(jnp.add, so_far, of_captured)
 
     def _sweep(self, *given: Any) -> tuple[Any, Any]:
+        """The end of the loop, and what its backward pass needs."""
+        raise NotImplementedError
+
+    def _pullback(
+        self, floats: Any, others: Any, active: Any, passive: Any, kept: Any, cotangents: Any, so_far: Any
+    ) -> tuple[Any, Any]:
+        """The backward pass."""
+        raise NotImplementedError
+
+
+class _Again(_Run):
+    """The loop with the states of a schedule kept, and the others computed again."""
+
+    def __init__(self, jaxpr: Any, floats: int, plan: Schedule, keep: int, through: frozenset[int]) -> None:
+        super().__init__(jaxpr, floats, len(plan.begin), through)
+        self.plan, self.keep = plan, keep
+
+    def _sweep(self, *given: Any) -> tuple[Any, Any]:
         floats, others, active, passive = given
         state = floats, others
         kept = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.keep + 1, *leaf.shape)), state)
@@ -360,6 +374,114 @@ class _Run:
 
         state, kept, _ = jax.lax.fori_loop(rows[0], rows[1], row, (state, kept, jnp.asarray(at, jnp.int32)))
         return state, kept
+
+
+class _Moved(_Run):
+    """The loop with its gradients kept, and every `length`-th state: those between are moved along the gradients."""
+
+    def __init__(self, jaxpr: Any, floats: int, count: int, length: int) -> None:
+        super().__init__(jaxpr, floats, count)
+        self.length, self.stretches = length, -(-count // length)
+        self.notes = [equation.outvars[0] for equation in jaxpr.eqns if _is_note(equation)]
+
+    def of_step(self, wanted: Any, t: Any, state: Any, active: Any, passive: Any, gradients: Any = ()) -> list[Any]:
+        """Variables of a step's trace at a state, with gradients in the place of those that it notes."""
+        both = active | passive
+        consts = [both[i] for i in range(len(both))]
+        variables = (*self.jaxpr.constvars, *self.jaxpr.invars, *(self.notes if gradients else ()))
+        values = (*consts, jnp.asarray(t, jnp.int32), *state, *gradients)
+        return _computed(self.jaxpr, dict(zip(variables, values, strict=True)), wanted)
+
+    def moved(self, t: Any, floats: Any, others: Any, active: Any, passive: Any, gradients: Any) -> tuple[Any, Any]:
+        """The state after a step along gradients that are there."""
+        new = self.of_step(self.jaxpr.outvars, t, (*floats, *others), active, passive, gradients)
+        return new[: self.floats], new[self.floats :]
+
+    def _steps_of(self, stretch: Any) -> tuple[Any, Any]:
+        return stretch * self.length, jnp.minimum((stretch + 1) * self.length, self.count)
+
+    def _sweep(self, *given: Any) -> tuple[Any, Any]:
+        floats, others, active, passive = given
+        ends = len(self.jaxpr.outvars)
+        wanted = (*self.jaxpr.outvars, *self.notes)
+
+        def step(t: Any, carry: Any) -> Any:
+            (floats, others), gradients = carry
+            found = alone(self.of_step(wanted, t, alone((*floats, *others)), active, passive))
+            return (found[: self.floats], found[self.floats : ends]), _written(gradients, t, found[ends:])
+
+        def stretch(k: Any, carry: Any) -> Any:
+            state, states, gradients = carry
+            states = _written(states, k, state)
+            state, gradients = jax.lax.fori_loop(*self._steps_of(k), step, (state, gradients))
+            return state, states, gradients
+
+        state = list(floats), list(others)
+        states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.stretches, *leaf.shape)), state)
+        # Each of its own: of equal arrays XLA makes one, and copies it.
+        rows = [jnp.full((self.count, *v.aval.shape), i, v.aval.dtype) for i, v in enumerate(self.notes)]
+        end, *kept = jax.lax.fori_loop(0, self.stretches, stretch, (state, states, rows))
+        return end, kept
+
+    def _pullback(
+        self, floats: Any, others: Any, active: Any, passive: Any, kept: Any, cotangents: Any, so_far: Any
+    ) -> tuple[Any, Any]:
+        states, gradients = kept
+
+        def stretch(k: Any, carry: Any) -> Any:
+            k = self.stretches - 1 - k
+            first, last = self._steps_of(k)
+
+            def again(t: Any, carry: Any) -> Any:
+                (floats, others), between = carry
+                between = _written(between, t - first, (floats, others))
+                return self.moved(t, floats, others, active, passive, _row(gradients, t)), between
+
+            state, between = jax.lax.fori_loop(first, last - 1, again, (_row(states, k), carry[0]))
+            between = _written(between, last - 1 - first, state)
+
+            def back(i: Any, carry: Any) -> Any:
+                of_state, of_captured = carry
+                t = last - 1 - i
+                floats, others = _row(between, t - first)
+
+                def move(floats: Any, active: Any, along: Any) -> Any:
+                    return self.moved(t, floats, others, active, passive, along)[0]
+
+                def gradient(floats: Any, active: Any) -> Any:
+                    return self.of_step(self.notes, t, (*floats, *others), active, passive)
+
+                *direct, of_gradient = jax.vjp(move, floats, active, _row(gradients, t))[1](of_state)
+                through = jax.vjp(gradient, floats, active)[1](of_gradient)
+                of_state, more = jax.tree.map(jnp.add, tuple(direct), through)
+                return of_state, jax.tree.map(jnp.add, of_captured, more)
+
+            return between, *jax.lax.fori_loop(0, last - first, back, carry[1:])
+
+        between = jax.tree.map(lambda rows: jnp.zeros((self.length, *rows.shape[1:]), rows.dtype), states)
+        return jax.lax.fori_loop(0, self.stretches, stretch, (between, cotangents, so_far))[1:]
+
+
+def _row(rows: PyTree, i: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), rows)
+
+
+def _written(rows: PyTree, i: Any, row: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, i, 0), rows, row)
+
+
+def _computed(jaxpr: Any, values: dict[Any, Any], wanted: Any) -> list[Any]:
+    """Variables of a trace from the values of others; what these make needless is not computed."""
+    needed, order = {v for v in wanted if not isinstance(v, Literal)} - values.keys(), []
+    for equation in reversed(jaxpr.eqns):
+        if needed.intersection(equation.outvars):
+            order.append(equation)
+            needed.update(v for v in equation.invars if not isinstance(v, Literal) and v not in values)
+    values, read = dict(values), lambda v: v.val if isinstance(v, Literal) else values[v]
+    for equation in reversed(order):
+        found = applied(equation, [read(v) for v in equation.invars])
+        values.update((v, new) for v, new in zip(equation.outvars, found, strict=True) if v not in values)
+    return [read(v) for v in wanted]
 
 
 def _is_primal(leaf: Any) -> bool:

@@ -43,7 +43,7 @@ class Unrolled:
       checkpoint: which states s_t = (y_t, moments) are kept in reverse mode:
 
             "all"      T of them and the T gradients; where they are large, the gradients and every K-th state (K
-                       about sqrt(T) or 32; those between are moved along the gradients again): no gradient twice
+                       about sqrt(T) or 16; those between are moved along the gradients again): no gradient twice
             "sqrt"     sqrt(2 T) of them: one more gradient per step
             "log"      log2(T) of them: a few more gradients per step (under 5 up to T = 100,000)
             a number   so many of the T, from 1 to T
