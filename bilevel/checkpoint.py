@@ -349,6 +349,7 @@ class Checkpoints:
         self.path = Path(directory).expanduser().absolute()
         self.fingerprint, self.keep = fingerprint, keep
         self._torn: set[int] = set()
+        self._beside: dict[str, np.ndarray] = {}  # of what was restored last
         _orbax()
         cure = "Give a directory that you may write to."
         if self.path.exists() and not self.path.is_dir():
@@ -403,6 +404,8 @@ class Checkpoints:
                 logger.warning("the checkpoint %s is torn and was skipped: %s", path, str(error)[:300])
                 self._torn.add(step)
                 continue
+            parts = zip(meta["leaves"], arrays, strict=True)
+            self._beside = {leaf["name"]: array for leaf, array in parts if leaf["part"] == "beside"}
             return step, self._state(path, meta, arrays, template), self._history(meta, arrays)
         else:
             if not found:
@@ -422,19 +425,33 @@ class Checkpoints:
         if jax.process_index() == 0 and self._is_ours(path):
             self._discard(path)
 
-    def save(self, step: int, state: Any, history: History) -> None:
+    def beside_of(self, template: Any) -> Any:
+        """What was saved beside the state that was restored last; None where it was of another form than this."""
+        paths, structure = jax.tree_util.tree_flatten_with_path(template)
+        names = [jax.tree_util.keystr(path) for path, _ in paths]
+        if sorted(names) != sorted(self._beside):
+            return None
+        leaves = [(self._beside[name], leaf) for name, (_, leaf) in zip(names, paths, strict=True)]
+        if any(shape_text(array) != shape_text(whole(leaf)) for array, leaf in leaves):
+            return None
+        return jax.tree_util.tree_unflatten(structure, [placed(array, leaf) for array, leaf in leaves])
+
+    def save(self, step: int, state: Any, history: History, beside: Any = ()) -> None:
         """Write a checkpoint, then drop all but the newest `keep`; a Ctrl-C is let through when that is done.
+
+        `beside` is what a run keeps that may go on without it: `beside_of` finds it again, where it is of that form.
 
         Raises:
           CheckpointError: it could not be written (a full disk, say). The older ones are as they were.
         """
         with _uninterrupted():
-            self._save(step, state, history)
+            self._save(step, state, history, beside)
 
-    def _save(self, step: int, state: Any, history: History) -> None:
+    def _save(self, step: int, state: Any, history: History, beside: Any) -> None:
         named = [
-            ("state", jax.tree_util.keystr(path), whole(leaf))
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+            (part, jax.tree_util.keystr(path), whole(leaf))
+            for part, tree in (("state", state), ("beside", beside))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         ]
         steps = history.steps
         for name in history:
@@ -589,7 +606,7 @@ class Checkpoints:
         return jax.tree_util.tree_unflatten(structure, [placed(stored[name], leaf) for name, leaf in wanted.items()])
 
     def _history(self, meta: dict[str, Any], arrays: list[np.ndarray]) -> History:
-        parts: dict[str, dict[str, np.ndarray]] = {"history": {}, "steps": {}, "state": {}}
+        parts: dict[str, dict[str, np.ndarray]] = {"history": {}, "steps": {}, "state": {}, "beside": {}}
         for leaf, array in zip(meta["leaves"], arrays, strict=True):
             parts[leaf["part"]][leaf["name"]] = array
         return History(parts["history"], parts["steps"])

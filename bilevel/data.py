@@ -125,10 +125,21 @@ def sample_count(arrays: PyTree, name: str) -> int:
     return count
 
 
+def _check_integer(owner: str, size: Any) -> None:
+    """Raise where a batch size is not a positive integer."""
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+        cure = "; several arrays go into one tuple, Minibatches((X, t), size)" if np.ndim(size) else ""
+        shown = f"array of shape {list(np.shape(size))}" if np.ndim(size) else repr(size)
+        raise ProblemError(f"{owner}(size={shown}): the batch size is a positive integer{cure}.")
+
+
 def _check_size(owner: str, size: Any, most: int, whose: str) -> None:
-    """Raise where a batch size (None: full batches) is not in 1..most."""
-    if size is not None and not 1 <= size <= most:
+    """Raise where a batch size (None: full batches) is not an integer in 1..most."""
+    if size is None:
+        return
+    if isinstance(size, (int, np.integer)) and not isinstance(size, bool) and not 1 <= size <= most:
         raise ProblemError(f"{owner}(size={size}): {whose} {most} samples; the batch size must lie in 1..{most}.")
+    _check_integer(owner, size)
 
 
 def _take(arrays: PyTree, rows: jax.Array) -> PyTree:
@@ -268,6 +279,9 @@ class Source:
     def check(self, name: str) -> None:
         """Raise where the data of this kind cannot be used, `name` being the argument they were given as."""
 
+    def asked(self, total: Any) -> None:
+        """Take note that a solve on one step's draws takes `total` of them, one after the other."""
+
     def example(self) -> PyTree:
         """A batch, to see its shapes."""
         return self.draw(as_step_key(0))
@@ -381,10 +395,7 @@ class Minibatches(Source):
     def __init__(self, arrays: PyTree, size: int, *, replace: bool = False, blocks: bool = False) -> None:
         arrays = as_arrays(arrays, "Minibatches' arrays")
         n = sample_count(arrays, "Minibatches' arrays")
-        if not isinstance(size, (int, np.integer)) or size < 1:
-            cure = "; several arrays go into one tuple, Minibatches((X, t), size)" if np.ndim(size) else ""
-            shown = f"array of shape {list(np.shape(size))}" if np.ndim(size) else repr(size)
-            raise ProblemError(f"Minibatches(size={shown}): the batch size is a positive integer{cure}.")
+        _check_integer("Minibatches", size)
         if size > n:
             raise ProblemError(
                 f"Minibatches(size={size}) exceeds the {n} samples: lower the size, or pass the arrays bare for full "
@@ -476,8 +487,8 @@ class Keyed(Source, leaves=("source",)):
             noise = jax.random.normal(key.random, features.shape)
 
     In the upper level `key.step` is the outer step; in the lower level it counts draws, outer steps times the lower
-    solver's steps. `key.random` is independent of the draw of the batch itself. All else is the wrapped source's: how
-    many samples there are, whether they are drawn, whose they are.
+    solver's steps. `key.random` is independent of the draw of the batch itself, and each of several agents or clients
+    has its own. All else is the wrapped source's: how many samples there are, whether they are drawn, whose they are.
 
     Args:
       source: arrays (a full batch), or any source that is drawn from in the compiled loop; None: a level without
@@ -514,11 +525,11 @@ class Keyed(Source, leaves=("source",)):
         return self.source.full(key), key.fold_in(Draw.KEYED)
 
     def draw_each(self, key: StepKey, who: jax.Array | None = None) -> PyTree:
-        """Each party's batch, and for each the key."""
-        batches = self.source.draw_each(key, who)
-        count = self.source.parties if who is None else len(who)
-        keys = jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape)), key.fold_in(Draw.KEYED))
-        return batches, keys
+        """Each party's batch, and for each a key of its own: what they draw by it is independent too."""
+        own = jnp.arange(self.source.parties) if who is None else jnp.asarray(who)
+        step = key.fold_in(Draw.KEYED)
+        keys = jax.vmap(lambda i: jax.tree.map(jnp.asarray, step.fold_in(i)))(own)
+        return self.source.draw_each(key, who), keys
 
     def describe(self) -> Description:
         """What is wrapped."""
@@ -816,7 +827,8 @@ class Stream(Source, leaves=None):
       iterable: an iterable of batches (pytrees of arrays, of torch or TensorFlow tensors, of tables): a list, a torch
         DataLoader, a tf.data.Dataset; or a function `start -> iterator` that begins at
         item `start` (a cheap skip on resume).
-      draws: items consumed per step, for solvers that draw several batches per step.
+      draws: items consumed per step, for solvers that draw several batches per step: a lower solver of n steps has an
+        item for each with `draws=n`, and a warning is given where it has fewer, and some of its steps the same one.
     """
 
     host, count = True, None  # type: ignore[assignment]
@@ -826,8 +838,11 @@ class Stream(Source, leaves=None):
             raise TypeError(
                 f"Stream needs an iterable of batches or a function start -> iterator, not {type(iterable).__name__}."
             )
-        if draws < 1:
-            raise ValueError(f"Stream(draws={draws}): at least one item per step is consumed.")
+        if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
+            raise ValueError(
+                f"Stream(draws={draws!r}): the number of items per step is a positive integer: at least one item per "
+                "step is consumed."
+            )
         self.iterable, self.draws = iterable, draws
 
     def items(self, start: int = 0) -> Iterator[PyTree]:
@@ -904,6 +919,15 @@ class Streamed(Source, leaves=("items",)):
 
     def __init__(self, items: PyTree, draws: int, whole: bool = False) -> None:
         self.items, self.draws, self.whole_stream = items, draws, whole
+
+    def asked(self, total: Any) -> None:
+        """Warn where a step asks for more draws than it has items."""
+        if isinstance(total, int) and total > self.draws and not self.whole_stream:
+            warnings.warn(
+                f"The lower solver takes {total} steps for each step of the run, and Stream(draws={self.draws}) has "
+                f"{self.draws} of its items for them, which come again: Stream(..., draws={total}) has one for each.",
+                stacklevel=2,
+            )
 
     def draw(self, key: StepKey) -> PyTree:
         """Item `key.step mod draws` of this step."""

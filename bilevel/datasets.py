@@ -556,6 +556,13 @@ def long_tail(labels: np.ndarray, ratio: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
+def spread(features: np.ndarray, middle: Any) -> np.ndarray:
+    """The root mean square of each feature around its middle; 1 where that is rounding beside the feature's size: a
+    constant has no spread."""
+    found = np.sqrt(np.mean((np.asarray(features, np.float64) - middle) ** 2, axis=0))
+    return np.where(found > 1e-10 * np.maximum(np.abs(features).max(0), 1e-300), found, 1.0)
+
+
 @explained
 def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     """Give each feature of `train` zero mean and unit variance, and apply the same map to `others`.
@@ -568,8 +575,9 @@ def standardise(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...
         The arrays in the order given, of their own floating dtype (float32 where they held integers). A feature that is
         constant in `train` is centred and not scaled.
     """
-    mean, deviation = np.mean(train, axis=0, dtype=np.float64), np.std(train, axis=0, dtype=np.float64)
-    scale = np.where(deviation > 0, deviation, 1)
+    train = np.asarray(train)
+    mean = np.mean(train, axis=0, dtype=np.float64)
+    scale = spread(train, mean)
 
     def apply(array: np.ndarray) -> np.ndarray:
         dtype = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype(np.float32)

@@ -54,10 +54,13 @@ class StepKey:
         """A PRNG key for `jax.random`, fresh at every step and in every stream."""
         return jax.random.fold_in(jax.random.fold_in(self.base, self.stream), self.step)
 
-    def fold_in(self, tag: int) -> StepKey:
-        """The same step in another stream (`Draw` names them): draws that are independent of this one's."""
+    def fold_in(self, tag: Any) -> StepKey:
+        """The same step in another stream (`Draw` names them, or a number does, which may be traced): draws that are
+        independent of this one's."""
         mixed: Any
-        if isinstance(self.stream, np.generic):  # on the host, where nothing is compiled for it
+        if isinstance(tag, jax.Array):
+            mixed = mix(jnp.asarray(self.stream, jnp.uint32) * jnp.uint32(0x01000193) + tag.astype(jnp.uint32) + 1)
+        elif isinstance(self.stream, np.generic):  # on the host, where nothing is compiled for it
             mixed = np.uint32(_mix(int(self.stream) * 0x01000193 + int(tag) + 1))
         else:
             mixed = mix(self.stream * jnp.uint32(0x01000193) + jnp.uint32(int(tag) + 1))

@@ -101,7 +101,10 @@ class Level:
 
     def redraw(self, i: Any, total: int) -> Level:
         """The level with the batch of inner step `i` of `total`; itself where all batches are the same."""
-        return self.drawn(self.key.inner(i, total)) if self.source.varies and not self.source.shared else self
+        if not self.source.varies or self.source.shared:
+            return self
+        self.source.asked(total)
+        return self.drawn(self.key.inner(i, total))
 
     def stream(self, tag: int) -> Level:
         """The level with a batch of the stream `tag` (`keys.Draw`), independent of this one's.

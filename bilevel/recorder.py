@@ -101,6 +101,9 @@ class Keeper:
         self.name, self.patience = name, patience
         self._sign = ways[direction[0]] if direction else _direction(name)
 
+    def __repr__(self) -> str:
+        return f"{'most' if self._sign > 0 else 'least'} {self.name}"
+
     def begin(self, x: Any, y: Any) -> Best:
         """Before anything was seen."""
         return Best(self.name, -self._sign * math.inf, -1, x, y)
@@ -131,7 +134,8 @@ def _direction(name: str) -> int:
     words = set(re.split(r"[^a-z0-9]+", name.lower()))
     more = {"acc", "accuracy", "auc", "auroc", "f1", "score", "r2", "precision", "recall", "likelihood", "reward"}
     less = {"loss", "error", "err", "mse", "rmse", "mae", "nll", "perplexity", "regret", "distance", "cost", "gap"}
-    if bool(words & more) == bool(words & less):
+    turned = words & {"neg", "negative", "negated", "minus", "inverse", "brier"} or re.search(r"(^|\s|1)\s*-", name)
+    if bool(words & more) == bool(words & less) or turned:
         raise ValueError(
             f"solve(keep_best={name!r}): say which is better, more of it or less: keep_best=({name!r}, max) or "
             f"keep_best=({name!r}, min)."
@@ -186,12 +190,17 @@ class Recorder:
 
     def resume(self) -> bool:
         """Go to the newest checkpoint; False where there is none. At step 0 the user's metrics are taken."""
-        restored = None if self._saver is None else self._saver.restore(self._kept())
+        restored = None if self._saver is None else self._saver.restore(self.state)
         if restored is not None:
             self.done, self.state, self.history = restored
             if self._keeper is not None:
-                self.state, value, step, x, y = self.state
-                self.best = Best(self._keeper.name, float(value), int(step), x, y)
+                found = self._saver.beside_of(self._beside())  # type: ignore[union-attr]
+                if found is None:
+                    logger.info("the checkpoint holds no best point by %r: it is looked for from here on", self._keeper)
+                    self.best = self._keeper.begin(*self.point)
+                else:
+                    ((value, step, x, y),) = found.values()
+                    self.best = Best(self._keeper.name, float(value), int(step), x, y)
             logger.info("resumed from step %d", self.done)
             if self.done > self.schedule.steps:
                 raise ValueError(
@@ -247,11 +256,11 @@ class Recorder:
         if self._measures(self) and self._keeper is not None:
             self._keeper.look(self)
 
-    def _kept(self) -> Any:
-        """What a checkpoint holds: the state, and the best point where one is looked for."""
+    def _beside(self) -> Any:
+        """What a checkpoint holds beside the state: the best point, under what it is the best by."""
         if self.best is None:
-            return self.state
-        return self.state, np.float64(self.best.value), np.int64(self.best.step), self.best.x, self.best.y
+            return {}
+        return {repr(self._keeper): (np.float64(self.best.value), np.int64(self.best.step), self.best.x, self.best.y)}
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.done % every == 0
@@ -263,7 +272,7 @@ class Recorder:
         from bilevel.checkpoint import CheckpointError
 
         try:
-            self._saver.save(self.done, self._kept(), self.history)
+            self._saver.save(self.done, self.state, self.history, self._beside())
             self._saved, self.unsaved = self.done, ""
         except CheckpointError as error:
             logger.warning("%s The run goes on without it.", error)

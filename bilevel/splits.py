@@ -39,11 +39,21 @@ class Split:
       indices: an integer array per client; no sample belongs to two.
       name: how the split was made, seed included.
       labels: the labels of all samples, where the split knows them; for the report.
+      count: of all samples, whose arrays have this length; None: any that the indices allow.
     """
 
     indices: Sequence[np.ndarray]
     name: str
     labels: np.ndarray | None = None
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.count not in (None, len(self.labels)):
+            raise SplitError(
+                f"{self.name}: there are {len(self.labels)} labels for {self.count} samples, give one each."
+            )
+        if self.labels is not None:
+            object.__setattr__(self, "count", len(self.labels))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -67,12 +77,22 @@ class Split:
 
         0 alike, towards 1 a class each.
         """
-        assert self.labels is not None
+        shares = self.label_shares
+        assert self.labels is not None  # or they have said so
         whole = (self.labels[:, None] == np.unique(self.labels)).mean(axis=0)
-        return float(np.abs(self.label_shares - whole).sum(axis=1).mean() / 2)
+        return float(np.abs(shares - whole).sum(axis=1).mean() / 2)
 
     def datasets(self, arrays: PyTree) -> list[PyTree]:
         """One pytree of arrays per client."""
+        needed = 1 + max((int(np.max(i)) for i in self.indices if len(i)), default=-1)
+        needed = needed if self.count is None else self.count
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+            length = np.shape(leaf)[0] if np.ndim(leaf) else 0
+            if length < needed or (self.count is not None and length != needed):
+                raise SplitError(
+                    f"arrays{jax.tree_util.keystr(path)} has {length} samples, and {self.name} is a split of {needed}: "
+                    "give the arrays that it was made for."
+                )
         return [jax.tree.map(lambda a: np.asarray(a)[i], arrays) for i in self.indices]
 
     def clients(self, arrays: PyTree, size: int | None = None) -> Clients:
@@ -114,7 +134,8 @@ class Split:
 def iid(count: int, clients: int, seed: int = 0) -> Split:
     """`count` samples dealt out at random in equal parts (to one sample)."""
     _check(count, clients)
-    return Split(np.array_split(np.random.default_rng(seed).permutation(count), clients), f"iid(seed={seed})")
+    parts = np.array_split(np.random.default_rng(seed).permutation(count), clients)
+    return Split(parts, f"iid(seed={seed})", count=count)
 
 
 @explained
@@ -162,8 +183,13 @@ def shards(labels: Any, clients: int, per_client: int = 2, seed: int = 0) -> Spl
     2017.
     """
     labels = _labels(labels)
-    total = clients * per_client
+    _check(len(labels), clients)
+    if isinstance(per_client, bool) or not isinstance(per_client, (int, np.integer)) or per_client < 1:
+        raise SplitError(
+            f"shards(per_client={per_client!r}): the number of shards of each client is a positive integer."
+        )
     _check(len(labels), clients, per_client)
+    total = clients * per_client
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(labels))
     pieces = np.array_split(order[np.argsort(labels[order], kind="stable")], total)
@@ -180,18 +206,19 @@ def imbalanced(count: int, clients: int, ratio: float = 10.0, seed: int = 0, lab
         raise SplitError(f"imbalanced(ratio={ratio}): the largest over the smallest size is at least 1.")
     generator = np.random.default_rng(seed)
     weights = np.geomspace(1, 1 / ratio, clients)
-    sizes = np.maximum((weights / weights.sum() * count).astype(int), 1)
+    exact = weights / weights.sum() * count
+    sizes = np.maximum(exact.astype(int), 1)
     order = generator.permutation(count)
     if sizes.sum() > count:
         raise SplitError(
             f"imbalanced: {clients} clients at ratio {ratio:g} need more than {count} samples: lower clients or ratio."
         )
+    sizes[np.argsort(sizes - exact, kind="stable")[: count - sizes.sum()]] += 1  # to those that rounding took most of
     cuts = np.cumsum(sizes)
-    cuts[-1] = count
     indices = np.split(order, cuts[:-1])
     return Split(
         [indices[i] for i in generator.permutation(clients)], f"imbalanced(ratio={ratio:g}, seed={seed})",
-        None if labels is None else _labels(labels),
+        None if labels is None else _labels(labels), count,
     )  # fmt: skip
 
 
@@ -233,6 +260,8 @@ def _labels(labels: Any) -> np.ndarray:
 
 
 def _check(count: int, clients: int, minimum: int = 1) -> None:
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+        raise SplitError(f"count={count!r}: the number of samples is an integer.")
     if isinstance(clients, bool) or not isinstance(clients, (int, np.integer)) or clients < 1:
         raise SplitError(f"clients={clients!r}: a positive integer is needed.")
     if clients * minimum > count:
@@ -319,6 +348,10 @@ def _fold_weights(folds: Any, n: int, seed: int | None) -> tuple[np.ndarray, np.
         pairs: list[Any] = [(np.setdiff1d(order, part), part) for part in np.array_split(order, folds)]
     else:
         pairs = list(folds)
+        if not pairs:
+            raise SplitError(
+                "cross_validation(folds=[]): at least one pair of training and held-out samples is needed."
+            )
     rows = np.zeros((2, len(pairs), n))
     for k, (train, valid) in enumerate(pairs):
         for row, which, name in ((rows[0, k], valid, "held-out"), (rows[1, k], train, "training")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bilevel import Problem, data, lower, solve, solvers, streaming
+from bilevel import Problem, ProblemError, data, lower, solve, solvers, streaming
 from bilevel.data import as_step_key
 from bilevel.keys import permute
 from bilevel.streaming import Prefetched
@@ -302,3 +303,44 @@ def test_what_cannot_be_shared_is_named():
     for wrong in (data.Stream([1]), None, data.Shared(DRAWN)):
         with pytest.raises(TypeError, match="Shared wraps a source that is drawn from in the compiled loop, not"):
             data.Shared(wrong)
+
+
+@pytest.mark.parametrize("source", [data.Agents, data.Clients])
+def test_keyed_gives_each_party_a_key_of_its_own(source):
+    """The mean of m parties' noise is of size 1 / sqrt(m): with one key for all of them it was of size one."""
+    arrays = np.zeros((64, 4)) if source is data.Agents else [np.zeros(4)] * 64
+    keyed = data.Keyed(source(arrays, 2))
+    draws = jax.vmap(lambda key: jax.random.normal(key.random))
+    means = [float(draws(keyed.draw_each(as_step_key(0, t))[1]).mean()) for t in range(40)]
+    assert 0.5 / 8 < np.sqrt(np.mean(np.square(means))) < 1.5 / 8
+    everyone, some = keyed.draw_each(as_step_key(0))[1], keyed.draw_each(as_step_key(0), jnp.asarray([5, 2]))[1]
+    np.testing.assert_array_equal(draws(some), draws(everyone)[jnp.asarray([5, 2])])  # whoever else takes part
+
+
+@pytest.mark.parametrize("make", [lambda size: data.Agents(np.zeros((2, 4)), size),
+                                  lambda size: data.Clients([np.zeros(4)] * 2, size),
+                                  lambda size: data.Minibatches(np.zeros(4), size)])  # fmt: skip
+@pytest.mark.parametrize("size", [2.5, True, "3", 0.0])
+def test_batch_sizes_are_integers(make, size):
+    with pytest.raises(ProblemError, match="the batch size is a positive integer"):
+        make(size)
+
+
+@pytest.mark.parametrize("draws", [1.5, "2", True, 0])
+def test_items_per_step_are_counted(draws):
+    with pytest.raises(ValueError, match=r"the number of items per step is a positive integer: at least one item"):
+        data.Stream([np.zeros(1)], draws=draws)
+
+
+def test_a_stream_with_fewer_items_than_lower_steps_says_so():
+    items = [np.asarray([float(i)]) for i in range(12)]
+    upper, below = lambda x, y: 0.5 * (y - x) ** 2, lambda x, y, batch: 0.5 * (y - batch[0]) ** 2 + 0 * x
+    given = lambda stream: solve(
+        Problem(upper, below, None, stream), jnp.asarray(0.0), jnp.asarray(0.0),
+        solvers.AID(lower.GradientDescent(1.0, 3), 0.1), steps=2,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"takes 3 steps .* Stream\(draws=1\) has 1 .* Stream\(\.\.\., draws=3\)"):
+        assert float(given(data.Stream(items)).y) == 1  # item 1 three times
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert float(given(data.Stream(items, draws=3)).y) == 5

@@ -394,3 +394,11 @@ def test_files_that_do_not_belong_together_are_named(tmp_path):
     write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros(3, np.uint8))  # labels under the images' name
     with pytest.raises(datasets.DatasetError, match="is not an idx file of unsigned bytes with 3 axes"):
         datasets.fashion_mnist("test", tmp_path)
+
+
+def test_standardise_takes_rounding_for_no_spread():
+    """The standard deviation of a constant is rounding: divided by it, a sample that differs by .1 was at 7e15."""
+    for count in (3, 7, 100):
+        train, other = datasets.standardise(np.full((count, 1), 0.1), np.asarray([[0.1], [0.2]]))
+        np.testing.assert_allclose(train, 0, atol=1e-15)
+        np.testing.assert_allclose(other, [[0.0], [0.1]], atol=1e-15)

@@ -126,6 +126,13 @@ def test_calibrated_statistics_are_the_data_s(make, momentum):
         np.testing.assert_allclose(fixed(params, X), apply.by_batch()(params, X), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", [an_nnx, a_linen, an_equinox])
+def test_a_momentum_of_one_takes_nothing_from_a_batch(make):
+    params, apply, _, on, *_ = make(1.0)
+    with pytest.raises(ValueError, match=r"stays at zero whatever the batch is: with a momentum of 1 .* below 1"):
+        calibrated(apply, params, X, key=0, **on)
+
+
 @EVERY
 def test_chunks_pool_to_the_whole(make):
     params, apply, _, on, _, _, hidden, find = make()

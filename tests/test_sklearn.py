@@ -19,6 +19,8 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from bilevel.integrations.sklearn import HypergradientSearchCV
 
+SQUARED_SVR = LinearSVR(loss="squared_epsilon_insensitive")
+
 X, T = load_diabetes(return_X_y=True)
 CANCER, LABELS = load_breast_cancer(return_X_y=True)
 CANCER = (CANCER - CANCER.mean(0)) / CANCER.std(0)
@@ -26,7 +28,7 @@ CANCER = (CANCER - CANCER.mean(0)) / CANCER.std(0)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model", [Ridge(), Lasso(), ElasticNet(), LogisticRegression(), LinearSVC(), LinearSVR()])
+@pytest.mark.parametrize("model", [Ridge(), Lasso(), ElasticNet(), LogisticRegression(), LinearSVC(), SQUARED_SVR])
 def test_scikit_learns_own_checks_pass(model):
     check_estimator(HypergradientSearchCV(model, cv=2, steps=3))
 
@@ -55,7 +57,7 @@ def test_more_penalties_do_no_worse_than_one_on_the_folds():
     assert each.penalties_["alpha"].shape == (10,) and groups.penalties_["alpha"].shape == (2,)
 
 
-@pytest.mark.parametrize("model", [Ridge(), Lasso(), ElasticNet(), LogisticRegression(), LinearSVC(), LinearSVR()])
+@pytest.mark.parametrize("model", [Ridge(), Lasso(), ElasticNet(), LogisticRegression(), LinearSVC(), SQUARED_SVR])
 def test_the_gradient_is_that_of_differences(model):
     import jax
 
@@ -137,3 +139,21 @@ def test_a_sparse_model_that_has_not_settled_is_said():
     y = X[:, 0] - X[:, 41] + 0.1 * random.normal(size=100)
     with pytest.warns(ConvergenceWarning, match=r"after 5,000 steps, its features being nearly collinear.*ElasticNet"):
         HypergradientSearchCV(Lasso(), steps=2).fit(X, y)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (LinearSVR(), r"LinearSVR\(loss='epsilon_insensitive'\); it takes loss='squared_epsilon_insensitive'"),
+        (LinearSVC(multi_class="crammer_singer"), r"LinearSVC\(multi_class='crammer_singer'\); it takes multi_class="),
+    ],
+)
+def test_a_loss_that_is_not_treated_is_not_replaced(model, said):
+    with pytest.raises(ValueError, match=said):
+        HypergradientSearchCV(model).fit(CANCER, LABELS)
+
+
+@pytest.mark.parametrize(("fold", "said"), [((range(300), ()), "validate on"), (((), range(300)), "train on")])
+def test_a_fold_without_samples_is_said(fold, said):
+    with pytest.raises(ValueError, match=rf"fold 1 has no samples to {said}"):
+        HypergradientSearchCV(Ridge(), cv=[(range(200), range(200, 300)), fold]).fit(X, T)

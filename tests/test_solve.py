@@ -120,7 +120,7 @@ def test_many_problems_at_once_by_vmap_over_their_data(x64):
 
 def test_sources_reach_the_neighbourhood_of_the_solution():
     mean = SAMPLES.mean(0)
-    stream = data.Stream([SAMPLES[i : i + 8] for i in range(0, 40, 8)], draws=2)
+    stream = data.Stream([SAMPLES[i : i + 8] for i in range(0, 40, 8)], draws=10)
     sampler = data.Sampler(lambda key, a: a[jax.random.randint(key, (8,), 0, 40)], SAMPLES)
     clients = data.Clients([SAMPLES[:10], SAMPLES[10:40]])
     solver = solvers.HypergradientDescent(lower_solver=lower.GradientDescent(0.05, 10), upper_optimizer=0.02)
@@ -137,7 +137,7 @@ def test_sources_reach_the_neighbourhood_of_the_solution():
 
 
 def test_a_stream_is_one_and_the_same_in_any_chunks():
-    stream = data.Stream([SAMPLES[i : i + 8] for i in range(0, 40, 8)])
+    stream = data.Stream([SAMPLES[i : i + 8] for i in range(0, 40, 8)], draws=20)
     problem = Problem(upper=upper, lower=noisy_lower, lower_data=stream)
     a, b = (solve(problem, X0, Y0, FAST, steps=13, chunk=c) for c in (3, 13))
     assert same((a.x, a.y), (b.x, b.y))

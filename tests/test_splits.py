@@ -148,3 +148,42 @@ def test_folds_may_be_masks_and_bootstraps_and_are_in_range():
     np.testing.assert_allclose(held_out[:, 0], [0, 0, 0, 0.5, 0.5, 0])
     with pytest.raises(splits.SplitError, match=r"fold 0 has the held-out sample 6, and there are 6: .* or masks"):
         weights([([0, 1], [2, 6])])
+
+
+@pytest.mark.parametrize(("count", "clients", "ratio"), [(1000, 100, 10.0), (1000, 7, 3.0), (57, 5, 1.0)])
+def test_sizes_fall_by_the_ratio_that_is_asked(count, clients, ratio):
+    sizes = np.sort(splits.imbalanced(count, clients, ratio).sizes)
+    weights = np.geomspace(1 / ratio, 1, clients)
+    assert sizes.sum() == count
+    assert np.abs(sizes - weights / weights.sum() * count).max() <= 1
+
+
+def test_a_split_takes_the_arrays_that_it_was_made_for():
+    for split in (splits.iid(20, 4), splits.shards(np.arange(20) % 5, 4), splits.imbalanced(20, 4, 2.0)):
+        for use in (split.datasets, split.clients, split.levels):
+            with pytest.raises(
+                splits.SplitError, match=r"arrays\['a'\] has 30 samples, and .* is a split of 20: give the"
+            ):
+                use({"a": np.zeros(30)})
+    with pytest.raises(splits.SplitError, match=r"arrays has 3 samples, and mine is a split of 6"):
+        splits.Split([np.arange(3), np.arange(3, 6)], "mine").datasets(np.zeros(3))
+    assert len(splits.Split([np.arange(3)], "a part").datasets(np.zeros(9))[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: splits.iid(20, 4).skew, r"was made without labels"),
+        (
+            lambda: splits.imbalanced(20, 4, labels=np.zeros(5, int)),
+            r"there are 5 labels for 20 samples, give one each",
+        ),
+        (lambda: splits.shards(np.zeros(20, int), 4, 0), r"per_client=0\): the number of shards .* positive integer"),
+        (lambda: splits.shards(np.zeros(20, int), 4, 1.5), r"per_client=1\.5\)"),
+        (lambda: splits.iid(20.5, 4), r"count=20\.5: the number of samples is an integer"),
+        (lambda: splits.cross_validation(lambda y, s: s, None, np.zeros(4), 0.0, []), r"at least one pair of training"),
+    ],
+)
+def test_what_no_split_is_made_of_is_said(make, said):
+    with pytest.raises(splits.SplitError, match=said):
+        make()

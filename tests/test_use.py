@@ -99,6 +99,24 @@ def test_the_best_survives_a_checkpoint(tmp_path, whole):
     np.testing.assert_array_equal(rest.best.y, whole.best.y)
 
 
+def test_another_best_is_looked_for_from_where_a_checkpoint_stands(tmp_path, whole):
+    """What it is the best by, and whether one is looked for at all, may change on resume."""
+    options = dict(metrics=METRICS, metrics_every=5, checkpoint=tmp_path)
+    solve(PROBLEM, *START, SOLVER, steps=20, keep_best="accuracy", **options)
+    other = solve(PROBLEM, *START, SOLVER, steps=40, keep_best="error", **options).best
+    later = whole.history["error"][(steps := whole.history.steps["error"]) > 20][: (steps <= 40).sum() - 5]
+    assert (other.metric, other.value) == ("error", later.min()) and 20 < other.step <= 40
+    assert solve(PROBLEM, *START, SOLVER, steps=50, **options).best is None
+    again = solve(PROBLEM, *START, SOLVER, steps=60, keep_best=("accuracy", min), **options).best
+    assert again.value == whole.history["accuracy"][steps > 50].min()
+
+
+@pytest.mark.parametrize("name", ["negative log likelihood", "brier score", "neg_mean_squared_error", "1 - accuracy"])
+def test_a_turned_name_does_not_say_which_is_better(name):
+    with pytest.raises(ValueError, match="say which is better, more of it or less"):
+        solve(PROBLEM, *START, SOLVER, metrics={name: error}, keep_best=name)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -292,6 +292,12 @@ def _of_batch(
             f"calibrated: the call left {_dotted(kept[0])} as it was, because the module ran in evaluation mode. Give "
             "the option that has it take the batch's statistics, such as train=True or use_running_average=False."
         )
+    still = [path for path, leaf in first.items() if not isinstance(leaf, jax.core.Tracer) and not np.any(leaf)]
+    if still and len(still) == len(first):
+        raise ValueError(
+            f"calibrated: {_dotted(still[0])} stays at zero whatever the batch is: with a momentum of 1 a module takes "
+            "nothing from it. Give a momentum below 1."
+        )
     second = updated(first)
     return {path: _limit(first[path], second[path]) for path in start}
 

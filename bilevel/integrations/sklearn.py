@@ -21,6 +21,7 @@ import numpy as np
 import scipy.optimize
 
 from bilevel._arguments import explained_class
+from bilevel.datasets import spread
 
 try:
     from sklearn.base import BaseEstimator
@@ -57,10 +58,10 @@ class HypergradientSearchCV(BaseEstimator):
     """The penalties of a linear model by gradient descent on its cross-validated loss.
 
     Args:
-      estimator: `Ridge`, `Lasso`, `ElasticNet`, `LogisticRegression` (l2), `LinearSVC` (squared hinge) or `LinearSVR`
-        (squared epsilon-insensitive); None: `Ridge()`. Its penalty (alpha, C, l1_ratio) is what is searched, and its
-        `fit_intercept` and `epsilon` are kept. Intercepts are not penalised (scikit-learn's LinearSVC and LinearSVR
-        penalise theirs).
+      estimator: `Ridge`, `Lasso`, `ElasticNet`, `LogisticRegression` (l2), `LinearSVC` (squared hinge), or `LinearSVR`
+        with `loss="squared_epsilon_insensitive"` (its own default has kinks); None: `Ridge()`. Its penalty (alpha, C,
+        l1_ratio) is what is searched, and its `fit_intercept` and `epsilon` are kept. Intercepts are not penalised
+        (scikit-learn's LinearSVC and LinearSVR penalise theirs).
       penalties: "one" for all coefficients, "per_feature", or an array of a group number for each feature.
       cv: as in `GridSearchCV`: a number of folds, a splitter, or pairs of indices.
       steps: the most steps of L-BFGS-B on the logarithms of the penalties.
@@ -125,6 +126,9 @@ class HypergradientSearchCV(BaseEstimator):
         groups = self._groups(X.shape[1])
         inside = np.zeros((2, len(folds), len(X)))
         for k, (train, valid) in enumerate(folds):
+            for samples, what in ((train, "train on"), (valid, "validate on")):
+                if not len(samples) or (np.asarray(samples).dtype == bool and not np.any(samples)):
+                    raise ValueError(f"HypergradientSearchCV(cv=...): fold {k} has no samples to {what}.")
             np.add.at(inside[0, k], train, 1.0)  # a sample that a bootstrap draws twice counts twice
             np.add.at(inside[1, k], valid, 1.0)
         search = _Search(loss, type(self._model).__name__, names, table, groups, getattr(self._model, "epsilon", 0.0))
@@ -211,7 +215,9 @@ def _checked(model: Any) -> tuple[str, tuple[str, ...]]:
             f"HypergradientSearchCV takes {', '.join(kind.__name__ for kind in _MODELS)}, not "
             f"{type(model).__name__}.{cure if isinstance(model, (SVC, SVR)) else ''}"
         )
-    wanted: dict[str, tuple[Any, ...]] = {"positive": (False,), "class_weight": (None,)}
+    wanted: dict[str, tuple[Any, ...]] = {"positive": (False,), "class_weight": (None,), "multi_class": ("ovr",)}
+    if isinstance(model, LinearSVR):
+        wanted |= {"loss": ("squared_epsilon_insensitive",)}
     if isinstance(model, LinearSVC):
         wanted |= {"loss": ("squared_hinge",), "penalty": ("l2",)}
     if isinstance(model, LogisticRegression):
@@ -251,15 +257,14 @@ class _Table:
         n, p = X.shape
         self.n, self.p, self.intercept = n, p, intercept
         self.middle = X.mean(0) if intercept else np.zeros(p)
-        spread = np.sqrt(np.mean((X - self.middle) ** 2, axis=0))
-        self.scale = np.where(spread > 1e-10 * np.maximum(np.abs(X).max(0), 1e-300), spread, 1.0)
+        self.scale = spread(X, self.middle)
         # A regression's targets too, so that tolerances have no unit; the offset of the intercept is put back.
         self.regression = targets.shape[1] == 1 and len(np.unique(targets)) > 2
         self.size = float(targets.std()) or 1.0 if self.regression else 1.0
         self.offset = float(targets.mean()) if self.regression and intercept else 0.0
         rows, columns = _rung(n), _rung(p)
         self.X = np.zeros((rows, columns + 1))
-        self.X[:n, :p] = np.where(spread > 0, (X - self.middle) / self.scale, 0.0) if intercept else X / self.scale
+        self.X[:n, :p] = (X - self.middle) / self.scale if intercept else X / self.scale
         self.X[:n, -1] = float(intercept)
         self.targets = np.zeros((rows, targets.shape[1]))
         self.targets[:n] = (targets - self.offset) / self.size
