@@ -18,6 +18,7 @@ import dis
 import enum
 import functools
 import hashlib
+import importlib.util
 import inspect
 import os
 import pickle
@@ -635,7 +636,7 @@ class _Walk:
         it is); the environment; and by looking at all globals, or into files, which is never the same programme."""
         words = _words(code)
         by_name = words & set(sys.modules) if {"import_module", "modules"} & words else set()
-        for imported in (*_imports(code), *sorted(by_name)):
+        for imported in (*(_absolute(name, world) for name in _imports(code)), *sorted(by_name)):
             module = sys.modules.get(imported)
             if module is not None and _users_module(module):
                 self._key.append(("imports", imported))
@@ -737,16 +738,28 @@ def _filled(b: _Build, number: int, new: Any, fill: Callable[[Any], Any]) -> Any
 
 @functools.lru_cache(_CODES)
 def _imports(code: types.CodeType) -> tuple[str, ...]:
-    """The modules that a code object and those within it import."""
+    """The modules that a code object and those within it import, relative ones with their dots."""
     found: dict[str, None] = {}
     for inside in _codes(code):
-        name = ""
+        name, level, last = "", None, None
         for instruction in dis.get_instructions(inside):
-            if instruction.opname == "IMPORT_NAME":
-                found[name := str(instruction.argval)] = None
+            if instruction.opname == "IMPORT_NAME":  # after its level, and what it imports from there
+                name = "." * (level if type(level) is int else 0) + str(instruction.argval)
+                found[name] = None
             elif instruction.opname == "IMPORT_FROM":  # which may be a module of a package
-                found[f"{name}.{instruction.argval}"] = None
+                found[f"{name}{'' if name.endswith('.') else '.'}{instruction.argval}"] = None
+            level, last = last, instruction.argval
     return tuple(found)
+
+
+def _absolute(name: str, world: Mapping[str, Any]) -> str:
+    """A module's name as a function with these globals imports it."""
+    if not name.startswith("."):
+        return name
+    package = world.get("__package__") or str(world.get("__name__", "")).rpartition(".")[0]
+    with contextlib.suppress(ImportError):  # beyond its package: the import itself says so
+        return importlib.util.resolve_name(name, package)
+    return name
 
 
 @functools.lru_cache(_CODES)

@@ -254,13 +254,14 @@ def _standing(held: Any, treedef: Any, like: tuple[Any, ...]) -> tuple[str, ...]
     variable = jax.tree.unflatten(treedef, itertools.starmap(jax.ShapeDtypeStruct, like))
     named = jax.tree_util.tree_leaves_with_path(variable)
 
-    def update(gradient: PyTree, variable: PyTree) -> PyTree:
+    def update(gradient: PyTree, memory: PyTree, variable: PyTree) -> PyTree:
         extra = {"value": jnp.zeros(()), "grad": gradient, "value_fn": lambda _: jnp.zeros(())}
-        full = as_optimizer(rule)
-        return full.update(gradient, full.init(variable), variable, **extra)[0]
+        return as_optimizer(rule).update(gradient, memory, variable, **extra)[0]
 
     try:
-        closed, shapes = jax.make_jaxpr(update, return_shape=True)(variable, variable)
+        # A memory is not what it begins as: a schedule that is zero at its first step is not zero.
+        memory = jax.eval_shape(as_optimizer(rule).init, variable)
+        closed, shapes = jax.make_jaxpr(update, return_shape=True)(variable, memory, variable)
         found = _zeros(closed, [_UNKNOWN] * len(closed.jaxpr.invars))
     except Exception:  # what a rule of the user's own says to being traced is for its first step to say
         return ()

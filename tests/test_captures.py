@@ -710,3 +710,26 @@ def test_a_package_that_was_installed_elsewhere_is_not_walked_through(tmp_path, 
     fn = taken(lambda x, y: (y - 1) ** 2 + package.penalty(x), (1.0, 1.0))
     held = [leaf.value for leaf in fn._form.leaves] if isinstance(fn, Captured) else []
     assert set(held) == (set() if installed else {1.0})
+
+
+def test_relative_imports_inside_of_a_loss_are_seen(tmp_path, monkeypatch):
+    """A module that a loss imports with dots is read as it is at each call, like one by its whole name."""
+    package = tmp_path / "relative_package"
+    (package / "deep").mkdir(parents=True)
+    for folder in (package, package / "deep"):
+        (folder / "__init__.py").write_text("")
+    (package / "rates.py").write_text("RATE = 1.0\n")
+    (package / "deep" / "losses.py").write_text(
+        "def taken(x, y):\n    from ..rates import RATE\n    return (y - RATE * x) ** 2\n\n\n"
+        "def module(x, y):\n    from .. import rates\n    return (y - rates.RATE * x) ** 2\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from relative_package import rates
+    from relative_package.deep import losses
+
+    solver = solvers.AID(GradientDescent(0.5, 20), 0.1)
+    for loss in (losses.taken, losses.module):
+        for rate in (1.0, 3.0):
+            monkeypatch.setattr(rates, "RATE", rate)
+            y = solve(Problem(lambda x, y: (y - 1.0) ** 2, loss), jnp.asarray(0.5), jnp.asarray(0.0), solver, steps=1).y
+            assert float(y) == pytest.approx(0.5 * rate, rel=1e-4)

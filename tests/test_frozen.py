@@ -343,3 +343,14 @@ def test_estimators_that_follow_the_rule_are_right_with_it(x64):
     assert solve(FREE, X, Y, solvers.ITD(5, rule), steps=1).result is Result.COMPLETED
     with pytest.raises(ProblemError, match=r"ITD's lower step rule never moves"):
         solve(FREE, X, Y, solvers.ITD(5, rule), steps=1, tol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "schedule", [lambda k: 1e-2 * k, lambda k: 0.1 * k / (k + 10), lambda k: 0.1 * jnp.tanh(k / 10)],
+    ids=["linear", "rational", "tanh"],
+)  # fmt: skip
+def test_a_warm_up_from_zero_moves_its_variable(schedule):
+    """Its first step is zero, and no other: a count that begins at zero is not always zero."""
+    for rule in (optax.sgd(schedule), optax.adam(schedule)):
+        assert standing(rule, {"w": jnp.zeros(3)}) == []
+    assert standing(optax.sgd(0.0), {"w": jnp.zeros(3)}) == ["y['w']"]

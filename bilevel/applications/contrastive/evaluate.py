@@ -61,6 +61,8 @@ def knn(features: Array, labels: Array, queries: Array, k: int = 10) -> Array:
 
 def wilson(successes: Any, trials: Any, z: float = 1.96) -> tuple[float, float]:
     """Wilson's interval of a share: the p with |p - successes/trials| <= z sqrt(p (1 - p) / trials)."""
+    if not 0 <= successes <= trials or not trials > 0:
+        raise ValueError(f"wilson({successes}, {trials}): successes of at least one trial, and at most as many.")
     n, share = float(trials), float(successes) / float(trials)
     centre, spread = share + z * z / (2 * n), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
@@ -68,14 +70,22 @@ def wilson(successes: Any, trials: Any, z: float = 1.96) -> tuple[float, float]:
 
 
 def auroc(scores: Array, positive: Array) -> Array:
-    """The chance that a positive's score is above a negative's, ties counting half; NaN without either."""
+    """The chance that a positive's score is above a negative's, ties counting half; NaN without either, and where a
+    score is none."""
+    positive = jnp.asarray(positive, bool)
     above = (scores[:, None] > scores) + 0.5 * (scores[:, None] == scores)
     pairs = positive[:, None] & ~positive
-    return jnp.sum(jnp.where(pairs, above, 0)) / pairs.sum()
+    found = jnp.sum(jnp.where(pairs, above, 0)) / pairs.sum()
+    return jnp.where(jnp.isnan(scores).any(), jnp.nan, found)
 
 
 def tpr_at(scores: Array, positive: Array, rate: float = 0.05) -> Array:
-    """The share of positives above the threshold that at most a share `rate` of negatives is above."""
+    """The share of positives above the threshold that at most a share `rate`, in [0, 1), of negatives is above; NaN
+    without either, and where a score is none."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"tpr_at(rate={rate}): the share of negatives above the threshold lies in [0, 1).")
+    positive = jnp.asarray(positive, bool)
     negatives = jnp.sort(jnp.where(positive, -jnp.inf, scores))[::-1]
     allowed = jnp.floor(rate * (~positive).sum()).astype(int)
-    return jnp.sum(positive & (scores > negatives[allowed])) / positive.sum()
+    found = jnp.sum(positive & (scores > negatives[allowed])) / positive.sum()
+    return jnp.where(jnp.isnan(scores).any() | positive.all(), jnp.nan, found)

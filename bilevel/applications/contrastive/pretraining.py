@@ -56,6 +56,10 @@ class Pretraining:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"Pretraining(method={self.method!r}): the methods are {', '.join(METHODS)}.")
+        if isinstance(self.encoder, type):
+            raise ValueError(
+                f"Pretraining(encoder={self.encoder.__name__}): that is the class; give {self.encoder.__name__}()."
+            )
         if not (callable(self.encoder) and hasattr(self.encoder, "init") and hasattr(self.encoder, "width")):
             raise ValueError(
                 f"Pretraining(encoder={self.encoder!r}): an encoder is MLP(), Conv(), or an object with init(key) -> "

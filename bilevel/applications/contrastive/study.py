@@ -96,7 +96,9 @@ def robustness_study(
     digits = _first(splits, n)
 
     clean = _train(learner, steps, splits.pool, _keys(every_seed, 1))  # the frozen surrogates are among them
+    _check_finite(clean, "pretraining")
     tuned = {name: _tuned(name, g, learner, int(target), schedule, digits, _keys(seeds, 2), clean) for name in attacks}
+    _check_finite(tuned, "the tuning of the perturbation")
     patterns = jax.vmap(lambda key: g.fixed(20 * jax.random.rademacher(key, (64,), float)))(_keys(seeds, 3))
     perturbations = {"fixed": patterns, **{name: psi for name, (psi, _) in tuned.items()}}
 
@@ -107,6 +109,7 @@ def robustness_study(
     pools = _flagged(g, psis, tiled.pool, tiled.flags)
     keys = jnp.concatenate([_keys(seeds, 4 + ("fixed", *ROUTES).index(name)) for name in names])
     victims = _in_blocks(functools.partial(_train, learner, steps), len(every_seed), pools, keys)["encoder"]
+    _check_finite(victims, "pretraining on a perturbed pool")
     triggered = _perturbed(g, psis, tiled.test)
 
     judge = functools.partial(_judge, learner.encoder, int(target))
@@ -224,6 +227,15 @@ def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if not _whole(value) or value < 1:
             raise ValueError(f"{name}={value!r}: a positive integer is needed.")
+
+
+def _check_finite(tree: Any, what: str) -> None:
+    """Raise where a training has diverged: a network that is no number takes every image for class 0."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)):
+        raise ValueError(
+            f"{what} has diverged: its parameters are not finite. Lower the rate, or raise the temperature, of "
+            "Pretraining(...)."
+        )
 
 
 def _keys(seeds: Iterable[int], tag: int) -> Any:

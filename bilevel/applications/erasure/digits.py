@@ -56,6 +56,12 @@ class Words:
     vocabulary: tuple[str, ...] = WORDS
     length: int = LENGTH
 
+    def __post_init__(self) -> None:
+        if np.ndim(self.table) != 2 or len(self.table) != len(self.vocabulary):
+            raise ValueError(
+                f"Words(table of shape {np.shape(self.table)}): a vector for each of {len(self.vocabulary)} words."
+            )
+
     def ids(self, prompts: Sequence[str]) -> np.ndarray:
         """The numbers of the prompts' words, (prompts, length).
 
@@ -148,15 +154,15 @@ class Judge:
 def frechet(a: Any, b: Any) -> float:
     """The Frechet distance of two sets of features (n, size): |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2))."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"frechet: features are (n, size), of one size, and these are {a.shape} and {b.shape}.")
     if len(a) < 2 or len(b) < 2:
         raise ValueError(f"frechet: {len(a)} and {len(b)} samples; a covariance needs two at least.")
-    c, d = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(np.atleast_2d(c))
+    c, d = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
+    values, vectors = np.linalg.eigh(c)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     middle = np.sqrt(np.clip(np.linalg.eigvalsh(root @ d @ root), 0, None)).sum()
-    return float(
-        np.square(a.mean(0) - b.mean(0)).sum() + np.trace(np.atleast_2d(c)) + np.trace(np.atleast_2d(d)) - 2 * middle
-    )
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c) + np.trace(d) - 2 * middle)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,6 +200,9 @@ def base(path: Any = None) -> Base:
     missing = {"words", *(f"judge.{n}" for n in ("1.weight", "1.bias", "2.weight", "2.bias"))} - named.keys()
     if missing:
         raise ValueError(f"The weights have no {sorted(missing)[0]}: they are not a base of coloured digits.")
+    first, second = named["judge.1.weight"].shape, named["judge.2.weight"].shape
+    if first[1:] != (64,) or second != (10, first[0]):
+        raise ValueError(f"The judge's layers are {first} and {second}: (h, 64) and (10, h) are needed.")
     return Base(MODEL, NETWORK.load(part("transformer.")), Words(named["words"]), Judge(part("judge.")))
 
 

@@ -105,12 +105,16 @@ def erasure(
     """
     weight = {"erase": 1.0, "attention": 0.1, "keep": 1.0, "contrast": 0.02, **(weights or {})}
     unknown = sorted(weight.keys() - {"erase", "attention", "keep", "contrast"})
-    if unknown or not all(w >= 0 for w in weight.values()):
+    if unknown or not all(isinstance(w, (int, float, np.number)) and w >= 0 for w in weight.values()):
         raise ValueError(
             f"erasure(weights={dict(weights or {})}): numbers of at least 0 for erase, attention, keep, contrast."
         )
-    if batch < 1:
-        raise ValueError(f"erasure(batch={batch}): at least one image a step.")
+    if isinstance(batch, bool) or not isinstance(batch, (int, np.integer)) or batch < 1:
+        raise ValueError(f"erasure(batch={batch!r}): an integer, at least one image a step.")
+    if not temperature > 0:
+        raise ValueError(f"erasure(temperature={temperature!r}): the contrast's temperature is positive.")
+    if attack is not None and np.shape(attack) != (2,):
+        raise ValueError(f"erasure(attack={attack!r}): a pair (radius, steps), or None.")
     columns = jnp.asarray(_columns(text, prompts, word))
     for prompt in kept_prompts:
         if text.columns(prompt, word):
@@ -118,8 +122,21 @@ def erasure(
     for what, some, them in (("erased", prompts, images), ("kept", kept_prompts, kept_images)):
         if len(some) != len(them) or not len(some):
             raise ValueError(f"There are {len(some)} {what} prompts and {len(them)} images: give one each, and some.")
-    if not irrelevant:
-        raise ValueError("erasure(irrelevant=()): the contrast needs an irrelevant word at least.")
+        array = np.asarray(them)
+        if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
+            raise ValueError(
+                f"The {what} images are {array.dtype}{list(array.shape)}: give finite numbers of floating point, "
+                "of the shape (n, tokens, channels)."
+            )
+    if isinstance(irrelevant, str) or not irrelevant:
+        raise ValueError(
+            f"erasure(irrelevant={irrelevant!r}): the contrast needs a sequence of irrelevant words, one at least."
+        )
+    if {word, synonym} & set(irrelevant):
+        raise ValueError(
+            f"erasure(irrelevant={tuple(irrelevant)}): {word!r} and its synonym {synonym!r} are what is to be erased, "
+            "and not irrelevant to it."
+        )
     swapped = [[_replaced(p, word, other) for p in prompts] for other in (synonym, *irrelevant)]
     marks = jnp.stack(
         [jnp.asarray(_columns(text, some, w)) for some, w in zip(swapped, (synonym, *irrelevant), strict=True)], 1
@@ -237,12 +254,14 @@ def weighted(app: Erasure, held_out: Erasure, *, erase: float = 1.0, keep: float
 
 
 def _total(weight: Weights, found: Losses) -> Array:
-    return jnp.stack([weight[name] * term for name, term in found.items() if weight.get(name, 0)]).sum()
+    terms = [weight[name] * term for name, term in found.items() if weight.get(name, 0)]
+    return jnp.stack(terms).sum() if terms else jnp.zeros(())
 
 
 def _columns(text: Any, prompts: Sequence[str], word: str) -> list[list[float]]:
     rows = []
-    length = jax.tree.leaves(text([""]))[0].shape[1]
+    null = text([""])
+    length = (null["tokens"] if isinstance(null, Mapping) else null).shape[1]
     for prompt in prompts:
         found = text.columns(prompt, word)
         if not found:

@@ -9,6 +9,7 @@ as any other. What is not in it is frozen because only it is differentiated.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel.applications.layers.weights import read_safetensors, write_safetensors
+from bilevel.applications.layers.weights import read_safetensors, safetensors_metadata, write_safetensors
 
 PyTree = Any
 Adapter = dict[str, Array]
@@ -119,6 +120,13 @@ def merge(
         ValueError: an adapter without a weight for it, half an adapter, or shapes that do not fit; by name.
     """
     places = {name: (path, leaf) for name, path, leaf in _weights(params)}
+    gates = scale if isinstance(scale, Mapping) else dict.fromkeys(names(adapter), scale)
+    if gates.keys() != set(names(adapter)):
+        odd = sorted(gates.keys() ^ set(names(adapter)))
+        raise ValueError(
+            f"lora.merge(scale=...): {odd[0]!r} is {'not adapted' if odd[0] in gates else 'adapted, and has none'}. "
+            "Give one number, or one for each adapted name and for no other."
+        )
     changed: dict[tuple[str, ...], Any] = {}
     for name in names(adapter):
         if name not in places:
@@ -132,7 +140,7 @@ def merge(
                 f"lora.merge: {name} is {weight.shape}, and its adapter {a.shape} and {b.shape}: (.., rank, {n_in}) "
                 f"and (.., {out}, rank) are needed."
             )
-        gate = scale[name] if isinstance(scale, Mapping) else scale
+        gate = gates[name]
         factor = jnp.asarray(gate) * (1.0 if alpha is None else alpha / rank)
         factor = factor.reshape(*factor.shape, *(1,) * (weight.ndim - factor.ndim)) if factor.ndim else factor
         delta = (factor * (b @ a)).astype(weight.dtype)
@@ -188,19 +196,24 @@ def split(weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return base, from_published(adapter)
 
 
-def from_published(weights: Mapping[str, Any]) -> dict[str, Any]:
+def from_published(weights: Mapping[str, Any], prefix: str | None = None) -> dict[str, Any]:
     """An adapter under this package's names, from those of PEFT or diffusers.
 
-    A prefix (`transformer.`, `base_model.model.`) and the adapter's own name (`lora_A.default.weight`) are dropped.
+    The prefix and the adapter's own name (`lora_A.default.weight`) are dropped. A prefix of None is the first of
+    `base_model.model.`, `transformer.`, `unet.` and `text_encoder.` that all names begin with, or "": give it where the
+    network's own names begin with one of these.
 
     Raises:
         ValueError: names that are no adapter's, two that become one, or half an adapter.
     """
     adapter: dict[str, Any] = {}
+    if prefix is None:
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in weights)), "")
+    odd = next((name for name in weights if not name.startswith(prefix)), None)
+    if odd is not None:
+        raise ValueError(f"The adapter has {odd}, which does not begin with the prefix {prefix!r}.")
     for name, array in weights.items():
-        plain = re.sub(r"\.lora_([AB])(\.[^.]+)?\.weight$", r".lora_\1.weight", name)
-        for prefix in _PREFIXES:
-            plain = plain.removeprefix(prefix)
+        plain = re.sub(r"\.lora_([AB])(\.[^.]+)?\.weight$", r".lora_\1.weight", name).removeprefix(prefix)
         if plain in adapter:
             raise ValueError(f"The adapter has {plain} twice: more than one adapter is in this file.")
         adapter[plain] = array
@@ -210,13 +223,32 @@ def from_published(weights: Mapping[str, Any]) -> dict[str, Any]:
     return adapter
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read(path: str | os.PathLike[str], prefix: str | None = None) -> dict[str, np.ndarray]:
     """An adapter from a safetensors file of PEFT or diffusers.
 
+    An alpha that the file itself states (diffusers' `lora_adapter_metadata`) is multiplied into B, so that `merge`
+    needs none; that of PEFT stands in another file, `adapter_config.json`: give it to `merge`.
+
+    Args:
+        path: of the file.
+        prefix: before each name; None: what `save` has written down, or else as `from_published` finds it.
+
     Raises:
-        ValueError: no safetensors file, or one with other names.
+        ValueError: no safetensors file, or one with other names, or with an alpha for each part.
     """
-    return from_published(read_safetensors(path))
+    said = safetensors_metadata(path)
+    adapter = from_published(read_safetensors(path), said.get("bilevel_prefix") if prefix is None else prefix)
+    try:
+        stated = json.loads(said.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        stated = {}
+    last = {name.rpartition(".")[2]: value for name, value in stated.items()}
+    if last.get("alpha_pattern") or last.get("rank_pattern"):
+        raise ValueError(f"{path} states an alpha for each part (alpha_pattern, rank_pattern), which is not read.")
+    factor = last.get("lora_alpha", 1) / last.get("r", 1) if {"lora_alpha", "r"} <= last.keys() else 1
+    return (
+        adapter if factor == 1 else {n: a * a.dtype.type(factor) if n.endswith(_B) else a for n, a in adapter.items()}
+    )
 
 
 def save(
@@ -236,7 +268,8 @@ def save(
     """
     names(adapter)
     flat = adapter if unstack is None else unstack(adapter)
-    write_safetensors(path, {prefix + name: array for name, array in flat.items()}, {"format": "pt"})
+    said = {"format": "pt", "bilevel_prefix": prefix}
+    write_safetensors(path, {prefix + name: array for name, array in flat.items()}, said)
 
 
 def _sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
@@ -246,18 +279,42 @@ def _sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
     return (shape[-2], shape[-1]) if layout == "out_in" else (shape[-1], shape[-2])
 
 
-def _weights(params: PyTree, path: tuple[str, ...] = ()) -> list[tuple[str, tuple[str, ...], Any]]:
-    """Name without its last part, keys of the place, and array of each weight of at least two axes."""
+def _arrays(params: PyTree, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """The keys of the place, and the array, of each."""
     found = []
     for key, value in params.items():
-        here = (*path, key)
         if isinstance(value, Mapping):
-            found += _weights(value, here)
-        elif len(getattr(value, "shape", ())) >= 2:
-            name, _, last = ".".join(map(str, here)).rpartition(".")
-            if last in ("weight", "kernel"):
-                found.append((name, here, value))
+            found += _arrays(value, (*path, key))
+        elif isinstance(value, (list, tuple)):
+            raise ValueError(
+                f"lora: {'.'.join(map(str, (*path, key)))} is a {type(value).__name__}, and weights are found by "
+                "dictionaries' keys: give its entries names, such as {'0': ..., '1': ...}."
+            )
+        elif hasattr(value, "shape"):
+            found.append(((*path, key), value))
     return found
+
+
+def _weights(params: PyTree) -> list[tuple[str, tuple[str, ...], Any]]:
+    """Name without its last part, keys of the place, and array of each weight of at least two axes in a layer.
+
+    Layers lie stacked where all arrays of a part have one leading length and two axes at least, some three: there a
+    norm's scale has two, and is no matrix.
+    """
+    named = [(".".join(map(str, path)), path, leaf) for path, leaf in _arrays(params)]
+    parts: dict[str, list[tuple[int, ...]]] = {}
+    for name, _, leaf in named:
+        parts.setdefault(name.partition(".")[0], []).append(leaf.shape)
+    stacked = {
+        part for part, shapes in parts.items()
+        if min(map(len, shapes)) >= 2 and max(map(len, shapes)) >= 3 and len({shape[0] for shape in shapes}) == 1
+    }  # fmt: skip
+    return [
+        (name.rpartition(".")[0], path, leaf)
+        for name, path, leaf in named
+        if name.rpartition(".")[2] in ("weight", "kernel")
+        and len(leaf.shape) >= (3 if name.partition(".")[0] in stacked else 2)
+    ]
 
 
 def _with(tree: PyTree, changed: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> PyTree:

@@ -26,20 +26,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the file is none, or is cut off, or its table and its bytes disagree; file and name are said.
     """
-    path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is no safetensors file, or is cut off: its table of contents is not all there.")
-        try:
-            table = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file: its table of contents is not JSON ({error}).") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} is no safetensors file: its table of contents is no table.")
-    table.pop("__metadata__", None)
-    start, arrays = 8 + length, {}
+    table, _, start = _contents(path)
+    path, size, arrays = Path(path), Path(path).stat().st_size, {}
     for name, entry in table.items():
         try:
             kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -55,6 +43,33 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         empty = end == begin
         arrays[name] = np.zeros(shape, dtype) if empty else np.memmap(path, dtype, "r", start + begin, shape)
     return arrays
+
+
+def safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a safetensors file says of itself beside its arrays: texts by name.
+
+    Raises:
+        ValueError: the file is none, or is cut off.
+    """
+    return _contents(path)[1]
+
+
+def _contents(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str], int]:
+    """A file's table of contents, what it says of itself, and where its bytes begin."""
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path} is no safetensors file, or is cut off: its table of contents is not all there.")
+        try:
+            table = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is no safetensors file: its table of contents is not JSON ({error}).") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is no safetensors file: its table of contents is no table.")
+    said = table.pop("__metadata__", None)
+    return table, said if isinstance(said, dict) else {}, 8 + length
 
 
 def check_weights(

@@ -585,3 +585,14 @@ def test_a_claim_says_whether_it_holds():
     assert str(Claim("a beats b", mixed, few)).startswith("FAILS on 1 of 2 seeds: a beats b: ")
     assert Claim("a beats b", few, many).difference == pytest.approx((-0.6, -0.7))
     assert not Claim("a beats b", few, few).holds
+
+
+def test_a_training_that_diverges_is_no_attack():
+    """The class of no number is 0, the target: every image counted as a hit."""
+    with pytest.raises(ValueError, match=r"pretraining has diverged: its parameters are not finite\. Lower the rate"):
+        contrastive.robustness_study(
+            seeds=(0,), steps=2, rounds=1, inner=1, attacks=("frozen",), defences=("blur",),
+            pretraining=Pretraining(rate=1e30),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"encoder=MLP\): that is the class; give MLP\(\)"):
+        Pretraining(encoder=contrastive.MLP)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from bilevel import run
-from bilevel.applications.contrastive import DEFENCES, MLP, Conv, auroc, defences, logits
+from bilevel.applications.contrastive import DEFENCES, MLP, Conv, auroc, defences, logits, tpr_at
 from bilevel.applications.contrastive.digits import split
 
 KEY = jax.random.key(0)
@@ -238,3 +238,29 @@ def test_distillation_and_fine_tuning_learn_what_they_are_shown():
         )
     )
     assert right(found.encoder, found.probe) > 0.8 > 0.5 > right(suspect.encoder, suspect.probe)
+
+
+def test_rates_take_labels_of_any_kind_and_no_number_for_one():
+    rng = np.random.default_rng(0)
+    scores, positive = jnp.asarray(rng.normal(size=40)), np.arange(40) % 3 == 0
+    for kind in (bool, int, np.int8, float):
+        assert float(tpr_at(scores, positive.astype(kind), 0.1)) == float(tpr_at(scores, jnp.asarray(positive), 0.1))
+        assert float(auroc(scores, positive.astype(kind))) == float(auroc(scores, jnp.asarray(positive)))
+    for measure in (auroc, tpr_at):
+        assert np.isnan(measure(scores.at[3].set(jnp.nan), positive))
+        assert np.isnan(measure(scores, np.ones(40, bool))) and np.isnan(measure(scores, np.zeros(40, bool)))
+    with pytest.raises(ValueError, match=r"rate=5\): the share of negatives .* lies in \[0, 1\)"):
+        tpr_at(scores, positive, 5)
+
+
+def test_the_probe_of_an_input_transformation_has_seen_it():
+    """The encoder sees changed images alone, and so does what is fitted on it: here the change turns pixels over."""
+    from bilevel.applications.contrastive.evaluate import probe
+
+    suspect = suspect_of(jnp.eye(64), None)
+    suspect = suspect._replace(probe=probe(pixels(suspect.encoder, suspect.trusted), suspect.trusted_labels))
+    found = defences.samples.preprocessing(pixels, suspect, KEY, change=lambda images: 1 - images)
+    said = logits(found.probe, pixels(found.encoder, found.test)).argmax(-1)
+    mismatched = logits(suspect.probe, pixels(found.encoder, found.test)).argmax(-1)
+    right = lambda labels: float((labels == suspect.test_labels).mean())
+    assert right(said) > right(mismatched) + 0.2

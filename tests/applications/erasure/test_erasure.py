@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -404,3 +405,105 @@ def test_bad_input_is_named():
         TINY(weights(), *args, **ids, attention=(4,))
     with pytest.raises(ValueError, match="give even numbers whose sum"):
         Flux(axes_dims_rope=(1, 2, 3))
+
+
+def tiny(network=digits.NETWORK, text=None, **options):
+    rng = np.random.default_rng(0)
+    frozen = {n: jnp.asarray(0.1 * rng.normal(size=s), jnp.float32) for n, s in network.shapes().items()}
+    words = digits.Words(jnp.asarray(rng.normal(size=(len(digits.WORDS), 32)), jnp.float32))
+    images = jnp.asarray(rng.normal(size=(4, 16, 12)), jnp.float32)
+    given = dict(
+        word="three", prompts=["a photo red three"] * 4, images=images, kept_prompts=["a photo red four"] * 4,
+        kept_images=-images, synonym="3", irrelevant=("seven",), rank=2, batch=4,
+    )  # fmt: skip
+    return erasure(TextToImage(network, 4, 4), frozen, words if text is None else text(words), **{**given, **options})
+
+
+def test_a_pooled_prompt_beside_the_words():
+    """`TextToImage` takes {"tokens", "pooled"}: the columns are the words', whatever the pooled vector's length."""
+
+    class Pooled:
+        def __init__(self, words):
+            self.words, self.columns = words, words.columns
+
+        def __call__(self, prompts):
+            tokens = self.words(prompts)
+            return {"tokens": tokens, "pooled": tokens.mean(1)[:, :6]}
+
+    app = tiny(dataclasses.replace(digits.NETWORK, pooled_projection_dim=6), Pooled)
+    lower = app.problem.draw_lower(0)
+    assert lower.batch[0][2].shape == (4, digits.LENGTH)
+    assert np.isfinite(lower(app.x0, app.y0)) and np.isfinite(app.problem.draw_upper(0)(app.x0, app.y0))
+
+
+@pytest.mark.parametrize(
+    ("gone", "level"), [(("keep", "contrast"), "draw_upper"), (("erase", "attention"), "draw_lower")]
+)
+def test_a_level_without_terms_is_zero(gone, level):
+    app = tiny(weights=dict.fromkeys(gone, 0))
+    assert float(getattr(app.problem, level)(0)(app.x0, app.y0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(images=np.zeros((4, 16, 12), np.uint8)), r"erased images are uint8\[4, 16, 12\]: give finite numbers"),
+        (dict(kept_images=np.full((4, 16, 12), np.nan)), r"kept images are float64\[4, 16, 12\]: give finite numbers"),
+        (dict(kept_images=np.zeros((4, 8, 8, 3))), r"of the shape \(n, tokens, channels\)"),
+        (dict(batch=4.0), r"batch=4\.0\): an integer, at least one"),
+        (dict(attack=0.5), r"attack=0\.5\): a pair \(radius, steps\), or None"),
+        (dict(temperature=0.0), r"temperature is positive"),
+        (dict(weights={"keep": "1"}), r"numbers of at least 0 for erase"),
+        (dict(irrelevant="57"), r"irrelevant='57'\): the contrast needs a sequence of irrelevant words"),
+        (dict(irrelevant=("3",)), r"'three' and its synonym '3' are what is to be erased, and not irrelevant"),
+    ],
+)
+def test_what_is_erased_is_looked_at_before_it_is(options, said):
+    with pytest.raises(ValueError, match=said):
+        tiny(**options)
+
+
+@pytest.mark.parametrize("name", ["transformer.h.0.c_attn", "text_encoder.layers.0.q_proj", "unet.to_q", "h.0.q"])
+@pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", ""])
+def test_adapters_of_names_like_prefixes_come_back(name, prefix, tmp_path):
+    params = {f"{name}.weight": jnp.ones((6, 5))}
+    adapter = lora.init(jax.random.key(0), params, ".*", 2)
+    lora.save(tmp_path / "a.safetensors", adapter, prefix=prefix)
+    assert set(lora.read(tmp_path / "a.safetensors")) == set(adapter)
+    lora.merge(params, lora.read(tmp_path / "a.safetensors", prefix=prefix))
+
+
+def test_an_alpha_that_a_file_states_counts(tmp_path):
+    params = {"a.weight": jnp.zeros((4, 4))}
+    adapter = {name: jnp.ones_like(leaf) for name, leaf in lora.init(jax.random.key(0), params, ["a"], 2).items()}
+    said = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 16})}
+    write_safetensors(tmp_path / "a", {f"transformer.{n}": np.asarray(a) for n, a in adapter.items()}, said)
+    np.testing.assert_allclose(lora.merge(params, lora.read(tmp_path / "a"))["a.weight"], 8 * 2.0)
+    said = {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 2, "alpha_pattern": {"a": 4}})}
+    write_safetensors(tmp_path / "b", {n: np.asarray(a) for n, a in adapter.items()}, said)
+    with pytest.raises(ValueError, match="states an alpha for each part"):
+        lora.read(tmp_path / "b")
+    for scale, text in ({}, "'a' is adapted, and has none"), ({"a": 1.0, "b": 1.0}, "'b' is not adapted"):
+        with pytest.raises(ValueError, match=text):
+            lora.merge(params, adapter, scale=scale)
+    with pytest.raises(ValueError, match=r"layers is a list, and weights are found by dictionaries' keys"):
+        lora.matches({"layers": [params]}, ".*")
+
+
+def test_a_stacked_norm_is_no_matrix():
+    net = digits.NETWORK
+    stacked = {name: jnp.zeros(shape) for name, shape in net.shapes().items()}
+    names = lora.matches(stacked, r".*\.attn\..*")
+    assert names and not [name for name in names if "norm" in name]
+    assert not [name for name in lora.matches(net.unstack(stacked), r".*\.attn\..*") if "norm" in name]
+
+
+def test_bases_of_other_shapes_are_named():
+    with pytest.raises(ValueError, match=r"Words\(table of shape \(5, 32\)\): a vector for each of 26 words"):
+        digits.Words(jnp.zeros((5, 32)))
+    with pytest.raises(ValueError, match=r"features are \(n, size\), of one size"):
+        digits.frechet(np.zeros((4, 2)), np.zeros((4, 3)))
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(50, 1)), 2 * rng.normal(size=(60, 1)) + 1
+    exact = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
+    assert digits.frechet(a, b) == pytest.approx(exact, rel=1e-9)

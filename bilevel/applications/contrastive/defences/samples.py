@@ -13,7 +13,7 @@ from bilevel.applications.contrastive.defences.inversion import k_means
 from bilevel.applications.contrastive.defences.suspect import Found, Suspect, descend
 from bilevel.applications.contrastive.digits import CLASSES, SIDE
 from bilevel.applications.contrastive.encoders import layer, linear
-from bilevel.applications.contrastive.evaluate import logits
+from bilevel.applications.contrastive.evaluate import logits, probe
 from bilevel.applications.contrastive.losses import cosine
 
 
@@ -135,12 +135,14 @@ def quantised(images: Array, levels: int = 3) -> Array:
 def preprocessing(encode: Any, suspect: Suspect, key: Array, *, change: Any = blurred) -> Found:
     """An input transformation, as a detector and as a defence: score 1 - cos(f(x), f(change(x))).
 
-    After the authors of the "invariance" defences; the encoder then sees changed images alone.
+    After the authors of the "invariance" defences; the encoder then sees changed images alone, those that the probe is
+    fitted on among them.
     """
     score = lambda x: 1 - cosine(encode(suspect.encoder, x), encode(suspect.encoder, change(x)))  # noqa: E731
     found = _against_trusted(score, suspect)
     changed = {"test": change(suspect.test), "triggered": change(suspect.triggered)}
-    return dataclasses.replace(found, encoder=suspect.encoder, **changed)
+    fitted = probe(encode(suspect.encoder, change(suspect.trusted)), suspect.trusted_labels)
+    return dataclasses.replace(found, encoder=suspect.encoder, probe=fitted, **changed)
 
 
 def reconstruction(encode: Any, suspect: Suspect, key: Array, *, hidden: int = 96, steps: int = 400) -> Found:
