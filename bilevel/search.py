@@ -244,7 +244,7 @@ def search(
             while not (ended := _ended(trials, proposer, spent(), evaluations, seconds, tokens, target, patience)):
                 key_now = jax.random.fold_in(base, round_)
                 count = min(batch, evaluations - len(trials))
-                proposals = _asked(proposer, tuple(trials), count, key_now)
+                proposals = _asked(proposer, tuple(trials), count, jax.random.fold_in(key_now, _ASK))
                 if not proposals:
                     ended = (Result.STOPPED, "The proposer has no more proposals.")
                     break
@@ -262,12 +262,17 @@ def search(
             result, reason = ended
         if final_problem_of is not None:
             chosen = best_of(trials, finalists)
-            found = solve_all(final_problem_of, chosen, 0, round_, base)
+            found = solve_all(final_problem_of, chosen, 0, round_, jax.random.fold_in(base, _FINAL))
+            found = [dataclasses.replace(t, number=c.number, round=c.round) for t, c in zip(found, chosen, strict=True)]
             last = tuple(sorted(found, key=lambda t: t.loss))
     except KeyboardInterrupt:
         result, reason = Result.INTERRUPTED, "It was interrupted from the keyboard."
     spent_tokens = int(getattr(proposer, "tokens", 0) or 0)
     return Discovery(tuple(trials), last, result, reason, spent(), spent_tokens)
+
+
+# What a round's key is for: what is proposed and what is solved by are drawn apart.
+_ASK, _SOLVE, _FINAL = 2**31 + 1, 2**31 + 2, 2**31 + 3
 
 
 def _check_arguments(
@@ -294,11 +299,12 @@ def _check_arguments(
                     f"search(proposer=...): {type(proposer).__name__}.{name} is called as {name}({', '.join(given)}), "
                     f"and cannot be: {error}."
                 ) from None
-    for name, value in (("evaluations", evaluations), ("batch", batch), ("finalists", finalists)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    counts = [("evaluations", evaluations), ("batch", batch), ("finalists", finalists)]
+    for name, value in counts + [("patience", patience)] * (patience is not None):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"search({name}={value!r}): a positive integer is needed.")
-    for name, value in (("seconds", seconds), ("tokens", tokens), ("target", target), ("patience", patience)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+    for name, value in (("seconds", seconds), ("tokens", tokens), ("target", target)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value):
             raise TypeError(f"search({name}={value!r}): a number or None is needed.")
     if not (solver is None or callable(solver)):
         raise TypeError("search(solver=...): a lower.LevenbergMarquardt or a function (problem, key) -> (loss, y).")
@@ -312,7 +318,8 @@ def _asked(proposer: Proposer, history: tuple[Trial, ...], count: int, key: jax.
             f"search(proposer=...): {type(proposer).__name__}.ask returned something of type {type(answer).__name__}; "
             "a list of proposals is needed, and an empty one ends the run."
         )
-    return [copy.deepcopy(p) if isinstance(p, (dict, list)) else p for p in itertools.islice(answer, count)]
+    held = (dict, list, tuple, np.ndarray)
+    return [copy.deepcopy(p) if isinstance(p, held) else p for p in itertools.islice(answer, count)]
 
 
 def _ended(
@@ -363,11 +370,15 @@ class _Solves:
             try:
                 problem = problem_of(proposal)
                 if not self.together:
-                    found[i] = (*_answer(self.solver(problem, jax.random.fold_in(key, i))), "", ())
+                    found[i] = (
+                        *_answer(self.solver(problem, jax.random.fold_in(jax.random.fold_in(key, _SOLVE), i))),
+                        "",
+                        (),
+                    )
                 elif not isinstance(problem, LowerProblem):
                     raise TypeError(f"problem_of returned a {type(problem).__name__}, and not a LowerProblem")
                 else:
-                    problem = _arrays(problem)
+                    problem = _arrays(problem, self.solver)
                     groups.setdefault(_shape(problem), []).append((i, problem))
             except Exception as error:  # whatever a proposal leads to is that trial's failure
                 logger.debug("Trial %d failed.", first + i, exc_info=True)
@@ -409,29 +420,35 @@ def _answer(answer: Any) -> tuple[float, PyTree]:
         raise TypeError(f"the solver returned something of type {type(answer).__name__}, and not (loss, y)")
     if np.ndim(answer[0]) > 0 and np.size(answer[0]) != 1:
         raise TypeError(f"the solver's loss has the shape {np.shape(answer[0])}, and is no number")
-    return float(np.reshape(answer[0], ())), answer[1]
+    y = jax.tree.map(lambda a: np.array(a) if isinstance(a, np.ndarray) else a, answer[1])  # which it may go on using
+    return float(np.reshape(answer[0], ())), y
 
 
 _FUNCTIONS = ("residuals", "loss", "score", "prepare")
 
 
-def _arrays(problem: LowerProblem) -> LowerProblem:
-    """The problem with arrays for leaves, its bounds spread over its start, its start checked, and its functions with
-    what they capture as it is now."""
-    start = jax.tree.map(lambda a: np.asarray(a, jnp.result_type(float, a)), problem.start)
+def _arrays(problem: LowerProblem, solver: LevenbergMarquardt) -> LowerProblem:
+    """The problem with arrays of its own for leaves, its bounds (or the solver's) spread over its start, its start
+    checked, and its functions with what they capture as it is now."""
+    if problem.loss is not None and solver.transform is not None:
+        raise ValueError(
+            "a LevenbergMarquardt with a transform is for residuals, and this problem has a loss: give it bounds"
+        )
+    start = jax.tree.map(lambda a: np.array(a, jnp.result_type(float, a)), problem.start)
     spread = {}
     for name, default in (("lower", -np.inf), ("upper", np.inf)):
-        bound = getattr(problem, name)
-        bound = default if bound is None else bound
+        bound = next((b for b in (getattr(problem, name), getattr(solver, name)) if b is not None), default)
         if jax.tree.structure(bound) != jax.tree.structure(start):  # type: ignore[operator]
+            if jax.tree.structure(bound) != jax.tree.structure(0):  # type: ignore[operator]
+                raise ValueError(f"{name}= has another structure than the start: one number, or one for each part of y")
             bound = jax.tree.map(lambda a, b=bound: b, start)
-        spread[name] = jax.tree.map(lambda a, b: np.broadcast_to(np.asarray(b, a.dtype), a.shape), start, bound)
+        spread[name] = jax.tree.map(lambda a, b: np.broadcast_to(np.array(b, a.dtype), a.shape), start, bound)
     for y, low, high in zip(*map(jax.tree.leaves, (start, spread["lower"], spread["upper"])), strict=True):
         if not (np.isfinite(y).all() and (low <= y).all() and (y <= high).all()):
             raise ValueError("the start is not finite or outside its bounds")
     dtype = jnp.result_type(float)
     narrowed = lambda a: a.astype(dtype) if a.dtype.kind == "f" else a  # noqa: E731
-    data = jax.tree.map(lambda a: narrowed(np.asarray(a)), problem.data)
+    data = jax.tree.map(lambda a: narrowed(np.array(a)), problem.data)
     apart = {name: taken(getattr(problem, name)) for name in _FUNCTIONS}
     return dataclasses.replace(problem, start=start, data=data, **spread, **apart)
 
@@ -447,7 +464,7 @@ def _held(fn: Any) -> Any:
 def _shape(problem: LowerProblem) -> Any:
     """What problems that are solved together have in common."""
     shapes = lambda tree: (jax.tree.structure(tree), tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(tree)))  # noqa: E731
-    shared = tuple(map(id, jax.tree.leaves(problem.shared)))
+    shared = tuple(map(id, jax.tree.leaves(problem.shared))), jax.tree.structure(problem.shared)
     functions = tuple(_held(getattr(problem, name)) for name in _FUNCTIONS)
     return functions, str(problem.transform), shared, shapes(problem.start), shapes(problem.data)
 

@@ -262,3 +262,96 @@ def test_proposals_that_print_alike_are_two():
         trials = [Trial(i, 0, p, float(i), None, "", ()) for i, p in enumerate([*proposals, proposals[0]])]
         assert [trial.number for trial in best_of(trials, 9)] == [0, 1, 2]
     assert len(best_of([Trial(i, 0, object, float(i), None, "", ()) for i in range(2)], 9)) == 1  # of no checkpoint
+
+
+class Restless:
+    """A proposer that goes on with what it has handed out."""
+
+    def __init__(self, start):
+        self.x = start
+
+    def ask(self, history, count, key):
+        self.x += 1
+        return [self.x]
+
+    def tell(self, trials):
+        self.x *= 1
+
+
+@pytest.mark.parametrize("kept", ["array", "row", "tuple"])
+def test_what_a_proposer_goes_on_changing_is_copied(kept):
+    start = np.zeros((1, 2)) if kept == "row" else np.zeros(2)
+    proposer, buffer = Restless(start), np.zeros(1)
+
+    def ask(history, count, key):
+        proposer.x += 1
+        return list(proposer.x) if kept == "row" else [(proposer.x,) if kept == "tuple" else proposer.x]
+
+    def solver(p, key):
+        x = p[0] if kept == "tuple" else p
+        buffer[:] = x[0]
+        return float(np.sum((x - 2) ** 2)), buffer
+
+    proposer.ask = ask
+    found = search(lambda p: p, proposer, evaluations=4, batch=1, solver=solver, progress=False)
+    assert [float(np.ravel(t.proposal)[0]) for t in found.trials] == [1, 2, 3, 4]
+    assert [t.loss for t in found.trials] == [2, 0, 2, 8] and [float(t.y[0]) for t in found.trials] == [1, 2, 3, 4]
+
+
+def test_one_buffer_for_all_problems_is_copied():
+    """Integer data are not narrowed, and a view of the buffer was solved for its last contents three times."""
+    buffer = np.zeros(1, np.int64)
+
+    def problem_of(p):
+        buffer[:] = p
+        return LowerProblem(0.0, residuals=lambda y, data: y - data[0], data=buffer)
+
+    found = search(problem_of, ReplayProposer((1, 2, 3)), evaluations=3, progress=False)
+    np.testing.assert_allclose([t.y for t in found.trials], [1, 2, 3], atol=1e-5)
+
+
+def test_the_solvers_own_bounds_count_where_a_problem_has_none():
+    problems = {
+        "residuals": LowerProblem(1.0, residuals=lambda y: y + 2.0),
+        "loss": LowerProblem(1.0, loss=lambda y: (y + 2.0) ** 2),
+        "own": LowerProblem(1.0, residuals=lambda y: y + 2.0, lower=-1.0),
+    }
+    at = lambda solver, names=tuple(problems): search(
+        problems.__getitem__, ReplayProposer(names), evaluations=3, solver=solver, progress=False
+    ).trials  # fmt: skip
+    np.testing.assert_allclose([t.y for t in at(lower.LevenbergMarquardt(lower=0.0))], [0, 0, -1], atol=1e-4)
+    (refused,) = at(lower.LevenbergMarquardt(transform="log"), ("loss",))
+    assert "with a transform is for residuals, and this problem has a loss" in refused.error
+
+
+def test_what_is_proposed_and_what_is_solved_by_are_drawn_apart():
+    asked, solved = [], []
+
+    class Drawing:
+        def ask(self, history, count, key):
+            asked.extend(float(jax.random.normal(jax.random.fold_in(key, i))) for i in range(count))
+            return asked[-count:]
+
+        def tell(self, trials):
+            pass
+
+    def solver(p, key):
+        solved.append(float(jax.random.normal(key)))
+        return p**2, None
+
+    found = search(
+        lambda p: p, Drawing(), evaluations=6, batch=2, solver=solver, final_problem_of=lambda p: p, finalists=3,
+        progress=False,
+    )  # fmt: skip
+    assert len({*asked, *solved}) == 6 + 6 + 3
+    assert {t.number for t in found.finalists} <= set(range(6))
+    for t in found.finalists:
+        assert found.trials[t.number].proposal == t.proposal and found.trials[t.number].round == t.round
+
+
+@pytest.mark.parametrize("options", [dict(patience=0), dict(target=math.nan), dict(seconds=math.nan)])
+def test_budgets_are_numbers(options):
+    with pytest.raises((TypeError, ValueError), match=r"search\((patience|target|seconds)="):
+        search(lambda p: p, ReplayProposer((1.0,)), evaluations=1, solver=lambda p, key: (p, None), **options)
+    ran = search(lambda p: p, ReplayProposer((1.0,)), evaluations=np.int64(1), solver=lambda p, key: (p, None))
+    assert len(ran.trials) == 1

@@ -142,8 +142,8 @@ def oracle(question: Any, general: Any, mask: Any, strength: float = 1e-2) -> Or
     degenerate, the lower level being in closed form.
 
     Args:
-        question, general: A_Q and A_G (maps, tokens), with no A_G of zero.
-        mask: (maps, tokens), the share of each token in the answer's region; each row sums to 1.
+        question, general: A_Q and A_G (.., tokens), with no A_G of zero.
+        mask: (.., tokens), the share of each token in the answer's region; each row sums to 1.
         strength: lambda at x0.
     """
     check_strength(strength)
@@ -166,7 +166,7 @@ def oracle(question: Any, general: Any, mask: Any, strength: float = 1e-2) -> Or
 
     def hypergradient(x: Array) -> Array:
         lam, y = jnp.exp(x), solution(x)
-        upper_y = (jax.nn.softmax(y) * mask.sum(-1, keepdims=True) - mask) / len(mask)
+        upper_y = (jax.nn.softmax(y) * mask.sum(-1, keepdims=True) - mask) / (mask.size // mask.shape[-1])
         return jnp.sum(upper_y * -question / (general + lam) ** 2) * lam
 
     def condition(x: Array) -> Array:

@@ -69,7 +69,10 @@ def masking(
         decay: of the head.
     """
     check_strength(strength)
-    for name, (question, general, features, answers) in (("training", train), ("validation", validation)):
+    if not decay > 0:
+        raise ValueError(f"masking(decay={decay!r}): a positive number is needed, or the head has no best weights.")
+    sets = [("training", train), ("validation", validation), *([] if test is None else [("test", test)])]
+    for name, (question, general, features, answers) in sets:
         check_maps(f"{name} question", question)
         check_maps(f"{name} general", general)
         if np.shape(question) != np.shape(general) or np.ndim(question) != 3:
@@ -79,13 +82,25 @@ def masking(
             )
         if np.shape(features)[:2] != (len(question), np.shape(question)[2]) or len(answers) != len(question):
             raise ValueError(f"The {name} features {np.shape(features)} or answers do not belong to these maps.")
+        if np.shape(question)[1] != np.shape(train[0])[1] or np.shape(features)[2] != np.shape(train[2])[2]:
+            raise ValueError(
+                f"The {name} set has {np.shape(question)[1]} layers and features of size {np.shape(features)[2]}, the "
+                f"training set {np.shape(train[0])[1]} and {np.shape(train[2])[2]}: they are one network's."
+            )
+        if not np.isfinite(np.asarray(features)).all():
+            raise ValueError(f"The {name} features are not all finite.")
+        known = np.asarray(answers)
+        if known.dtype.kind not in "iu" or known.min(initial=0) < 0 or known.max(initial=0) >= classes:
+            raise ValueError(f"The {name} answers are not all integers in 0..{classes - 1}.")
     layers, d = np.shape(train[0])[1], np.shape(train[2])[2]
 
     def saliency(x: Mask, question: Array, general: Array) -> Array:
         maps = contrast(question, general, jnp.exp(x["strength"])[:, None])
         maps = maps / maps.mean(-1, keepdims=True)  # layers with a large lambda would count less
         s = jnp.einsum("l,nlt->nt", jax.nn.softmax(x["layers"]), maps)
-        return (s - s.mean(-1, keepdims=True)) / (s.std(-1, keepdims=True) + 1e-6)
+        variance = s.var(-1, keepdims=True)
+        spread = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0)  # uniform: slope zero
+        return (s - s.mean(-1, keepdims=True)) / (spread + 1e-6)
 
     def mask(x: Mask, question: Array, general: Array) -> Array:
         return jax.nn.sigmoid((saliency(x, question, general) - x["threshold"]) / jnp.exp(x["width"]))

@@ -72,6 +72,8 @@ class Letterbox(NamedTuple):
 def letterbox(batch: Mapping[str, Any], size: int) -> Batch:
     """Images (B, H, W, 3) of any sides, as large as they fit into squares, the rest grey; their boxes with them."""
     image = jnp.asarray(batch["image"])
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+        raise ValueError(f"letterbox: the images are {image.dtype}: scale them to floating point in 0..1 first.")
     place = Letterbox.of(image.shape[1], image.shape[2], size)
     scaled = jax.image.resize(image, (len(image), place.rows, place.columns, image.shape[-1]), "linear")
     margins = [(side, size - side - length) for side, length in ((place.top, place.rows), (place.left, place.columns))]
@@ -82,6 +84,8 @@ def letterbox(batch: Mapping[str, Any], size: int) -> Batch:
 
 def flip(batch: Mapping[str, Any], key: Array, rate: float = 0.5, axis: int = 2) -> Batch:
     """Mirror each image with this probability, left to right (axis 2) or top to bottom (axis 1)."""
+    if axis not in (1, 2):
+        raise ValueError(f"flip(axis={axis!r}): 2 mirrors left to right, 1 top to bottom.")
     image, boxes = jnp.asarray(batch["image"]), jnp.asarray(batch["boxes"])
     chosen = jax.random.bernoulli(key, rate, (len(image), 1, 1))
     low, high = (0, 2) if axis == 2 else (1, 3)

@@ -223,9 +223,9 @@ def _yaml_names(file: Path) -> tuple[str, ...]:
     unquoted = lambda text: text.strip().strip("'\"").strip()  # noqa: E731
     whole = " ".join([first, *rest]).strip()
     if whole.startswith("[") and whole.endswith("]"):
-        names = [unquoted(part) for part in whole[1:-1].split(",") if part.strip()]
+        names = [unquoted(part) for part in _parts(whole[1:-1]) if part.strip()]
     elif whole.startswith("{") and whole.endswith("}"):
-        names = _numbered([part for part in whole[1:-1].split(",") if part.strip()], where, cure)
+        names = _numbered([part for part in _parts(whole[1:-1]) if part.strip()], where, cure)
     elif not first and all(line.startswith("-") for line in rest if line):
         names = [unquoted(line[1:]) for line in rest if line]
     else:
@@ -233,6 +233,11 @@ def _yaml_names(file: Path) -> tuple[str, ...]:
     if not names or not all(names):
         raise FolderError(f"{where} 'names' has no names. {cure}")
     return tuple(names)
+
+
+def _parts(text: str) -> list[str]:
+    """What commas part, but for those within quotes."""
+    return re.findall(r"""(?:[^,'"]|'[^']*'|"[^"]*")+""", text)
 
 
 def _numbered(lines: list[str], where: str, cure: str) -> list[str]:
@@ -393,7 +398,7 @@ class _Coco:
                     at = place[entry["image_id"]]
                     boxes[at].append(np.clip(corners, 0, [*size, *size]).tolist())
                     classes[at].append(number[entry["category_id"]])
-                    crowd[at].append(bool(entry.get("iscrowd", 0)))
+                    crowd[at].append(str(entry.get("iscrowd", 0)) in ("1", "True"))
             if wrong:
                 self.found.append(("annotations", k, wrong))
         lines = _lines(self.text) if self.found else {}
@@ -558,7 +563,14 @@ def _letterboxed(file: Path, place: Letterbox, size: int) -> np.ndarray:
 
     try:
         with _opened(file) as image:
-            turned = ImageOps.exif_transpose(image).convert("RGB")
+            turned = ImageOps.exif_transpose(image)
+            if turned.mode.startswith("I;16"):  # 16 bits of grey, which PIL itself would clip at 255
+                turned = Image.fromarray((np.asarray(turned) / 257).round().astype(np.uint8))
+            elif turned.mode in ("I", "F"):
+                raise FolderError(
+                    f"{file}: its pixels are of mode {turned.mode!r}, of no known range; save 8 or 16 bits."
+                )
+            turned = turned.convert("RGB")
             pixels = np.asarray(turned.resize((place.columns, place.rows), Image.Resampling.BILINEAR))
     except _WRONG as error:
         raise FolderError(_undecodable(file, error)) from error

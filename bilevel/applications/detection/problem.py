@@ -316,7 +316,8 @@ def checked(batch: Batch, classes: int, name: str = "batch") -> dict[str, np.nda
     """A set of annotated images as arrays, of which every annotation is one.
 
     Args:
-        batch: "image" (n, H, W, 3), "boxes" (n, M, 4), "classes" (n, M), "mask" (n, M).
+        batch: "image" (n, H, W, 3), "boxes" (n, M, 4), "classes" (n, M), "mask" (n, M), and perhaps "crowd" (n, M): a
+            box around many is no example of one, and its mask is set to False (`average_precision` asks for it).
         classes: how many there are.
         name: of the set, for errors.
 
@@ -342,6 +343,13 @@ def checked(batch: Batch, classes: int, name: str = "batch") -> dict[str, np.nda
         raise ValueError(f"{name}: the mask is {mask.dtype} and classes are {labels.dtype}; give bool and integers.")
     if image.dtype.kind != "f" or not np.isfinite(image).all() or image.min() < 0 or image.max() > 1:
         raise ValueError(f"{name}: images are floats between 0 and 1; divide bytes by 255.")
+    if "crowd" in batch:
+        crowd = np.asarray(batch["crowd"])
+        if crowd.shape != mask.shape or crowd.dtype != bool:
+            raise ValueError(
+                f"{name} has crowds of {crowd.dtype}{list(crowd.shape)}; bool of {list(mask.shape)} is needed."
+            )
+        mask = mask & ~crowd
     height, width = image.shape[1:3]
     faults = {
         "a number that is not finite": ~np.isfinite(boxes).all(-1),

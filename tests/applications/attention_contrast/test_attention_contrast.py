@@ -184,3 +184,38 @@ def test_bad_maps_are_named():
         masking((question, general, features[:, 1:], answers), samples(10, 1), classes=3)
     with pytest.raises(ValueError, match=r"fuse\(grid=\(2, 2\)\) has 4 places for 6 tokens"):
         fuse(jnp.ones((1, 1, 6)), jnp.ones(1), (4, 4), (2, 2))
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+def test_the_oracles_gradient_is_that_of_its_objective(shape, x64):
+    rng = np.random.default_rng(0)
+    normal = lambda a: a / a.sum(-1, keepdims=True)
+    question, general, mask = (normal(rng.uniform(0.1, 1, shape)) for _ in range(3))
+    app = oracle(question, general, mask)
+    assert float(app.hypergradient(app.x0)) == pytest.approx(float(jax.grad(app.objective)(app.x0)), rel=1e-10)
+
+
+def test_an_image_without_contrast_leaves_a_gradient():
+    question, general, features, answers = samples(8, 1)
+    flat = np.full_like(np.asarray(question[:1]), 1 / question.shape[-1])
+    held = (np.concatenate([flat, question[1:]]), np.concatenate([flat, general[1:]]), features, answers)
+    app = masking(samples(20, 0), held, classes=3)
+    gradient = jax.grad(app.problem.full_upper())(app.x0, app.y0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_sets_of_masking_are_looked_at():
+    train, (question, general, features, answers) = samples(20, 0), samples(10, 1)
+    features = np.asarray(features)
+    for wrong, said in (
+        ((question, general, features, np.full(10, 3)), r"validation answers are not all integers in 0\.\.2"),
+        ((question, general, features, np.full(10, -1)), r"validation answers are not all integers"),
+        ((question, general, np.full_like(features, np.nan), answers), "validation features are not all finite"),
+        ((question[:, :1], general[:, :1], features, answers), r"validation set has 1 layers and .* one network's"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            masking(train, wrong, classes=3)
+        with pytest.raises(ValueError, match=said.replace("validation", "test")):
+            masking(train, samples(10, 1), classes=3, test=wrong)
+    with pytest.raises(ValueError, match=r"decay=-1\): a positive number is needed"):
+        masking(train, samples(10, 1), classes=3, decay=-1)

@@ -179,3 +179,12 @@ def test_what_cannot_be_changed_is_named(change, options, message):
         augmented({name: leaf for name, leaf in painted(BOXES).items() if name != "mask"}, 2)
     with pytest.raises(ValueError, match=r"Augmentation\(batch=0\)"):
         Augmentation(0)
+
+
+def test_axes_and_dtypes_that_would_tear_images_from_boxes_are_refused():
+    batch = {"image": jnp.zeros((1, 4, 6, 3)), "boxes": jnp.ones((1, 1, 4)), "mask": jnp.ones((1, 1), bool)}
+    for axis in (-2, 0, 3):
+        with pytest.raises(ValueError, match=rf"flip\(axis={axis}\): 2 mirrors left to right, 1 top to bottom"):
+            flip(batch, jax.random.key(0), 1.0, axis)
+    with pytest.raises(ValueError, match=r"letterbox: the images are uint8: scale them to floating point in 0\.\.1"):
+        letterbox({**batch, "image": jnp.zeros((1, 4, 6, 3), jnp.uint8)}, 8)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bilevel.applications.detection.folders import FolderError, coco_folder, yolo_folder
+from bilevel.applications.detection.problem import checked
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
@@ -268,3 +269,24 @@ def test_faults_without_end_are_counted(coco):
     many = [{"id": k, "image_id": 0, "category_id": 8, "bbox": [0, 0, 1, 1]} for k in range(30)]
     with pytest.raises(FolderError, match=r"30 things are wrong, and nothing was read:\n(.*\n){20}  and 10 more$"):
         coco_folder(coco(annotations=many))
+
+
+def test_sixteen_bits_of_grey_keep_their_range(yolo):
+    Image.fromarray(np.full((20, 40), 40000, np.uint16)).save(yolo / "images/train/a.png")
+    image = yolo_folder(yolo).batch([0], size=40)["image"][0]
+    assert image[20, 20].tolist() == pytest.approx([40000 / 65535] * 3, abs=1 / 255)
+
+
+def test_a_crowd_is_no_example_of_one():
+    batch = {
+        "image": np.zeros((1, 8, 8, 3), np.float32), "boxes": np.asarray([[[0, 0, 4, 4], [0, 0, 8, 8]]], np.float32),
+        "classes": np.zeros((1, 2), np.int32), "mask": np.ones((1, 2), bool), "crowd": np.asarray([[False, True]]),
+    }  # fmt: skip
+    assert checked(batch, 1)["mask"].tolist() == [[True, False]]
+    with pytest.raises(ValueError, match=r"crowds of bool\[1\]; bool of \[1, 2\] is needed"):
+        checked({**batch, "crowd": np.asarray([True])}, 1)
+
+
+def test_quoted_names_may_have_commas(yolo):
+    (yolo / "data.yaml").write_text("train: images/train\nnc: 2\nnames: ['red, big', \"blue\"]\n")
+    assert yolo_folder(yolo).names == ("red, big", "blue")
