@@ -91,7 +91,8 @@ class Network:
                     f"{self.name} mixes arrays with a leading axis of its {self.n} agents; the leaf "
                     f"{jax.tree_util.keystr(path) or 'given'} has the shape {list(np.shape(leaf))}."
                 )
-        return jax.tree.map(lambda leaf: self._flow(leaf, step), tree)
+        real = lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.astype(float)  # noqa: E731
+        return jax.tree.map(lambda leaf: self._flow(real(jnp.asarray(leaf)), step), tree)
 
     def mix(self, tree: PyTree, step: Any = 0) -> PyTree:
         """W along the leading axis of every leaf: each agent's average over itself and its neighbours."""

@@ -54,7 +54,9 @@ def _moments(problem, estimator, curvature, clients: int, draws: int):
     x, y = jnp.ones(3), jnp.ones(4)
     keys = jax.random.split(jax.random.key(clients), draws)
     found = jax.lax.map(
-        lambda k: estimator(InProcess(problem, data.as_step_key(k), clients), x, y, curvature)[1], keys, batch_size=250
+        lambda k: estimator(InProcess(problem, data.as_step_key(k), clients), x, y, curvature)[1],
+        keys,
+        batch_size=250,
     )
     return found.mean(axis=0), found.var(axis=0).sum()
 
@@ -349,3 +351,68 @@ def test_the_upper_loss_in_the_history_is_the_objective(x64, solver, weighting):
     found = solve(problem, jnp.zeros(()), jnp.zeros(()), solver, steps=400, progress=False)
     x, loss = (0.9, 0.09) if weighting == "samples" else (0.5, 0.25)
     np.testing.assert_allclose([found.x, found.history["upper_loss"][-1]], [x, loss], rtol=1e-3)
+
+
+def unequal(count, sizes):
+    """Clients of so many samples, all alike: f = (y - x)^2 / 2 and F = (y - 1)^2 / 2 + x^2 / 20, solved by 1 / 1.1."""
+    features = [np.ones((size, 1)) for size in sizes(count)]
+    upper = lambda x, y, batch: 0.5 * jnp.mean((y - batch[:, 0]) ** 2) + 0.05 * x**2
+    lower = lambda x, y, batch: 0.5 * jnp.mean((y - x * batch[:, 0]) ** 2)
+    return Problem(upper, lower, data.Clients(features, 4), data.Clients(features, 4))
+
+
+@pytest.mark.parametrize("clients", [5, None])
+@pytest.mark.parametrize("chain", ["sum", "random"])
+@pytest.mark.parametrize("method", [FedMBO, FedNest])
+def test_chains_stand_clients_of_unequal_sizes(method, chain, clients):
+    """What a client counts was a factor within its chain: of twelve clients one with most samples sent x to 1e20."""
+    problem = unequal(12, lambda count: (400, *[4] * (count - 1)))
+    solver = method(clients, 0.1, 0.5, terms=8, chain=chain)
+    solution = solve(problem, jnp.asarray(0.0), jnp.asarray(0.0), solver, steps=200)
+    assert abs(float(solution.x) - 1 / 1.1) < (1e-2 if chain == "sum" else 0.3)
+
+
+def test_clients_are_drawn_by_their_share():
+    problem = unequal(6, lambda count: (40, 20, 20, 8, 8, 4))
+    engine = InProcess(problem, data.as_step_key(0), 3)
+    counts = np.zeros(6)
+    for step in range(400):
+        engine.key = data.as_step_key(0, step)
+        drawn = engine.round(Draw.ROUND).by_share()
+        assert drawn.who.shape == (3,)
+        np.add.at(counts, np.asarray(drawn.who), 1)
+    np.testing.assert_allclose(counts / counts.sum(), np.array([40, 20, 20, 8, 8, 4]) / 100, atol=0.02)
+    even = unequal(6, lambda count: [8] * count)
+    at = InProcess(even, data.as_step_key(0), 3).round(Draw.ROUND)
+    assert at.by_share() is at and at.by_share(chains=True) is at
+
+
+def test_a_curvature_that_grows_on_the_way_is_followed():
+    """f = exp(x) y^2 / 2 - y: L was 1.2 from the start, and at exp(x) = 2 L all terms of a chain cancelled for ever."""
+    samples = np.zeros((4, 8))
+    upper = lambda x, y, batch: 0.5 * (y - 0.05) ** 2 + 0.0 * x + jnp.mean(batch)
+    lower = lambda x, y, batch: 0.5 * jnp.exp(x) * y**2 - y + jnp.mean(batch)
+    problem = Problem(upper, lower, data.Agents(samples), data.Agents(samples))
+    for solver in (
+        FedMBO(None, optax.adam(0.05), 0.04, lower_rounds=60),
+        FedNest(None, optax.adam(0.05), 0.04, lower_rounds=60, chain="sum"),
+    ):
+        solution = solve(problem, jnp.asarray(0.0), jnp.asarray(1.0), solver, steps=400)
+        assert float(solution.x) > 2.4 > np.log(2 * 1.2) + 1
+        assert 1.1 * np.exp(solution.x) < float(solution.state.curvature) < 1.3 * np.exp(solution.x)
+
+
+def test_the_one_stiff_client_among_many_is_seen():
+    hessians = np.ones((100, 1))
+    hessians[30] = 100.0
+    lower = lambda x, y, batch: 0.5 * jnp.mean(batch) * (y - x) ** 2
+    problem = Problem(lambda x, y: (y - 1) ** 2, lower, None, data.Agents(hessians))
+    assert float(InProcess(problem, data.as_step_key(0), 10).curvature(jnp.asarray(0.0), jnp.asarray(0.0))) >= 99
+
+
+@pytest.mark.parametrize("curvature", [0.0, -1.0, np.nan])
+def test_a_curvature_is_positive(curvature):
+    with pytest.raises(ValueError, match=r"curvature=.*: L is a positive number, or None for an estimate"):
+        FedMBO(curvature=curvature)
+    with pytest.raises(ValueError, match=r"FedNest\(chain='paper'\): 'sum' or 'random'"):
+        FedNest(chain="paper")

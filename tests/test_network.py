@@ -169,3 +169,9 @@ def test_errors_by_name(make, words: str) -> None:
 def test_a_float32_matrix_is_taken_and_mended() -> None:
     graph = network.matrix(np.asarray(network.ring(3).matrix(), np.float32))
     np.testing.assert_allclose(graph.matrix().sum(axis=1), 1, atol=1e-15)
+
+
+@pytest.mark.parametrize("make", [lambda: network.ring(4), lambda: network.star(4), lambda: network.complete(4)])
+def test_integers_are_averaged_as_numbers(make):
+    net, given = make(), np.asarray([1, 0, 0, 0])
+    np.testing.assert_allclose(net.mix(given), net.mix(given.astype(float)), rtol=1e-6)

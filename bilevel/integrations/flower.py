@@ -324,6 +324,10 @@ class _Server:
         """Every ask samples its own."""
         return self
 
+    def by_share(self, chains: bool = False) -> _Server:
+        """Nodes are drawn alike, and what they count is a factor of their answers."""
+        return self
+
     def pass_on(self, chains: PyTree) -> PyTree:
         """Every ask hands its rows to nodes at random."""
         return chains

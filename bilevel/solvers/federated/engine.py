@@ -106,9 +106,11 @@ class InProcess:
         return carry
 
     def curvature(self, x: PyTree, y: PyTree, most: int = 64) -> jax.Array:
-        """The largest curvature of up to `most` clients' lower levels."""
-        some = jnp.asarray(np.unique(np.linspace(0, self.total - 1, min(self.total, most)).astype(int)))
-        return _curvature(self.problem, self.key, some, Point(x, y, None))
+        """The largest curvature of the clients' lower levels, `most` of them at a time."""
+        pieces = -(-self.total // most)
+        some = np.arange(pieces * min(most, self.total)).reshape(pieces, -1) % self.total  # of one size: one programme
+        found = [_curvature(self.problem, self.key, jnp.asarray(who), Point(x, y, None)) for who in some]
+        return functools.reduce(jnp.maximum, found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,26 @@ class Round:
         size = self.engine.size
         return "all" if size == self.engine.total else self._permuted(Draw.CLIENTS, size)
 
+    def by_share(self, chains: bool = False) -> Round:
+        """The same round with clients drawn by what they count, which then all count alike.
+
+        Where clients count by unequal numbers of samples, and only some take part or each has a chain of its own
+        (`chains`), what one of them counts is otherwise a factor of its answers: their variance, and each factor of a
+        chain, would be as many times larger. Drawn are as many as take part, each about as often as its share of the
+        lower level says (systematic sampling): a large client may have several of the rows.
+        """
+        engine = self.engine
+        source = engine.problem.levels(self.key, "all").lower.source
+        if engine.weighting == "clients" or not source.given or source.even:
+            return self
+        if isinstance(self.who, str) and not chains:
+            return self
+        cuts = jnp.cumsum(source.shares()) / engine.total
+        start = jax.random.uniform(self.key.fold_in(Draw.CLIENTS).random)
+        drawn = jnp.searchsorted(cuts, (jnp.arange(engine.size) + start) / engine.size, side="right")
+        order = jax.random.permutation(self.key.fold_in(Draw.ORDER).random, engine.size)
+        return _Drawn(engine, self.key, jnp.minimum(drawn, engine.total - 1)[order])
+
     def pass_on(self, chains: PyTree) -> PyTree:
         """Rows handed to this round's clients at random: permuted where all take part, else they are random anyway."""
         if not isinstance(self.who, str):
@@ -145,6 +167,10 @@ class Round:
         if self.engine.weighting == "clients" or not source.given:
             return None
         return self.of(source.shares())
+
+    def weights(self, levels: Levels) -> list[jax.Array | None]:
+        """What these clients count in either level, by which a plain mean over them is unbiased."""
+        return [self.importance(level.source) for level in levels]
 
     def ask(
         self, oracle: Oracle, sent: Any, own: Any = None, only: Any = None, *, held: bool = False,
@@ -165,7 +191,7 @@ class Round:
         """
         engine = self.engine
         levels = engine.problem.levels(self.key, self.who)
-        weights = [self.importance(level.source) for level in levels]
+        weights = self.weights(levels)
         here = _copies(sent if own is None else Point(sent.x, sent.y, None), engine.size)
         here = here if own is None else Point(here.x, here.y, sent.v)
         if weighted:
@@ -178,6 +204,24 @@ class Round:
             each = combined(_weighed(found.lower, weights[1]), _weighed(found.upper, weights[0]))
         engine.spent = engine.spent + np.array([1, optax.tree.size(here.v if held else here) + optax.tree.size(each)])
         return Answers(None if value is None else value / engine.size, each, own)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn(Round):
+    """A round with clients that were drawn by their share of the lower level, some more than once."""
+
+    drawn: jax.Array
+
+    @property
+    def who(self) -> jax.Array:  # type: ignore[override]
+        """Their numbers."""
+        return self.drawn
+
+    def weights(self, levels: Levels) -> list[jax.Array | None]:
+        """Relative to the share that they were drawn by."""
+        lower: Any = self.importance(levels.lower.source)
+        upper = self.importance(levels.upper.source)
+        return [1 / lower if upper is None else upper / lower, None]
 
 
 @jax.jit

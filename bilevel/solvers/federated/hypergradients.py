@@ -2,10 +2,10 @@
 
     h = F_x - J H^-1 F_y,     H^-1 = lim (1/L) sum_{j < N} (I - H/L)^j,     H = mean_i H_i,   J = mean_i J_i
 
-with L at least the largest eigenvalue of any H_i.
+with L at least the largest eigenvalue of any H_i: it is raised from step to step by the |H_i p| / |p| that are met.
 
 No client knows H; a product of factors, each of another freshly sampled client, has the right expectation. An estimator
-is called with the engine, x, y and L, and gives (the mean upper loss, h).
+is called with the engine, x, y and L, and gives (the mean upper loss, h, the largest |H_i p| / |p| or None).
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ class _Series:
     def __post_init__(self) -> None:
         check_count(type(self).__name__, terms=self.terms)
 
-    def __call__(self, engine: Engine, x: PyTree, y: PyTree, curvature: Any) -> tuple[Any, PyTree]:
-        """(upper loss, h) at (x, y): one draw of the estimator."""
-        found = engine.round(Draw.FIRST).ask(oracles.f_y, Point(x, y, None))
+    def __call__(self, engine: Engine, x: PyTree, y: PyTree, curvature: Any) -> tuple[Any, PyTree, Any]:
+        """(upper loss, h) at (x, y), one draw of the estimator, and the largest |H_i p| / |p| that it met."""
+        found = engine.round(Draw.FIRST).by_share(self.apart).ask(oracles.f_y, Point(x, y, None))
         p = optax.tree.scale(-self.terms if self.random else -1.0, (found.each if self.apart else found.mean).v)
         shape = jax.tree.leaves(p)[0].shape[:1] if self.apart else ()
         left = jax.random.randint(engine.key.fold_in(Draw.LENGTH).random, shape, 0, self.terms)
 
-        def factor(at: Any, chain: tuple[PyTree, PyTree, jax.Array]) -> tuple[PyTree, PyTree, jax.Array]:
+        def factor(at: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+            chain, most = carry
+            at = at.by_share(self.apart)
             if self.apart:
                 chain = at.pass_on(chain)
                 moving = chain[2] > 0 if self.random else None
@@ -54,18 +56,31 @@ class _Series:
             else:
                 p, v, left = chain
                 product = at.ask(oracles.hvp, Point(x, y, p)).mean.v
+            most = jnp.maximum(most, _stretch(p, product, self.apart))
             new = oracles.factor(p, product, curvature)
             if not self.random:
-                return new, optax.tree.add(v, new), left
+                return (new, optax.tree.add(v, new), left), most
             p = jax.tree.map(lambda a, b: jnp.where(oracles.rows(left > 0, a), a, b), new, p)
-            return p, p, left - 1
+            return (p, p, left - 1), most
 
-        _, v, _ = engine.repeat(Draw.FACTOR, self.terms - 1, factor, (p, p, left))
+        zero = jnp.zeros((), jnp.result_type(float))
+        (_, v, _), most = engine.repeat(Draw.FACTOR, self.terms - 1, factor, ((p, p, left), zero))
         v = jax.tree.map(lambda a: (a / curvature).astype(a.dtype), v)
-        last = engine.round(Draw.LAST)
+        last = engine.round(Draw.LAST).by_share(self.apart)
         v = last.pass_on(v) if self.apart else v
         found = last.ask(oracles.hyper, Point(x, y, v), own=v if self.apart else None)
-        return found.value, found.mean.x
+        return found.value, found.mean.x, most
+
+
+def _stretch(p: PyTree, product: PyTree, apart: bool) -> jax.Array:
+    """The largest |H p| / |p|, of each row or of all: at most the largest eigenvalue of an H; 0 where p is zero."""
+    squares = [
+        sum(jnp.sum(jnp.square(leaf), axis=tuple(range(int(apart), leaf.ndim))) for leaf in jax.tree.leaves(tree))
+        for tree in (product, p)
+    ]
+    safe = jnp.where(squares[1] > 0, squares[1], 1)
+    found = jnp.where(squares[1] > 0, jnp.sqrt(squares[0] / safe), 0)
+    return jnp.max(jnp.where(jnp.isfinite(found), found, 0)).astype(jnp.result_type(float))
 
 
 @hyperparameters
@@ -123,8 +138,8 @@ class LocalHypergradient:
     def __post_init__(self) -> None:
         check_count("LocalHypergradient", terms=self.terms)
 
-    def __call__(self, engine: Engine, x: PyTree, y: PyTree, curvature: Any) -> tuple[Any, PyTree]:
-        """(upper loss, h) at (x, y): one draw of the estimator."""
-        at = engine.round(Draw.FIRST)
+    def __call__(self, engine: Engine, x: PyTree, y: PyTree, curvature: Any) -> tuple[Any, PyTree, Any]:
+        """(upper loss, h) at (x, y), one draw of the estimator, and that the clients' curvatures stay with them."""
+        at = engine.round(Draw.FIRST).by_share()
         found = at.ask(oracles.local_hyper, Point(x, y, None), terms=self.terms, curvature=curvature)
-        return found.value, found.mean.x
+        return found.value, found.mean.x, None

@@ -63,8 +63,10 @@ class FederatedNested(Federated):
         A schedule of y's is over the `lower_rounds` of one outer step where they are several, and else over the run.
       hypergradient: an estimator of `federated.hypergradients`.
       lower, lower_rounds, local_steps, local_upper_steps: as above.
-      curvature: L, at least any client's largest lower curvature; None: 1.2 times an estimate at the start.
-      weighting: "samples": a client counts by its number of samples (`data.Clients`); "clients": all count alike.
+      curvature: L, at least any client's largest lower curvature; None: 1.2 times an estimate at the start. Where a
+        chain meets a larger one, L is raised to 1.2 times that (`LFedNest`'s are each client's own affair).
+      weighting: "samples": a client counts by its number of samples (`data.Clients`), and where these are unequal and
+        not all take part, or each has a chain of its own, it is drawn that much more often; "clients": all count alike.
 
     Metrics: `upper_loss`, `hypergradient_norm` (|h|) and `lower_residual` (|mean G|), on the clients of their rounds;
     `communication_rounds` and `communication_floats` (received and sent by all clients together), of this step.
@@ -86,6 +88,9 @@ class FederatedNested(Federated):
         self._check("lower_rounds", "local_steps", "local_upper_steps")
         check_optimizer(owner, "upper_optimizer", self.upper_optimizer)
         check_optimizer(owner, "lower_optimizer", self.lower_optimizer)
+        L = self.curvature
+        if isinstance(L, (bool, str)) or (isinstance(L, (int, float)) and not 0 < L < float("inf")):
+            raise ValueError(f"{owner}(curvature={L!r}): L is a positive number, or None for an estimate.")
         if self.lower not in LOWER:
             rounds = ", ".join(map(repr, LOWER))
             raise ValueError(f"{owner}(lower={self.lower!r}): the lower rounds are one of {rounds}.")
@@ -118,6 +123,7 @@ class FederatedNested(Federated):
 
         def lower_round(at: Any, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
             y, memory, _ = carry
+            at = at.by_share()
             G = None if self.lower == "local" else at.ask(oracles.grad_y, Point(x, y, None)).mean.y
             if self.lower == "minibatch":
                 return *Move(self.lower_optimizer)(G, memory, y), G
@@ -131,13 +137,19 @@ class FederatedNested(Federated):
         memory = rewound(state.lower, state.y) if self.lower_rounds > 1 else state.lower
         start = (state.y, memory, optax.tree.zeros_like(state.y))
         y, memory, residual = engine.repeat(Draw.ROUND, self.lower_rounds, lower_round, start)
-        value, h = self.hypergradient(engine, x, y, state.curvature)
+        value, h, met = self.hypergradient(engine, x, y, state.curvature)
+        L = state.curvature if met is None else jnp.maximum(state.curvature, (1.2 * met).astype(state.curvature.dtype))
         metrics = _agents.measures(value, h, residual)
         if self.local_upper_steps > 1:
             own = {"local_steps": self.local_upper_steps, "step_size": self.upper_optimizer}
-            h = engine.round(Draw.WALK).ask(oracles.fedout, Point(x, y, h), weighted=True, **own).mean.x
+            h = engine.round(Draw.WALK).by_share().ask(oracles.fedout, Point(x, y, h), weighted=True, **own).mean.x
         x, upper = Move(self.upper_optimizer)(h, state.upper, x)
-        return FederatedState(x, y, upper, memory, state.curvature), metrics
+        return FederatedState(x, y, upper, memory, L), metrics
+
+
+def _check_chain(owner: str, chain: Any) -> None:
+    if chain not in ("sum", "random"):
+        raise ValueError(f"{owner}(chain={chain!r}): 'sum' or 'random'.")
 
 
 @constructor
@@ -167,8 +179,7 @@ def FedMBO(
 
     Reference: Huang, Zhang, Ji, "Achieving Linear Speedup in Non-IID Federated Bilevel Learning", ICML 2023.
     """
-    if chain not in ("sum", "random"):
-        raise ValueError(f"FedMBO(chain={chain!r}): 'sum' or 'random'.")
+    _check_chain("FedMBO", chain)
     chains = ParallelHypergradient(terms, chain == "random")
     options["lower_rounds"] = lower_rounds
     return FederatedNested(clients, upper_optimizer, lower_optimizer, chains, **options)
@@ -195,6 +206,7 @@ def FedNest(
 
     Reference: Tarzanagh, Li, Thrampoulidis, Oymak, ICML 2022.
     """
+    _check_chain("FedNest", chain)
     shared = SharedHypergradient(terms, chain == "random")
     steps = lower_rounds, local_steps, local_upper_steps
     return FederatedNested(clients, upper_optimizer, lower_optimizer, shared, "svrg", *steps, **options)

@@ -132,8 +132,8 @@ class FederatedSingleLoop(Federated):
         mean = sum(self._counts) / len(self._counts)
         own = [(getattr(self, f"local_{name}"), getattr(self, f"{name}_optimizer")) for name in _VARIABLES]
         steps = tuple(servers / mean if clients is None else clients for clients, servers in own)
-        if isinstance(self.local_steps, int):
-            return {"local_steps": self.local_steps, "steps": steps}
+        if not isinstance(self.local_steps, tuple):
+            return {"local_steps": int(self.local_steps), "steps": steps}
         counts = at.of(jnp.asarray(self.local_steps))
         divisor = counts if self.normalise else jnp.asarray(mean)
         return {"counts": counts, "most": max(self.local_steps), "steps": steps, "divisor": divisor}
