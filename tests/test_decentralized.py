@@ -284,3 +284,20 @@ def test_the_stability_limits_are_those_of_the_recursions(x64: None) -> None:
 
             size = float(jnp.abs(many(copies).value).max())
             assert (size > 1e6) == grows, (form, factor, size)
+
+
+@pytest.mark.parametrize("sizes", [(190, 10, 10, 10), (50, 50, 50, 50)])
+def test_the_verdict_is_of_the_objective_that_is_solved(sizes, x64):
+    """Agents count alike, whatever their sizes: on pooled samples their solution was LOWER_LEVEL. The closed form:
+    y = x + mean of the agents' means (.75), and x = (mean of the agents' targets - .75) / 1.1."""
+    shifts, targets = (0.0, 1.0, 1.0, 1.0), (2.0, 5.0, 5.0, 5.0)
+    clients = lambda values: data.Clients([np.full(n, v) for n, v in zip(sizes, values, strict=True)], 5)
+    problem = Problem(
+        lambda x, y, c: 0.5 * jnp.mean((y - c) ** 2) + 0.05 * x**2,
+        lambda x, y, b: 0.5 * jnp.mean((y - x - b) ** 2),
+        clients(targets), clients(shifts),
+    )  # fmt: skip
+    solver = GTDSBO(network.complete(4), 0.1, 0.3, 0.3)
+    solution = solve(problem, jnp.asarray(0.0), jnp.asarray(0.0), solver, steps=3000, tol=1e-9)
+    np.testing.assert_allclose(solution.x, (4.25 - 0.75) / 1.1, rtol=1e-6)
+    assert solution.result.name == "CONVERGED", solution.reason

@@ -5,6 +5,9 @@ All agents' copies stand along a leading axis; their losses as one are the level
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -15,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bilevel import derivatives
 from bilevel._places import put
 from bilevel.curvature import spectral_norm
+from bilevel.data import Clients
 from bilevel.level import Level
 from bilevel.problem import Problem, ProblemError
 from bilevel.typing import Metrics, PyTree, Scalar
@@ -43,6 +47,31 @@ def number_of_agents(problem: Problem, owner: str) -> int | None:
             f"{counts['lower_data']}: one data set per agent in each level."
         )
     return next(iter(counts.values()), None)
+
+
+_FEW = 64
+"""The most parties whose losses are written out one after the other."""
+
+
+def mean_over_parties(problem: Problem) -> Problem | None:
+    """The problem whose losses are means over the parties' own, on all samples: where parties of unequal sizes count
+    alike. None where they are too many, or their source is wrapped."""
+    changed: dict[str, Any] = {}
+    for name, source in zip(("upper", "lower"), problem.sources, strict=True):
+        if source.even or source.parties is None:
+            continue
+        if not isinstance(source, Clients) or source.parties > _FEW:
+            return None
+        edges = (*(int(first) for first in source.offsets), int(source.count or 0))
+        changed[name] = functools.partial(_parted, getattr(problem, name), edges)
+        changed[f"{name}_data"] = source.arrays
+    return dataclasses.replace(problem, **changed) if changed else problem
+
+
+def _parted(loss: Any, edges: tuple[int, ...], x: PyTree, y: PyTree, batch: PyTree) -> Scalar:
+    """The mean over parties, whose samples lie between the edges, of the loss on each one's."""
+    parts = [jax.tree.map(lambda a, i=i, j=j: a[i:j], batch) for i, j in itertools.pairwise(edges)]
+    return sum((loss(x, y, part) for part in parts[1:]), loss(x, y, parts[0])) / len(parts)
 
 
 def mean(tree: PyTree) -> PyTree:

@@ -75,7 +75,8 @@ class Decentralized:
     neighbours. v solves (mean_i f_yy,i) v = mean_i F_y,i: a mean of local hypergradients would be a wrong direction.
     Trackers and flows stay in the state from one outer step to the next: restarting them brings the heterogeneity back.
 
-    The data of both levels are `data.Agents` (or `data.Clients` with a batch size). `solution.x` and `.y` (also
+    The data of both levels are `data.Agents` (or `data.Clients` with a batch size: agents count alike, however many
+    samples each has, where federated methods count samples by default). `solution.x` and `.y` (also
     `state.x`, `.y`) hold all agents' copies along a leading axis, `solution.state.mean_x` and `.mean_y` their means.
 
     Attributes:
@@ -162,6 +163,11 @@ class Decentralized:
             return copies
         project = jax.vmap(lambda v: optax.projections.projection_l2_ball(v, self.radius))
         return dataclasses.replace(copies, value=project(copies.value))
+
+    def solved_problem(self, problem: Problem) -> Problem | None:
+        """The problem that is solved, the mean over agents of their own, which a certificate judges; None where it
+        cannot."""
+        return _agents.mean_over_parties(problem)
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> DecentralizedState:
         """Every agent starts at the same x and y, and at v = 0."""

@@ -250,6 +250,10 @@ class Federated:
     clients: int | None
     weighting: str
 
+    def solved_problem(self, problem: Problem) -> Problem | None:
+        """The problem that is solved, which a certificate judges; None where it cannot."""
+        return problem if self.weighting == "samples" else _agents.mean_over_parties(problem)
+
     @property
     def asks(self) -> tuple[Oracle, ...]:
         """The oracles of this method's rounds."""
