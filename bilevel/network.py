@@ -248,6 +248,11 @@ class _TimeVarying(Network):
     def matrix(self, step: int = 0) -> np.ndarray:
         return self.networks[step % len(self.networks)].matrix()
 
+    def lazy(self) -> Network:
+        """Each of them with (I + W) / 2."""
+        halved = lambda w: matrix((np.eye(self.n) + w.matrix()) / 2, f"lazy {w.name}", connected=False)  # noqa: E731
+        return _TimeVarying(self.n, f"lazy {self.name}", tuple(map(halved, self.networks)))
+
     def eigenvalues(self) -> np.ndarray:
         """The singular values of the product over one cycle, to the power of one over its length, ascending."""
         product = np.linalg.multi_dot([w.matrix() for w in self.networks] + [np.eye(self.n)])
@@ -373,13 +378,14 @@ def erdos_renyi(n: int, probability: float, seed: int = 0) -> Network:
 
 
 @explained
-def matrix(weights: Any, name: str = "matrix") -> Network:
+def matrix(weights: Any, name: str = "matrix", *, connected: bool = True) -> Network:
     """A network from its mixing matrix.
 
     Args:
       weights: (n, n), symmetric, rows that sum to one, entries not negative, connected, no eigenvalue at -1; where
         one of these fails, a `NetworkError` names the entry or the row.
       name: for messages.
+      connected: False: it may be disconnected, as a matching is, for `time_varying`; alone it never agrees.
     """
     weights = np.array(weights, np.float64)
     if weights.ndim != 2 or weights.shape[0] != weights.shape[1] or weights.shape[0] == 0:
@@ -404,7 +410,8 @@ def matrix(weights: Any, name: str = "matrix") -> Network:
     if weights.min() < -_TOLERANCE:
         i, j = np.unravel_index(weights.argmin(), weights.shape)
         raise NetworkError(f"{name}[{i}, {j}] = {weights[i, j]:g}: the weights of an average are not negative.")
-    _connected(weights > _TOLERANCE, name)
+    if connected:
+        _connected(weights > _TOLERANCE, name)
     # Rounding of the input (float32) must not leave rows that sum to 1 + 1e-7: the diagonal takes it up.
     weights = (weights + weights.T) / 2
     np.fill_diagonal(weights, 0.0)
@@ -450,8 +457,8 @@ def from_adjacency(adjacency: Any, name: str = "graph") -> Network:
 
 @explained
 def time_varying(networks: Sequence[Network]) -> Network:
-    """Step k mixes with network k mod their number. Each may be disconnected in itself (made by `one_peer` or as a
-    matching), their union not.
+    """Step k mixes with network k mod their number. Each may be disconnected in itself (`matrix(..., connected=False)`,
+    a matching), their union not.
 
     Corrections that remember one graph's flows (ED, EXTRA) refuse it; gradient tracking does not mind.
     """
@@ -465,6 +472,7 @@ def time_varying(networks: Sequence[Network]) -> Network:
     nested = [w.name for w in networks if w.varies]
     if nested:
         raise NetworkError(f"time_varying: {nested[0]} changes with the step itself; give networks that do not.")
+    _connected(np.sum([w.matrix() for w in networks], axis=0) > _TOLERANCE, "the union of time_varying's networks")
     return _TimeVarying(networks[0].n, f"time_varying({', '.join(w.name for w in networks)})", networks)
 
 

@@ -244,7 +244,7 @@ def search(
             while not (ended := _ended(trials, proposer, spent(), evaluations, seconds, tokens, target, patience)):
                 key_now = jax.random.fold_in(base, round_)
                 count = min(batch, evaluations - len(trials))
-                proposals = _asked(proposer, tuple(trials), count, jax.random.fold_in(key_now, _ASK))
+                proposals = _asked(proposer, tuple(trials), count, key_now)
                 if not proposals:
                     ended = (Result.STOPPED, "The proposer has no more proposals.")
                     break
@@ -271,8 +271,8 @@ def search(
     return Discovery(tuple(trials), last, result, reason, spent(), spent_tokens)
 
 
-# What a round's key is for: what is proposed and what is solved by are drawn apart.
-_ASK, _SOLVE, _FINAL = 2**31 + 1, 2**31 + 2, 2**31 + 3
+# A proposer has a round's key as it is; what is solved by, and finalists, are drawn apart from it.
+_SOLVE, _FINAL = 2**31 + 1, 2**31 + 2
 
 
 def _check_arguments(

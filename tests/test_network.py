@@ -175,3 +175,26 @@ def test_a_float32_matrix_is_taken_and_mended() -> None:
 def test_integers_are_averaged_as_numbers(make):
     net, given = make(), np.asarray([1, 0, 0, 0])
     np.testing.assert_allclose(net.mix(given), net.mix(given.astype(float)), rtol=1e-6)
+
+
+def test_matchings_agree_in_turn_where_their_union_is_connected():
+    """Two matchings of a path of four: neither is connected, and their product is a contraction on disagreements."""
+    pairs = [[(0, 1), (2, 3)], [(1, 2)]]
+    weights = []
+    for links in pairs:
+        adjacency = np.zeros((4, 4), bool)
+        for i, j in links:
+            adjacency[i, j] = adjacency[j, i] = True
+        weights.append(network.metropolis(adjacency))
+    with pytest.raises(network.NetworkError, match="disconnected"):
+        network.matrix(weights[0])
+    members = [network.matrix(w, "a matching", connected=False) for w in weights]
+    net = network.time_varying(members)
+    values = jnp.asarray([1.0, 0.0, 0.0, 3.0])
+    for step in range(80):
+        values = net.mix(values, step)
+    np.testing.assert_allclose(values, 1.0, atol=1e-5)
+    with pytest.raises(network.NetworkError, match="the union of time_varying's networks is disconnected"):
+        network.time_varying(members[:1])
+    for step in range(2):
+        np.testing.assert_allclose(net.lazy().matrix(step), (np.eye(4) + weights[step]) / 2)

@@ -23,7 +23,8 @@ from bilevel.proposers import (
     assemble,
     execute,
 )
-from bilevel.proposers.expressions import depth, size, text, unscaled
+from bilevel.proposers.expressions import Expression, depth, size, text, unscaled
+from bilevel.proposers.trials import best_of
 
 GRAMMAR = Grammar(("I1", "J"))
 HOSTILE = [
@@ -299,3 +300,36 @@ def test_optuna_proposes_from_history_and_key():
     assert all(1 <= p["depth"] <= 4 and 1e-4 <= p["rate"] <= 1e-1 and p["kind"] in "ab" for p in first)
     trials = [Trial(i, 0, p, float(p["depth"])) for i, p in enumerate(first)]
     assert proposer.ask(trials, 2, key) == proposer.ask(trials, 2, key)
+
+
+def test_values_are_shown_by_their_names():
+    law = Expression((Grammar(("J",)).parse("J"),), (Parameter("b"), Parameter("a")))
+    assert law.text({"a": 1.0, "b": 2.0}) == "J  [b = 2, a = 1]"
+
+
+def test_a_transcript_that_was_cut_is_read_to_its_cut(tmp_path):
+    file = tmp_path / "talk.jsonl"
+    file.write_text('{"answer": "one"}\n{"answer": "two"}\n{"answer": "th')
+    assert ReplayProposer.from_transcript(file, Grammar(("J",))).answers == ("one", "two")
+    file.write_text('{"answer": "on\n{"answer": "two"}\n')
+    with pytest.raises(ValueError, match=r"talk\.jsonl:1 is no line of a transcript"):
+        ReplayProposer.from_transcript(file, Grammar(("J",)))
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 1.5])
+def test_the_best_of_none_are_not_all(count):
+    with pytest.raises(ValueError, match=r"best_of\(history, .*\): a positive integer"):
+        best_of([], count)
+
+
+def test_optunas_samplers_that_remember_are_refused():
+    optuna = pytest.importorskip("optuna")
+    proposer = OptunaProposer({"a": [1, 2, 3]}, sampler=lambda seed: optuna.samplers.GridSampler({"a": [1, 2, 3]}))
+    with pytest.raises(ValueError, match="GridSampler remembers more than the trials"):
+        proposer.ask([], 1, jax.random.key(0))
+
+
+def test_a_logarithmic_scale_is_of_positive_pairs():
+    for space in ({"a": [1, 2]}, {"a": (-1.0, 1.0)}):
+        with pytest.raises(ValueError, match="a logarithmic scale is for a pair of positive numbers"):
+            OptunaProposer(space, log=("a",))

@@ -426,7 +426,9 @@ class Expression:
         return sum((p * value for p, value in zip(fields[count:], of_terms, strict=True)), jnp.zeros(shape, dtype))
 
     def _numbers(self, values: Any) -> list[float]:
-        """The parameters' values from any tree of numbers; more of them belong to empty terms."""
+        """The parameters' values by name, or from any other tree of numbers; more of them belong to empty terms."""
+        if isinstance(values, Mapping) and {p.name for p in self.parameters} <= values.keys():
+            values = [values[p.name] for p in self.parameters]
         return [float(v) for leaf in jax.tree.leaves(values) for v in np.ravel(leaf)][: len(self.parameters)]
 
     def text(self, values: Sequence[float] | Any = (), digits: int = 6) -> str:

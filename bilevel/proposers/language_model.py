@@ -56,7 +56,7 @@ class LLMProposer:
       base_url: of the endpoint; None: OpenAI's.
       key_variable: the environment variable that holds the key; there is no other way to give it.
       exploit_temperature, explore_temperature, explore: of each round, a share `explore` has the higher one.
-      shown: how many of the best trials the model sees.
+      shown: how many of the best trials the model sees; 0: none.
       calls, tokens: budgets of this transcript, attempts and tokens; None: none.
       answer_tokens: the most that a call may answer.
       answer_bytes: the most that is read of an answer.
@@ -165,7 +165,7 @@ class LLMProposer:
             "leave params empty for fitted coefficients alone."
         )
         lines = []
-        for trial in reversed(best_of(history, self.shown)):
+        for trial in reversed(best_of(history, self.shown) if self.shown else []):
             if isinstance(trial.proposal, Expression):
                 lines.append(f"loss {trial.loss:.4g}: {trial.proposal.text(trial.y)}")
         failures = [t.error for t in history if t.failed][-2:]

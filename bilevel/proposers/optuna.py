@@ -14,6 +14,10 @@ from bilevel.proposers.trials import Trial
 
 __all__ = ["OptunaProposer"]
 
+_REMEMBERING = frozenset({
+    "QMCSampler", "GridSampler", "BruteForceSampler", "CmaEsSampler", "NSGAIISampler", "NSGAIIISampler",
+})  # fmt: skip
+
 
 @explained_class
 class OptunaProposer:
@@ -27,7 +31,8 @@ class OptunaProposer:
     Args:
       space: by name a pair of integers or of floats (both ends included), or a list of choices.
       log: the names that are sampled on a logarithmic scale.
-      sampler: `seed -> optuna sampler`; None: TPE.
+      sampler: `seed -> optuna sampler`; None: TPE. Its draws have to follow from seed and trials: samplers that keep a
+        memory of their own (QMC, grid, brute force, CMA-ES, NSGA) would begin anew at each round, and are refused.
     """
 
     def __init__(
@@ -48,6 +53,12 @@ class OptunaProposer:
                 )
         if unknown := set(self.log) - set(self.space):
             raise ValueError(f"OptunaProposer(log=...): {sorted(unknown)} are not in the space.")
+        for name in self.log:
+            if isinstance(self.space[name], list) or not self.space[name][0] > 0:
+                raise ValueError(
+                    f"OptunaProposer(log=...): {name!r} has {self.space[name]!r}; a logarithmic scale is for a pair of "
+                    "positive numbers."
+                )
 
     def settings(self) -> dict[str, Any]:
         """What makes it propose as it does."""
@@ -77,6 +88,11 @@ class OptunaProposer:
         distributions = self._distributions(optuna)
         seed = int(np.asarray(jax.random.key_data(key)).ravel()[-1])
         sampler = optuna.samplers.TPESampler(seed=seed) if self.sampler is None else self.sampler(seed)
+        if type(sampler).__name__ in _REMEMBERING:
+            raise ValueError(
+                f"OptunaProposer(sampler=...): {type(sampler).__name__} remembers more than the trials, and would "
+                "begin anew at each round: take TPESampler, GPSampler or RandomSampler."
+            )
         level = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:

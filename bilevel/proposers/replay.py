@@ -37,8 +37,14 @@ class ReplayProposer:
 
     @classmethod
     def from_transcript(cls, path: Any, grammar: Grammar) -> ReplayProposer:
-        """The answers that an `LLMProposer` wrote down, those that came."""
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        """The answers that an `LLMProposer` wrote down, those that came; a last line that was cut off is left out."""
+        rows, lines = [], Path(path).read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                if number < len(lines):
+                    raise ValueError(f"{path}:{number} is no line of a transcript. Give another file.") from None
         return cls(tuple(row["answer"] for row in rows if isinstance(row.get("answer"), str)), grammar)
 
     def ask(self, history: Sequence[Trial], count: int, key: jax.Array) -> list[Any]:

@@ -78,7 +78,9 @@ class Proposer(Protocol):
 
 
 def best_of(history: Sequence[Trial], count: int) -> list[Trial]:
-    """The best trials, one of each proposal, the best first."""
+    """The best trials, one of each proposal, the best first: at most `count` of them, a positive integer."""
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
+        raise ValueError(f"best_of(history, {count!r}): a positive integer is needed.")
     found: dict[str, Trial] = {}
     for trial in sorted((t for t in history if not t.failed), key=lambda t: (t.loss, t.number)):
         found.setdefault(_content(trial.proposal), trial)

@@ -25,6 +25,10 @@ QUANTITIES: dict[str, Callable[[Any], Any]] = {
 """Of (HOMO, LUMO)."""
 
 
+_RELAXED = 1e-3
+"""The error of Coulson's relation, in angstrom, with which lengths are relaxed."""
+
+
 def _check(quantity: str, size: int) -> None:
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity={quantity!r}: one of {', '.join(QUANTITIES)} is needed.")
@@ -36,7 +40,8 @@ def molecule_problem(quantity: str, target: float, size: int = 12) -> Callable[[
     """`problem_of` for `search`: bond lengths relaxed to the least energy, then (quantity - target)^2 as upper loss.
 
     The lower level is stated as its condition, Coulson's relation of length and bond order (m,), whose least squares
-    is zero where the energy is stationary. All molecules are padded to `size` atoms: one compile serves all of them.
+    is zero where the energy is stationary; lengths that are not relaxed have no loss. All molecules are padded to
+    `size` atoms: one compile serves all of them.
 
     Args:
       quantity: "homo", "lumo" or "gap", in |beta|.
@@ -50,6 +55,10 @@ def molecule_problem(quantity: str, target: float, size: int = 12) -> Callable[[
     start = np.full(3 * size // 2, 1.397)
 
     def score(lengths: Any, arrays: Any, target: Any) -> Any:
+        relaxed = jnp.max(jnp.abs(residual(lengths, arrays))) < _RELAXED  # a start that is level by symmetry may stand
+        return jnp.where(relaxed, quantity_of(lengths, arrays, target), jnp.inf)
+
+    def quantity_of(lengths: Any, arrays: Any, target: Any) -> Any:
         return (QUANTITIES[quantity](energies(arrays, lengths)) - target) ** 2
 
     def residuals(lengths: Any, arrays: Any, target: Any) -> Any:
@@ -85,7 +94,8 @@ def alchemical(molecule: Molecule, quantity: str, size: int | None = None) -> tu
     """(the quantity of the relaxed molecule, its derivative by each atom's alpha (n,)).
 
     The derivative is a hypergradient: it goes through the relaxation by implicit differentiation. It says, to first
-    order, what exchanging an atom would do.
+    order, what exchanging an atom would do. A level that is degenerate (benzene's HOMO and LUMO) has none: it is then
+    the slope of one orbital among several.
     """
     _check(quantity, 2 if size is None else size)
     value, slope = _alchemical(molecule.arrays(size), quantity)

@@ -368,3 +368,12 @@ def test_molecules_are_checked():
     ):
         with pytest.raises(ValueError, match=reason):
             Molecule.from_text(text)
+
+
+def test_lengths_that_are_not_relaxed_have_no_loss():
+    """Cyclobutadiene's square is level by symmetry: least squares stand there, .04 angstrom off Coulson's relation."""
+    found = search(
+        molecule_problem("gap", 1.0, size=8), ReplayProposer(("CCCC 0-1 0-3 1-2 2-3", "CCCC 0-1 1-2 2-3")),
+        evaluations=2, progress=False,
+    )  # fmt: skip
+    assert [t.failed for t in found.trials] == [True, False]
