@@ -76,7 +76,8 @@ class Level:
             return jnp.mean(self.each(x, y))
         loss = self.loss if self.source.given else lambda x, y, _: self.loss(x, y)
         if self.who is None:
-            return loss(x, y, batch)
+            value = loss(x, y, batch)
+            return value if hasattr(value, "dtype") else jnp.asarray(value, float)  # a constant
         values = jax.vmap(loss)(x, y, batch)
         return jnp.sum(values if self.weights is None else values * self.weights.astype(values.dtype))
 

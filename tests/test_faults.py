@@ -461,3 +461,18 @@ def test_vrbo_is_exact_at_every_step_on_full_batches(lower_steps, x64):
     for t in range(6, 300):
         state, _ = step(problem, state, as_step_key(0, t))
     np.testing.assert_allclose(state.x, 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [None, solvers.SOBA(), solvers.AID()])
+def test_no_lower_unknown_is_said(solver):
+    problem = Problem(lambda x, y: jnp.sum((x - 1) ** 2), lambda x, y: jnp.sum(y * x[0]))
+    with pytest.raises(
+        ProblemError, match=r"y0 holds no numbers: there is no lower level to solve\. Minimise the upper"
+    ):
+        solve(problem, jnp.zeros(2), jnp.zeros(0), solver)
+
+
+def test_a_constant_upper_loss_is_a_number():
+    """A Python number where a traced scalar was expected: nothing to gain, and no traceback."""
+    solution = solve(Problem(lambda x, y: 3.0, lambda x, y: (y - x) ** 2), jnp.asarray(1.0), jnp.asarray(0.0))
+    assert float(solution.history["upper_loss"][-1]) == 3 and abs(float(solution.y) - 1) < 1e-3

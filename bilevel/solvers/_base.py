@@ -107,6 +107,15 @@ def refuse_unreached(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> Non
     )
 
 
+def refuse_empty(y: PyTree) -> None:
+    """Raise a `ProblemError` where the lower level has no unknown."""
+    if not any(jnp.size(leaf) for leaf in jax.tree.leaves(y)):
+        raise ProblemError(
+            "y0 holds no numbers: there is no lower level to solve. Minimise the upper loss by itself (optax, "
+            "scipy.optimize), or give y0 the shape of what the lower level chooses."
+        )
+
+
 def refuse_unread(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
     """Raise a `ProblemError` where the lower loss does not depend on y, and nothing else of the lower level does.
 
@@ -118,6 +127,7 @@ def refuse_unread(solver: Any, problem: Problem, x: PyTree, y: PyTree) -> None:
     own = isinstance(below, Function) or not (below is None or ours(below))
     if own or not ours(solver) or any(part is not None for part in others):
         return
+    refuse_empty(y)
     jaxpr = of_function(problem.lower, x, y, problem.sources[1])[0].jaxpr
     n, m = len(jax.tree.leaves(x)), len(jax.tree.leaves(y))
     if not any(reached(jaxpr, [n <= i < n + m for i in range(len(jaxpr.invars))])):

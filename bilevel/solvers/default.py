@@ -20,6 +20,7 @@ from bilevel._module import name_of
 from bilevel.constraints import Constraints, depends, is_affine
 from bilevel.curvature import lower_spectrum
 from bilevel.problem import Problem, ProblemError
+from bilevel.solvers._base import refuse_empty
 from bilevel.solvers.small.program import size_of
 from bilevel.solvers.small.stationarity import refusal
 from bilevel.typing import PyTree
@@ -258,6 +259,7 @@ def default_solver(problem: Problem, x: PyTree, y: PyTree) -> Choice:
     Raises:
       ProblemError: no solver of this package honours all parts of the problem.
     """
+    refuse_empty(y)
     whole = _passed_over_whole(problem, x, y, _PASS_BYTES)
     facts = look(problem if whole is None else whole, x, y)
     row = next((row for row in ROWS if row.holds(facts)), None)
