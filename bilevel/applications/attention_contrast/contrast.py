@@ -79,6 +79,10 @@ def clutter(images: Any, bins: int = 180) -> tuple[np.ndarray, np.ndarray]:
         log(bins), of the pixels that have a hue.
     """
     images = np.asarray(images, float)
+    if images.ndim != 4 or images.shape[-1] != 3 or not ((images >= 0) & (images <= 1)).all():
+        raise ValueError(
+            f"clutter of images {images.shape}: (n, rows, columns, 3) in 0..1 are needed; divide bytes by 255."
+        )
     grey = images.mean(-1)
     rows, columns = np.gradient(grey, axis=(1, 2))
     edges = (np.hypot(rows, columns) > 0.1).mean((1, 2))

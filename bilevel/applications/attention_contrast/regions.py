@@ -35,10 +35,12 @@ def regions(saliency: Any, share: float = 0.2, most: int = 3) -> tuple[np.ndarra
 
 
 def crop(image: Any, mask: Any, margin: int = 0) -> np.ndarray:
-    """The part of an image (rows, columns, ...) that a mask's box covers, what is not in the mask set to 0."""
+    """The part of an image (rows, columns, ...) in a mask's box, widened by the margin; 0 where the mask is not."""
     image, mask = np.asarray(image), np.asarray(mask, bool)
     if image.shape[:2] != mask.shape:
         raise ValueError(f"The mask has the shape {mask.shape} and the image {image.shape[:2]}: make them alike.")
+    if margin < 0:
+        raise ValueError(f"crop(margin={margin}): a number of pixels around the mask's box is needed, 0 or more.")
     if not mask.any():
         raise ValueError("The mask is empty: there is nothing to crop.")
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))

@@ -83,9 +83,15 @@ class Folder:
 
         Raises:
             FolderError: an image that can't be decoded.
-            ValueError: an image with more boxes than `most`.
+            ValueError: rows that are no indices; an image with more boxes than `most`.
         """
         rows = np.arange(len(self)) if rows is None else np.asarray(rows)
+        whole = rows.ndim == 1 and rows.dtype.kind in "iu"
+        if rows.size and not (whole and -len(self) <= rows.min() and rows.max() < len(self)):
+            raise ValueError(
+                f"The rows are {rows.dtype}{list(rows.shape)}; whole numbers below {len(self)}, the number of images, "
+                "are needed (np.flatnonzero gives those of a mask)."
+            )
         most = max(self.most, 1) if most is None else most
         n = len(rows)
         batch = {
@@ -232,12 +238,17 @@ def _yaml_names(file: Path) -> tuple[str, ...]:
         names = _numbered([line for line in [first, *rest] if line], where, cure)
     if not names or not all(names):
         raise FolderError(f"{where} 'names' has no names. {cure}")
+    counts = [int(match[1]) for line in lines if (match := re.match(r"nc\s*:\s*(\d+)$", line))]
+    if counts and counts != [len(names)]:
+        raise FolderError(
+            f"{where} 'names' has {len(names)} names, {_listed(dict(enumerate(names)))}, and nc is {counts[0]}. {cure}"
+        )
     return tuple(names)
 
 
 def _parts(text: str) -> list[str]:
-    """What commas part, but for those within quotes."""
-    return re.findall(r"""(?:[^,'"]|'[^']*'|"[^"]*")+""", text)
+    """What commas part, but for those in a quoted name; an apostrophe within a name is no quote."""
+    return re.findall(r"""(?:\s*\d+\s*:)?\s*(?:'(?:[^']|'')*'|"[^"]*")\s*(?=,|$)|[^,]+""", text)
 
 
 def _numbered(lines: list[str], where: str, cure: str) -> list[str]:
@@ -318,7 +329,7 @@ def coco_folder(annotations: Place, images: Place | None = None, *, slack: float
         raise FileNotFoundError(f"{top} is no folder. Give the folder that has the images.")
     text = _text(file)
     try:
-        content = json.loads(text)
+        content = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise FolderError(f"{file}:{error.lineno}: no JSON: {error.msg} (column {error.colno}).") from None
     except RecursionError:
@@ -337,14 +348,22 @@ class _Coco:
         self.file, self.text, self.content, self.top, self.slack = file, text, content, top, slack
         self.found: list[tuple[str, int, str]] = []  # a list's name, the place in it, what is wrong there
 
-    def entries(self, part: str, needed: Mapping[str, Callable[[Any], bool]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def entries(
+        self,
+        part: str,
+        needed: Mapping[str, Callable[[Any], bool]],
+        optional: Mapping[str, Callable[[Any], bool]] | None = None,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         """The entries of a list that have what is needed, with their places; ids come once."""
+        asked = {**needed, **(optional or {})}
         seen: dict[Any, int] = {}
         for k, entry in enumerate(self.content[part]):
             if not isinstance(entry, dict):
                 self.found.append((part, k, f"{entry!r:.40} is no entry of 'images', 'categories' or 'annotations'"))
                 continue
-            wrong = [key for key, fits in needed.items() if key not in entry or not fits(entry[key])]
+            wrong = [
+                key for key, fits in asked.items() if not (fits(entry[key]) if key in entry else key not in needed)
+            ]
             if wrong:
                 what = f"{wrong[0]!r} is {entry[wrong[0]]!r:.60}" if wrong[0] in entry else f"no {wrong[0]!r}"
                 self.found.append((part, k, f"{what}; {_NEEDED[wrong[0]]} was expected"))
@@ -382,7 +401,8 @@ class _Coco:
         classes: list[list[int]] = [[] for _ in files]
         crowd: list[list[bool]] = [[] for _ in files]
         needed = {"image_id": whole, "category_id": whole, "bbox": _four_numbers}
-        for k, entry in self.entries("annotations", needed):
+        optional = {"id": lambda value: not isinstance(value, (list, dict)), "iscrowd": lambda value: value in (0, 1)}
+        for k, entry in self.entries("annotations", needed, optional):
             x, y, width, height = map(float, entry["bbox"])
             wrong = ""
             if entry["image_id"] not in place:
@@ -398,7 +418,7 @@ class _Coco:
                     at = place[entry["image_id"]]
                     boxes[at].append(np.clip(corners, 0, [*size, *size]).tolist())
                     classes[at].append(number[entry["category_id"]])
-                    crowd[at].append(str(entry.get("iscrowd", 0)) in ("1", "True"))
+                    crowd[at].append(bool(entry.get("iscrowd", 0)))
             if wrong:
                 self.found.append(("annotations", k, wrong))
         lines = _lines(self.text) if self.found else {}
@@ -408,8 +428,11 @@ class _Coco:
 
 _NEEDED = {
     "id": "a whole number", "image_id": "a whole number", "category_id": "a whole number", "name": "a text",
-    "file_name": "the name of a file", "bbox": "[x, y, width, height] in numbers",
+    "file_name": "the name of a file", "bbox": "[x, y, width, height] in numbers", "iscrowd": "0 or 1",
 }  # fmt: skip
+
+# A whole number of hundreds of digits is no float, and Python reads none of thousands: it is infinite.
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 100 else float(digits))
 
 
 def _four_numbers(value: Any) -> bool:
@@ -422,7 +445,7 @@ def _four_numbers(value: Any) -> bool:
 
 def _lines(text: str) -> dict[str, list[int]]:
     """By name of a list at the top of a JSON text, the lines on which its entries begin. The text is valid."""
-    decoder, found = json.JSONDecoder(), {}
+    found = {}
     space = re.compile(r"[\s,:]*")
 
     def after(at: int) -> int:
@@ -431,10 +454,10 @@ def _lines(text: str) -> dict[str, list[int]]:
 
     at = after(after(0) + 1)
     while text[at] != "}":
-        key, at = decoder.raw_decode(text, at)
+        key, at = _DECODER.raw_decode(text, at)
         at = after(at)
         if text[at] != "[":
-            _, at = decoder.raw_decode(text, at)
+            _, at = _DECODER.raw_decode(text, at)
         else:
             starts: list[int] = []
             line, last = 1, 0
@@ -443,7 +466,7 @@ def _lines(text: str) -> dict[str, list[int]]:
                 line += text.count("\n", last, at)
                 last = at
                 starts.append(line)
-                _, at = decoder.raw_decode(text, at)
+                _, at = _DECODER.raw_decode(text, at)
                 at = after(at)
             found[key], at = starts, at + 1
         at = after(at)
@@ -551,6 +574,9 @@ def _size(file: Path, problems: list[str]) -> tuple[int, int] | None:
     try:
         with _opened(file) as image:
             width, height = image.size
+            if image.mode in ("I", "F"):
+                problems.append(f"{file}: its pixels are of mode {image.mode!r}, of no known range; save 8 or 16 bits.")
+                return None
             return (height, width) if image.getexif().get(_ORIENTATION) in _SIDEWAYS else (width, height)
     except _WRONG as error:
         problems.append(_undecodable(file, error))
@@ -566,10 +592,6 @@ def _letterboxed(file: Path, place: Letterbox, size: int) -> np.ndarray:
             turned = ImageOps.exif_transpose(image)
             if turned.mode.startswith("I;16"):  # 16 bits of grey, which PIL itself would clip at 255
                 turned = Image.fromarray((np.asarray(turned) / 257).round().astype(np.uint8))
-            elif turned.mode in ("I", "F"):
-                raise FolderError(
-                    f"{file}: its pixels are of mode {turned.mode!r}, of no known range; save 8 or 16 bits."
-                )
             turned = turned.convert("RGB")
             pixels = np.asarray(turned.resize((place.columns, place.rows), Image.Resampling.BILINEAR))
     except _WRONG as error:

@@ -123,11 +123,14 @@ def task_aligned(
         scores: predicted, (batch, A, C), between 0 and 1.
         boxes: predicted, (batch, A, 4), in pixels.
         points: the anchors, (A, 2).
-        batch: "boxes" (batch, M, 4), "classes" (batch, M), "mask" (batch, M).
+        batch: "boxes" (batch, M, 4), "classes" (batch, M), "mask" (batch, M), and perhaps "crowd" (batch, M): a box
+            around many has no anchors. Values are not looked at (`checked` does): a box with swapped corners, NaN or an
+            unknown class counts as none.
         topk, alpha, beta: as said.
     """
     scores, boxes, points = lax.stop_gradient((scores, boxes, points))
     given, labels, mask = lax.stop_gradient((batch["boxes"], batch["classes"], batch["mask"]))
+    mask = mask & ~batch["crowd"] if "crowd" in batch else mask
     classes, count = scores.shape[-1], given.shape[1]
     if count == 0:  # nothing is annotated in any image: the label of the background is no class
         empty = jnp.zeros(scores.shape[:2], jnp.int32)
@@ -162,6 +165,14 @@ class Gains(NamedTuple):
 
 
 GAINS = Gains()
+
+
+def as_gains(gains: Any) -> Gains:
+    """`Gains` of these three numbers."""
+    three = tuple(gains) if np.iterable(gains) and not isinstance(gains, Mapping) else ()
+    if len(three) != 3:
+        raise ValueError(f"gains={gains!r}: give Gains(box=.., classes=.., bins=..), or three numbers in this order.")
+    return Gains(*three)
 
 
 @state
@@ -202,7 +213,7 @@ def loss(
 
     Args:
         predictions: of the detector.
-        batch: "boxes" (batch, M, 4) in pixels, "classes" (batch, M), "mask" (batch, M).
+        batch: "boxes" (batch, M, 4) in pixels, "classes" (batch, M), "mask" (batch, M), as `task_aligned` takes them.
         gains: `Gains`, or any three numbers (box, classes, bins).
         weights: of each annotated box, (batch, M): multiplies all terms of the anchors that are assigned to it, so that
             a box of weight 0 leaves its anchors out of the loss, neither foreground nor background; or of each image,
@@ -215,8 +226,9 @@ def loss(
         topk: of the assignment.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or gains that are not three numbers.
     """
+    gain = as_gains(gains)
     images, count = predictions.logits.shape[:2]
     if weights is not None and weights.shape not in ((images,), batch["mask"].shape):
         raise ValueError(
@@ -255,7 +267,6 @@ def loss(
     bins = _distribution_loss(predictions.bins, to_distances(predictions.points / strides, aim)).mean(-1) * weight
 
     parts = over(misfit) / z, summed(entropy) / z, over(bins) / z
-    gain = Gains(*gains)
     total = gain.box * parts[0] + gain.classes * parts[1] + gain.bins * parts[2]
     return Losses(*parts, total if per == "image" else total * images)
 

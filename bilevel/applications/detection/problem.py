@@ -28,7 +28,7 @@ from bilevel import Problem, data, hyperparameters, state
 from bilevel.applications.application import Application
 from bilevel.applications.detection.boxes import Detections, Overlap, suppress
 from bilevel.applications.detection.detector import Detector, bgf_nano
-from bilevel.applications.detection.losses import GAINS, Gains, Predictions, loss, task_aligned
+from bilevel.applications.detection.losses import GAINS, Gains, Predictions, as_gains, loss, task_aligned
 from bilevel.integrations.flax import Apply, from_nnx
 from bilevel.keys import Draw
 
@@ -135,7 +135,8 @@ def trust(
     if detector.classes != classes:
         raise ValueError(f"The detector has {detector.classes} classes, and classes={classes}: make them equal.")
     y0, apply = from_nnx(detector)
-    given = np.asarray(Gains(*gains), np.float32)
+    gains, upper_gains = as_gains(gains), as_gains(upper_gains)
+    given = np.asarray(gains, np.float32)
     if (given <= 0).any() and "gains" in parts:
         raise ValueError(f"gains={tuple(gains)}: learnt gains start at positive numbers.")
 
@@ -165,7 +166,7 @@ def trust(
 
     def plain_weights(batch: Batch, gains: Any) -> dict[str, Array]:
         ones = jnp.ones(batch["mask"].shape)
-        of_gains = jnp.stack([jnp.asarray(g, jnp.result_type(float)) for g in Gains(*gains)])
+        of_gains = jnp.stack([jnp.asarray(g, jnp.result_type(float)) for g in gains])
         return {"images": ones[:, 0], "boxes": ones, "classes": jnp.ones(classes), "gains": of_gains}
 
     def lower_weights(x: Any, batch: Batch) -> dict[str, Array]:
@@ -266,7 +267,7 @@ class OneGradient:
     hypergradient.
 
     Args:
-        app: the `Trust`; both levels have batches of one size.
+        app: the `Trust`; both levels have batches of one size, both frozen or neither.
         lower_optimizer, upper_optimizer: optax rules.
 
     Source: Luketina et al., ICML 2016 (T1-T2); Ren et al., ICML 2018.
@@ -293,9 +294,14 @@ class OneGradient:
                 f"{train['mask'].shape} and {clean['mask'].shape}. Change the batch size, or pad the boxes."
             )
         pairs = [
-            ({name: batch[name] for name in ARRAYS}, w)
+            ({name: leaf for name, leaf in batch.items() if name != "row"}, w)
             for batch, w in ((train, app.lower_weights(x, train)), (clean, app.upper_weights(clean)))
         ]
+        if unlike := pairs[0][0].keys() ^ pairs[1][0].keys():
+            raise ValueError(
+                f"OneGradient runs one programme on both levels' batches, of which one alone has "
+                f"{', '.join(sorted(unlike))}. Give both the same arrays (`Trust.frozen` freezes both)."
+            )
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), *pairs)
         values, gradients = lax.map(lambda pair: jax.value_and_grad(app.weighted)(y, *pair), both)
         lower_y, v = (jax.tree.map(lambda a, i=i: a[i], gradients) for i in range(2))

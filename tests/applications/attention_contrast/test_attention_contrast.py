@@ -80,6 +80,9 @@ def test_entropy_and_clutter_on_known_maps():
     np.testing.assert_allclose(clutter(plain), 0)
     np.testing.assert_allclose(clutter(halves)[1], np.log(2) / np.log(180))
     np.testing.assert_allclose(clutter(stripes)[0], 0.75)  # the central difference is 0 on a stripe
+    for wrong in ((255 * plain).astype(np.uint8), np.nan * plain, plain[0]):
+        with pytest.raises(ValueError, match=r"in 0\.\.1 are needed; divide bytes by 255"):
+            clutter(wrong)
 
 
 def test_fuse_weighs_layers_and_later_steps():
@@ -107,6 +110,7 @@ def test_regions_are_the_largest_connected_ones():
         (lambda: regions(saliency[0]), r"A saliency of finite numbers \(rows, columns\)"),
         (lambda: crop(picture, np.zeros((6, 8))), "The mask is empty"),
         (lambda: crop(picture, np.ones((6, 7))), "make them alike"),
+        (lambda: crop(picture, mask, margin=-5), r"crop\(margin=-5\): .* 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -238,6 +238,9 @@ def changed(part, k, **entries):
         (changed("images", 0, width=41), r"json:3: .*a.png has 40 x 20 pixels, and 41 x 20 are said"),
         (changed("categories", 1, name=None), r"json:8: no 'name'; a text was expected"),
         ({"categories": [3]}, r"json:7: 3 is no entry"),
+        (changed("annotations", 0, id=[1]), r"json:11: 'id' is \[1\]; a whole number was expected"),
+        (changed("annotations", 1, iscrowd="0"), r"json:12: 'iscrowd' is '0'; 0 or 1 was expected"),
+        (changed("annotations", 0, bbox=[3, 6, 10**400, 6]), r"json:11: the box \[3, 6, inf, 6\] is not finite"),
     ],
 )
 def test_a_broken_entry_is_named_by_its_line(coco, change, message):
@@ -252,6 +255,9 @@ def test_what_is_no_coco_file_is_named(coco, tmp_path):
         coco_folder(file)
     file.write_text('{"images": [], "annotations": {}}')
     with pytest.raises(FolderError, match="no list 'categories' and no list 'annotations' in it"):
+        coco_folder(file)
+    file.write_text(coco().read_text().replace("[3, 6, 3, 6]", f"[3, 6, 1{'0' * 5000}, 6]"))
+    with pytest.raises(FolderError, match=r"instances.json:11: the box \[3, 6, inf, 6\] is not finite"):
         coco_folder(file)
     file.write_text("[]")
     with pytest.raises(FolderError, match="no list 'images'"):
@@ -287,6 +293,33 @@ def test_a_crowd_is_no_example_of_one():
         checked({**batch, "crowd": np.asarray([True])}, 1)
 
 
-def test_quoted_names_may_have_commas(yolo):
-    (yolo / "data.yaml").write_text("train: images/train\nnc: 2\nnames: ['red, big', \"blue\"]\n")
-    assert yolo_folder(yolo).names == ("red, big", "blue")
+def test_pixels_of_no_known_range_are_refused_when_the_folder_is_read(yolo):
+    Image.fromarray(np.ones((20, 40), np.float32)).save(yolo / "images/train/d.tif")
+    with pytest.raises(FolderError, match=r"d.tif: its pixels are of mode 'F', of no known range; save 8 or 16 bits"):
+        yolo_folder(yolo)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("['red, big', \"blue\"]", ("red, big", "blue")),
+        ("{0: 'red, big', 1: blue}", ("red, big", "blue")),
+        ("[driver's seat, wheel]", ("driver's seat", "wheel")),
+        ("[o'neil, d'or]", ("o'neil", "d'or")),
+    ],
+)
+def test_quoted_names_may_have_commas_and_apostrophes_are_no_quotes(yolo, names, expected):
+    (yolo / "data.yaml").write_text(f"train: images/train\nnc: 2\nnames: {names}\n")
+    assert yolo_folder(yolo).names == expected
+
+
+def test_names_are_as_many_as_is_said(yolo):
+    (yolo / "data.yaml").write_text("nc: 5\nnames: ['red', 'blue']\n")
+    with pytest.raises(FolderError, match=r"data.yaml:2 'names' has 2 names, 0 red, 1 blue, and nc is 5"):
+        yolo_folder(yolo)
+
+
+@pytest.mark.parametrize("rows", [np.array([False, True, True]), [1.0], 1, [3], [-4]])
+def test_rows_that_are_no_indices_are_refused(yolo, rows):
+    with pytest.raises(ValueError, match=r"The rows are .*; whole numbers below 3, the number of images, are needed"):
+        yolo_folder(yolo).batch(rows, size=8)

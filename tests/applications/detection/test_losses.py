@@ -173,10 +173,12 @@ BATCH = {
 }
 
 
-def test_padding_says_nothing():
+def test_padding_and_crowds_say_nothing():
     found, total = predictions(), jax.jit(lambda found, batch: loss(found, batch).total)
     padded = {name: np.pad(BATCH[name], ((0, 0), (0, 3)) + ((0, 0),) * (BATCH[name].ndim - 2)) for name in BATCH}
     padded["boxes"][:, 2:] = [0.0, 0.0, 32.0, 32.0]
+    padded["crowd"] = np.zeros((2, 5), bool)
+    padded["mask"][:, 4] = padded["crowd"][:, 4] = True
     np.testing.assert_allclose(total(found, padded), total(found, BATCH), rtol=1e-6)
     nothing = {
         "boxes": np.zeros((2, 0, 4), np.float32),
@@ -263,6 +265,9 @@ def test_what_does_not_fit_is_said():
         loss(found, BATCH, weights=jnp.ones(3))
     with pytest.raises(ValueError, match=r"class_weights of shape \(2,\) for 3 classes"):
         loss(found, BATCH, class_weights=jnp.ones(2))
+    for gains in ({"box": 1.0, "classes": 1.0, "bins": 1.0}, (1.0, 2.0), 1.0):
+        with pytest.raises(ValueError, match=r"gains=.*: give Gains\(box=.*, or three numbers in this order"):
+            loss(found, BATCH, gains=gains)
     with pytest.raises(ValueError, match='neither "batch" nor "image"'):
         loss(found, BATCH, per="box")
     with pytest.raises(ValueError, match="none of iou, giou, diou, ciou"):

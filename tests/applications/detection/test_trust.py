@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from bilevel import data, hypergradients, lower
+from bilevel import Problem, data, hypergradients, lower
 from bilevel.applications import Application
 from bilevel.applications.detection import (
     ConvBlock,
@@ -192,6 +192,21 @@ def test_one_compiled_gradient_takes_the_steps_of_its_formula():
         solver.step(uneven, solver.init(uneven, x, app.y0, key), key)
 
 
+def test_one_gradient_takes_frozen_batches_as_they_are():
+    """With f = x/2 |y - t|^2 and F = 1/2 |y - t|^2, t a batch's targets: f_xy F_y = (y - t) (y - 3) = 3 at y = 0."""
+    app = SimpleNamespace(
+        weighted=lambda y, batch, w: 0.5 * w * jnp.sum((y - batch["targets"]) ** 2),
+        lower_weights=lambda x, batch: x, upper_weights=lambda batch: 1.0, decay=0.0,
+    )  # fmt: skip
+    batch = lambda t, **more: {"mask": np.ones((1, 1), bool), "targets": np.full(1, t, np.float32), **more}
+    ours = lambda **more: Problem(app.weighted, app.weighted, upper_data=batch(3), lower_data=batch(1, **more))
+    solver, x, y, key = OneGradient(app, optax.sgd(1.0), optax.sgd(1.0)), jnp.float32(2), jnp.zeros(1), 0
+    after, _ = solver.step(ours(row=np.zeros(1, np.int32)), solver.init(None, x, y, key), key)
+    np.testing.assert_allclose([after.x, after.y[0]], [2 + 3, 0 + 2], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"of which one alone has routing\. Give both the same arrays"):
+        solver.step(ours(routing=np.zeros(1)), solver.init(None, x, y, key), key)
+
+
 def broken(**changes):
     return {**TRAIN, **changes}
 
@@ -235,5 +250,7 @@ def test_what_is_not_looked_at_may_be_anything_and_the_rest_is_refused():
         trust(TRAIN, CLEAN, 3, detector=small_detector())
     with pytest.raises(ValueError, match="no box in any image"):
         trust(TRAIN, {**CLEAN, "mask": np.zeros((4, 3), bool)}, 2, detector=small_detector())
+    with pytest.raises(ValueError, match=r"gains=\{'box': 1.0\}: give Gains\(box="):
+        trust(TRAIN, CLEAN, 2, upper_gains={"box": 1.0}, detector=small_detector())
     with pytest.raises(ValueError, match="learnt gains start at positive numbers"):
         trust(TRAIN, CLEAN, 2, learn="gains", gains=(1.0, 0.0, 1.0), detector=small_detector())
