@@ -254,19 +254,24 @@ def _standing(held: Any, treedef: Any, like: tuple[Any, ...]) -> tuple[str, ...]
     variable = jax.tree.unflatten(treedef, itertools.starmap(jax.ShapeDtypeStruct, like))
     named = jax.tree_util.tree_leaves_with_path(variable)
 
-    def update(gradient: PyTree, memory: PyTree, variable: PyTree) -> PyTree:
+    def update(gradient: PyTree, memory: PyTree, variable: PyTree) -> tuple[PyTree, PyTree]:
         extra = {"value": jnp.zeros(()), "grad": gradient, "value_fn": lambda _: jnp.zeros(())}
-        return as_optimizer(rule).update(gradient, memory, variable, **extra)[0]
+        return as_optimizer(rule).update(gradient, memory, variable, **extra)
 
+    unknown = [_UNKNOWN] * len(named)
     try:
-        # A memory is not what it begins as: a schedule that is zero at its first step is not zero.
-        memory = jax.eval_shape(as_optimizer(rule).init, variable)
+        begin, memory = jax.make_jaxpr(as_optimizer(rule).init, return_shape=True)(variable)
         closed, shapes = jax.make_jaxpr(update, return_shape=True)(variable, memory, variable)
-        found = _zeros(closed, [_UNKNOWN] * len(closed.jaxpr.invars))
+        # Zero for ever is what begins as zero and is left so: a momentum of what a mask takes away, and no count.
+        still, before = _zeros(begin, unknown), None
+        while before is None or any((a != b).any() for a, b in zip(before, still, strict=True)):
+            before, found = still, _zeros(closed, [*unknown, *still, *unknown])
+            still = [a & b for a, b in zip(before, found[len(named) :], strict=True)]
     except Exception:  # what a rule of the user's own says to being traced is for its first step to say
         return ()
-    if jax.tree.structure(shapes) != jax.tree.structure(variable):  # type: ignore[operator]
+    if jax.tree.structure(shapes[0]) != jax.tree.structure(variable):  # type: ignore[operator,index]
         return ()
+    found = found[: len(named)]
     pairs = [(f"y{jax.tree_util.keystr(path)}", zero) for (path, _), zero in zip(named, found, strict=True)]
     return tuple(name if zero.all() else f"{name} (in part)" for name, zero in pairs if zero.any())
 
