@@ -387,6 +387,31 @@ def test_singular_systems_stay_finite(solver, x64):
         np.testing.assert_allclose(float(info.residual), best, rtol=1e-6)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("d", [2, 6])
+def test_robust_solves_what_units_hide_and_keeps_least_norms(d, symmetric, x64):
+    """S A S with S from 1e-9 to 1: regular, its exact solution; singular, that of least norm; without a solution, the
+    least squares and their residual."""
+    rng = np.random.default_rng(d)
+    units = np.geomspace(1e-9, 1, d)
+    q = rng.normal(size=(d, d))
+    regular = units[:, None] * (q @ q.T + np.eye(d)) * units
+    b = regular @ (v := rng.normal(size=d))
+    solver = Robust(symmetric=symmetric)
+    np.testing.assert_allclose(solver(lambda v: jnp.asarray(regular) @ v, jnp.asarray(b))[0], v, rtol=1e-5)
+    # An unknown that is not seen at all, and another direction without curvature among equals.
+    singular = np.zeros((d + 3, d + 3))
+    singular[:d, :d] = regular
+    singular[d:-1, d:-1] = np.ones((2, 2))
+    b = np.concatenate([b, [3.0, 3.0, 0.0]])
+    found, _, info = solver(lambda v: jnp.asarray(singular) @ v, jnp.asarray(b))
+    np.testing.assert_allclose(found, np.concatenate([v, [1.5, 1.5, 0.0]]), rtol=1e-5, atol=1e-12)
+    assert info.residual < 1e-9
+    found, _, info = solver(lambda v: jnp.asarray(singular) @ v, jnp.asarray(b + np.eye(d + 3)[-1] * 2))
+    np.testing.assert_allclose(found, np.concatenate([v, [1.5, 1.5, 0.0]]), rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(info.residual, 2, rtol=1e-9)
+
+
 @pytest.mark.parametrize("solver", [*KRYLOV_GENERAL], ids=name)
 def test_a_skew_symmetric_system_breaks_nothing(solver, x64):
     """v'Hv = 0 for all v: the pivots of BiCGStab vanish in the first step."""

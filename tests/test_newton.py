@@ -53,6 +53,48 @@ def test_an_ill_conditioned_lower_level_is_solved_exactly_through_the_front_door
     assert solution.result is Result.CONVERGED and solution.steps < 10
 
 
+def penalised(x, y, samples, signs):
+    """A logistic loss with a penalty e^x per unknown."""
+    return jax.nn.softplus(-signs * (samples @ y)).mean() + jnp.sum(jnp.exp(x) * y**2) / 2
+
+
+def logistic_data(d=3):
+    samples = np.random.default_rng(0).normal(size=(40, d)).astype(np.float32)
+    return samples, np.sign(samples @ np.linspace(1, -1, d, dtype=np.float32) + 0.3)
+
+
+@pytest.mark.parametrize("steep", [8.0, 16.0, 30.0])
+@pytest.mark.parametrize("box", [None, Interval(-5.0, 5.0)])
+def test_a_steep_unknown_hides_no_flat_one_in_float32(steep, box):
+    """One penalty of e^16 beside two of e^-3: in one unit for all, the flat curvatures are below f_yy's rounding."""
+    samples, signs = logistic_data()
+    problem = Problem(
+        lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: penalised(x, y, samples, signs), project_lower=box
+    )
+    x = A([-3.0, -3.0, steep])
+    found = value_and_hypergradient(problem, None, lower.Newton())(x, jnp.zeros(3))
+    # Without the steep unknown, which stands at zero, the same numbers.
+    two = Problem(lambda x, y: 1 + jnp.sum((y - 1) ** 2), lambda x, y: penalised(x, y, samples[:, :2], signs))
+    expected = value_and_hypergradient(two, None, lower.Newton())(x[:2], jnp.zeros(2))
+    np.testing.assert_allclose(found.value, expected.value, rtol=3e-3)
+    np.testing.assert_allclose(found.gradient[:2], expected.gradient, rtol=3e-3)
+    assert found.metrics["lower_residual"] < 1e-5 and found.metrics["linear_error"] < 1e-4
+    through = value_and_hypergradient(problem, Unrolled(), lower.Newton())(x, jnp.zeros(3))
+    np.testing.assert_allclose(through.gradient, found.gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_steep_and_flat_unknowns_beyond_the_size_that_robust_takes_as_a_matrix():
+    samples, signs = logistic_data(60)
+    x = A(np.where(np.arange(60) % 3 == 0, 14.0, -2.0))
+    kept = np.flatnonzero(x < 0)
+    fns = (lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: penalised(x, y, samples, signs))
+    found = value_and_hypergradient(Problem(*fns), None, lower.Newton())(x, jnp.zeros(60))
+    few = Problem(fns[0], lambda x, y: penalised(x, y, samples[:, kept], signs))
+    expected = value_and_hypergradient(few, None, lower.Newton())(x[kept], jnp.zeros(len(kept)))
+    np.testing.assert_allclose(found.gradient[kept], expected.gradient, rtol=2e-3, atol=2e-4)
+    assert found.metrics["linear_error"] < 1e-4
+
+
 def test_an_ill_conditioned_lower_level_in_float32():
     scale = np.geomspace(1e-6, 1, 6).astype(np.float32)
     y = minimum(lambda x, y: jnp.sum(scale * (y - 3) ** 2), np.zeros(6, np.float32))

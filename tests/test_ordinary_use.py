@@ -328,7 +328,7 @@ def test_an_infinite_loss_at_the_start_is_named_by_its_level(level):
     pytest.param("lower", optimizers.quasi_newton, marks=pytest.mark.slow),
     ("lower", optimizers.spectral),
 ])  # fmt: skip
-def test_a_trial_without_an_upper_value_is_withdrawn_and_one_without_a_lower_loss_named(rule, level):
+def test_a_trial_without_an_upper_value_or_a_lower_loss_is_withdrawn(rule, level):
     """A loss has no value for x > 1, and a long second step from 0.3 leads there."""
     hole = lambda x, y: y * jnp.where(x > 1.0, jnp.nan, 0.0)
     losses = {"upper": lambda x, y: -jnp.log(y) + y**4, "lower": lambda x, y: (y - x) ** 2}
@@ -340,12 +340,19 @@ def test_a_trial_without_an_upper_value_is_withdrawn_and_one_without_a_lower_los
         callback=lambda event: trials.append(float(event.state.trial)), callback_every=1,
     )  # fmt: skip
     assert max(trials) > 1, "the test is of such a trial"
-    if level == "lower":  # where y has no loss, no shorter step of x mends it
-        assert solution.result is Result.DIVERGED and "lower_loss" in solution.reason
-        return
     assert solution.result is Result.CONVERGED, solution
     np.testing.assert_allclose(solution.x, 0.25**0.25, rtol=1e-3)
     assert np.isfinite(solution.history["upper_loss"]).all()
+
+
+def test_a_lower_level_without_values_around_x_is_named():
+    """The lower loss has values at the start alone: no trial, however short, mends that."""
+    problem = Problem(
+        lambda x, y: y**2 + x**2, lambda x, y: (y - x) ** 2 + jnp.where(x == A(0.3), 0.0, jnp.nan) * y
+    )
+    solution = solve(problem, A(0.3), A(0.3), solvers.AID(), steps=60)
+    assert solution.result is Result.DIVERGED and "lower_loss" in solution.reason and solution.steps < 20
+    np.testing.assert_allclose(solution.x, 0.3)
 
 
 def test_what_is_reported_under_such_a_rule_is_of_the_point_that_stands():

@@ -96,6 +96,8 @@ class Implicit:
         y = found.y
         value, (upper_x, upper_y) = jax.value_and_grad(upper, argnums=(0, 1))(x, y)
         linear_solver = self._solver(lower.nonsmooth, x, y)
+        lin = derivatives.linearised(lower, x, y)
+        loss = lin.value
         if lower.nonsmooth:
             step: Any = self.step
             known = None
@@ -103,16 +105,24 @@ class Implicit:
                 carry, known = carry
                 known = curvature_at(known, lower, x, y)
                 step = inverse_curvature(known)
-            new, pullback = jax.vjp(lambda x, y: _forward_backward(lower, x, y, step), x, y)
-            w, carry, info = linear_solver(lambda w: optax.tree.sub(w, pullback(w)[1]), upper_y, carry)
+            moved = optax.tree.add_scale(y, -step, lin.gradient_y)
+            new, pullback = jax.vjp(lambda x, moved: _backward(lower, x, moved, step), x, moved)
+
+            def system(w: PyTree) -> PyTree:
+                # I - d_y T', its two sides of the projection apart: step f_yy may be far below the rounding of 1.
+                passed = pullback(w)[1]
+                return optax.tree.add_scale(optax.tree.sub(w, passed), step, lin.hvp(passed))
+
+            w, carry, info = linear_solver(system, upper_y, carry)
             carry = carry if known is None else (carry, known)
-            gradient = optax.tree.add(upper_x, pullback(w)[0])
-            loss, residual = lower(x, y), derivatives.norm(optax.tree.sub(new, y)) / step
+            through, passed = pullback(w)
+            gradient = optax.tree.add(upper_x, optax.tree.add_scale(through, -step, lin.cross(passed)))
+            slope = lambda y, moved, new, g: jnp.where(new == moved, g, (y - new) / step)  # noqa: E731
+            residual = derivatives.norm(jax.tree.map(slope, y, moved, new, lin.gradient_y))
         else:
-            lin = derivatives.linearised(lower, x, y)
             v, carry, info = linear_solver(lin.hvp, upper_y, carry)
             gradient = optax.tree.sub(upper_x, lin.cross(v))
-            loss, residual = lin.value, derivatives.norm(lin.gradient_y)
+            residual = derivatives.norm(lin.gradient_y)
         steep = derivatives.norm(upper_y)
         metrics = {
             "lower_loss": loss,
@@ -154,8 +164,8 @@ def JacobianFree(step: float = 1.0) -> Implicit:
     return Implicit(linear.Identity(step), step=1.0)
 
 
-def _forward_backward(lower: Level, x: PyTree, y: PyTree, step: Any) -> PyTree:
-    moved = optax.tree.add_scale(y, -step, lower.gradient(x, y))
+def _backward(lower: Level, x: PyTree, moved: PyTree, step: Any) -> PyTree:
+    """What projection and prox make of the point that the gradient step has moved to."""
     if lower.project is not None:
         moved = lower.project(moved)
     return moved if lower.prox is None else lower.prox(x, moved, step)

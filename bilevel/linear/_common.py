@@ -308,6 +308,36 @@ def report(residual: jax.Array, iterations: Any, negative_curvature: Any = False
     return LinearInfo(residual, jnp.asarray(iterations, jnp.int32), jnp.asarray(negative_curvature, bool))
 
 
+def equilibration(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Powers of two (r, c) that bring the largest entry of every row and column of diag(r) A diag(c) near 1.
+
+    An eigenvalue or singular value below the rounding error of the largest tells nothing: where unknowns have units
+    that far apart, only in units of their own do small ones show. r = c for a symmetric A; both are ones where the
+    largest entries of the rows (and columns) are within a factor of 256: rounding then hides nothing, and least norms
+    are those of the unknowns as they are. Rows and columns of zeros keep 1.
+
+    Reference: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", RAL-TR-2001-034.
+    """
+    tiny = float(jnp.finfo(matrix.dtype).tiny) ** 0.5
+
+    def apart(axis: int) -> jax.Array:
+        largest = jnp.max(jnp.abs(matrix), axis)
+        return jnp.max(largest) > 256 * jnp.min(jnp.where(largest > 0, largest, jnp.inf))
+
+    wide = apart(0) | apart(1)
+
+    def once(_: Any, scales: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        r, c = scales
+        size = jnp.abs(matrix * r[:, None] * c)
+        shrink = lambda largest: 1 / jnp.sqrt(jnp.where(largest > 0, largest, 1))  # noqa: E731
+        r, c = r * shrink(jnp.max(size, 1)), c * shrink(jnp.max(size, 0))
+        return jnp.clip(r, tiny, 1 / tiny), jnp.clip(c, tiny, 1 / tiny)
+
+    ones = jnp.ones(len(matrix), matrix.dtype)
+    r, c = jax.lax.fori_loop(0, 8, once, (ones, ones))
+    return jnp.where(wide, _power_of_two(r), 1), jnp.where(wide, _power_of_two(c), 1)
+
+
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Ascending eigenvalues and eigenvectors in columns, as `jnp.linalg.eigh`; of one or two unknowns in closed form.
 

@@ -6,6 +6,7 @@ built of operations that JAX can transpose (a `jvp` or a linearised function is)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from bilevel.linear._common import (
     dot,
     eigh,
     epsilon,
+    equilibration,
     flattener,
     implicit_solve,
     matmul,
@@ -228,16 +230,20 @@ class TaskCG(Krylov):
         return s[0], report(jnp.sqrt(jnp.sum(s[3])), s[5], jnp.any(s[7]))
 
 
+_MATRIX = 128  # up to that many unknowns Robust solves as a matrix what Krylov methods did not
+
+
 @hyperparameters
 class Robust(Krylov):
     """A Krylov method where it can be trusted, and the least-squares solution of least norm where it cannot.
 
     For up to `dense` unknowns H is made a matrix, by d products at once, and solved by its eigenvalues (singular values
-    where it is not symmetric): those below its rounding error (d eps of the largest, or what a symmetric H and H'
-    differ by, where that is more) count as zero. Above, `CG` (`GMRES`) to the same tolerance; where CG meets a
-    direction without positive curvature (beyond rounding), or GMRES stagnates (or needs more than d
-    iterations), the system is solved anew by conjugate
-    gradients on |b - H v|^2 (CGLS, two products per iteration), from cold. So
+    where it is not symmetric), with rows and columns brought to one size by powers of two where they differ by more
+    than a factor of 256: those below its rounding error (d eps of the largest, or what a symmetric H and H' differ by,
+    where that is more) count as zero. Above, `CG` (`GMRES`) to the same tolerance. Where CG meets a direction without
+    positive curvature (beyond rounding) or is not done after d iterations, or GMRES stagnates (or needs more than d
+    iterations), the system is solved anew: as a matrix for up to 128 unknowns, and else by conjugate gradients on
+    |b - H v|^2 (CGLS, two products per iteration), from cold. So
 
     * a consistent singular system has its solution of least norm,
     * an inconsistent one a least-squares solution, and `info.residual` the part of b that is outside H's range,
@@ -271,26 +277,34 @@ class Robust(Krylov):
         return v, memory, info
 
     def _answer(self, h: Matvec, b: PyTree, v: PyTree, size_h: jax.Array) -> Answer:
+        as_matrix = _by_eigenvalues if self.symmetric else _by_singular_values
         if size(b) <= self.dense:
-            return (_by_eigenvalues if self.symmetric else _by_singular_values)(h, b)
+            return as_matrix(h, b)
         target = residual_target(self.tol, b)
         if self.symmetric:
             s = conjugate_gradients(h, b, v, None, target, self.max_steps, size_h)
             v, rr, k, failed, negative = s.v, s.rr, s.k, s.broken, s.negative
+            failed = failed | ((rr > target**2) & (k >= size(b)) & (size(b) <= _MATRIX))
             transposed = h
         else:
             v, info = GMRES(self.tol, self.max_steps)._iterations(h, b, v, None)
             rr, k, negative = info.residual**2, info.iterations, jnp.bool_(False)
-            failed = (info.residual > target) & ((k < self.max_steps) | (size(b) <= self.max_steps))
+            failed = (info.residual > target) & ((k < self.max_steps) | (size(b) <= max(self.max_steps, _MATRIX)))
             transposed = lambda r: jax.linear_transpose(h, b)(r)[0]  # noqa: E731
         # Under `vmap` both branches run: a right-hand side of zero ends the second one at once.
         right = optax.tree.where(failed, b, optax.tree.zeros_like(b))
-        none = CGLSState(v, v, v, rr, rr, jnp.int32(0))
-        instead = lambda: least_squares(h, transposed, right, None, target, self.max_steps)  # noqa: E731
-        other = jax.lax.cond(failed, instead, lambda: none)
-        better = failed & (other.rr <= rr * (1 + 1e-3))
-        v, rr = optax.tree.where(better, (other.v, other.rr), (v, rr))
-        return v, report(jnp.sqrt(rr), k + other.k, negative)
+
+        def instead() -> tuple[PyTree, jax.Array, jax.Array, jax.Array]:
+            if size(b) <= _MATRIX:
+                w, info = as_matrix(h, right)
+                return w, info.residual**2, info.iterations, info.negative_curvature
+            s = least_squares(h, transposed, right, None, target, self.max_steps)
+            return s.v, s.rr, s.k, jnp.bool_(False)
+
+        other, other_rr, more, indefinite = jax.lax.cond(failed, instead, lambda: (v, rr, jnp.int32(0), negative))
+        better = failed & (other_rr <= rr * (1 + 1e-3))
+        v, rr = optax.tree.where(better, (other, other_rr), (v, rr))
+        return v, report(jnp.sqrt(rr), k + more, negative | indefinite)
 
 
 def _typical(h: Matvec, b: PyTree) -> jax.Array:
@@ -300,35 +314,64 @@ def _typical(h: Matvec, b: PyTree) -> jax.Array:
 
 
 def _by_eigenvalues(h: Matvec, b: PyTree) -> Answer:
-    """The least-squares solution of least norm from the eigenvalues of H as a matrix."""
+    """The least-squares solution of least norm from the eigenvalues of H as a matrix, its unknowns in units alike."""
     flatten, unflatten = flattener(b)
     matrix, x = dense_matrix(h, b), flatten(b)
     usable = jnp.all(jnp.isfinite(matrix))
     matrix = jnp.where(usable, matrix, 0)
-    values, vectors = eigh((matrix + matrix.T) / 2)
+    scales = equilibration(matrix)[1]
+    even = matrix * scales[:, None] * scales
+    values, vectors = eigh((even + even.T) / 2)
     largest, d = jnp.max(jnp.abs(values)), len(values)
-    rounding = max(d, 4) * jnp.finfo(x.dtype).eps * largest + 2 * jnp.linalg.norm(matrix - matrix.T)
-    inverse = jnp.where(jnp.abs(values) > rounding, 1 / jnp.where(values == 0, 1, values), 0)
-
-    def through(x: jax.Array) -> jax.Array:
-        return matmul(vectors, inverse * matmul(vectors.T, x))
-
-    v = through(x)
+    rounding = max(d, 4) * jnp.finfo(x.dtype).eps * largest + 2 * jnp.linalg.norm(even - even.T)
+    regular = jnp.abs(values) > rounding
+    inverse = jnp.where(regular, 1 / jnp.where(values == 0, 1, values), 0)
+    through = lambda x: scales * matmul(vectors, inverse * matmul(vectors.T, scales * x))  # noqa: E731
+    outside = _outside(scales[:, None] * vectors, regular)
+    v = outside(through(outside(x)))
     # Once more with what is left: the digits that the eigenvectors have lost.
-    v = v + through(x - matmul(matrix, v))
+    v = v + outside(through(outside(x - matmul(matrix, v))))
     solution = unflatten(jnp.where(usable, v, jnp.nan))
     return solution, report(norm(axpy(-1.0, h(solution), b)), 0, values[0] < -rounding)
 
 
 def _by_singular_values(h: Matvec, b: PyTree) -> Answer:
-    """The least-squares solution of least norm from the singular values of H as a matrix."""
+    """The same from the singular values."""
     flatten, unflatten = flattener(b)
     matrix, x = dense_matrix(h, b), flatten(b)
     usable = jnp.all(jnp.isfinite(matrix))
     matrix = jnp.where(usable, matrix, 0)
-    v = jnp.linalg.lstsq(matrix, x, rcond=2 * max(len(x), 4) * float(jnp.finfo(x.dtype).eps))[0]
+    r, c = equilibration(matrix)
+    left, values, right = jnp.linalg.svd(matrix * r[:, None] * c)
+    regular = values > 2 * max(len(x), 4) * jnp.finfo(x.dtype).eps * jnp.max(values)
+    inverse = jnp.where(regular, 1 / jnp.where(values == 0, 1, values), 0)
+    through = lambda x: c * matmul(right.T, inverse * matmul(left.T, r * x))  # noqa: E731
+    reached, least = _outside(r[:, None] * left, regular), _outside(c[:, None] * right.T, regular)
+    v = least(through(reached(x)))
+    v = v + least(through(reached(x - matmul(matrix, v))))
     solution = unflatten(jnp.where(usable, v, jnp.nan))
     return solution, report(norm(axpy(-1.0, h(solution), b)), 0)
+
+
+def _outside(columns: jax.Array, regular: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The projection on what is orthogonal to the columns that are not `regular`; as it is where all are."""
+
+    def basis() -> jax.Array:
+        length = jnp.linalg.norm(columns, axis=0)
+        left_out = jnp.where(regular, 0, columns / jnp.where(length > 0, length, 1))
+
+        def orthogonalise(j: jax.Array, q: jax.Array) -> jax.Array:
+            # Gram and Schmidt, twice; a column of which nothing is left but rounding is none.
+            w = left_out[:, j] - matmul(q, matmul(q.T, left_out[:, j]))
+            w = w - matmul(q, matmul(q.T, w))
+            rest = jnp.linalg.norm(w)
+            some = rest > 8 * jnp.finfo(w.dtype).eps
+            return q.at[:, j].set(jnp.where(some, w / jnp.where(some, rest, 1), 0))
+
+        return jax.lax.fori_loop(0, len(columns), orthogonalise, jnp.zeros_like(columns))
+
+    q = jax.lax.cond(jnp.all(regular), lambda: jnp.zeros_like(columns), basis)
+    return lambda x: x - matmul(q, matmul(q.T, x))
 
 
 @hyperparameters

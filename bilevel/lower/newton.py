@@ -13,7 +13,7 @@ from bilevel import linear
 from bilevel._module import hyperparameters
 from bilevel.data import ProblemError
 from bilevel.level import Level
-from bilevel.linear._common import eigh
+from bilevel.linear._common import eigh, equilibration
 from bilevel.linear.krylov import conjugate_gradients
 from bilevel.lower.loops import LowerState
 from bilevel.optimizers import check_count
@@ -26,10 +26,12 @@ __all__ = ["Newton"]
 class Newton:
     """Damped Newton steps on f(x, .), projected where Y is a box: exact at any conditioning that the dtype can hold.
 
-    For up to `dense` unknowns f_yy = U diag(w) U' is a matrix, made by as many products at once, and a step is
+    For up to `dense` unknowns f_yy is a matrix, made by as many products at once, S f_yy S = U diag(w) U', and a step is
 
-        p = -U (U' f_y) / (|w| + damping),        y <- clip(y + p, bounds)
+        p = -S U (U' S f_y) / (|w| + damping),        y <- clip(y + p, bounds)
 
+    with S = I, or where the largest entries of f_yy's rows are more than a factor of 256 apart powers of two that bring
+    them near 1 (rounding would hide a flat unknown's curvature behind a steep one's),
     with directions of no curvature (|w| below rounding) and no slope left out, and a kick along the eigenvector of the
     least w < 0 where f_y does not see it: saddle points and maxima are left. Above, p is that of `cg_steps` of CG on
     (f_yy + damping I) p = -f_y, which ends at negative curvature. Unknowns at a bound that f_y pushes against are held,
@@ -88,7 +90,8 @@ class Newton:
             return jnp.where(held, u - jnp.clip(u, *bounds), slope)
 
         def tangent(apply: Callable[[jax.Array], jax.Array], b: jax.Array) -> jax.Array:
-            return linear.Robust(tol=_precision(b), max_steps=1000, symmetric=bounds is None)(apply, b)[0]
+            robust = linear.Robust(tol=_precision(b), max_steps=1000, symmetric=bounds is None, dense=self.dense)
+            return robust(apply, b)[0]
 
         solve = lambda _, u: self._minimise(value, u, bounds)  # noqa: E731
         found = jax.lax.custom_root(condition, jax.lax.stop_gradient(flat), solve, tangent)
@@ -116,12 +119,12 @@ class Newton:
         slope_at, d = jax.value_and_grad(fn), u.size
         eps = jnp.finfo(u.dtype).eps
 
-        def residual(u: jax.Array, g: jax.Array) -> jax.Array:
-            return jnp.linalg.norm(u - clip(u - g))
+        def residual(u: jax.Array, g: jax.Array, units: Any = 1.0) -> jax.Array:
+            return jnp.linalg.norm((u - clip(u - units**2 * g)) / units)
 
         def body(s: _State) -> _State:
             held = jnp.zeros(u.shape, bool) if bounds is None else _held(s.u, s.g, bounds)
-            step, multiply, size, curved = self._step(fn, s, held)
+            step, multiply, size, curved, units = self._step(fn, s, held)
             longest = 10 * (jnp.sqrt(1.0 * d) + jnp.linalg.norm(s.u))
             length = jnp.linalg.norm(step)
             step = step * jnp.where(length > longest, longest / jnp.where(length > 0, length, 1), 1)
@@ -130,7 +133,7 @@ class Newton:
             model = -(jnp.vdot(s.g, moved) + jnp.vdot(moved, multiply(moved)) / 2)
             value, g = slope_at(new)
             gain, noise = s.value - value, 10 * eps * (jnp.abs(s.value) + jnp.abs(value))
-            now, before = residual(new, g), residual(s.u, s.g)
+            now, before = residual(new, g, units), residual(s.u, s.g, units)
             # Where values no longer tell points apart, slopes do.
             level = (jnp.abs(gain) <= noise) & (now < before)
             good = jnp.isfinite(value) & jnp.all(jnp.isfinite(g)) & ((gain >= 1e-4 * model) & (gain > 0) | level)
@@ -139,9 +142,9 @@ class Newton:
             lowered = jnp.where((gain >= 0.25 * model) | level, lowered, s.damping)
             at = lambda a, b: jnp.where(good, a, b)  # noqa: E731
             best = jnp.minimum(s.best, now)
-            exact = before <= 4 * eps * size * jnp.linalg.norm(s.u)
+            exact = before <= 4 * eps * size * jnp.linalg.norm(s.u / units)
             since = jnp.where((good & (gain > noise)) | (good & (now < 0.5 * s.best)), 0, s.since + 1)
-            ended = (before <= (0.0 if self.tol is None else self.tol)) | exact | (since > 12)
+            ended = (residual(s.u, s.g) <= (0.0 if self.tol is None else self.tol)) | exact | (since > 12)
             ended = (ended | (level & (now > 0.5 * before))) & ~curved | (s.since > 25)
             return _State(
                 at(new, s.u), at(value, s.value), at(g, s.g), jnp.where(good, lowered, raised), at(best, s.best),
@@ -151,13 +154,13 @@ class Newton:
         u = clip(u)
         value, g = slope_at(u)
         zero = jnp.int32(0)
-        start = _State(u, value, g, jnp.zeros_like(value), residual(u, g), zero, zero, jnp.bool_(False))
+        start = _State(u, value, g, jnp.zeros_like(value), jnp.full_like(value, jnp.inf), zero, zero, jnp.bool_(False))
         return jax.lax.while_loop(lambda s: (s.k < self.steps) & ~s.ended, body, start).u
 
     def _step(
         self, fn: Callable[[jax.Array], Scalar], s: _State, held: jax.Array
-    ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], jax.Array, jax.Array]:
-        """The step, v -> f_yy v, the size of f_yy, and whether it has negative curvature (among what is not held)."""
+    ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array]:
+        """The step, v -> f_yy v, and in units of each unknown's own: f_yy's size, if it curves down, those units."""
         free = lambda v: jnp.where(held, 0, v)  # noqa: E731
         product = jax.linearize(jax.grad(fn), s.u)[1]
         multiply, g = lambda v: free(product(free(v))), free(s.g)
@@ -165,24 +168,26 @@ class Newton:
             target = jnp.minimum(0.1, jnp.sqrt(jnp.linalg.norm(g))) * 1e-3 * jnp.linalg.norm(g)
             damped = lambda v: multiply(v) + s.damping * v  # noqa: E731
             end = conjugate_gradients(damped, -g, None, None, target, self.cg_steps)
-            return end.v, product, end.size_h, jnp.bool_(False)
+            return end.v, product, end.size_h, jnp.bool_(False), jnp.ones_like(g)
         matrix = jax.vmap(multiply)(jnp.eye(s.u.size, dtype=s.u.dtype))
         finite = jnp.all(jnp.isfinite(matrix))
         matrix = jnp.where(finite, (matrix + matrix.T) / 2, jnp.eye(s.u.size, dtype=s.u.dtype))
-        w, vectors = eigh(matrix)
+        units = equilibration(matrix)[1]
+        w, vectors = eigh(matrix * units[:, None] * units)
         size, rounding = jnp.max(jnp.abs(w)), max(s.u.size, 4) * jnp.finfo(w.dtype).eps
-        along = vectors.T @ g
+        along = vectors.T @ (units * g)
         flat = jnp.abs(w) <= rounding * size
-        negligible = flat & (jnp.abs(along) <= rounding**0.5 * jnp.linalg.norm(g))
+        negligible = flat & (jnp.abs(along) <= rounding**0.5 * jnp.linalg.norm(units * g))
         scale = jnp.where(flat, jnp.where(size > 0, rounding * size, 1), jnp.abs(w)) + s.damping
         coefficients = jnp.where(negligible, 0, -along / scale)
         # A saddle point's slope does not show the way out of it.
         curved = w[0] < -(rounding**0.5) * size
         blind = curved & (jnp.abs(along[0]) <= 1e-3 * jnp.abs(w[0]) * 0.1)
         kick = 0.1 * (1 + jnp.linalg.norm(s.u) / s.u.size**0.5) / (1 + s.damping / jnp.where(size > 0, size, 1))
+        kick = kick / jnp.linalg.norm(units * vectors[:, 0])
         sign = jnp.where(along[0] > 0, -1.0, 1.0).astype(w.dtype)
         coefficients = coefficients.at[0].add(jnp.where(blind, sign * kick, 0))
-        return free(vectors @ coefficients), multiply, size, curved
+        return free(units * (vectors @ coefficients)), multiply, size, curved, units
 
 
 class _State(NamedTuple):

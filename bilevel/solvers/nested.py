@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ class NestedState:
       trial: where the next hypergradient is taken: x, but for step rules that may withdraw a step.
       memory, carry, upper: what the lower solver, the estimator and the upper step rule remember.
       start: where cold lower solves begin; None where they are warm.
+      unsolved: how many trials in a row have left the lower level without values.
     """
 
     x: PyTree
@@ -52,6 +54,10 @@ class NestedState:
     carry: PyTree
     upper: PyTree
     start: PyTree
+    unsolved: jax.Array
+
+
+_UNSOLVED = 12  # trials, each a quarter as long as the last
 
 
 @hyperparameters
@@ -125,7 +131,7 @@ class HypergradientDescent:
                 "their lower solves at different draws. Give upper_optimizer a step size or an optax rule, such as "
                 "optax.adam(1e-2)."
             )
-        return NestedState(x, y, x, start.memory, carry, upper, None if self.warm_start else y)
+        return NestedState(x, y, x, start.memory, carry, upper, None if self.warm_start else y, jnp.int32(0))
 
     def _move(self, problem: Problem) -> Move:
         """How x moves."""
@@ -144,11 +150,13 @@ class HypergradientDescent:
         def again(x: PyTree) -> Estimate[Any]:
             return self.hypergradient(upper, lower, solver, x, found.lower, found.carry)
 
+        # A trial at which the lower level has no values (e^x has overflowed) is one without a value.
+        solved = _has_values(found.metrics)
         trial, memory = self._move(problem)(
             found.gradient,
             state.upper,
             state.trial,
-            value=found.value,
+            value=jnp.where(solved, found.value, jnp.nan),
             grad=found.gradient,
             value_fn=lambda x: _with_gradient(again, x),
         )
@@ -156,7 +164,7 @@ class HypergradientDescent:
         y = jax.tree.map(lambda new, old: jnp.where(kept, new, old), found.lower.y, state.y)
         left, carry = found.lower.memory, found.carry
         if withdraws(memory):  # a trial without a value leaves nothing that the next one could begin with
-            sound = jnp.isfinite(found.value) & jnp.isfinite(optax.tree.norm(found.gradient))
+            sound = solved & jnp.isfinite(found.value) & jnp.isfinite(optax.tree.norm(found.gradient))
             keep = lambda new, old: jnp.where(sound | kept, new, old)  # noqa: E731
             left, carry = jax.tree.map(keep, (left, carry), (start.memory, state.carry))
         value, gradient = standing(memory, found.value, found.gradient)
@@ -166,7 +174,8 @@ class HypergradientDescent:
             "hypergradient_norm": residual(at, gradient, upper.project),
             **found.metrics,
         }
-        return NestedState(x, y, trial, left, carry, memory, state.start), metrics
+        unsolved = jnp.where(solved, 0, state.unsolved + 1)
+        return NestedState(x, y, trial, left, carry, memory, state.start, unsolved), metrics
 
     def status(self, state: NestedState, metrics: Metrics, tol: Any) -> jax.Array:
         """CONVERGED where the hypergradient and the lower level's residual are within the tolerance (and what else the
@@ -178,16 +187,20 @@ class HypergradientDescent:
         return jnp.where(linear_settled(tol, metrics) & ~self.withdrawn(state, metrics), met, 0)
 
     def withdrawn(self, state: NestedState, metrics: Metrics) -> jax.Array:
-        """Whether the last trial was taken back, and the lower level had values there: one without is a fault of the
-        lower loss that no shorter step mends."""
-        lower = [metrics[name] for name in ("lower_loss", "lower_residual") if name in metrics]
-        whole = jnp.stack([jnp.isfinite(value) for value in lower]).all() if lower else True
-        return ~jnp.asarray(accepted(state.upper, state.x)[1]) & whole
+        """Whether the last trial was taken back. Where the lower level goes on having no values, however short the
+        trial, that is a fault of its loss, which the run is to end with."""
+        return ~jnp.asarray(accepted(state.upper, state.x)[1]) & (state.unsolved < _UNSOLVED)
 
     def multipliers(self, problem: Problem, state: NestedState) -> dict[str, PyTree]:
         """The lower level's multipliers in the user's units, where the estimator knows them; else none."""
         known = getattr(self.hypergradient, "multipliers", None)
         return {} if known is None else known(problem.full_lower(), state.x, state.y, state.carry)
+
+
+def _has_values(metrics: Metrics) -> jax.Array:
+    """Whether what the estimator says of the lower level are numbers."""
+    lower = [metrics[name] for name in ("lower_loss", "lower_residual") if name in metrics]
+    return functools.reduce(jnp.logical_and, map(jnp.isfinite, lower), jnp.asarray(True))
 
 
 def _with_gradient(estimate: Any, x: PyTree) -> Scalar:
