@@ -347,9 +347,7 @@ def test_a_trial_without_an_upper_value_or_a_lower_loss_is_withdrawn(rule, level
 
 def test_a_lower_level_without_values_around_x_is_named():
     """The lower loss has values at the start alone: no trial, however short, mends that."""
-    problem = Problem(
-        lambda x, y: y**2 + x**2, lambda x, y: (y - x) ** 2 + jnp.where(x == A(0.3), 0.0, jnp.nan) * y
-    )
+    problem = Problem(lambda x, y: y**2 + x**2, lambda x, y: (y - x) ** 2 + jnp.where(x == A(0.3), 0.0, jnp.nan) * y)
     solution = solve(problem, A(0.3), A(0.3), solvers.AID(), steps=60)
     assert solution.result is Result.DIVERGED and "lower_loss" in solution.reason and solution.steps < 20
     np.testing.assert_allclose(solution.x, 0.3)

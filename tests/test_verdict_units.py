@@ -10,6 +10,7 @@ from known_problems import CASES
 from bilevel import Problem, Result, lower, solve, solvers
 from bilevel.solvers.certificate import certify
 from bilevel.solvers.small.nlp import Rows, attempt
+from bilevel.solvers.small.program import Program
 
 PROX = {"prox_lower": lambda x, y, step: y}  # the check of problems that are not small
 
@@ -161,6 +162,30 @@ def test_a_better_point_is_a_lower_solution_in_its_own_units():
     )
     found = seen(problem, v(2.8000006), v(1.399991, 1.4000006), start=(v(0.0), v(0, 0)))
     assert found.result is Result.CONVERGED, found
+
+
+@pytest.mark.parametrize("steep", [5.0, 15.0, 35.0])
+def test_a_steep_coordinate_of_the_lower_level_hides_no_flat_one(steep):
+    """e^35 of one coordinate is the unit of f: by that, the others of y would be anywhere."""
+    samples = np.random.default_rng(0).normal(size=(40, 3))
+    signs = np.sign(samples @ [1.0, -1.0, 0.5] + 0.3)
+    problem = Problem(
+        lambda x, y: jnp.sum((y - 1) ** 2) + jnp.sum((x - v(-3, -3, steep)) ** 2),
+        lambda x, y: jax.nn.softplus(-signs * (samples @ y)).mean() + jnp.sum(jnp.exp(x) * y**2) / 2,
+    )
+    x = v(-3, -3, steep)
+    y = lower.Newton().minimum(problem.full_lower(), x, jnp.zeros(3))
+    start = (x, v(0.5, -0.5, 0))
+    assert seen(problem, x, y * v(0.9, 1, 1), start=start).result is Result.LOWER_LEVEL
+    assert seen(problem, x, y, start=start).result not in (Result.LOWER_LEVEL, Result.SEVERAL_MINIMISERS)
+
+
+def test_a_length_over_which_a_loss_has_no_value_is_no_unit():
+    """e^x beside a start far away: the way to it is 1000, and e^1000 is no number."""
+    problem = Problem(lambda x, y: jnp.sum((y - 1) ** 2), lambda x, y: jnp.sum(jnp.exp(x) * (y - x) ** 2))
+    program = Program(problem, v(1000.0, -1000.0), v(0, 0))
+    assert (program.columns[:2] <= 1e3).all()
+    assert (Program(problem, v(-300.0, -80.0), v(0, 0)).columns[:2] <= 1e3).all()
 
 
 def moved_away(problem, by):

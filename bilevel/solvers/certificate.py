@@ -82,6 +82,8 @@ _CURVED = 2_000
 """The most lower unknowns for which a run without a tolerance has its curvature looked at."""
 _AROUND = 3
 """Starts of the search for another solution of a small problem that lead nowhere new before it ends."""
+_EVALUATIONS = 12_000
+"""Evaluations after which it is left."""
 _SEARCHED = 150
 """The most unknowns and lower rows with which there is such a search."""
 _BLIND = 3
@@ -653,6 +655,8 @@ def _of_small(end: _End, sampled: dict[str, float]) -> Certificate:
         if not searched and found["near"] <= 1e-2 and found["gap"] <= max(10 * end.asked, found["noise_lower"]):
             if program.size <= _SEARCHED:
                 better = _elsewhere(program, upper_loss, found, progress, start) or better
+                if found.pop("cut") and not found["beaten"]:
+                    unchecked += (f"Another x with a lower F was looked for in {_EVALUATIONS} evaluations alone.",)
             else:
                 why = f"{program.n + program.m} unknowns and {program.p + program.q} rows of the lower level"
                 unchecked += (f"Whether another x is better was not looked at, because of size: {why}.",)
@@ -729,7 +733,8 @@ def _elsewhere(
     program: Program, upper_loss: float, found: dict[str, float], progress: float, start: tuple[PyTree, PyTree]
 ) -> tuple[PyTree, PyTree] | None:
     """A verified point with a lower F, from a few starts of a search; `far` and `beaten` say by how much."""
-    best = around(program, _AROUND)
+    best, ended = around(program, _AROUND, _EVALUATIONS)
+    found["cut"] = float(not ended)
     points = [] if best is None else [best.xy]
     if program.n <= _FEW:
         points += _far_along_coordinates(program, upper_loss / program.upper_scale)

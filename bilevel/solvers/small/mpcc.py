@@ -18,7 +18,7 @@ from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.solvers.small.branches import best_branches
 from bilevel.solvers.small.nlp import METHODS
-from bilevel.solvers.small.program import Program, flatten
+from bilevel.solvers.small.program import Program, SpentError, flatten
 from bilevel.solvers.small.search import (
     EXACT,
     LADDER,
@@ -512,26 +512,32 @@ class _Run:
         )
 
 
-def around(program: Program, starts: int) -> Point | None:
-    """A verified point with a lower F than where `program` begins, from a search around it; None: none found.
+def around(program: Program, starts: int, evaluations: int) -> tuple[Point | None, bool]:
+    """A verified point with a lower F than where `program` begins, from a search around it, or None: none was found;
+    and whether that search came to its end.
 
-    It ends at the first one, after so many starts that led nowhere new, or after four times as many in all.
+    It ends at the first one, after so many starts that led nowhere new, or after four times as many in all. It is left
+    after so many evaluations.
     """
     run = _Run(MPCC(starts=4 * starts), program, as_step_key(0))
-    tol, idle = run.solver.tol, 0
+    tol, idle, ended = run.solver.tol, 0, True
     with program.precision():
         here = program(program.point(program.start)).F
-        for _, point, _ in run.all(1):  # start number 0 is the point itself
-            apart = (np.abs(point.xy - end).max() > _DIFFERENT for end in [program.start, *run.known])
-            new = point.verified(tol) and all(apart)
-            idle = 0 if new else idle + 1
-            run.known += [point.xy] if new else []
-            best = run.best
-            if best is not None and best.verified(tol) and best.loss < here - _LOWER:
-                return run.search.exact(best, np.random.default_rng(0))
-            if idle >= starts:
-                break
-    return None
+        better = lambda best: best.verified(tol) and best.loss < here - _LOWER  # noqa: E731
+        try:
+            with program.at_most(evaluations):
+                for _, point, _ in run.all(1):  # start number 0 is the point itself
+                    apart = (np.abs(point.xy - end).max() > _DIFFERENT for end in [program.start, *run.known])
+                    new = point.verified(tol) and all(apart)
+                    idle = 0 if new else idle + 1
+                    run.known += [point.xy] if new else []
+                    if (run.best is not None and better(run.best)) or idle >= starts:
+                        break
+        except SpentError:
+            ended = False
+        if run.best is not None and better(run.best):
+            return run.search.exact(run.best, np.random.default_rng(0)), True
+    return None, ended
 
 
 def _apart(points: list[np.ndarray]) -> list[np.ndarray]:

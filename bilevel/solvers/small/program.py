@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,8 @@ _NO_LENGTH = 1e6
 """By how much lengths of a variable differ that are not both lengths."""
 _SHORTER = 13
 """How many lengths are tried over which slopes are of the order of those nearby, each a quarter of the one before."""
+_WITHOUT = 40
+"""And over which there is a value at all."""
 _EPS = np.finfo(float).eps
 _NEARBY = np.array([1e-3, 1e-3 / 16])
 """Steps at which differences are taken, in units."""
@@ -186,6 +189,10 @@ class Evaluated:
     dr: np.ndarray
 
 
+class SpentError(Exception):
+    """A programme has been evaluated as often as it was to be."""
+
+
 class Program:
     """A problem's functions on the host, in units of their own.
 
@@ -252,7 +259,7 @@ class Program:
         self._slices = [slice(a, b) for a, b in itertools.pairwise(edges)]
         self._cache: dict[bytes, Evaluated] = {}
         self._convexity: dict[tuple[Kind, ...], bool] = {}
-        self.calls = 0
+        self.calls, self.most = 0, np.inf
         self.columns, self.rows = np.ones(self.size), np.ones(edges[-1])
         self._way = np.zeros(xy.size) if began is None else np.abs(np.concatenate([*map(flatten, began)]) - xy)
         self.lower, self.upper = np.full(self.size, -np.inf), np.full(self.size, np.inf)
@@ -324,8 +331,8 @@ class Program:
         hessian = self(self.point(xy)).dr[:, self.n : self.n + self.m]
         if not np.isfinite(hessian).all():
             return False
-        ends = np.linalg.eigvalsh((hessian + hessian.T) / 2)
-        return bool(ends[0] > 1e-9 * ends[-1])
+        ends = np.linalg.eigvalsh(equilibrated(hessian)[1])
+        return bool(ends[0] > (1e-12 if self.double else 1e-6) * ends[-1])
 
     def convex_at(self, xy: np.ndarray) -> bool:
         """Whether the traces say that f(x, .) and the inequalities are convex at this x, and the equations affine."""
@@ -365,6 +372,8 @@ class Program:
     def raw(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values and Jacobian in the user's units."""
         self.calls += 1
+        if self.calls > self.most:
+            raise SpentError
         if not self.double:
             z = z.astype(np.float32)
         checked = jax.config.jax_debug_nans  # type: ignore[attr-defined]
@@ -459,6 +468,15 @@ class Program:
             at = self(self.point(self.scaled(x, y)))
         return at.F * self.upper_scale, at.f * self.lower_scale
 
+    @contextlib.contextmanager
+    def at_most(self, calls: int) -> Iterator[None]:
+        """A block within which there are so many evaluations: one more raises `SpentError`."""
+        self.most = self.calls + calls
+        try:
+            yield
+        finally:
+            self.most = np.inf
+
     @property
     def upper_scale(self) -> float:
         """What a difference of scaled F is multiplied with to be one of F."""
@@ -468,6 +486,29 @@ class Program:
     def lower_scale(self) -> float:
         """Likewise of f."""
         return 1 / self.rows[1]
+
+    def excess(self, xy: np.ndarray) -> float:
+        """By how much the unit of f exceeds its typical change at this x, in units of y's coordinates by curvature; 1
+        where these are no further apart than a thousand.
+
+        One steep coordinate makes f's unit, and what is nothing beside that may be all that the others change.
+        """
+        n, k = self.n, self.n + self.m
+
+        def curvatures(point: np.ndarray) -> np.ndarray:
+            found = np.abs(np.diag(self(self.point(point)).dr[:, n:k]))
+            return np.where(np.isfinite(found), found, 0.0)
+
+        def apart(found: np.ndarray) -> bool:
+            return bool(found.size and _UNEQUAL * np.median(found) < found.max(initial=0.0))
+
+        if not apart(curvatures(xy)):
+            return 1.0
+        rng = np.random.default_rng(0)
+        beside = [np.concatenate([xy[:n], xy[n:] + rng.normal(size=self.m)]) for _ in range(4)]
+        nearby = np.median([curvatures(xy), *map(curvatures, beside)], axis=0)
+        typical = np.sqrt(self.m) * np.median(nearby)
+        return float(max(1.0, 1 / typical)) if apart(nearby) and typical > 0 else 1.0
 
     def violation(self, at: Evaluated, upper: bool = True) -> float:
         """The largest violated row, about the distance in units of the variables; infinite where one is not finite."""
@@ -572,23 +613,33 @@ class Program:
         n, k = self.n, self.n + self.m
         if block.stop - block.start < 2:
             return None
-        rng, effects = np.random.default_rng(2), []
+        rng = np.random.default_rng(2)
         reach = np.maximum(np.abs(xy), 1.0)
         reach[block] = length
-        for i in range(4):
-            point = np.clip(xy + (reach * rng.normal(size=k) if i else 0.0), low, high)
-            jacobian = self.raw(self.point(point))[1][self._slices[-1]]
+
+        def effects_at(point: np.ndarray) -> np.ndarray:
+            jacobian = self.raw(self.point(np.clip(point, low, high)))[1][self._slices[-1]]
             if y:  # x counts by the lower solution's answer
-                effects.append(_effects(jacobian[:, n:k], jacobian[:, :n], y[0]))
-            else:
-                effects.append(np.sqrt(np.abs(np.diag(jacobian[:, n:k]))))
+                return _effects(jacobian[:, n:k], jacobian[:, :n], y[0])
+            return np.sqrt(np.abs(np.diag(jacobian[:, n:k])))
+
+        effects = [effects_at(xy + (reach * rng.normal(size=k) if i else 0.0)) for i in range(4)]
         effect, least = np.max(effects, axis=0), np.min(effects, axis=0)
         seen = np.isfinite(effect) & (effect > 0)
         if not seen.any() or effect[seen].max() <= _UNEQUAL * effect[seen].min():
             return None
         if (effect[seen] > 10 * least[seen]).any():  # what is small here is not so elsewhere: no unit
             return None
-        return 1 / np.where(seen, effect, np.exp(np.median(np.log(effect[seen]))))
+        common = np.exp(np.median(np.log(effect[seen])))
+        units = 1 / np.where(seen, effect, common)
+        # A coordinate of no effect here that has one where its unit ends (e^x, far down) is not measured by it.
+        far = np.zeros(k)
+        far[block] = length * common * units
+        for sign in (1.0, -1.0):
+            there = effects_at(xy + sign * far)[seen]
+            if not (there <= 1e3 * effect[seen]).all():
+                return None
+        return units
 
     def _block_lengths(
         self,
@@ -680,8 +731,14 @@ class Program:
             table = np.where(np.isfinite(found), found, -np.inf).max(axis=0)
             return np.where(table >= 0, table, np.nan)
 
+        first = secants(length)
+        for _ in range(_WITHOUT):  # a length at whose ends a loss has no value is none
+            if length <= way or np.isfinite(first).all():
+                break
+            length = max(length / 4, way)
+            first = secants(length)
         sizes = length * 4.0 ** -np.arange(_SHORTER)
-        first, last = secants(sizes[0]), secants(sizes[-1])
+        last = secants(sizes[-1])
         if not (first > IRREGULAR * last).any():
             return length
         table = np.stack([first, *(secants(size) for size in sizes[1:-1]), last])
@@ -768,6 +825,14 @@ class Program:
             j = int(np.flatnonzero(first[1][g, :k][i])[0])
             edge = points[0][j] - first[0][g][i] / first[1][g, :k][i, j]
             self.edges[int(i)] = j, float(edge / unit[j])
+
+
+def equilibrated(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(s, S H S), the matrix with a diagonal of ones where H's is positive: in one unit for all, a flat unknown's
+    curvature is below the rounding of a steep one's."""
+    diagonal = np.diag(hessian)
+    units = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    return units, units[:, None] * (hessian + hessian.T) / 2 * units
 
 
 def _answers(hessian: np.ndarray, moves: np.ndarray) -> np.ndarray | None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bilevel.solvers.small.nlp import Rows, attempt
-from bilevel.solvers.small.program import Evaluated, Program
+from bilevel.solvers.small.program import Evaluated, Program, equilibrated
 
 __all__ = ["Lowest", "Point", "Search", "deeper", "lower_starts", "solve_lower"]
 
@@ -168,7 +168,7 @@ def solve_lower(
 
 def _only_minimiser(program: Program, start: np.ndarray) -> np.ndarray | None:
     """The lower solution at the x of `start` by Newton's steps, where f(x, .) is seen to be convex and no row bounds y;
-    None where it is not, or no Hessian is positive definite on the way, or rounding ends the descent elsewhere."""
+    None where it is not, or does not bend up at the end of the steps."""
     n, k = program.n, program.n + program.m
     if program.p or program.q or not program.convex_at(start):
         return None
@@ -176,22 +176,27 @@ def _only_minimiser(program: Program, start: np.ndarray) -> np.ndarray | None:
     for _ in range(_NEWTON_STEPS):
         if not np.isfinite(at.f) or not np.isfinite(at.dr).all() or not np.isfinite(at.r).all():
             return None
-        try:
-            np.linalg.cholesky(at.dr[:, n:k])
-            step = np.linalg.solve(at.dr[:, n:k], -at.r)
-        except np.linalg.LinAlgError:
+        units, hessian = equilibrated(at.dr[:, n:k])
+        w, vectors = np.linalg.eigh(hessian)
+        if not w[-1] > 0:
             return None
+        step = -units * (vectors @ (vectors.T @ (units * at.r) / np.maximum(w, 1e-14 * w[-1])))
         slope = float(at.df[n:k] @ step)
         if np.abs(step).max() <= _NEWTON_REST * max(1.0, np.abs(point[n:]).max()):
             return point if program.convex(point) else None
+        left = np.linalg.norm(units * at.r)
         for halvings in range(30):
             moved = point.copy()
             moved[n:] += 0.5**halvings * step
             there = program(program.point(moved))
-            if there.f <= at.f + 1e-4 * 0.5**halvings * slope + 1e-15 * abs(at.f):
+            if there.f <= at.f + 1e-4 * 0.5**halvings * slope:
+                break
+            # Where values no longer tell points apart, slopes do.
+            level = -slope <= 1e-9 * abs(at.f) and there.f <= at.f + 1e-14 * abs(at.f)
+            if level and np.linalg.norm(units * there.r) < 0.5 * left:
                 break
         else:
-            return None
+            return point if -slope <= 1e-12 * abs(at.f) and program.convex(point) else None
         point, at = moved, there
     return None
 
@@ -221,7 +226,7 @@ def deeper(program: Program, xy: np.ndarray, lowest: Lowest, rng: np.random.Gene
     """The same after more solves, where those made ended in several valleys: from around the lowest point, and from a
     valley's distance along each coordinate, until many in a row found nothing lower."""
     n, m = program.n, program.m
-    if len(lowest.valleys) < _SEVERAL:
+    if len(lowest.valleys) < _SEVERAL or program.convex_at(xy):
         return lowest
     low, high = program.own_lower[n : n + m], program.own_upper[n : n + m]
     left, misses, sweep = _HOPS, 0, 0

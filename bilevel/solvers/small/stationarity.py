@@ -136,8 +136,9 @@ def lower_verified(
         at = program(program.point(xy))
         lowest = solve_lower(program, xy, lower_starts(program, xy, starts, rng))
         lowest = deeper(program, xy, lowest, rng)
-        gap = at.f - lowest.value if lowest.points else np.inf
-        slack = max(1e-6, noise, abs(gap) if np.isfinite(gap) and gap < 1e-3 else 0.0)
+        gap, excess = at.f - lowest.value if lowest.points else np.inf, program.excess(xy)
+        slack = max(1e-6, noise, abs(gap) if np.isfinite(gap) and gap * excess < 1e-3 else 0.0)
+        slack = max(slack / excess, 1e-14 * abs(lowest.value)) if excess > 1 else slack
         ties = [p for p, value in zip(lowest.points, lowest.values, strict=True) if value <= lowest.value + slack]
         known = [search.polish(point) for point in ties]
         for point in known[:4]:  # minimisers that are many: the one with the least F, on the conditions at this x
@@ -147,7 +148,8 @@ def lower_verified(
                 there = program(program.point(end))
                 # Along a direction in which f is nearly flat its value says little, and its gradient more.
                 exact = search.multipliers(end)[1] <= EXACT
-                if exact and program.violation(there, upper=False) <= FEASIBLE and there.f <= lowest.value + 1e-8:
+                low = there.f <= lowest.value + 1e-8 / excess
+                if exact and program.violation(there, upper=False) <= FEASIBLE and low:
                     known.append(end)
         for point in known:  # a first-order method stops early where f is ill-conditioned; Newton's does not
             there = program(program.point(point))
@@ -164,7 +166,7 @@ def lower_verified(
         change = evaluated[best].F - at.F if best is not None and np.isfinite(at.F) else 0.0
         gain = max(0.0, -change) if np.isfinite(at.F) else np.inf
         return Lower(
-            max(gap, 0.0),
+            max(gap, 0.0) * excess,
             program.violation(at, upper=False),
             [program.trees(point)[1] for point in known],
             [other.F * program.upper_scale for other in evaluated],
