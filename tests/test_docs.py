@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bilevel import solvers
+from bilevel import Result, solvers
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))
@@ -72,3 +72,8 @@ def test_the_check_of_the_site_lets_a_good_page_pass(tmp_path):
     good = '<h1 id="top">x</h1><a href="#top">up</a><a href="https://example.org">out</a><code>f(**options)</code>'
     (tmp_path / "index.html").write_text(good)
     assert problems(tmp_path) == []
+
+
+def test_every_end_of_a_run_stands_in_the_table():
+    rows = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs/how_to/how_runs_end.md").read_text(), re.M)
+    assert sorted(rows) == sorted(Result.__members__)

@@ -26,7 +26,7 @@ __all__ = ["Newton"]
 class Newton:
     """Damped Newton steps on f(x, .), projected where Y is a box: exact at any conditioning that the dtype can hold.
 
-    For up to `dense` unknowns f_yy is a matrix, made by as many products at once. With S f_yy S = U diag(w) U' a step is
+    For up to `dense` unknowns f_yy is a matrix, made by as many products at once, and with S f_yy S = U diag(w) U'
 
         p = -S U (U' S f_y) / (|w| + damping),        y <- clip(y + p, bounds)
 
