@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 PEERS = [f"docs/how_to/moving_from_{peer}.md" for peer in ("higher", "betty", "torchopt", "learn2learn")]
 SIDE_BY_SIDE = "docs/how_to/side_by_side.md"
 # The longest page takes as long as all others.
-PAGES = ["README.md", pytest.param("docs/how_to/moving_from_pytorch.md", marks=pytest.mark.slow), *PEERS]
+PAGES = ["README.md", "docs/how_to/stochastic.md", *PEERS]
+PAGES += [pytest.param("docs/how_to/moving_from_pytorch.md", marks=pytest.mark.slow)]
 
 
 def python_blocks(page: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel import Event, History, Problem, Result, curvature, data, runs, solve
+from bilevel import Event, History, Problem, Result, curvature, data, runs, solve, solvers
 from bilevel.checkpoint import CheckpointError
 from bilevel.data import as_step_key
 from bilevel.lower import MomentumSGD
@@ -258,3 +258,28 @@ def test_keep_best_is_by_the_users_score():
         runs.keep_best(run, (), lambda x, y: 0.0)
     with pytest.raises(ValueError, match="none of the 1 strengths"):
         runs.keep_best(run, (0.0,), lambda x, y: np.nan)
+
+
+def test_the_rule_abstains_at_the_last_evaluation_whatever_the_quotient_rounds_to():
+    """10 / 3 is not (10 / 3 + 1) - 1 in floating point."""
+    rule = EarlyStopping(window=1, lag=1, ratio=1.5)
+    for steps, each in ((10, 3), (12, 7), (18, 11)):
+        assert not steps / each >= (steps / each + 1) - 1
+        epochs = np.array([0, steps - 2, steps]) / each
+        assert rule.decide([1.0, 1.0, 5.0], epochs, total=steps / each + 1) is None
+        assert rule.decide([1.0, 5.0, 5.0], epochs, total=steps / each + 1) is not None
+
+
+def test_an_eigenvalue_that_did_not_come_out_hides_no_growth():
+    rule = EarlyStopping(window=3, lag=2)
+    assert rule.decide([1, 1, 1, np.nan, 1, 3, 9, 27]) is not None
+    assert rule.decide([np.nan] * 30) is None
+    with pytest.raises(ValueError, match="both are numbers"):
+        EarlyStopping(floor=np.nan)
+
+
+@pytest.mark.parametrize("given", [dict(every=0), dict(steps_per_epoch=0), dict(steps=0)])
+def test_adaptive_counts_from_one(given):
+    options = dict(largest=1.0, eigenvalue=lambda x, y: 1.0, steps=5, every=1) | given
+    with pytest.raises(ValueError, match=f"adaptive\\({next(iter(given))}="):
+        runs.adaptive(None, jnp.ones(1), jnp.ones(1), lambda wd: solvers.SOBA(0.1, 0.1), 0.1, **options)

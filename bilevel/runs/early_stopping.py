@@ -78,6 +78,8 @@ class EarlyStopping:
                 f"EarlyStopping(ratio={self.ratio!r}): the ratio is new over old, above 1 (the paper writes old over "
                 "new < 0.75: that is ratio=4/3)."
             )
+        if np.isnan(self.floor) or np.isnan(self.start):
+            raise ValueError(f"EarlyStopping(start={self.start!r}, floor={self.floor!r}): both are numbers.")
         if not self.every > 0:
             raise ValueError(f"EarlyStopping(every={self.every!r}): the epochs between two evaluations are positive.")
 
@@ -101,12 +103,15 @@ class EarlyStopping:
         return self.window // 2 + self.lag + self.patience - 1
 
     def averages(self, eigenvalues: Sequence[float] | np.ndarray) -> np.ndarray:
-        """The local averages, by the evaluation i at which each becomes known; NaN before the first."""
+        """The local averages, by the evaluation i at which each becomes known; NaN before the first.
+
+        What is no number (an eigenvalue that did not come out) is no part of an average.
+        """
         values = np.asarray(eigenvalues, float)
         first = -(-self.window // 2)  # half a window, rounded up, is enough at the start
-        found = [
-            values[max(0, n - self.window) : n].mean() if n >= first else np.nan for n in range(1, len(values) + 1)
-        ]
+        windows = [values[max(0, n - self.window) : n] for n in range(1, len(values) + 1)]
+        known = [window[np.isfinite(window)] for window in windows]
+        found = [part.mean() if n >= first and part.size else np.nan for n, part in enumerate(known, 1)]
         return np.asarray(found, float)
 
     def decide(
@@ -142,11 +147,13 @@ class EarlyStopping:
                 "eigenvalue."
             )
         averages = self.averages(values)
+        # Epochs are quotients of steps: equal but for rounding.
+        last = np.inf if total is None else total - 1 - 1e-9 * max(1.0, abs(total))
         streak = 0
         for i in range(len(values)):
             old, stop = i - self.lag, i - self.window // 2 - self.lag
             fires = False
-            if stop >= 0 and when[stop] >= self.start and not (total is not None and when[i] >= total - 1):
+            if stop >= 0 and when[stop] >= self.start and when[i] < last:
                 growth = _quotient(averages[i], averages[old])
                 fires = growth > self.ratio and averages[i] > self.floor
             streak = streak + 1 if fires else 0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from bilevel._arguments import explained
 from bilevel.checkpoint import Checkpoints, fingerprint
 from bilevel.keys import StepKey, as_step_key
+from bilevel.optimizers import check_count
 from bilevel.precision import working
 from bilevel.problem import Problem, as_variable
 from bilevel.recorder import Event
@@ -133,6 +134,9 @@ def adaptive(
         raise ValueError(f"adaptive(factor={factor!r}): the strength grows by a factor above 1.")
     if not 0 < strength <= largest:
         raise ValueError(f"adaptive(strength={strength!r}, largest={largest!r}): needed is 0 < strength <= largest.")
+    check_count("adaptive", steps=steps, every=every)
+    if not steps_per_epoch > 0:
+        raise ValueError(f"adaptive(steps_per_epoch={steps_per_epoch!r}): a positive number is needed.")
     for name in ("metrics_every", "callback_every", "checkpoint_every", "checkpoint_keep", "solver"):
         if name in options:
             raise TypeError(f"adaptive sets solve's {name} itself: give every=... alone.")

@@ -169,15 +169,18 @@ def documentation(package: str) -> list[str]:
         from pydoc_data.topics import topics
 
         return [topics[name].strip() for name in sorted(topics)]
+    whole, *parts = package.split(".")  # the specification of a part would import what it is a part of
     try:
-        spec = importlib.util.find_spec(package)
+        spec = importlib.util.find_spec(whole)
     except (ImportError, ValueError):
         spec = None
-    if spec is None or not spec.submodule_search_locations:
+    places = [] if spec is None else [Path(place, *parts) for place in spec.submodule_search_locations or ()]
+    places = [place for place in places if place.is_dir()]
+    if not places:
         raise DatasetNotFoundError(f"There is no installed package {package!r} to read documentation strings from.")
     texts = []
-    for place in spec.submodule_search_locations:
-        for file in sorted(Path(place).rglob("*.py")):
+    for place in places:
+        for file in sorted(place.rglob("*.py")):
             if "tests" in file.parts:
                 continue
             try:

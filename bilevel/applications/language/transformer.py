@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bilevel.applications.language.entropy import chunked_entropy
-from bilevel.applications.layers import lora
+from bilevel.applications.layers import check_numbers, lora
 from bilevel.applications.layers.weights import check_weights
 
 Parameters = dict[str, Array]
@@ -137,6 +137,9 @@ class Transformer:
                 "others to `lora.merge`, and give the merged parameters."
             )
         kind = params["embedding.weight"].dtype if self.compute is None else jnp.dtype(self.compute)
+        check_numbers(
+            "The tokens", tokens, self.vocabulary, "in the vocabulary", "Give Transformer the tokenizer's size."
+        )
         h = jnp.asarray(params["embedding.weight"])[tokens].astype(kind)
         if self.positions == "learnt":
             h = h + params["positions.weight"][:t].astype(kind)
@@ -191,7 +194,13 @@ class Transformer:
     def generate(
         self, params: Mapping[str, Array], key: Array, start: Array, count: int, temperature: float = 1.0
     ) -> Array:
-        """`count` tokens drawn after `start`, whole numbers (n,): (n + count,). All is computed anew for each."""
+        """`count` tokens drawn after `start`, whole numbers (n,): (n + count,). All is computed anew for each.
+
+        At the temperature 0 the likeliest token is taken each time.
+        """
+        if not temperature >= 0:
+            raise ValueError(f"generate(temperature={temperature}): it is zero (the likeliest token) or positive.")
+        check_numbers("The tokens of start", start, self.vocabulary, "in the vocabulary")
         start = jnp.asarray(start)
         if len(start) < 1 or len(start) + count > self.length + 1:
             raise ValueError(
@@ -202,8 +211,9 @@ class Transformer:
 
         def draw(row: Array, now: tuple[Array, Array]) -> tuple[Array, None]:
             place, key = now
-            logits = self(params, row[None, :-1])[0, place - 1] / temperature
-            return row.at[place].set(jax.random.categorical(key, logits).astype(row.dtype)), None
+            logits = self(params, row[None, :-1])[0, place - 1]
+            token = logits.argmax() if temperature == 0 else jax.random.categorical(key, logits / temperature)
+            return row.at[place].set(token.astype(row.dtype)), None
 
         places = jnp.arange(len(start), len(start) + count)
         return jax.lax.scan(draw, row, (places, jax.random.split(key, count)))[0]

@@ -1,7 +1,7 @@
 """What the applications share: depthwise convolution, flat maps, small modules, adapters, weight files, accuracy."""
 
 from bilevel.applications.layers import lora
-from bilevel.applications.layers.answers import share_right
+from bilevel.applications.layers.answers import check_numbers, share_right
 from bilevel.applications.layers.depthwise import depthwise, depthwise_conv, depthwise_flat
 from bilevel.applications.layers.initialisers import normal, uniform_fan_in
 from bilevel.applications.layers.modules import (
@@ -23,6 +23,7 @@ __all__ = [
     "Conv",
     "DepthwiseConv",
     "LayerNorm",
+    "check_numbers",
     "convolve",
     "depthwise",
     "depthwise_conv",

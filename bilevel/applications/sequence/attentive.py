@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel.applications.sequence.recurrent import LSTM, PyTree, check_lengths, concrete, drop, fetch, valid
+from bilevel.applications.layers import check_numbers
+from bilevel.applications.sequence.recurrent import LSTM, VOCABULARY, PyTree, check_lengths, drop, fetch, valid
 
 CHARACTERS = 102  # string.printable, one for the unknown, one for padding
 
@@ -188,12 +189,7 @@ class AttentiveBiLSTM:
         """
         if ids.ndim != 2:
             raise ValueError(f"Tokens of shape {ids.shape} were given; give (batch, time).")
-        known = concrete(ids)
-        if known is not None and known.size and not (known.min() >= 0 and known.max() < self.rows):
-            raise ValueError(
-                f"Tokens from {known.min()} to {known.max()} were given to a model of {self.rows} tokens: the "
-                "dictionary does not match the embedding. Encode with the vocabulary that the model was made for."
-            )
+        check_numbers("The tokens", ids, self.rows, "in the model's dictionary", VOCABULARY)
         if self.trained:
             table = params["embedding"]
         elif table is None:
@@ -254,6 +250,7 @@ def character_model(classes: int = 2, **changes: Any) -> AttentiveBiLSTM:
 
 def cross_entropy(logits: Array, labels: Array, class_weights: Array | None = None) -> Array:
     """Loss of each sample, (batch,): binary from one logit, else of the softmax; times its class's weight."""
+    check_numbers("The labels", labels, max(2, logits.shape[-1]), "classes")
     labels = jnp.asarray(labels)
     if logits.shape[-1] == 1:
         sign = 1 - 2 * labels.astype(logits.dtype)
@@ -269,6 +266,7 @@ def balanced_weights(labels: Any, classes: int) -> np.ndarray:
     Raises:
         ValueError: a class without a sample.
     """
+    check_numbers("The labels", labels, classes, "classes")
     counts = np.bincount(np.asarray(labels), minlength=classes)
     if len(counts) > classes or not counts.all():
         raise ValueError(f"Labels with counts {counts.tolist()} were given for {classes} classes; each needs a sample.")

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from bilevel.applications.sequence.recurrent import LSTM, Cell, PyTree, check_lengths, drop, valid
+from bilevel.applications.layers import check_numbers
+from bilevel.applications.sequence.recurrent import LSTM, VOCABULARY, Cell, PyTree, check_lengths, drop, valid
 
 _MASKED = -1e30  # added to the logits of padding, as released: where all is padding the softmax is uniform
 
@@ -147,6 +148,8 @@ class BiDAF:
                 f"Word vectors of shape {table.shape} were given; give (words, {self.word_features}), one row per "
                 "entry of the dictionary."
             )
+        check_numbers("The words", text.words, len(table), "rows of word vectors", VOCABULARY)
+        check_numbers("The letters", text.characters, self.characters, "in the model's alphabet", VOCABULARY)
         x = params["characters"][text.characters]
         if key is not None and self.dropout:
             x = drop(x, self.dropout, key)

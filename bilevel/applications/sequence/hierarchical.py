@@ -35,8 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.applications.layers import check_numbers
 from bilevel.applications.sequence.attentive import masked_softmax
-from bilevel.applications.sequence.recurrent import PyTree, concrete, valid
+from bilevel.applications.sequence.recurrent import VOCABULARY, PyTree, concrete, valid
 
 
 def normalise(x: Array) -> Array:
@@ -251,6 +252,7 @@ class HierarchicalTransformer:
                     f"{'' if size else 'out'} them; give what the model reads, and nothing else."
                 )
         if interviews.tokens is not None:
+            check_numbers("The tokens", interviews.tokens, self.rows, "in the model's dictionary", VOCABULARY)
             if interviews.lengths is None or interviews.lengths.shape != interviews.tokens.shape[:2]:
                 raise ValueError(
                     f"Tokens of shape {interviews.tokens.shape} were given; give lengths of shape "

@@ -114,6 +114,9 @@ def valid(lengths: Array, time: int) -> Array:
     return jnp.arange(time) < jnp.asarray(lengths)[..., None]
 
 
+VOCABULARY = "Encode with the vocabulary that the model was made for."
+
+
 def concrete(array: Any) -> np.ndarray | None:
     """The array's values where they are known, None inside a transformation."""
     return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
@@ -312,6 +315,8 @@ def fetch(arrays: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array
 
 def drop(x: Array, rate: float, key: Array) -> Array:
     """Dropout: zero with probability `rate`, the rest scaled up."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"A dropout of {rate} was given; it is a probability, from 0 to below 1.")
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 

@@ -14,6 +14,7 @@ from jax import Array
 
 from bilevel import Problem, data
 from bilevel.applications.application import Application
+from bilevel.applications.layers import check_numbers
 from bilevel.applications.sequence.attentive import cross_entropy
 
 PyTree = Any
@@ -121,11 +122,13 @@ def _decayed(loss: Array, y: PyTree, decay: float) -> Array:
 def one_hot(sources: Any, count: int | None = None) -> np.ndarray:
     """Whole numbers from 0 on, (n,), as features (n, count) of `weighted` and `weak_labels`: a weight per source."""
     sources = np.asarray(sources)
-    if sources.ndim != 1 or not np.issubdtype(sources.dtype, np.integer) or (sources.size and sources.min() < 0):
+    if sources.ndim != 1 or not np.issubdtype(sources.dtype, np.integer) or not sources.size or sources.min() < 0:
         raise ValueError(
             f"Sources of type {sources.dtype}{list(sources.shape)} were given; give whole numbers from 0 on."
         )
-    return np.eye(int(sources.max()) + 1 if count is None else count, dtype=np.float32)[sources]
+    count = int(sources.max()) + 1 if count is None else count
+    check_numbers("The sources", sources, count, "of them")
+    return np.eye(count, dtype=np.float32)[sources]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -181,12 +184,17 @@ def weak_labels(
         decay: of the lower level's parameters.
 
     Raises:
-        ValueError: labels or features that are not one per sample, labels that are no whole numbers from 0 on, or
-            features without a value; named.
+        ValueError: labels or features that are not one per sample, labels that are no whole numbers from 0 on or beyond
+            the classifier's classes, or features without a value; named.
     """
     train, clean = _checked(train, "training"), _checked(clean, "clean")
     test = clean if test is None else _checked(test, "test")
     judge = classify if judge is None else judge
+    for what, samples, by in (("training", train, classify), ("clean", clean, judge), ("test", test, judge)):
+        logits = jax.eval_shape(by, y0, samples[0])
+        check_numbers(
+            f"The {what} labels", samples[1], max(2, logits.shape[-1]), "classes", "Make the classifier for so many."
+        )
     entropy = lambda classify: lambda y, samples: cross_entropy(classify(y, samples[0]), samples[1])  # noqa: E731
 
     def accuracy(x: Array, y: PyTree, batch: Any) -> Array:
@@ -228,15 +236,27 @@ def by_document(inputs: Any, documents: Any) -> dict[str, Any]:
     Args:
         inputs: arrays (n, ...) of sentences.
         documents: which each is from, whole numbers (n,); the documents come in the order of these numbers.
+
+    Where a document has fewer sentences than others its first one stands again: `in_documents` leaves it out.
+
+    Raises:
+        ValueError: not one document per sentence.
     """
     documents = np.asarray(documents)
+    counts = sorted({len(np.asarray(leaf)) for leaf in jax.tree.leaves(inputs)})
+    if documents.ndim != 1 or counts != [len(documents)] or not np.issubdtype(documents.dtype, np.integer):
+        raise ValueError(
+            f"Sentences of {counts} rows were given with documents of type {documents.dtype}{list(documents.shape)}; "
+            "give the number of the document of each sentence."
+        )
     _, where, count = np.unique(documents, return_inverse=True, return_counts=True)
     order = np.argsort(where, kind="stable")
     place = np.arange(len(where)) - np.repeat(np.cumsum(count) - count, count)
 
     def arrange(a: Any) -> np.ndarray:
         a = np.asarray(a)
-        out = np.zeros((len(count), count.max(), *a.shape[1:]), a.dtype)
+        first = order[np.cumsum(count) - count]
+        out = np.repeat(a[first][:, None], count.max(), 1)
         out[where[order], place] = a[order]
         return out
 

@@ -18,6 +18,7 @@ from bilevel.applications.layers import share_right
 from bilevel.applications.supernet.genotype import Genotype, mask, nasbench201_key
 from bilevel.applications.supernet.images import Split
 from bilevel.applications.supernet.network import Supernet
+from bilevel.applications.supernet.problem import check_split
 from bilevel.integrations.flax import from_nnx
 
 PyTree = Any
@@ -51,6 +52,8 @@ class Retrainer:
         self.network = network
         net = network(0)
         self.space = net.space
+        for name, split in (("training", train), ("test", test)):
+            check_split(name, split, net.classes)
         _, apply = from_nnx(net)
         batches = data.Minibatches(jax.tree.map(jnp.asarray, tuple(train)), batch)
         steps = epochs * batches.batches

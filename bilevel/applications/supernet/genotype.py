@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,20 +25,33 @@ class Genotype(NamedTuple):
 
     normal, reduce: (operation, source state) per kept edge, node by node; for NAS-Bench-201 `reduce` is empty.
     normal_concat, reduce_concat: the states that are the cells' output.
+    normal_counts, reduce_counts: how many of the edges belong to each node; empty where all have as many as the space
+        keeps (two), which a threshold (FairDARTS) may leave out.
     """
 
     normal: tuple[Gene, ...]
     normal_concat: tuple[int, ...]
     reduce: tuple[Gene, ...] = ()
     reduce_concat: tuple[int, ...] = ()
+    normal_counts: tuple[int, ...] = ()
+    reduce_counts: tuple[int, ...] = ()
 
 
 def _edges_of(cell: CellSpec, node: int) -> list[int]:
     return [e for e, (_, target) in enumerate(cell.edges) if target == node]
 
 
-def _derive_cell(cell: CellSpec, weights: np.ndarray, top: int | None, threshold: float | None) -> tuple[Gene, ...]:
+def _full(cell: CellSpec, top: int | None) -> tuple[int, ...]:
+    """How many edges each node keeps where nothing leaves one out."""
+    counts = (len(_edges_of(cell, node)) for node in range(cell.nodes))
+    return tuple(count if top is None else min(top, count) for count in counts)
+
+
+def _derive_cell(
+    cell: CellSpec, weights: np.ndarray, top: int | None, threshold: float | None
+) -> tuple[tuple[Gene, ...], tuple[int, ...]]:
     genes: list[Gene] = []
+    counts: list[int] = []
     for node in range(cell.nodes):
         edges = _edges_of(cell, node)
         best = {}
@@ -49,21 +63,25 @@ def _derive_cell(cell: CellSpec, weights: np.ndarray, top: int | None, threshold
         if threshold is not None:
             kept = [e for e in kept if strength[e] > threshold] or kept[:1]
         genes += [(cell.operations[e][best[e]], cell.edges[e][0]) for e in sorted(kept)]
-    return tuple(genes)
+        counts.append(len(kept))
+    return tuple(genes), () if tuple(counts) == _full(cell, top) else tuple(counts)
 
 
 def derive(space: SearchSpace, weights: Mapping[str, Any], *, threshold: float | None = None) -> Genotype:
     """The architecture that the mixture weights point at, by magnitude.
 
-    On each edge the operation of the largest weight, `none` aside; of each node the `space.top` (two) edges whose
-    operation has the largest weight. Where there is no `none` this is RobustDARTS' rule. In NAS-Bench-201 every edge
-    stays and `none` is an operation like others.
+    On each edge the operation of the largest weight, `none` aside (where `space.top` is a number); of each node the
+    `space.top` (two) edges whose operation has the largest weight. Where there is no `none` this is RobustDARTS' rule.
+    In NAS-Bench-201 every edge stays and `none` is an operation like others.
 
     Args:
         space: the search space.
         weights: {"normal": (edges, operations), ...}, of `space.weights(alphas)`.
         threshold: FairDARTS' rule, 0.85 there, with sigmoid weights: keep at most two edges a node, and only those
             whose weight exceeds it (a node keeps its best edge in any case, or nothing would follow from it).
+
+    Raises:
+        ValueError: weights of other shapes, or without a largest one (NaN).
     """
     found = {}
     for name, cell in space.cells().items():
@@ -74,11 +92,13 @@ def derive(space: SearchSpace, weights: Mapping[str, Any], *, threshold: float |
                 f"derive was given weights {got}; {space.name} needs {name!r} of shape "
                 f"{(len(cell.edges), cell.choices)}."
             )
+        if not np.isfinite(values).all():
+            raise ValueError(f"derive was given weights of the {name} cell with NaN or infinity: no largest one is.")
         found[name] = _derive_cell(cell, values, space.top, threshold)
-    reduce = space.reduce
-    return Genotype(
-        found["normal"], space.normal.concat, found.get("reduce", ()), () if reduce is None else reduce.concat
-    )
+    reduce, nothing = space.reduce, ((), ())
+    (normal, counts), (reducing, reducing_counts) = found["normal"], found.get("reduce", nothing)
+    concat = () if reduce is None else reduce.concat
+    return Genotype(normal, space.normal.concat, reducing, concat, counts, reducing_counts)
 
 
 def _located(space: SearchSpace, genotype: Genotype) -> dict[str, list[tuple[int, int]]]:
@@ -86,29 +106,30 @@ def _located(space: SearchSpace, genotype: Genotype) -> dict[str, list[tuple[int
     found: dict[str, list[tuple[int, int]]] = {}
     for name, cell in space.cells().items():
         genes: Sequence[Gene] = getattr(genotype, name)
-        position = 0
-        places: list[tuple[int, int]] = []
-        for node in range(cell.nodes):
-            edges = _edges_of(cell, node)
-            taken = 0
-            while position < len(genes) and taken < (space.top or len(edges)):
-                operation, source = genes[position]
-                match = [e for e in edges if cell.edges[e][0] == source]
-                if not match or (places and match[0] <= places[-1][0]):
-                    break
-                if operation not in cell.operations[match[0]]:
+        counts = getattr(genotype, f"{name}_counts") or _full(cell, space.top)
+        if len(counts) != cell.nodes or sum(counts) != len(genes) or min(counts, default=0) < 0:
+            raise ValueError(
+                f"The genotype's {name} cell has {len(genes)} genes, and {space.name} has {cell.nodes} nodes with "
+                f"{', '.join(map(str, counts))} of them: genes are (operation, source state), node by node, and where "
+                f"nodes keep fewer edges {name}_counts says how many each has."
+            )
+        rest, places = iter(genes), []
+        for node, count in enumerate(counts):
+            edges = {cell.edges[e][0]: e for e in _edges_of(cell, node)}
+            for operation, source in itertools.islice(rest, count):
+                e = edges.pop(source, None)
+                if e is None:
+                    raise ValueError(
+                        f"The genotype's {name} cell does not fit {space.name}: node {node} has no edge from state "
+                        f"{source} that is not taken."
+                    )
+                if operation not in cell.operations[e]:
                     raise ValueError(
                         f"The genotype has {operation} on the edge from state {source} to node {node} of the {name} "
-                        f"cell, where {space.name} has {', '.join(cell.operations[match[0]])}."
+                        f"cell, where {space.name} has {', '.join(cell.operations[e])}."
                     )
-                places.append((match[0], cell.operations[match[0]].index(operation)))
-                position, taken = position + 1, taken + 1
-        if position < len(genes) or not places:
-            raise ValueError(
-                f"The genotype's {name} cell does not fit {space.name}: {len(genes)} genes, of which gene {position} "
-                f"({genes[position] if position < len(genes) else 'absent'}) belongs to none of the {cell.nodes} "
-                "nodes; genes are (operation, source state), node by node."
-            )
+                places.append((e, cell.operations[e].index(operation)))
+        places.sort()
         found[name] = places
     return found
 

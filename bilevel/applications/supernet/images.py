@@ -30,6 +30,11 @@ def fashion_mnist_small(seed: int = 0, samples: int = 1000, retrain: int = 8000,
         path: see `datasets.fashion_mnist`.
     """
     images, labels = datasets.fashion_mnist("train", path)
+    if not 0 < 2 * samples <= retrain <= len(labels):
+        raise ValueError(
+            f"fashion_mnist_small(samples={samples}, retrain={retrain}): the {2 * samples} images of the search are "
+            f"among those to retrain on, and there are {len(labels)} in all."
+        )
     order = np.random.default_rng(seed).permutation(len(labels))
     pooled = [_pooled(images[order[:retrain]]), _pooled(datasets.fashion_mnist("test", path)[0])]
     train, test = _standardised(*pooled)

@@ -26,7 +26,7 @@ from jax import Array
 
 from bilevel import Problem, data, regularizers
 from bilevel.applications.application import Application
-from bilevel.applications.layers import share_right
+from bilevel.applications.layers import check_numbers, share_right
 from bilevel.applications.supernet.genotype import Genotype, derive
 from bilevel.applications.supernet.images import Split
 from bilevel.applications.supernet.network import Supernet
@@ -107,7 +107,7 @@ class Search(Application[dict[str, Array], PyTree]):
             images, labels, *rest = keyed.arrays
             if not rest:
                 raise ValueError("This search has no drop-path: search(..., drop_path=0.0, steps=...).")
-            new = np.full(len(labels), drop_path, np.asarray(images).dtype)
+            new = np.full(len(labels), _probability(drop_path), np.asarray(rest[0]).dtype)
             return data.Keyed(data.Minibatches((images, labels, new), keyed.size))
 
         problem = self.problem
@@ -148,14 +148,14 @@ def search(
             epochs from 0 (R-DARTS). 0.0 keeps the code for `with_drop_path`; None: no drop-path.
         auxiliary_skip: DARTS-: an auxiliary skip connection whose weight falls from 1 to 0, linearly in the epochs; its
             network has `auxiliary_skip=True`.
-        steps: lower steps in total, for the two schedules.
+        steps: of each level in total, for the two schedules; each level has epochs of its own length.
         perturb: SmoothDARTS: train y under perturbed mixture weights (`regularizers.perturbed`), with `radius`; not
             together with drop-path or the auxiliary skip.
         radius: a number or a function of the lower step.
         penalties: pairs (function of x, strength), see `regularizers.penalised`.
 
     Raises:
-        ValueError: a schedule without `steps`, or parts that do not go together.
+        ValueError: a schedule without `steps`, parts that do not go together, labels beyond the network's classes.
     """
     size = min(batch, len(train[1]), len(validation[1]))
     if network is small_network:
@@ -170,14 +170,17 @@ def search(
     net = network(seed)
     y0, apply = from_nnx(net)
     space = net.space
+    for name, split in (("training", train), ("validation", validation), ("test", test or validation)):
+        check_split(name, split, net.classes)
+    kind = jax.tree.leaves(y0)[0].dtype  # images may be bytes
     noisy = any("noise" in names for cell in space.cells().values() for names in cell.operations)
 
     def loss(weights: Any, y: PyTree, batch: Any, n: int) -> Array:
         (images, labels, *rest), key = _unkeyed(batch)
         options: dict[str, Any] = {}
         if key is not None and scheduled:
-            epochs = max(2, steps * size // n)  # type: ignore[operator]
-            done = jnp.minimum((key.step // (n // size)) / (epochs - 1), 1.0).astype(images.dtype)
+            epochs = max(2, steps // (n // size))  # type: ignore[operator]
+            done = jnp.minimum((key.step // (n // size)) / (epochs - 1), 1.0).astype(kind)
             if drop_path is not None:
                 options |= {"drop_path": rest[0] * done, "key": key.random}
             if auxiliary_skip:
@@ -209,8 +212,8 @@ def search(
     problem = Problem(
         upper=regularizers.penalised(validation_loss, *penalties) if penalties else validation_loss,
         lower=smoothed,
-        upper_data=data.Keyed(data.Minibatches(_with(validation, drop_path), size)),
-        lower_data=data.Keyed(data.Minibatches(_with(train, drop_path), size)),
+        upper_data=data.Keyed(data.Minibatches(_with(validation, drop_path, kind), size)),
+        lower_data=data.Keyed(data.Minibatches(_with(train, drop_path, kind), size)),
     )
     return Search(
         problem,
@@ -226,9 +229,24 @@ def search(
     )
 
 
-def _with(split: Split, drop_path: float | None) -> tuple[np.ndarray, ...]:
+def check_split(name: str, split: Split, classes: int) -> None:
+    """Refuse images and labels that disagree in number, and labels that the network has no logit for."""
+    images, labels = split
+    if len(images) != len(labels) or not len(labels):
+        raise ValueError(f"{len(images)} {name} images were given with {len(labels)} labels; give one for each.")
+    cure = "Give the network so many, `lambda seed: small_network(seed, classes=...)`."
+    check_numbers(f"The {name} labels", labels, classes, "classes", cure)
+
+
+def _probability(drop_path: float) -> float:
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path={drop_path}: it is a probability, from 0 to below 1.")
+    return drop_path
+
+
+def _with(split: Split, drop_path: float | None, kind: Any) -> tuple[np.ndarray, ...]:
     images, labels = split
     if drop_path is None:
         return images, labels
     # A number per sample, so that it is part of the batch, and another number no other program.
-    return images, labels, np.full(len(labels), drop_path, np.asarray(images).dtype)
+    return images, labels, np.full(len(labels), _probability(drop_path), kind)

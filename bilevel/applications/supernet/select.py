@@ -28,7 +28,8 @@ def perturbation_select(
         for each edge, in random order:   keep argmin over o of evaluate(weights with w_eo = 0); set the edge to it
         for each node, in random order:   keep the `space.top` edges e with the lowest evaluate(weights with w_e = 0)
 
-    `none` is never kept. Weights are not renormalised when one is removed, as in the authors' code.
+    `none` is never kept, but in NAS-Bench-201, where it is an operation like others. Weights are not renormalised when
+    one is removed, as in the authors' code.
 
     Args:
         space: the search space.
@@ -37,6 +38,9 @@ def perturbation_select(
         fine_tune: called with the weights after each decision, to train the supernet on with them (five epochs in the
             paper); `evaluate` is expected to see the result. None: no fine-tuning.
         seed: of the order.
+
+    Raises:
+        ValueError: `evaluate` returned a NaN or an infinity.
 
     Reference: Wang, Cheng, Chen, Tang, Hsieh, "Rethinking Architecture Selection in Differentiable NAS", ICLR 2021.
     """
@@ -48,7 +52,13 @@ def perturbation_select(
     def without(name: str, e: int, o: Any) -> float:
         changed = {n: w.copy() for n, w in now.items()}
         changed[name][e, o] = 0
-        return float(evaluate(changed))
+        found = float(evaluate(changed))
+        if not np.isfinite(found):
+            raise ValueError(
+                f"perturbation_select: evaluate returned {found} with an operation of edge {e} of the {name} cell "
+                "taken out; it is to return the supernet's accuracy, a finite number."
+            )
+        return found
 
     edges = [(name, e) for name, cell in cells.items() for e in range(len(cell.edges))]
     for i in random.permutation(len(edges)):

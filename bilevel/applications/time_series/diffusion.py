@@ -93,6 +93,8 @@ class Schedule:
             raise ValueError(f"sample(sampler={sampler!r}): the samplers are 'ddpm' and 'ddim'.")
         if sampler == "ddpm" and steps not in (None, self.steps):
             raise ValueError(f"sample(sampler='ddpm', steps={steps}): ddpm takes all {self.steps}; 'ddim' takes fewer.")
+        if not 0 <= eta <= 1 or (eta and sampler == "ddpm"):
+            raise ValueError(f"sample(sampler={sampler!r}, eta={eta}): eta is ddim's share of fresh noise, 0 to 1.")
         count = self.steps if steps is None else steps
         if not 1 <= count <= self.steps:
             raise ValueError(f"sample(steps={steps}): the number of levels lies in 1..{self.steps}.")

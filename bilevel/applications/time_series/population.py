@@ -48,6 +48,9 @@ def mmd(a: Array, b: Array, bandwidths: Sequence[float] = TRAINING, *, unbiased:
     and positive for two samples of one distribution: by the more, the fewer they are. Compare equal n, or take the
     `unbiased` one, which leaves these pairs out.
     """
+    a, b = (jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)) for x in (a, b))
+    if unbiased and min(len(a), len(b)) < 2:
+        raise ValueError("mmd(unbiased=True) leaves out a number's pair with itself: two of each sample are needed.")
     scales = jnp.asarray([-0.5 / w for w in bandwidths], a.dtype)
 
     def mean(p: Array, q: Array, same: bool) -> Array:
@@ -62,8 +65,34 @@ def mmd(a: Array, b: Array, bandwidths: Sequence[float] = TRAINING, *, unbiased:
     return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
 
 
+def _compared(score: str, real: Any, generated: Any, channels: int = 1, alike: bool = False) -> tuple[Array, Array]:
+    """Both as arrays of floats; windows that a score would say something of by chance are refused."""
+    both = []
+    for name, values in (("real", real), ("generated", generated)):
+        if np.ndim(values) != 3 or 0 in np.shape(values) or np.shape(values)[-1] < channels:
+            raise ValueError(
+                f"{score}: the {name} windows have the shape {np.shape(values)}; (n, length, channels) with at least "
+                f"{channels} channel{'s' if channels > 1 else ''} is needed."
+            )
+        if not isinstance(values, jax.core.Tracer) and not np.isfinite(np.asarray(values, float)).all():
+            wrong = len(values) - int(np.isfinite(np.asarray(values, float)).all((1, 2)).sum())
+            raise ValueError(
+                f"{score}: {wrong} of {len(values)} {name} windows have missing or infinite values. Say how many a "
+                "sampler makes, and score the others."
+            )
+        both.append(jnp.asarray(values, jnp.promote_types(jnp.result_type(values), jnp.float32)))
+    start = 1 if alike else 2
+    if both[0].shape[start:] != both[1].shape[start:]:
+        raise ValueError(
+            f"{score}: the real windows have the shape {both[0].shape} and the generated ones {both[1].shape}: "
+            f"{'lengths and channels' if alike else 'channels'} are to be the same."
+        )
+    return both[0], both[1]
+
+
 def fdds(real: Array, generated: Array) -> Array:
     """Functional-dependency score: the mean over pairs of the discrepancy of cross-correlations (nine bandwidths)."""
+    real, generated = _compared("fdds", real, generated, 2)
     return jnp.stack([_in_blocks(c) for c in _columns(cross_correlations(real), cross_correlations(generated))]).mean()
 
 
@@ -75,7 +104,7 @@ def vds(real: Array, generated: Array, *, count: int = 10_000, seed: int = 0) ->
         count: the values per channel that are compared, a sample of all.
         seed: of that sample.
     """
-    flat = [np.asarray(x).reshape(-1, np.shape(x)[-1]) for x in (real, generated)]
+    flat = [np.asarray(x).reshape(-1, x.shape[-1]) for x in _compared("vds", real, generated)]
     size = min(count, *map(len, flat))
     random = np.random.default_rng(seed)
     chosen = [jnp.asarray(x[random.choice(len(x), size, replace=False)]) for x in flat]
@@ -107,7 +136,7 @@ def discriminative(
     n = min(len(real), len(generated))
     if n < 5:
         raise ValueError(f"discriminative was given {n} windows of a kind: five are needed to train and to test.")
-    real, generated, cut = jnp.asarray(real), jnp.asarray(generated), 4 * n // 5
+    (real, generated), cut = _compared("discriminative", real, generated, alike=True), 4 * n // 5
 
     def once(key: Array) -> Array:
         order, start, draws = jax.random.split(key, 3)
@@ -134,9 +163,12 @@ def predictive(
     """Mean absolute error on real windows of a network trained on generated ones, one per repeat (`repeats`,).
 
     A GRU of channels // 2 units sees all channels but the last up to now, and says the last one a step later; Adam
-    (1e-3) on the absolute error.
+    (1e-3) on the absolute error. The network's answers lie in 0..1, and so all windows are moved there first, by each
+    channel's least and largest value in `real`: the error is a share of the last one's range.
     """
-    real, generated, c = jnp.asarray(real), jnp.asarray(generated), np.shape(real)[-1]
+    real, generated = _compared("predictive", real, generated, 2, alike=True)
+    c, low, high = real.shape[-1], real.min((0, 1)), real.max((0, 1))
+    real, generated = ((x - low) / jnp.where(high > low, high - low, 1) for x in (real, generated))
     error = lambda params, x: jnp.abs(_answers(params, x[:, :-1, :-1]) - x[:, 1:, -1]).mean()  # noqa: E731
 
     def once(key: Array) -> Array:

@@ -102,6 +102,9 @@ def population(
         raise ValueError(f"{net} is for windows of another shape than (n, {length}, {channels}).")
     if not 1 <= bins <= noise_levels or not 1 <= levels <= noise_levels:
         raise ValueError(f"population(bins={bins}, levels={levels}): 1 to {noise_levels} noise levels are there.")
+    for name, value in (("batch", batch), ("held_out", held_out)):
+        if value < 1:
+            raise ValueError(f"population({name}={value}): at least one window is needed.")
     if not (kappa >= 0 and alpha > 0):
         raise ValueError(f"population(kappa={kappa}, alpha={alpha}): kappa >= 0 and alpha > 0 are needed.")
     schedule, members = Schedule(noise_levels), pairs(channels)

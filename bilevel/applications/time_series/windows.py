@@ -51,7 +51,9 @@ def filled(series: Any) -> np.ndarray:
     Raises:
         ValueError: a channel has no values.
     """
-    series = np.array(series)
+    series = np.array(series, np.result_type(np.float32, np.asarray(series).dtype))
+    if series.ndim != 2:
+        raise ValueError(f"filled was given a series of the shape {series.shape}; (steps, channels) is needed.")
     at = np.arange(len(series))
     for j in range(series.shape[1]):
         known = np.isfinite(series[:, j])
@@ -145,6 +147,7 @@ def check_disjoint(train: np.ndarray, validation: np.ndarray) -> None:
     """Raise where two time steps in a row of a validation window are those of a training window: the split leaks."""
 
     def rows(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float32)  # of any two precisions
         return np.concatenate([x[:, :-1], x[:, 1:]], -1).reshape(-1, 2 * x.shape[-1])
 
     seen = {row.tobytes() for row in rows(train)}
@@ -157,9 +160,17 @@ def check_disjoint(train: np.ndarray, validation: np.ndarray) -> None:
         )
 
 
+_LARGEST = 10.0  # what validation windows go beyond the training part's extremes by is no other scale
+
+
 def check_windows(name: str, values: Any, length: int | None = None, channels: int | None = None) -> np.ndarray:
     """Windows as an array, or an error that names what is wrong with them."""
     values = np.asarray(values)
+    if not np.issubdtype(values.dtype, np.floating):
+        raise ValueError(
+            f"The {name} windows are of {values.dtype}, and noise is added to them: scale them to -1..1 as floats "
+            "(`split_in_time`)."
+        )
     if values.ndim != 3 or len(values) == 0:
         raise ValueError(f"The {name} windows have the shape {values.shape}; (n, length, channels) is needed.")
     if length is not None and values.shape[1] < length:
@@ -169,6 +180,11 @@ def check_windows(name: str, values: Any, length: int | None = None, channels: i
             f"The {name} windows have the shape {values.shape}; (n, {length}, {channels}) is needed: cut them alike."
         )
     _check_values(values)
+    if (largest := float(np.abs(values).max())) > _LARGEST:
+        raise ValueError(
+            f"The {name} windows have values of size {largest:.3g}, and -1..1 is needed, in which samples are cut off: "
+            "scale them by the training part's extremes (`split_in_time`)."
+        )
     for j in range(values.shape[2]):
         if values[..., j].min() == values[..., j].max():
             raise ValueError(

@@ -212,6 +212,13 @@ def test_generated_tokens_follow_the_start():
     params["embedding.weight"], params["norm.scale"] = np.eye(5, 8, dtype=np.float32), np.ones(8, np.float32)
     same = model.generate(params, jax.random.key(0), jnp.array([3], jnp.int32), 4, temperature=0.01)
     assert same.tolist() == [3, 3, 3, 3, 3]
+    likeliest = model.generate(params, jax.random.key(0), jnp.array([3], jnp.int32), 4, temperature=0)
+    assert likeliest.tolist() == [3, 3, 3, 3, 3]
+    with pytest.raises(ValueError, match=r"temperature=-1\): it is zero \(the likeliest token\) or positive"):
+        model.generate(params, jax.random.key(0), jnp.array([3], jnp.int32), 4, temperature=-1)
+    for call in (lambda t: model(params, t), lambda t: model.generate(params, jax.random.key(0), t[0], 2)):
+        with pytest.raises(ValueError, match=r"go from 1 to 5, and there are 5 in the vocabulary \(0 to 4\)"):
+            call(jnp.array([[1, 5]], jnp.int32))
 
 
 # The weights of sources.

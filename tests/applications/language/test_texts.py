@@ -222,6 +222,9 @@ def test_documentation_is_read_from_what_is_installed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     texts = documentation("made_up_package")
     assert [text[:11] for text in texts] == ["A module. A", "A function."] and texts[1].endswith("\n\nAnd more.")
-    for name in ("no_such_package", "no.such.package", "tabnanny"):
+    (package / "inner").mkdir()
+    (package / "inner" / "part.py").write_text(f'"""{"An inner part. " * 30}"""\n')
+    assert [text[:14] for text in documentation("made_up_package.inner")] == ["An inner part."]  # and is not imported
+    for name in ("no_such_package", "no.such.package", "tabnanny", "made_up_package.none"):
         with pytest.raises(DatasetNotFoundError, match=f"There is no installed package '{name}'"):
             documentation(name)

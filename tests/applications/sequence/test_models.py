@@ -264,7 +264,7 @@ def test_attentive_bilstm_says_what_is_wrong():
         model(params, ids, lengths)
     with pytest.raises(ValueError, match=r"shape \(8, 3\) was given .* the dictionary does not match"):
         model(params, ids, lengths, table=jnp.zeros((8, 3)))
-    with pytest.raises(ValueError, match="Tokens from 1 to 9 were given to a model of 9 tokens"):
+    with pytest.raises(ValueError, match="The tokens go from 1 to 9, and there are 9 in"):
         model(params, jnp.array([[1, 2, 9]]), lengths, table=jnp.zeros((9, 3)))
 
 
@@ -425,6 +425,13 @@ def test_bidaf_says_what_is_wrong():
         model(params, text(5), text(5, 0), table=table)
     with pytest.raises(ValueError, match=r"Word vectors of shape \(4, 2\) were given; give \(words, 3\)"):
         model(params, text(5), text(5), table=table[:, :2])
+    beyond = lambda word, letter: Passage(words * word, jnp.full((1, 3, 5), letter), jnp.array([3]))
+    with pytest.raises(ValueError, match="The words go from 4 to 4, and there are 4 rows of word vectors"):
+        model(params, beyond(4, 1), text(5), table=table)
+    with pytest.raises(ValueError, match="The letters go from 5 to 5, and there are 5 in the model's alphabet"):
+        model(params, text(5), beyond(1, 5), table=table)
+    with pytest.raises(ValueError, match=r"A dropout of 1\.0 was given; it is a probability"):
+        BiDAF(5, word_features=3, hidden=2, dropout=1.0)(params, text(5), text(5), table=table, key=jax.random.key(0))
     with pytest.raises(ValueError, match="end='other' was given; there are 'released' and 'printed'"):
         BiDAF(5, end="other")
 

@@ -24,6 +24,7 @@ from bilevel.applications.sequence import (
     best_span,
     by_document,
     cloze,
+    cross_entropy,
     encode_characters,
     encode_questions,
     exact_match,
@@ -360,7 +361,9 @@ def test_documents_are_means_of_their_sentences(x64):
     inputs, documents = np.arange(10.0).reshape(5, 2), np.array([7, 2, 7, 7, 2])
     arranged = by_document(inputs, documents)
     assert arranged["count"].tolist() == [2, 3]
-    close(arranged["sentences"][0], [inputs[1], inputs[4], [0, 0]], 0)
+    close(arranged["sentences"][0], [inputs[1], inputs[4], inputs[1]], 0)  # the first again, which no mean holds
+    with pytest.raises(ValueError, match=r"Sentences of \[5\] rows were given with documents of type int64\[4\]"):
+        by_document(inputs, documents[:4])
     classify = lambda y, inputs: (inputs @ y)[:, None] + 1
     found = in_documents(classify)(jnp.array([1.0, -2.0]), arranged)
     of_sentence = inputs @ [1, -2] + 1
@@ -381,6 +384,20 @@ def test_a_weight_per_source():
     close(app.weights(x), jax.nn.sigmoid(x)[np.array([0, 2, 0])], 1e-7)
     with pytest.raises(ValueError, match=r"Sources of type float64\[2\] were given; give whole numbers from 0 on"):
         one_hot([0.5, 1.0])
+
+
+def test_labels_that_the_classifier_has_no_logit_for():
+    X, linear = np.ones((6, 2)), lambda y, inputs: inputs @ y
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    with pytest.raises(ValueError, match=r"The training labels go from 0 to 2, and there are 2 classes \(0 to 1\)"):
+        weak_labels(linear, jnp.zeros((2, 1)), (X, labels), (X, labels))
+    with pytest.raises(ValueError, match="The clean labels go from 0 to 3, and there are 3 classes"):
+        weak_labels(linear, jnp.zeros((2, 3)), (X, labels), (X, labels // 2 * 3))
+    with pytest.raises(ValueError, match="The labels go from 0 to 2, and there are 2 classes"):
+        cross_entropy(jnp.ones((3, 1)), jnp.array([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"The sources go from 0 to 2, and there are 2 of them"):
+        one_hot(np.array([0, 2]), 2)
+    weak_labels(linear, jnp.zeros((2, 3)), (X, labels), (X, labels))
 
 
 def test_weak_labels_say_what_is_wrong():
@@ -499,5 +516,5 @@ def test_the_bilstm_reads_what_the_vocabulary_encodes():
     assert jax.jit(model)(params, jnp.asarray(ids), jnp.asarray(lengths)).shape == (4, 1)
     other = Vocabulary.of(TEXTS, least=2)
     small = AttentiveBiLSTM(len(other), 4, 3, layers=1, trained=True)
-    with pytest.raises(ValueError, match="the dictionary does not match the embedding"):
+    with pytest.raises(ValueError, match="The tokens go from 0 to 11, and there are 6 in"):
         small(jax.jit(small.init)(jax.random.key(0)), jnp.asarray(ids), jnp.asarray(lengths))

@@ -239,6 +239,35 @@ def test_parameter_counts():
     assert count(space, channels=c, cells=2, reductions=(1,), image=(8, 8, 1)) == stem + normal + reduction + head
 
 
+def many(classes):
+    labels = np.arange(20, dtype=np.int32) % classes
+    return np.random.default_rng(0).normal(size=(20, 16, 16, 1)).astype(np.float32), labels
+
+
+def test_what_a_threshold_leaves_out_moves_no_edge_to_another_node():
+    space = darts_space("sigmoids", ("skip_connect", "sep_conv_3x3"), transform="sigmoid")
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        weights = {name: random.uniform(0, 1, (14, 2)) for name in ("normal", "reduce")}
+        found = derive(space, weights, threshold=0.85)
+        kept = set()
+        for node in range(4):
+            edges = [e for e, (_, target) in enumerate(space.normal.edges) if target == node]
+            best = sorted(edges, key=lambda e: -weights["normal"][e].max())[:2]
+            strong = [e for e in best if weights["normal"][e].max() > 0.85] or best[:1]
+            kept |= {(e, int(weights["normal"][e].argmax())) for e in strong}
+        assert set(map(tuple, np.argwhere(np.asarray(mask(space, found)["normal"]) > 0).tolist())) == kept
+        assert discrete(space, found).normal.edges == tuple(space.normal.edges[e] for e, _ in sorted(kept))
+
+
+def test_drop_path_of_bytes_is_no_byte():
+    images, labels = many(10)
+    app = supernet.search((images.astype(np.uint8), labels), (images.astype(np.uint8), labels), drop_path=0.6, steps=9)
+    for problem in (app.problem, app.with_drop_path(0.4)):
+        share = np.asarray(problem.lower_data.arrays[2])
+        assert share.dtype == np.float32 and (share > 0.3).all()
+
+
 def test_derivation_by_hand():
     space = SMALL
     # Edges: node 0: (0), (1); node 1: (0), (1), (2). Operations none, skip, sep; none never wins.
@@ -365,10 +394,21 @@ HOSTILE = [
     (lambda: Supernet(S2, image=(30, 30, 1), rngs=nnx.Rngs(0)), "30 x 30 pixels cannot be halved 2 times"),
     (lambda: Supernet(S2, cells=3, reductions=(3,), rngs=nnx.Rngs(0)), "one of the cells 0..2"),
     (
-        lambda: mask(SMALL, Genotype((("sep_conv_5x5", 0),), (2,), (("none", 0),), (2,))),
+        lambda: mask(SMALL, Genotype((("sep_conv_5x5", 0),), (2,), (("none", 0),), (2,), (1, 0), (1, 0))),
         "has sep_conv_5x5 on the edge from state 0",
     ),
-    (lambda: mask(SMALL, Genotype((("skip_connect", 7),), (2,), (), (2,))), "gene 0"),
+    (lambda: mask(SMALL, Genotype((("skip_connect", 7),), (2,), (), (2,))), "has 1 genes, and small has 2 nodes"),
+    (lambda: mask(SMALL, Genotype((("skip_connect", 7),), (2,), (), (2,), (0, 1))), "node 1 has no edge from state 7"),
+    (lambda: derive(SMALL, {name: np.full((5, 3), np.nan) for name in ("normal", "reduce")}), "with NaN or infinity"),
+    (
+        lambda: perturbation_select(SMALL, {n: np.ones((5, 3)) for n in ("normal", "reduce")}, lambda w: float("nan")),
+        "evaluate returned nan with an operation of edge",
+    ),
+    (lambda: supernet.search(many(20), many(20), batch=8), r"The training labels go from 0 to 19, and there are 10"),
+    (lambda: supernet.search(many(10), many(20), batch=8), "The validation labels go from 0 to 19"),
+    (lambda: supernet.Retrainer(many(10), many(20), supernet.small_network), "The test labels go from 0 to 19"),
+    (lambda: supernet.search(many(10), many(10), batch=8, steps=9, drop_path=1.5), r"drop_path=1\.5: it is a prob"),
+    (lambda: supernet.fashion_mnist_small(samples=5000), "the 10000 images of the search are among those"),
     (lambda: derive(SMALL, {"normal": np.zeros((14, 3))}), r"needs 'normal' of shape \(5, 3\)"),
     (lambda: nasbench201_key(Genotype((("skip_connect", 0),), (3,))), "six edges"),
 ]

@@ -268,3 +268,51 @@ def test_real_data_where_they_are():
     assert weather.shape == (8706, 7) and np.isfinite(filled(weather)).all()
     with pytest.raises(ValueError, match="AAPL, FB, GOOG, IBM, MSFT"):
         datasets.stocks("XYZ")
+
+
+def test_scores_say_nothing_of_windows_that_they_cannot_compare():
+    real = sines_windows(40, 12, 3)
+    broken = real.copy()
+    broken[3, 0, 0] = np.nan
+    for score in (fdds, vds, functools.partial(discriminative, key=jax.random.key(0))):
+        with pytest.raises(ValueError, match="1 of 40 generated windows have missing or infinite values"):
+            score(real, broken)
+        with pytest.raises(ValueError, match="channels are to be the same"):
+            score(real, real[..., :2])
+    with pytest.raises(ValueError, match="at least 2 channels is needed"):
+        predictive(real[..., :1], real[..., :1], jax.random.key(0))
+    with pytest.raises(ValueError, match="lengths and channels"):
+        predictive(real, real[:, :6], jax.random.key(0))
+    with pytest.raises(ValueError, match="two of each sample"):
+        mmd(jnp.ones(1), jnp.ones(1), unbiased=True)
+    whole = np.random.default_rng(0).integers(-3, 4, (40, 12, 3))
+    np.testing.assert_allclose(vds(whole, whole[::-1] + 1), vds(whole * 1.0, whole[::-1] + 1.0), rtol=1e-6)
+
+
+def test_the_predictive_error_is_the_same_in_any_unit():
+    """The network says numbers of 0..1: an error on -1..1 would hold a half of the values that it cannot say."""
+    steps = np.arange(400.0)
+    series = np.stack([np.sin(steps / 9), np.cos(steps / 9), np.sin(steps / 9 + 0.5)], 1).astype(np.float32)
+    parts = split_in_time(series, 12)
+    options = dict(steps=60, batch=32, repeats=1)
+    found = [predictive(w, w, jax.random.key(0), **options)[0] for w in (parts.test, (parts.test + 1) / 2 * 7 + 3)]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+
+
+def test_population_sees_a_leak_in_another_precision_and_other_scales():
+    walk = (np.random.default_rng(0).normal(size=(400, 3)) * 0.3).clip(-1, 1).astype(np.float32)
+    cut = windows(walk, 12)
+    with pytest.raises(ValueError, match="the split leaks"):
+        population(cut[:200], cut[100:300].astype(np.float64))
+    with pytest.raises(ValueError, match=r"of size 300, and -1\.\.1 is needed"):
+        population(cut[:100] * 300 / np.abs(cut[:100]).max(), cut[150:250])
+    with pytest.raises(ValueError, match="windows are of int64"):
+        population((cut[:100] * 9).astype(np.int64), cut[150:250])
+    with pytest.raises(ValueError, match="held_out=0"):
+        population(cut[:100], cut[150:250], held_out=0)
+    denoise = lambda x, t: x / 2
+    for sampler, eta in (("ddpm", 0.5), ("ddim", 3.0)):
+        with pytest.raises(ValueError, match="eta is ddim's share of fresh noise"):
+            Schedule(20).sample(denoise, jax.random.key(0), (2, 3, 2), sampler=sampler, eta=eta)
+    with pytest.raises(ValueError, match=r"shape \(5,\); \(steps, channels\)"):
+        filled(np.arange(5.0))
