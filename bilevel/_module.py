@@ -48,6 +48,8 @@ def hyperparameters(cls: type[T]) -> type[T]:
 
     def __post_init__(self: Any) -> None:
         for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), np.integer):
+                object.__setattr__(self, field.name, int(value))  # a count is no number to trace
             _refuse_kind(self, field)
         for name in float_fields:
             value = getattr(self, name)

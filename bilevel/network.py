@@ -262,6 +262,10 @@ class _TimeVarying(Network):
     def smallest_eigenvalue(self) -> float:
         return min(w.smallest_eigenvalue for w in self.networks)
 
+    @property
+    def neighbours(self) -> int:
+        return max(w.neighbours for w in self.networks)
+
 
 @hyperparameters
 class _OnePeer(_TimeVarying):

@@ -143,6 +143,64 @@ def test_minibatches_and_partial_participation_are_reproducible() -> None:
     assert (np.asarray(first.x) != np.asarray(other.x)).any()
 
 
+def _unequal(kinds):
+    """Clients of 46, 1, 1, 1, 1 samples, each of curvature 1: f = mean (y - x - b)^2 / 2 with b = 0."""
+
+    def setup(context):
+        i = int(context.node_config["partition-id"])
+        samples = np.zeros(46 if i == 0 else 1, np.float32)
+        up = lambda x, y, b: jnp.mean((y - b - 1) ** 2) / 2 + x**2 / 20
+        low = lambda x, y, b: jnp.mean((y - x - b) ** 2) / 2
+        return Problem(up, low, *(kind(samples) for kind in kinds)), jnp.zeros(()), jnp.zeros(())
+
+    return setup
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [FedMBO(None, 0.3, 0.5, lower_rounds=1, terms=6), SimFBO(1, 0.05, 0.5, 0.5), AggITD(2, 0.3, 0.5, 5)],
+    ids=["fedmbo", "simfbo", "aggitd"],
+)
+def test_a_client_of_most_samples_does_not_blow_up_what_is_stable_for_each(solver) -> None:
+    grid = flower.InProcessGrid(flower.client_app(_unequal((np.asarray, np.asarray))), N)
+    found = flower.run(grid, solver, jnp.zeros(()), jnp.zeros(()), steps=80 if len(solver.asks) == 1 else 15)
+    np.testing.assert_allclose(found.x, 1 / 1.1, atol=0.05)
+    # A client's number of samples comes with its first answer, which may count too much once.
+    assert found.history["hypergradient_norm"].max() < 10 and found.state.missing == ()
+
+
+def test_a_clients_own_way_of_drawing_is_its_own() -> None:
+    """A sampler that adds one to the samples, with and without keys."""
+    ones = lambda samples: data.Sampler(lambda key, b: b[:1] + 1, samples)
+    keyed = lambda samples: data.Keyed(data.Minibatches(samples, 1, replace=True))
+
+    def setup(context):
+        problem, x, y = _unequal((ones, keyed))(context)
+        low = lambda x, y, b: problem.lower(x, y, b[0] + 0 * jax.random.uniform(b[1].random))
+        return Problem(problem.upper, low, *problem.sources), x, y
+
+    def plain(context):
+        problem, x, y = _unequal((np.asarray, np.asarray))(context)
+        up = problem.upper
+        return Problem(lambda x, y, b: up(x, y, b + 1), problem.lower, *problem.sources), x, y
+
+    first, second = (
+        flower.run(
+            flower.InProcessGrid(flower.client_app(given), N),
+            SimFBO(None, 0.05, 0.5, 0.5, weighting="clients"), jnp.zeros(()), jnp.zeros(()), steps=3,
+        )
+        for given in (setup, plain)
+    )  # fmt: skip
+    np.testing.assert_allclose(first.x, second.x, rtol=1e-6)
+
+
+def test_a_stream_at_a_client_is_refused() -> None:
+    streams = _unequal((lambda samples: data.Stream([samples]), np.asarray))
+    grid = flower.InProcessGrid(flower.client_app(streams), N)
+    found = flower.run(grid, SimFBO(None), jnp.zeros(()), jnp.zeros(()), steps=1, retries=0)
+    assert "upper_data of this client's problem is a data.Stream" in found.reason
+
+
 # ---------------------------------------------------------------- broken answers
 
 

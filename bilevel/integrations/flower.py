@@ -33,6 +33,7 @@ import io
 import logging
 import math
 import numbers
+import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -43,7 +44,7 @@ import numpy as np
 
 from bilevel._arguments import explained, explained_class
 from bilevel._module import name_of
-from bilevel.data import Agents, as_source
+from bilevel.data import Source
 from bilevel.history import History
 from bilevel.keys import StepKey
 from bilevel.problem import Problem
@@ -204,9 +205,9 @@ def client_app(setup: Callable[[Context], tuple[Problem, PyTree, PyTree]]) -> Cl
     """A `ClientApp` that answers the oracles on this client's data.
 
     Args:
-      setup: `context -> (problem, x, y)`: the problem with this client's samples alone (arrays for full batches, or
-        `data.Minibatches`), and variables of the right shapes (their values are not used). Called once per process;
-        `context.node_config` says which partition this node has.
+      setup: `context -> (problem, x, y)`: the problem with this client's samples alone (arrays for full batches, or any
+        source but a `data.Stream`), and variables of the right shapes (their values are not used). Called once per
+        process; `context.node_config` says which partition this node has.
     """
     app = ClientApp()
     ready: dict[int, tuple[Problem, dict[str, int], Point]] = {}
@@ -216,9 +217,10 @@ def client_app(setup: Callable[[Context], tuple[Problem, PyTree, PyTree]]) -> Cl
             if context.node_id not in ready:
                 problem, x, y = setup(context)
                 upper, lower = problem.sources
-                alone = {name: _alone(getattr(problem, name)) for name in ("upper_data", "lower_data")}
+                own = _alone("upper_data", upper), _alone("lower_data", lower)
+                alone = dataclasses.replace(problem, upper_data=own[0], lower_data=own[1])
                 counts = {"upper_samples": upper.count or 1, "lower_samples": lower.count or 1}
-                ready[context.node_id] = dataclasses.replace(problem, **alone), counts, Point(x, y, y)
+                ready[context.node_id] = alone, counts, Point(x, y, y)
             problem, counts, like = ready[context.node_id]
             try:
                 sent = _unpack(message.content, like)
@@ -238,10 +240,31 @@ def client_app(setup: Callable[[Context], tuple[Problem, PyTree, PyTree]]) -> Cl
     return app
 
 
-def _alone(data: Any) -> Any:
-    """This client's samples as those of one agent."""
-    source = as_source(data)
-    return Agents(jax.tree.map(lambda a: jnp.asarray(a)[None], source.arrays), source.size) if source.given else None
+class _Alone(Source, leaves=("source",)):
+    """What one client's source draws, as that of one agent."""
+
+    parties = 1
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    random, varies, shared, count = (  # type: ignore[assignment]
+        property(operator.attrgetter(f"source.{name}")) for name in ("random", "varies", "shared", "count")
+    )
+
+    def draw_each(self, key: StepKey, who: jax.Array | None = None) -> PyTree:
+        """The client's batch, stacked."""
+        return jax.tree.map(lambda a: jnp.asarray(a)[None], self.source.draw(key))
+
+
+def _alone(name: str, source: Source) -> Source | None:
+    """This client's data as those of one agent; None where it has none."""
+    if source.host:
+        raise FlowerError(
+            f"{name} of this client's problem is a data.Stream, which is read item by item, and a client is asked when "
+            "the server likes: give arrays, data.Minibatches or a data.Sampler."
+        )
+    return _Alone(source) if source.given else None
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "sizes"))
@@ -280,7 +303,10 @@ class FlowerState:
 
 
 class _Server:
-    """An `Engine` over a Grid: who is asked, what came back, who did not answer, what was sent. Each ask is a round."""
+    """An `Engine` over a Grid: who is asked, what came back, who did not answer, what was sent. Each ask is a round.
+
+    How many samples a client has comes with its first answer; until then it counts as the mean of those heard of.
+    """
 
     def __init__(
         self, grid: Grid, solver: Federated, x: PyTree, y: PyTree, seed: int, timeout: float | None, wait: float,
@@ -311,31 +337,36 @@ class _Server:
     def nodes(self) -> list[int]:
         return sorted(int(node) for node in self.grid.get_node_ids())
 
-    def sample(self, size: int | None = None) -> list[int]:
-        """Nodes of one round, without replacement; all where the solver samples all. Node ids stay Python integers."""
+    def sample(
+        self, size: int | None = None, shares: bool = False, chains: bool = False
+    ) -> tuple[list[int], dict[int, float]]:
+        """Nodes of one round, and how much likelier than on average each was to be drawn (empty: all alike).
+
+        Without replacement, and all where the solver samples all; with `shares` and unequal numbers of samples, unless
+        all take part (and have no `chains` of their own), by their shares of the lower level's, as `InProcess` does.
+        Node ids stay Python integers.
+        """
         nodes = self.nodes()
         count = min((self.solver.clients or len(nodes)) if size is None else size, len(nodes))
-        order = np.random.default_rng((self.seed, self.step, self.stream)).permutation(len(nodes))
-        return [nodes[i] for i in order[:count]]
+        generator = np.random.default_rng((self.seed, self.step, self.stream))
+        drawn = {node: self.share(node, "lower") for node in nodes}
+        if not shares or len(set(drawn.values())) == 1 or (count == len(nodes) and not chains):
+            return [nodes[i] for i in generator.permutation(len(nodes))[:count]], {}
+        ends = np.cumsum(list(drawn.values()))
+        places = (np.arange(count) + generator.random()) * (ends[-1] / max(count, 1))
+        picked = np.minimum(np.searchsorted(ends, places, side="right"), len(nodes) - 1)
+        return [nodes[i] for i in generator.permutation(picked)], drawn
 
     # ------------------------------------------------------------ the engine
 
-    def round(self, draw: int) -> _Server:
+    def round(self, draw: int) -> _Round:
         """Every ask samples its own."""
-        return self
-
-    def by_share(self, chains: bool = False) -> _Server:
-        """Nodes are drawn alike, and what they count is a factor of their answers."""
-        return self
-
-    def pass_on(self, chains: PyTree) -> PyTree:
-        """Every ask hands its rows to nodes at random."""
-        return chains
+        return _Round(self)
 
     def repeat(self, draw: int, count: int, body: Callable[[Any, PyTree], PyTree], carry: PyTree) -> PyTree:
         """`count` rounds, one after the other."""
         for _ in range(count):
-            carry = body(self, carry)
+            carry = body(_Round(self), carry)
         return carry
 
     def curvature(self, x: PyTree, y: PyTree) -> float:
@@ -345,48 +376,69 @@ class _Server:
             raise _NobodyAnsweredError
         return max(float(answer.value) for answer in answers.values())
 
-    def ask(self, oracle: Any, sent: Point, own: PyTree = None, only: Any = None, **options: Any) -> Answers:
+    def ask(
+        self, oracle: Any, sent: Point, own: PyTree = None, only: Any = None, *, shares: bool = False,
+        chains: bool = False, **options: Any,
+    ) -> Answers:  # fmt: skip
         """One exchange, see `InProcess`'s; a row of `own` whose node did not answer is dropped."""
         kind = oracle.__name__
         if own is None:
-            answers = self.exchange(kind, dict.fromkeys(self.sample(), sent), **options)
-            rows: list[int | None] = [*answers]
+            nodes, drawn = self.sample(None, shares, chains)
+            heard = self.exchange(kind, dict.fromkeys(nodes, sent), **options)
+            rows = [i for i, node in enumerate(nodes) if node in heard]
+            place, answers = dict(enumerate(nodes)), {i: heard[nodes[i]] for i in rows}
         else:
             count = jax.tree.leaves(own)[0].shape[0]
             moving = range(count) if only is None else np.flatnonzero(only).tolist()
-            place = dict(zip(moving, self.sample(len(moving)), strict=False))
-            v = {node: jax.tree.map(lambda a, i=i: a[i], sent.v) for i, node in place.items()}
-            answers = self.exchange(kind, {node: Point(sent.x, sent.y, v[node]) for node in v}, **options) if v else {}
-            kept = [i for i in range(count) if place.get(i) in answers or i not in moving]
-            rows = [place.get(i) for i in kept]
-            own = jax.tree.map(lambda a: a[np.asarray(kept, int)], own)
+            nodes, drawn = self.sample(len(moving), shares, chains)
+            place = dict(zip(moving, nodes, strict=False))
+            answers = self._handed(kind, sent, place, **options)
+            rows = [i for i in range(count) if i in answers or i not in moving]
+            own = jax.tree.map(lambda a: a[np.asarray(rows, int)], own)
         if not rows:
             raise _NobodyAnsweredError
-        weighed: dict[int | None, Point] = {node: self._weighed(node, answer) for node, answer in answers.items()}
+        weighed = {i: self._weighed(place[i], answer, drawn) for i, answer in answers.items()}
         if only is not None:  # rows that needed no answer have zeros in its place
             like = next(iter(weighed.values()), Point(None, None, jax.tree.map(lambda a: a[0], sent.v)))
-            weighed[None] = jax.tree.map(np.zeros_like, like)
-        each = jax.tree.map(
-            lambda *leaves: jnp.stack(list(map(jnp.asarray, leaves))), *(weighed[node] for node in rows)
-        )
-        values = [answer.value for answer in answers.values() if answer.value is not None]
+            weighed = dict.fromkeys(rows, jax.tree.map(np.zeros_like, like)) | weighed
+        each = jax.tree.map(lambda *leaves: jnp.stack(list(map(jnp.asarray, leaves))), *(weighed[i] for i in rows))
+        values = [
+            self.weight(place[i], "upper", drawn) * answer.value
+            for i, answer in answers.items()
+            if answer.value is not None
+        ]
         middle = jnp.median if self.average == "median" else jnp.mean
         value = middle(jnp.asarray(values)) if values else None
         if self.average == "median" and own is None:  # every row is the median, and so is their mean
             each = jax.tree.map(lambda a: jnp.broadcast_to(jnp.median(a, axis=0), a.shape).astype(a.dtype), each)
         return Answers(value, each, own)
 
-    def _weighed(self, node: int, answer: Terms) -> Point:
+    def _handed(self, kind: str, sent: Point, place: dict[int, int], **options: Any) -> dict[int, Terms]:
+        """The answers by row, each row of `sent.v` sent to its node: a node that has several is asked once for each."""
+        answers: dict[int, Terms] = {}
+        while place:
+            now = {node: i for i, node in place.items()}
+            v = {node: jax.tree.map(lambda a, i=i: a[i], sent.v) for node, i in now.items()}
+            heard = self.exchange(kind, {node: Point(sent.x, sent.y, v[node]) for node in v}, **options)
+            answers |= {now[node]: answer for node, answer in heard.items()}
+            place = {i: node for i, node in place.items() if now[node] != i}
+        return answers
+
+    def _weighed(self, node: int, answer: Terms, drawn: dict[int, float]) -> Point:
         def part(terms: Point, level: str) -> Point:
-            return jax.tree.map(lambda a: np.asarray(self.weight(node, level) * a, a.dtype), terms)
+            return jax.tree.map(lambda a: np.asarray(self.weight(node, level, drawn) * a, a.dtype), terms)
 
         return combined(part(answer.lower, "lower"), part(answer.upper, "upper"))
 
-    def weight(self, node: int, level: str) -> float:
-        """How much a client counts: 1 on average over the clients heard of."""
-        if self.solver.weighting == "clients" or self.average == "median":
-            return 1.0
+    def weight(self, node: int, level: str, drawn: dict[int, float]) -> float:
+        """How much a client's answer counts: its share, over how much likelier it was to be drawn."""
+        return self.share(node, level) / drawn.get(node, 1.0)
+
+    def share(self, node: int, level: str) -> float:
+        """How much a client counts in a level: 1 on average over the clients heard of, and for the others."""
         known = self.samples[level]
+        if self.solver.weighting == "clients" or self.average == "median" or node not in known:
+            return 1.0
         return known[node] * len(known) / sum(known.values())
 
     # ------------------------------------------------------------ the transport
@@ -482,6 +534,27 @@ def _part(answer: Terms, name: str) -> PyTree:
 
 def _size(answer: Terms, name: str) -> float:
     return math.hypot(*(_norm(leaf) for leaf in jax.tree.leaves(_part(answer, name))))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Round:
+    """Who answers the asks of one round of a server."""
+
+    server: _Server
+    shares: bool = False
+    chains: bool = False
+
+    def by_share(self, chains: bool = False) -> _Round:
+        """The same with nodes drawn by what they count."""
+        return _Round(self.server, True, chains)
+
+    def pass_on(self, chains: PyTree) -> PyTree:
+        """Every ask hands its rows to nodes at random."""
+        return chains
+
+    def ask(self, *args: Any, **options: Any) -> Answers:
+        """One exchange with nodes of its own."""
+        return self.server.ask(*args, shares=self.shares, chains=self.chains, **options)
 
 
 @explained

@@ -2,10 +2,12 @@
 
     h = F_x - J H^-1 F_y,     H^-1 = lim (1/L) sum_{j < N} (I - H/L)^j,     H = mean_i H_i,   J = mean_i J_i
 
-with L at least the largest eigenvalue of any H_i: it is raised from step to step by the |H_i p| / |p| that are met.
+with L at least the largest eigenvalue of any H_i: it is raised within a chain, and for the steps to come, by the
+|H_i p| / |p| that are met (of an L that grows, p_0 - p_N is still H sum_j p_j / L_j, a series for H^-1).
 
 No client knows H; a product of factors, each of another freshly sampled client, has the right expectation. An estimator
-is called with the engine, x, y and L, and gives (the mean upper loss, h, the largest |H_i p| / |p| or None).
+is called with the engine, x, y and L, and gives (the mean upper loss, h, the largest |H_i p| / |p|: 0 where none
+exceeds L, None where it is not known).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from bilevel.keys import Draw
 from bilevel.optimizers import check_count
 from bilevel.solvers._directions import Point
 from bilevel.solvers.federated import oracles
-from bilevel.solvers.federated.engine import Engine, Oracle
+from bilevel.solvers.federated.engine import Answers, Engine, Oracle
 from bilevel.typing import PyTree
 
 __all__ = ["LocalHypergradient", "ParallelHypergradient", "SharedHypergradient"]
@@ -40,47 +42,47 @@ class _Series:
 
     def __call__(self, engine: Engine, x: PyTree, y: PyTree, curvature: Any) -> tuple[Any, PyTree, Any]:
         """(upper loss, h) at (x, y), one draw of the estimator, and the largest |H_i p| / |p| that it met."""
-        found = engine.round(Draw.FIRST).by_share(self.apart).ask(oracles.f_y, Point(x, y, None))
-        p = optax.tree.scale(-self.terms if self.random else -1.0, (found.each if self.apart else found.mean).v)
-        shape = jax.tree.leaves(p)[0].shape[:1] if self.apart else ()
+
+        def of_chains(found: Answers) -> PyTree:
+            return found.each.v if self.apart else jax.tree.map(lambda a: a[None], found.mean.v)
+
+        start = of_chains(engine.round(Draw.FIRST).by_share(self.apart).ask(oracles.f_y, Point(x, y, None)))
+        p = optax.tree.scale(-self.terms if self.random else -1.0, start)
+        shape = jax.tree.leaves(p)[0].shape[:1]
         left = jax.random.randint(engine.key.fold_in(Draw.LENGTH).random, shape, 0, self.terms)
 
         def factor(at: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
-            chain, most = carry
+            chain, L = carry
             at = at.by_share(self.apart)
             if self.apart:
                 chain = at.pass_on(chain)
                 moving = chain[2] > 0 if self.random else None
                 found = at.ask(oracles.hvp, Point(x, y, chain[0]), own=chain, only=moving)
-                product, (p, v, left) = found.each.v, found.own
+                chain = found.own
             else:
-                p, v, left = chain
-                product = at.ask(oracles.hvp, Point(x, y, p)).mean.v
-            most = jnp.maximum(most, _stretch(p, product, self.apart))
-            new = oracles.factor(p, product, curvature)
+                found = at.ask(oracles.hvp, Point(x, y, _only(chain[0])))
+            (p, v, left), product = chain, of_chains(found)
+            # A factor with an L below the curvature would not shrink: from here on it is as large.
+            L = jnp.maximum(L, jnp.max(oracles.stretch(p, product)).astype(L.dtype))
+            new = oracles.less(p, product, L)
             if not self.random:
-                return (new, optax.tree.add(v, new), left), most
+                return (new, oracles.less(v, p, -L), left), L
             p = jax.tree.map(lambda a, b: jnp.where(oracles.rows(left > 0, a), a, b), new, p)
-            return (p, p, left - 1), most
+            return (p, v, left - 1), L
 
-        zero = jnp.zeros((), jnp.result_type(float))
-        (_, v, _), most = engine.repeat(Draw.FACTOR, self.terms - 1, factor, ((p, p, left), zero))
-        v = jax.tree.map(lambda a: (a / curvature).astype(a.dtype), v)
+        chain = p, optax.tree.zeros_like(p), left
+        start_L = jnp.asarray(curvature, jnp.result_type(float))
+        (p, v, _), L = engine.repeat(Draw.FACTOR, self.terms - 1, factor, (chain, start_L))
+        v = oracles.less(v, p, -L)
         last = engine.round(Draw.LAST).by_share(self.apart)
-        v = last.pass_on(v) if self.apart else v
+        v = last.pass_on(v) if self.apart else _only(v)
         found = last.ask(oracles.hyper, Point(x, y, v), own=v if self.apart else None)
-        return found.value, found.mean.x, most
+        return found.value, found.mean.x, jnp.where(start_L < L, L, 0)
 
 
-def _stretch(p: PyTree, product: PyTree, apart: bool) -> jax.Array:
-    """The largest |H p| / |p|, of each row or of all: at most the largest eigenvalue of an H; 0 where p is zero."""
-    squares = [
-        sum(jnp.sum(jnp.square(leaf), axis=tuple(range(int(apart), leaf.ndim))) for leaf in jax.tree.leaves(tree))
-        for tree in (product, p)
-    ]
-    safe = jnp.where(squares[1] > 0, squares[1], 1)
-    found = jnp.where(squares[1] > 0, jnp.sqrt(squares[0] / safe), 0)
-    return jnp.max(jnp.where(jnp.isfinite(found), found, 0)).astype(jnp.result_type(float))
+def _only(chains: PyTree) -> PyTree:
+    """The one chain there is."""
+    return jax.tree.map(lambda a: a[0], chains)
 
 
 @hyperparameters
@@ -130,6 +132,7 @@ class LocalHypergradient:
     """LFedNest's: every client inverts its own Hessian by `terms` terms of the series.
 
     One round, and biased where lower levels differ: the mean of local hypergradients is another direction. A baseline.
+    A client whose products are longer than L times their vector raises L for itself.
     """
 
     terms: int = 10

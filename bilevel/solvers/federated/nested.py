@@ -55,7 +55,8 @@ class FederatedNested(Federated):
                       one sample; averaged (two rounds)
         "local"       local_steps times  y_i <- y_i - b G_i(y_i), averaged: drifts apart where clients differ
 
-    The data of both levels are `data.Clients` or `data.Agents`. Each round samples its clients without replacement.
+    The data of both levels are `data.Clients` or `data.Agents`. Each round samples its clients without replacement; but
+    fewer than all of unequal sizes, which count by their samples, are drawn by their shares of the lower level's.
 
     Attributes:
       clients: how many take part in each round; None: all.
@@ -64,7 +65,7 @@ class FederatedNested(Federated):
       hypergradient: an estimator of `federated.hypergradients`.
       lower, lower_rounds, local_steps, local_upper_steps: as above.
       curvature: L, at least any client's largest lower curvature; None: 1.2 times an estimate at the start. Where a
-        chain meets a larger one, L is raised to 1.2 times that (`LFedNest`'s are each client's own affair).
+        chain meets a larger one, L is as large from there on, and 1.2 times that from the next step.
       weighting: "samples": a client counts by its number of samples (`data.Clients`), and where these are unequal and
         not all take part, or each has a chain of its own, it is drawn that much more often; "clients": all count alike.
 
@@ -91,6 +92,11 @@ class FederatedNested(Federated):
         L = self.curvature
         if isinstance(L, (bool, str)) or (isinstance(L, (int, float)) and not 0 < L < float("inf")):
             raise ValueError(f"{owner}(curvature={L!r}): L is a positive number, or None for an estimate.")
+        if not (callable(self.hypergradient) and hasattr(self.hypergradient, "asks")):
+            raise TypeError(
+                f"{owner}(hypergradient={self.hypergradient!r}): give an estimator of federated.hypergradients, "
+                "ParallelHypergradient(), SharedHypergradient() or LocalHypergradient()."
+            )
         if self.lower not in LOWER:
             rounds = ", ".join(map(repr, LOWER))
             raise ValueError(f"{owner}(lower={self.lower!r}): the lower rounds are one of {rounds}.")

@@ -157,13 +157,15 @@ def local_hyper(levels: Levels, at: Point, terms: int, curvature: Any) -> Terms:
     value, (F_x, F_y) = jax.value_and_grad(levels.upper, argnums=(0, 1))(at.x, at.y)
     lower = derivatives.linearised(levels.lower, at.x, at.y)
 
-    def term(_: Any, chain: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        p = factor(chain[0], lower.hvp(chain[0]), curvature)
-        return p, optax.tree.add(chain[1], p)
+    def term(_: Any, chain: tuple[PyTree, PyTree, jax.Array]) -> tuple[PyTree, PyTree, jax.Array]:
+        p, v, L = chain
+        product = lower.hvp(p)
+        L = jnp.maximum(L, stretch(p, product).astype(L.dtype))
+        return less(p, product, L), less(v, p, -L), L
 
-    v = jax.lax.fori_loop(0, terms - 1, term, (F_y, F_y))[1]
-    v = jax.tree.map(lambda a: (a / curvature).astype(a.dtype), v)
-    return Terms(value, upper=Point(optax.tree.sub(F_x, lower.cross(v)), None, None))
+    L = jnp.broadcast_to(curvature, jax.tree.leaves(at.y)[0].shape[:1])
+    p, v, L = jax.lax.fori_loop(0, terms - 1, term, (F_y, optax.tree.zeros_like(F_y), L))
+    return Terms(value, upper=Point(optax.tree.sub(F_x, lower.cross(less(v, p, -L))), None, None))
 
 
 def curvature(levels: Levels, at: Point) -> Terms:
@@ -171,9 +173,16 @@ def curvature(levels: Levels, at: Point) -> Terms:
     return Terms(_agents.largest_curvature(levels.lower, at.x, at.y))
 
 
-def factor(p: PyTree, product: PyTree, curvature: Any) -> PyTree:
-    """(I - H/L) p, one factor of the series for H^-1."""
-    return jax.tree.map(lambda p, hp: (p - hp / curvature).astype(p.dtype), p, product)
+def less(a: PyTree, b: PyTree, L: jax.Array) -> PyTree:
+    """a - b / L, with one L or one for each row: (I - H/L) p is a factor of the series for H^-1."""
+    return jax.tree.map(lambda a, b: (a - b / rows(L, b)).astype(a.dtype), a, b)
+
+
+def stretch(p: PyTree, product: PyTree) -> jax.Array:
+    """|H p| / |p| of each row, at most H's largest eigenvalue; 0 where p is, or where it is no number."""
+    length, of_product = map(jax.vmap(derivatives.norm), (p, product))
+    found = jnp.where(length > 0, of_product / jnp.where(length > 0, length, 1), 0)
+    return jnp.where(jnp.isfinite(found), found, 0)
 
 
 def rows(numbers: jax.Array, like: jax.Array) -> jax.Array:

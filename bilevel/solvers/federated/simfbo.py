@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bilevel._module import constructor, hyperparameters, name_of, state
@@ -48,7 +49,7 @@ class FederatedSingleLoop(Federated):
 
     Attributes:
       upper_optimizer, lower_optimizer, linear_optimizer: the server's step sizes or optax rules for x, y and v.
-      local_steps: local steps per round, one number or one per client.
+      local_steps: local steps per round, one number or a sequence with one for each client.
       local_upper, local_lower, local_linear: the clients' step sizes a, b, g; None: the server's, divided by the mean
         number of local steps.
       normalise: as above.
@@ -75,8 +76,13 @@ class FederatedSingleLoop(Federated):
     def __post_init__(self) -> None:
         owner = type(self).__name__
         self._check()
-        for count in self._counts:
-            check_count(owner, local_steps=count)
+        if isinstance(self.local_steps, (list, np.ndarray)):
+            object.__setattr__(self, "local_steps", tuple(self.local_steps))
+        what = "a positive integer is needed, or a sequence with one for each client"
+        for count in self._counts or [()]:
+            check_count(owner, what, local_steps=count)
+        if isinstance(self.local_steps, tuple):
+            object.__setattr__(self, "local_steps", tuple(map(int, self.local_steps)))
         for name in _VARIABLES:
             rule = getattr(self, f"{name}_optimizer")
             check_optimizer(owner, f"{name}_optimizer", rule)
@@ -115,7 +121,7 @@ class FederatedSingleLoop(Federated):
 
     def advance(self, engine: Engine, state: SingleLoopState) -> tuple[SingleLoopState, Metrics]:
         """One round."""
-        at = engine.round(Draw.ROUND)
+        at = engine.round(Draw.ROUND).by_share()
         found = at.ask(*self.asks, Point(state.x, state.y, state.v), **self._options(at))
         D = found.mean
         upper, lower, linear = self._moves()
