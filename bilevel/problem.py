@@ -413,9 +413,11 @@ def as_variable(name: str, tree: PyTree) -> PyTree:
                 "variables are floating-point arrays; give one leaf an array of numbers each."
             )
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            # A copy for which nothing is compiled; what no device was named for goes where the others lie.
-            return jax.device_put(leaf, leaf.sharding if leaf.committed else None, may_alias=False)
-        return jnp.array(leaf, copy=True)
+            # A copy for which nothing is compiled; what no device was named for goes where the others lie. A weak type
+            # would be lost on the way, and with it the compiled loop.
+            of = np.asarray(leaf) if leaf.weak_type and leaf.is_fully_addressable else leaf
+            return jax.device_put(of, leaf.sharding if leaf.committed else None, may_alias=False)
+        return jnp.array(np.asarray(leaf, jnp.result_type(leaf)) if isinstance(leaf, float) else leaf, copy=True)
 
     _refuse_modules(name, tree)
     if getattr(type(tree), "__bilevel_hyperparameters__", False) or isinstance(tree, Problem):

@@ -69,6 +69,20 @@ def test_a_first_answer_is_five_programmes_and_a_second_traces_nothing(make, pro
     assert count == 0 and traces == 0
 
 
+@pytest.mark.parametrize("start", [0.0, np.float32(0.0), jnp.asarray(0.0)], ids=["Python", "numpy", "weak"])
+def test_a_number_for_a_start_compiles_the_loop_once(start) -> None:
+    """A weak type came back strong from the first chunk of steps, and the loop was compiled three times."""
+    jax.clear_caches()
+    compiled = []
+
+    def seen(name: str, *_: object, fun_name: str = "", **__: object) -> None:
+        compiled.extend([fun_name] if name == COMPILED else [])
+
+    jax.monitoring.register_event_duration_secs_listener(seen)
+    solve(two_variables(), start, start, solvers.SOBA(), steps=30, chunk=10, progress=False)
+    assert compiled and len([name for name in compiled if "_advance" in name]) <= 1 and len(compiled) <= 5
+
+
 def test_a_small_problem_does_without_the_routines_that_take_long_to_import() -> None:
     """A programme with an eigenvalue routine makes jaxlib import SciPy's, much of the first answer."""
     code = """

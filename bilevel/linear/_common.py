@@ -308,7 +308,7 @@ def report(residual: jax.Array, iterations: Any, negative_curvature: Any = False
     return LinearInfo(residual, jnp.asarray(iterations, jnp.int32), jnp.asarray(negative_curvature, bool))
 
 
-def equilibration(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+def equilibration(matrix: jax.Array, symmetric: bool) -> tuple[jax.Array, jax.Array]:
     """Powers of two (r, c) that bring the largest entry of every row and column of diag(r) A diag(c) near 1.
 
     An eigenvalue or singular value below the rounding error of the largest tells nothing: where unknowns have units
@@ -316,26 +316,42 @@ def equilibration(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest entries of the rows (and columns) are within a factor of 256: rounding then hides nothing, and least norms
     are those of the unknowns as they are. Rows and columns of zeros keep 1.
 
+    The steps are Ruiz's where A is not symmetric; else each a_ii is brought to 1, or (max_j |a_ij|)^2 / max |A| where
+    that is more, which in a definite A it is not.
+
     Reference: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", RAL-TR-2001-034.
     """
+    ones = jnp.ones(len(matrix), matrix.dtype)
+    if len(matrix) == 1:
+        return ones, ones
+    some = lambda largest: jnp.where(largest > 0, largest, 1)  # noqa: E731
     tiny = float(jnp.finfo(matrix.dtype).tiny) ** 0.5
 
-    def apart(axis: int) -> jax.Array:
-        largest = jnp.max(jnp.abs(matrix), axis)
+    def apart(largest: jax.Array) -> jax.Array:
         return jnp.max(largest) > 256 * jnp.min(jnp.where(largest > 0, largest, jnp.inf))
 
-    wide = apart(0) | apart(1)
+    def rounded(wide: jax.Array, scales: jax.Array) -> jax.Array:
+        return jnp.where(wide, _power_of_two(jnp.clip(scales, tiny, 1 / tiny)), 1)
+
+    if symmetric:
+        s = ones
+        wide = apart(jnp.max(jnp.abs(matrix), 1))
+        for _ in range(2):
+            size = jnp.abs(matrix * s[:, None] * s)
+            largest = jnp.max(size, 1)
+            s = s / jnp.sqrt(some(jnp.maximum(jnp.diagonal(size), largest * (largest / some(jnp.max(largest))))))
+        s = rounded(wide, s)
+        return s, s
 
     def once(_: Any, scales: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         r, c = scales
         size = jnp.abs(matrix * r[:, None] * c)
-        shrink = lambda largest: 1 / jnp.sqrt(jnp.where(largest > 0, largest, 1))  # noqa: E731
-        r, c = r * shrink(jnp.max(size, 1)), c * shrink(jnp.max(size, 0))
+        r, c = r / jnp.sqrt(some(jnp.max(size, 1))), c / jnp.sqrt(some(jnp.max(size, 0)))
         return jnp.clip(r, tiny, 1 / tiny), jnp.clip(c, tiny, 1 / tiny)
 
-    ones = jnp.ones(len(matrix), matrix.dtype)
+    wide = apart(jnp.max(jnp.abs(matrix), 1)) | apart(jnp.max(jnp.abs(matrix), 0))
     r, c = jax.lax.fori_loop(0, 8, once, (ones, ones))
-    return jnp.where(wide, _power_of_two(r), 1), jnp.where(wide, _power_of_two(c), 1)
+    return rounded(wide, r), rounded(wide, c)
 
 
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -319,7 +319,7 @@ def _by_eigenvalues(h: Matvec, b: PyTree) -> Answer:
     matrix, x = dense_matrix(h, b), flatten(b)
     usable = jnp.all(jnp.isfinite(matrix))
     matrix = jnp.where(usable, matrix, 0)
-    scales = equilibration(matrix)[1]
+    scales = equilibration(matrix, True)[1]
     even = matrix * scales[:, None] * scales
     values, vectors = eigh((even + even.T) / 2)
     largest, d = jnp.max(jnp.abs(values)), len(values)
@@ -341,7 +341,7 @@ def _by_singular_values(h: Matvec, b: PyTree) -> Answer:
     matrix, x = dense_matrix(h, b), flatten(b)
     usable = jnp.all(jnp.isfinite(matrix))
     matrix = jnp.where(usable, matrix, 0)
-    r, c = equilibration(matrix)
+    r, c = equilibration(matrix, False)
     left, values, right = jnp.linalg.svd(matrix * r[:, None] * c)
     regular = values > 2 * max(len(x), 4) * jnp.finfo(x.dtype).eps * jnp.max(values)
     inverse = jnp.where(regular, 1 / jnp.where(values == 0, 1, values), 0)
@@ -355,6 +355,10 @@ def _by_singular_values(h: Matvec, b: PyTree) -> Answer:
 
 def _outside(columns: jax.Array, regular: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """The projection on what is orthogonal to the columns that are not `regular`; as it is where all are."""
+
+    if len(columns) <= 2:  # none, one, or both
+        left_out = jnp.where(regular, 0, columns / jnp.linalg.norm(columns, axis=0))
+        return lambda x: jnp.where(regular.any(), x - left_out @ (left_out.T @ x), 0)
 
     def basis() -> jax.Array:
         length = jnp.linalg.norm(columns, axis=0)

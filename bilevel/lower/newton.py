@@ -172,7 +172,7 @@ class Newton:
         matrix = jax.vmap(multiply)(jnp.eye(s.u.size, dtype=s.u.dtype))
         finite = jnp.all(jnp.isfinite(matrix))
         matrix = jnp.where(finite, (matrix + matrix.T) / 2, jnp.eye(s.u.size, dtype=s.u.dtype))
-        units = equilibration(matrix)[1]
+        units = equilibration(matrix, True)[1]
         w, vectors = eigh(matrix * units[:, None] * units)
         size, rounding = jnp.max(jnp.abs(w)), max(s.u.size, 4) * jnp.finfo(w.dtype).eps
         along = vectors.T @ (units * g)
