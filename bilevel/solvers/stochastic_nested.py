@@ -167,7 +167,9 @@ class VRBO:
     def __post_init__(self) -> None:
         check_optimizer("VRBO", "upper_optimizer", self.upper_optimizer)
         check_optimizer("VRBO", "lower_optimizer", self.lower_optimizer)
-        check_count("VRBO", "the number of lower steps is a positive integer", lower_steps=self.lower_steps)
+        check_count("VRBO", lower_steps=self.lower_steps, period=self.period)
+        if isinstance(self.period_fraction, float) and not self.period_fraction > 0:
+            raise ValueError(f"VRBO(period_fraction={self.period_fraction!r}): the fraction of an epoch is positive.")
 
     def init(self, problem: Problem, x: PyTree, y: PyTree, key: StepKey) -> VRBOState:
         """The state before the first step, which takes full directions."""
