@@ -32,10 +32,11 @@ class Implicit:
     a system that is not symmetric.
 
     Attributes:
-      linear_solver: any of `bilevel.linear`. None: `linear.Robust(tol)` (not symmetric with a projection or prox), to a
-        relative residual of eps^(3/4) of y's dtype (6e-6 in float32, 2e-12 in float64): CG or GMRES where f_yy is
-        regular, else a least-squares solution. `linear.Identity(scale)` makes it Jacobian-free (T1-T2),
-        `linear.Neumann` a truncated series.
+      linear_solver: any of `bilevel.linear`. None: `linear.Robust(tol)` (not symmetric with a projection or prox; for
+        up to 256 unknowns with as many iterations, before it takes the system as a matrix), to a relative residual of
+        eps^(3/4) of y's dtype (6e-6 in float32, 2e-12 in float64): CG or GMRES where f_yy is regular, else a
+        least-squares solution. `linear.Identity(scale)` makes it Jacobian-free (T1-T2), `linear.Neumann` a truncated
+        series.
         A `linear.TaskCG` is taken where y is stacked over tasks along a leading axis of every leaf, each shaped like x
         (and the ordinary `linear.CG` of the same numbers where it is not).
       step: the step of the forward-backward map; only used with a projection or prox. Any positive number is exact,
@@ -74,7 +75,10 @@ class Implicit:
             return linear.CG(**{name: getattr(self.linear_solver, name) for name in _KRYLOV})
         if self.linear_solver is None:
             tol = float(max(jnp.finfo(jnp.result_type(leaf)).eps for leaf in jax.tree.leaves(y))) ** 0.75
-            return linear.Robust(tol=tol, symmetric=not nonsmooth)
+            # As a matrix, where Krylov methods have not solved it after as many steps as there are unknowns.
+            few = optax.tree.size(y) <= linear.Robust.most_as_matrix
+            steps = max(optax.tree.size(y), 100) if few else 100
+            return linear.Robust(tol=tol, symmetric=not nonsmooth, max_steps=steps)
         if nonsmooth and getattr(self.linear_solver, "symmetric", False):
             raise ValueError(
                 f"Implicit(linear_solver={type(self.linear_solver).__name__}(...)) assumes a symmetric system, but "

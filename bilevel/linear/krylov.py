@@ -230,9 +230,6 @@ class TaskCG(Krylov):
         return s[0], report(jnp.sqrt(jnp.sum(s[3])), s[5], jnp.any(s[7]))
 
 
-_MATRIX = 128  # up to that many unknowns Robust solves as a matrix what Krylov methods did not
-
-
 @hyperparameters
 class Robust(Krylov):
     """A Krylov method where it can be trusted, and the least-squares solution of least norm where it cannot.
@@ -242,8 +239,8 @@ class Robust(Krylov):
     than a factor of 256: those below its rounding error (d eps of the largest, or what a symmetric H and H' differ by,
     where that is more) count as zero. Above, `CG` (`GMRES`) to the same tolerance. Where CG meets a direction without
     positive curvature (beyond rounding) or is not done after d iterations, or GMRES stagnates (or needs more than d
-    iterations), the system is solved anew: as a matrix for up to 128 unknowns, and else by conjugate gradients on
-    |b - H v|^2 (CGLS, two products per iteration), from cold. So
+    iterations), the system is solved anew: as a matrix for up to 256 unknowns, and else, from cold, by CGLS (conjugate
+    gradients on |b - H v|^2, two products per iteration). So
 
     * a consistent singular system has its solution of least norm,
     * an inconsistent one a least-squares solution, and `info.residual` the part of b that is outside H's range,
@@ -258,6 +255,8 @@ class Robust(Krylov):
     References: Hestenes and Stiefel (1952), J. Res. NBS 49; Bjorck (1996), Numerical Methods for Least Squares
     Problems, 7.4.
     """
+
+    most_as_matrix: ClassVar[int] = 256
 
     symmetric: bool = True  # type: ignore[misc]
     dense: int = 32
@@ -284,18 +283,18 @@ class Robust(Krylov):
         if self.symmetric:
             s = conjugate_gradients(h, b, v, None, target, self.max_steps, size_h)
             v, rr, k, failed, negative = s.v, s.rr, s.k, s.broken, s.negative
-            failed = failed | ((rr > target**2) & (k >= size(b)) & (size(b) <= _MATRIX))
+            failed = failed | ((rr > target**2) & (k >= size(b)) & (size(b) <= self.most_as_matrix))
             transposed = h
         else:
             v, info = GMRES(self.tol, self.max_steps)._iterations(h, b, v, None)
             rr, k, negative = info.residual**2, info.iterations, jnp.bool_(False)
-            failed = (info.residual > target) & ((k < self.max_steps) | (size(b) <= max(self.max_steps, _MATRIX)))
+            failed = (info.residual > target) & ((k < self.max_steps) | (size(b) <= self.max_steps))
             transposed = lambda r: jax.linear_transpose(h, b)(r)[0]  # noqa: E731
         # Under `vmap` both branches run: a right-hand side of zero ends the second one at once.
         right = optax.tree.where(failed, b, optax.tree.zeros_like(b))
 
         def instead() -> tuple[PyTree, jax.Array, jax.Array, jax.Array]:
-            if size(b) <= _MATRIX:
+            if size(b) <= self.most_as_matrix:
                 w, info = as_matrix(h, right)
                 return w, info.residual**2, info.iterations, info.negative_curvature
             s = least_squares(h, transposed, right, None, target, self.max_steps)

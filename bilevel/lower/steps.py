@@ -16,6 +16,7 @@ from bilevel._module import hyperparameters, state
 from bilevel._roots import with_roots
 from bilevel.level import Level
 from bilevel.lower.loops import LowerState, repeat, until, until_share
+from bilevel.lower.newton import Newton
 from bilevel.optimizers import Move, accepted, as_optimizer, check_count, is_rule, residual, rewound, withdraws
 from bilevel.typing import PyTree, Scalar
 
@@ -266,10 +267,13 @@ def LBFGS(steps: int = 200, tol: float | None = 1e-6, memory_size: int = 10) -> 
 
 @state
 class Reach:
-    """What `Relative` remembers: its solver's memory, and the |f_y| that its tolerance is a share of."""
+    """What `Relative` remembers: its solver's memory, the |f_y| that its tolerance is a share of, the run's largest,
+    and where the run began (None unless `careful`)."""
 
     memory: PyTree
     largest: jax.Array
+    ever: jax.Array
+    start: PyTree
 
 
 @hyperparameters
@@ -282,9 +286,15 @@ class Relative:
 
     Attributes:
       solver: with `steps` and a `tol`, such as `LBFGS()` or `GradientDescent(0.1, 1000, tol=1e-6)`.
+      careful: a warm start that is none is seen: where f is lower at the y of the run's start and |f_y| a thousandth of
+        that at the last y (a penalty e^x that x's last step raised, say), the solve begins there. And for up to
+        256 unknowns, without a set, a prox or rows around y, a solve that ends above its tolerance (and above the
+        rounding of the largest |f_y| of the run) is gone on with by `Newton`. Two values and gradients more a solve,
+        and a copy of y. For full batches.
     """
 
     solver: Steps
+    careful: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Steps) or self.solver.tol is None:
@@ -304,7 +314,9 @@ class Relative:
 
     def init(self, y: PyTree) -> LowerState:
         """The start of a run."""
-        return LowerState(y, Reach(self.solver.init(y).memory, jnp.zeros((), jnp.result_type(*jax.tree.leaves(y)))))
+        zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(y)))
+        start = y if self.careful else None
+        return LowerState(y, Reach(self.solver.init(y).memory, zero, zero, start))
 
     def __call__(self, level: Level, x: PyTree, state: LowerState) -> LowerState:
         """Run from `state`."""
@@ -312,5 +324,31 @@ class Relative:
             self.solver.step_size()
         largest = state.memory.largest
         begun = self.solver.begin(x, LowerState(state.y, state.memory.memory))
+        if state.memory.start is not None:
+            begun = self._begun(level, x, begun, state.memory.start)
         end, reach = until_share(self.solver, level, x, begun, self.solver.tol, largest / 10)
-        return LowerState(end.y, Reach(end.memory, jnp.asarray(reach, largest.dtype)))
+        reach = jnp.asarray(reach, largest.dtype)
+        ever = jnp.maximum(state.memory.ever, reach)
+        reached = Reach(end.memory, reach, ever, state.memory.start)
+        return LowerState(self._finished(level, x, end.y, reached), reached)
+
+    def _begun(self, level: Level, x: PyTree, warm: LowerState, start: PyTree) -> LowerState:
+        """The warm start, or a cold one where that is far lower."""
+        cold = self.solver.begin(x, self.solver.init(start))
+        both = jax.tree.map(lambda *leaves: jnp.stack(leaves), warm.y, cold.y)
+        values, slopes = jax.vmap(jax.value_and_grad(lambda y: level(x, y)))(both)
+        steep = jax.vmap(derivatives.norm)(slopes)
+        lost = (values[1] < values[0]) & (1e3 * steep[1] < steep[0]) | ~jnp.isfinite(values[0])
+        return jax.tree.map(lambda a, b: jnp.where(lost, b, a), warm, cold)
+
+    def _finished(self, level: Level, x: PyTree, y: PyTree, reached: Reach) -> PyTree:
+        """y, or where Newton's method leads from a y that is not there yet."""
+        reach, ever = reached.largest, reached.ever
+        rows = level.constraint is not None or level.equality is not None
+        if not self.careful or optax.tree.size(y) > Newton.dense or level.nonsmooth or rows:
+            return y
+        precision = 4 * float(jnp.finfo(ever.dtype).eps)
+        left = derivatives.norm(level.gradient(x, y))
+        missed = left > jnp.maximum(self.tol * reach, precision * ever)  # no for a NaN
+        newton = lambda: jax.lax.stop_gradient(Newton().minimum(level, x, y))  # noqa: E731
+        return jax.lax.cond(missed, newton, lambda: y)

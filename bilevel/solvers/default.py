@@ -153,6 +153,12 @@ def _newton() -> Any:
     return _take("AID", Newton())
 
 
+def _quasi_newton() -> Any:
+    from bilevel.lower import LBFGS, Relative
+
+    return _take("AID", Relative(LBFGS(tol=1e-4), careful=True))
+
+
 def _proximal() -> Any:
     from bilevel.lower import ProximalGradient
 
@@ -239,7 +245,7 @@ ROWS = (
     Row(
         "full batches",
         lambda f: not f.rows and not f.simple and not f.stochastic,
-        functools.partial(_take, "AID"),
+        _quasi_newton,
         "AID",
         "implicit differentiation with warm-started CG; no step sizes to set: full batches, no coupled constraints",
     ),

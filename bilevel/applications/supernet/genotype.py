@@ -25,8 +25,7 @@ class Genotype(NamedTuple):
 
     normal, reduce: (operation, source state) per kept edge, node by node; for NAS-Bench-201 `reduce` is empty.
     normal_concat, reduce_concat: the states that are the cells' output.
-    normal_counts, reduce_counts: how many of the edges belong to each node; empty where all have as many as the space
-        keeps (two), which a threshold (FairDARTS) may leave out.
+    normal_counts, reduce_counts: how many of the edges belong to each node; empty where no threshold leaves some out.
     """
 
     normal: tuple[Gene, ...]
