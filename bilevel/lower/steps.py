@@ -336,8 +336,12 @@ class Relative:
         """The warm start, or a cold one where that is far lower."""
         cold = self.solver.begin(x, self.solver.init(start))
         both = jax.tree.map(lambda *leaves: jnp.stack(leaves), warm.y, cold.y)
-        values, slopes = jax.vmap(jax.value_and_grad(lambda y: level(x, y)))(both)
-        steep = jax.vmap(derivatives.norm)(slopes)
+
+        def looked(y: PyTree) -> tuple[Scalar, Scalar]:
+            value, slope = jax.value_and_grad(level, argnums=1)(x, y)
+            return value, derivatives.norm(slope)
+
+        values, steep = jax.lax.map(looked, both)  # one after the other: networks side by side are slow
         lost = (values[1] < values[0]) & (1e3 * steep[1] < steep[0]) | ~jnp.isfinite(values[0])
         return jax.tree.map(lambda a, b: jnp.where(lost, b, a), warm, cold)
 
