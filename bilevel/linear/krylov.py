@@ -327,9 +327,9 @@ def _by_eigenvalues(h: Matvec, b: PyTree) -> Answer:
     inverse = jnp.where(regular, 1 / jnp.where(values == 0, 1, values), 0)
     through = lambda x: scales * matmul(vectors, inverse * matmul(vectors.T, scales * x))  # noqa: E731
     outside = _outside(scales[:, None] * vectors, regular)
-    v = outside(through(outside(x)))
     # Once more with what is left: the digits that the eigenvectors have lost.
-    v = v + outside(through(outside(x - matmul(matrix, v))))
+    step = lambda _, v: v + outside(through(outside(x - matmul(matrix, v))))  # noqa: E731
+    v = jax.lax.fori_loop(0, 2, step, jnp.zeros_like(x))
     solution = unflatten(jnp.where(usable, v, jnp.nan))
     return solution, report(norm(axpy(-1.0, h(solution), b)), 0, values[0] < -rounding)
 
@@ -346,8 +346,8 @@ def _by_singular_values(h: Matvec, b: PyTree) -> Answer:
     inverse = jnp.where(regular, 1 / jnp.where(values == 0, 1, values), 0)
     through = lambda x: c * matmul(right.T, inverse * matmul(left.T, r * x))  # noqa: E731
     reached, least = _outside(r[:, None] * left, regular), _outside(c[:, None] * right.T, regular)
-    v = least(through(reached(x)))
-    v = v + least(through(reached(x - matmul(matrix, v))))
+    step = lambda _, v: v + least(through(reached(x - matmul(matrix, v))))  # noqa: E731
+    v = jax.lax.fori_loop(0, 2, step, jnp.zeros_like(x))
     solution = unflatten(jnp.where(usable, v, jnp.nan))
     return solution, report(norm(axpy(-1.0, h(solution), b)), 0)
 
