@@ -289,8 +289,8 @@ class Relative:
       careful: a warm start that is none is seen: where f is lower at the y of the run's start and |f_y| a thousandth of
         that at the last y (a penalty e^x that x's last step raised, say), the solve begins there. And for up to
         256 unknowns, without a set, a prox or rows around y, a solve that ends above its tolerance (and above the
-        rounding of the largest |f_y| of the run) is gone on with by `Newton`. Two values and gradients more a solve,
-        and a copy of y. For full batches.
+        rounding of the largest |f_y| of the run) is gone on with by `Newton`. Three gradients more a solve, and a
+        copy of y. For full batches.
     """
 
     solver: Steps

@@ -18,7 +18,7 @@ from bilevel.problem import Problem, ProblemError
 from bilevel.result import Result
 from bilevel.solvers.small.branches import best_branches
 from bilevel.solvers.small.nlp import METHODS
-from bilevel.solvers.small.program import Program, SpentError, flatten
+from bilevel.solvers.small.program import Program, ProgramSpentError, flatten
 from bilevel.solvers.small.search import (
     EXACT,
     LADDER,
@@ -533,7 +533,7 @@ def around(program: Program, starts: int, evaluations: int) -> tuple[Point | Non
                     run.known += [point.xy] if new else []
                     if (run.best is not None and better(run.best)) or idle >= starts:
                         break
-        except SpentError:
+        except ProgramSpentError:
             ended = False
         if run.best is not None and better(run.best):
             return run.search.exact(run.best, np.random.default_rng(0)), True

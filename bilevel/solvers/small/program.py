@@ -189,8 +189,8 @@ class Evaluated:
     dr: np.ndarray
 
 
-class SpentError(Exception):
-    """A programme has been evaluated as often as it was to be."""
+class ProgramSpentError(Exception):
+    """A whole search has evaluated its programme as often as it was to, and ends; one solve's own limit is `nlp`'s."""
 
 
 class Program:
@@ -373,7 +373,7 @@ class Program:
         """Values and Jacobian in the user's units."""
         self.calls += 1
         if self.calls > self.most:
-            raise SpentError
+            raise ProgramSpentError
         if not self.double:
             z = z.astype(np.float32)
         checked = jax.config.jax_debug_nans  # type: ignore[attr-defined]
@@ -470,7 +470,7 @@ class Program:
 
     @contextlib.contextmanager
     def at_most(self, calls: int) -> Iterator[None]:
-        """A block within which there are so many evaluations: one more raises `SpentError`."""
+        """A block within which there are so many evaluations: one more raises `ProgramSpentError`."""
         self.most = self.calls + calls
         try:
             yield
