@@ -337,20 +337,18 @@ class _Server:
     def nodes(self) -> list[int]:
         return sorted(int(node) for node in self.grid.get_node_ids())
 
-    def sample(
-        self, size: int | None = None, shares: bool = False, chains: bool = False
-    ) -> tuple[list[int], dict[int, float]]:
+    def sample(self, size: int | None = None, chains: bool = False) -> tuple[list[int], dict[int, float]]:
         """Nodes of one round, and how much likelier than on average each was to be drawn (empty: all alike).
 
-        Without replacement, and all where the solver samples all; with `shares` and unequal numbers of samples, unless
-        all take part (and have no `chains` of their own), by their shares of the lower level's, as `InProcess` does.
-        Node ids stay Python integers.
+        Without replacement, and all where the solver samples all; with unequal numbers of samples, unless all take part
+        (and have no `chains` of their own), by their shares of the lower level's, as `InProcess` does. Node ids stay
+        Python integers.
         """
         nodes = self.nodes()
         count = min((self.solver.clients or len(nodes)) if size is None else size, len(nodes))
         generator = np.random.default_rng((self.seed, self.step, self.stream))
         drawn = {node: self.share(node, "lower") for node in nodes}
-        if not shares or len(set(drawn.values())) == 1 or (count == len(nodes) and not chains):
+        if len(set(drawn.values())) == 1 or (count == len(nodes) and not chains):
             return [nodes[i] for i in generator.permutation(len(nodes))[:count]], {}
         ends = np.cumsum(list(drawn.values()))
         places = (np.arange(count) + generator.random()) * (ends[-1] / max(count, 1))
@@ -359,14 +357,16 @@ class _Server:
 
     # ------------------------------------------------------------ the engine
 
-    def round(self, draw: int) -> _Round:
+    def round(self, draw: int, chains: bool = False) -> _Round:
         """Every ask samples its own."""
-        return _Round(self)
+        return _Round(self, chains)
 
-    def repeat(self, draw: int, count: int, body: Callable[[Any, PyTree], PyTree], carry: PyTree) -> PyTree:
+    def repeat(
+        self, draw: int, count: int, body: Callable[[Any, PyTree], PyTree], carry: PyTree, chains: bool = False
+    ) -> PyTree:
         """`count` rounds, one after the other."""
         for _ in range(count):
-            carry = body(_Round(self), carry)
+            carry = body(_Round(self, chains), carry)
         return carry
 
     def curvature(self, x: PyTree, y: PyTree) -> float:
@@ -377,20 +377,19 @@ class _Server:
         return max(float(answer.value) for answer in answers.values())
 
     def ask(
-        self, oracle: Any, sent: Point, own: PyTree = None, only: Any = None, *, shares: bool = False,
-        chains: bool = False, **options: Any,
-    ) -> Answers:  # fmt: skip
+        self, oracle: Any, sent: Point, own: PyTree = None, only: Any = None, *, chains: bool = False, **options: Any
+    ) -> Answers:
         """One exchange, see `InProcess`'s; a row of `own` whose node did not answer is dropped."""
         kind = oracle.__name__
         if own is None:
-            nodes, drawn = self.sample(None, shares, chains)
+            nodes, drawn = self.sample(None, chains)
             heard = self.exchange(kind, dict.fromkeys(nodes, sent), **options)
             rows = [i for i, node in enumerate(nodes) if node in heard]
             place, answers = dict(enumerate(nodes)), {i: heard[nodes[i]] for i in rows}
         else:
             count = jax.tree.leaves(own)[0].shape[0]
             moving = range(count) if only is None else np.flatnonzero(only).tolist()
-            nodes, drawn = self.sample(len(moving), shares, chains)
+            nodes, drawn = self.sample(len(moving), chains)
             place = dict(zip(moving, nodes, strict=False))
             answers = self._handed(kind, sent, place, **options)
             rows = [i for i in range(count) if i in answers or i not in moving]
@@ -541,12 +540,7 @@ class _Round:
     """Who answers the asks of one round of a server."""
 
     server: _Server
-    shares: bool = False
     chains: bool = False
-
-    def by_share(self, chains: bool = False) -> _Round:
-        """The same with nodes drawn by what they count."""
-        return _Round(self.server, True, chains)
 
     def pass_on(self, chains: PyTree) -> PyTree:
         """Every ask hands its rows to nodes at random."""
@@ -554,7 +548,7 @@ class _Round:
 
     def ask(self, *args: Any, **options: Any) -> Answers:
         """One exchange with nodes of its own."""
-        return self.server.ask(*args, shares=self.shares, chains=self.chains, **options)
+        return self.server.ask(*args, chains=self.chains, **options)
 
 
 @explained

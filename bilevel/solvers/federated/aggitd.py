@@ -75,13 +75,13 @@ class AggITD(Federated):
 
         def exchange(at: Any, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
             y, v, _ = carry
-            D = at.by_share().ask(oracles.aggitd, Point(x, y, v)).mean
+            D = at.ask(oracles.aggitd, Point(x, y, v)).mean
             y, v = jax.tree.map(lambda a, d: a - self.lower_step * d, (y, v), (D.y, D.v))
             return y, v, D.y
 
         zero = optax.tree.zeros_like(state.y)
         y, v, G = engine.repeat(Draw.ROUND, self.rounds, exchange, (state.y, zero, zero))
-        last = engine.round(Draw.LAST).by_share().ask(oracles.hyper, Point(x, y, v))
+        last = engine.round(Draw.LAST).ask(oracles.hyper, Point(x, y, v))
         h = last.mean.x
         x, upper = Move(self.upper_optimizer)(h, state.upper, x)
         return AggITDState(x, y, upper), _agents.measures(last.value, h, G)

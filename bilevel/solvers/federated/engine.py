@@ -63,10 +63,12 @@ class Engine(Protocol):
     def key(self) -> StepKey:
         """The step's."""
 
-    def round(self, draw: int) -> Any:
-        """Clients sampled afresh."""
+    def round(self, draw: int, chains: bool = False) -> Any:
+        """Clients sampled afresh, by what they count (`Round.by_share`); `chains`: each has a chain of its own."""
 
-    def repeat(self, draw: int, count: int, body: Callable[[Any, PyTree], PyTree], carry: PyTree) -> PyTree:
+    def repeat(
+        self, draw: int, count: int, body: Callable[[Any, PyTree], PyTree], carry: PyTree, chains: bool = False
+    ) -> PyTree:
         """`count` rounds: body(clients, carry) -> carry."""
 
     def curvature(self, x: PyTree, y: PyTree) -> Any:
@@ -89,17 +91,19 @@ class InProcess:
         self.size = self.total if clients is None else clients
         self.spent = np.zeros(2, int)  # exchanges so far, and the numbers that their clients received and sent
 
-    def round(self, draw: int) -> Round:
-        """Clients sampled afresh."""
-        return Round(self, self.key.fold_in(draw))
+    def round(self, draw: int, chains: bool = False) -> Round:
+        """Clients sampled afresh, by what they count."""
+        return Round(self, self.key.fold_in(draw)).by_share(chains)
 
-    def repeat(self, draw: int, count: int, body: Callable[[Round, PyTree], PyTree], carry: PyTree) -> PyTree:
+    def repeat(
+        self, draw: int, count: int, body: Callable[[Round, PyTree], PyTree], carry: PyTree, chains: bool = False
+    ) -> PyTree:
         """`count` rounds in a compiled loop."""
         key, spent = self.key.fold_in(draw), self.spent
 
         def one(i: Any, carry: PyTree) -> PyTree:
             self.spent = spent  # however often the body is traced, it counts once
-            return body(Round(self, key.inner(i, count)), carry)
+            return body(Round(self, key.inner(i, count)).by_share(chains), carry)
 
         carry = jax.lax.fori_loop(0, count, one, carry)
         self.spent = spent + count * (self.spent - spent)

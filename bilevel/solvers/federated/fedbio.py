@@ -110,6 +110,6 @@ class FedBiOAcc(Federated):
         sent = Point(state.x, state.y, state.v), state.momenta
         first = engine.key.inner(0, self.local_steps).step
         own = {"first": first, "local_steps": self.local_steps, "schedule": schedule}
-        found = engine.round(Draw.ROUND).by_share().ask(oracles.storm, sent, weighted=True, **own)
+        found = engine.round(Draw.ROUND).ask(oracles.storm, sent, weighted=True, **own)
         at, momenta = found.mean
         return AcceleratedState(at.x, at.y, at.v, momenta), _agents.measures(found.value, momenta.x, momenta.y)

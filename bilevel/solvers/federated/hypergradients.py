@@ -46,14 +46,13 @@ class _Series:
         def of_chains(found: Answers) -> PyTree:
             return found.each.v if self.apart else jax.tree.map(lambda a: a[None], found.mean.v)
 
-        start = of_chains(engine.round(Draw.FIRST).by_share(self.apart).ask(oracles.f_y, Point(x, y, None)))
+        start = of_chains(engine.round(Draw.FIRST, self.apart).ask(oracles.f_y, Point(x, y, None)))
         p = optax.tree.scale(-self.terms if self.random else -1.0, start)
         shape = jax.tree.leaves(p)[0].shape[:1]
         left = jax.random.randint(engine.key.fold_in(Draw.LENGTH).random, shape, 0, self.terms)
 
         def factor(at: Any, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
             chain, L = carry
-            at = at.by_share(self.apart)
             if self.apart:
                 chain = at.pass_on(chain)
                 moving = chain[2] > 0 if self.random else None
@@ -72,9 +71,9 @@ class _Series:
 
         chain = p, optax.tree.zeros_like(p), left
         start_L = jnp.asarray(curvature, jnp.result_type(float))
-        (p, v, _), L = engine.repeat(Draw.FACTOR, self.terms - 1, factor, (chain, start_L))
+        (p, v, _), L = engine.repeat(Draw.FACTOR, self.terms - 1, factor, (chain, start_L), self.apart)
         v = oracles.less(v, p, -L)
-        last = engine.round(Draw.LAST).by_share(self.apart)
+        last = engine.round(Draw.LAST, self.apart)
         v = last.pass_on(v) if self.apart else _only(v)
         found = last.ask(oracles.hyper, Point(x, y, v), own=v if self.apart else None)
         return found.value, found.mean.x, jnp.where(start_L < L, L, 0)
@@ -143,6 +142,6 @@ class LocalHypergradient:
 
     def __call__(self, engine: Engine, x: PyTree, y: PyTree, curvature: Any) -> tuple[Any, PyTree, Any]:
         """(upper loss, h) at (x, y), one draw of the estimator, and that the clients' curvatures stay with them."""
-        at = engine.round(Draw.FIRST).by_share()
+        at = engine.round(Draw.FIRST)
         found = at.ask(oracles.local_hyper, Point(x, y, None), terms=self.terms, curvature=curvature)
         return found.value, found.mean.x, None

@@ -129,7 +129,6 @@ class FederatedNested(Federated):
 
         def lower_round(at: Any, carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
             y, memory, _ = carry
-            at = at.by_share()
             G = None if self.lower == "local" else at.ask(oracles.grad_y, Point(x, y, None)).mean.y
             if self.lower == "minibatch":
                 return *Move(self.lower_optimizer)(G, memory, y), G
@@ -148,7 +147,7 @@ class FederatedNested(Federated):
         metrics = _agents.measures(value, h, residual)
         if self.local_upper_steps > 1:
             own = {"local_steps": self.local_upper_steps, "step_size": self.upper_optimizer}
-            h = engine.round(Draw.WALK).by_share().ask(oracles.fedout, Point(x, y, h), weighted=True, **own).mean.x
+            h = engine.round(Draw.WALK).ask(oracles.fedout, Point(x, y, h), weighted=True, **own).mean.x
         x, upper = Move(self.upper_optimizer)(h, state.upper, x)
         return FederatedState(x, y, upper, memory, L), metrics
 

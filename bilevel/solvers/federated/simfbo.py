@@ -121,7 +121,7 @@ class FederatedSingleLoop(Federated):
 
     def advance(self, engine: Engine, state: SingleLoopState) -> tuple[SingleLoopState, Metrics]:
         """One round."""
-        at = engine.round(Draw.ROUND).by_share()
+        at = engine.round(Draw.ROUND)
         found = at.ask(*self.asks, Point(state.x, state.y, state.v), **self._options(at))
         D = found.mean
         upper, lower, linear = self._moves()
